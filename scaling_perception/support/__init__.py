@@ -1,0 +1,1 @@
+"""What every room uses: user errors, careful file writing, configs. Imports nothing of the package."""

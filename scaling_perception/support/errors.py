@@ -1,0 +1,19 @@
+"""The user's mistakes, told in one line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The user's input is wrong. The message names the file, field or flag, what is wrong, and how to mend it.
+
+    The command line prints the message alone and exits with 2.
+    """
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """A suffix such as ``; did you mean 'depth'? Known: amodal, depth, flow`` for an unknown ``word``."""
+    known = sorted(str(option) for option in options)
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    hint = f"; did you mean '{near[0]}'?" if near else ";"
+    return f"{hint} known: {', '.join(known)}"

@@ -1,0 +1,35 @@
+"""Progress: a bar on a terminal, plain log lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], total: int | None, label: str, every_seconds: float = 15.0) -> Iterator[T]:
+    """Yield ``items`` while showing how far it got.
+
+    On a terminal a tqdm bar on stderr; elsewhere one line at most every ``every_seconds`` seconds, and one at the end.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, total=total, desc=label, dynamic_ncols=True)
+        return
+    begin = last = time.monotonic()
+    count = 0
+    for count, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= every_seconds:
+            last = now
+            _line(label, count, total, now - begin)
+    _line(label, count, total, time.monotonic() - begin)
+
+
+def _line(label: str, count: int, total: int | None, seconds: float) -> None:
+    of = f"/{total}" if total else ""
+    left = f", {(total - count) * seconds / max(count, 1):.0f} s left" if total and count < total else ""
+    print(f"{label}: {count}{of} in {seconds:.0f} s{left}", file=sys.stderr, flush=True)
