@@ -1,0 +1,60 @@
+"""What a training run needs to know of the thing it trains: four functions and where its batches come from.
+
+``train.py`` and ``step.py`` know only this; ``diffusion.py`` and ``autoencoder.py`` each make one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Params = Any  # a nested dict of arrays
+Batch = Mapping[str, Any]  # field -> array (B, ...); "key" alone is a list of str and stays on the host
+Metrics = dict[str, jax.Array]  # name -> float32 scalar
+
+
+class Batches(Protocol):
+    """Batches as a pure function of the step, so that a resumed run sees what an uninterrupted one would have seen."""
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """JSON-able description of the data; a run refuses to resume on another one."""
+        ...
+
+    def at(self, step: int) -> dict[str, Any]:
+        """The batch of ``step``: numpy arrays (B, ...) and ``key``, a list of B sample ids."""
+        ...
+
+    def iterate(self, start: int) -> Iterator[dict[str, Any]]:
+        """``at(start)``, ``at(start + 1)``, … without end, prefetched."""
+        ...
+
+
+class Objective(NamedTuple):
+    """A trainable problem.
+
+    Attributes:
+        init: key -> params (pure; run under jit).
+        loss: (params, batch, key) -> (float32 scalar, metrics) (pure; run under jit and differentiated by params).
+            ``batch`` holds the arrays only; a metric is a scalar, and NaN where it is undefined for this batch (such as
+            the loss of a task that the batch has no sample of).
+        batches: where the batches come from.
+        export: (params, path, info) -> None: writes the finished model as a folder or file; ``params`` are the averaged
+            ones, on the host; ``info`` is JSON-able (steps, samples, macs, seconds, ...).
+        samples_per_step: global batch size B.
+        macs_per_sample: forward multiply-accumulates of the trained network for one sample (0 = not counted).
+        frozen: paths (names joined by '/') of leaves that are never updated, such as a fixed position table.
+        starting_params: params to start from instead of ``init`` (None = from scratch); host arrays.
+        meta: JSON-able facts fixed before the first step (such as the latent normalisation); stored with each
+            checkpoint, and a resumed run must find the same.
+    """
+
+    init: Callable[[jax.Array], Params]
+    loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]]
+    batches: Batches
+    export: Callable[[Params, str, Mapping[str, Any]], None]
+    samples_per_step: int
+    macs_per_sample: float = 0.0
+    frozen: tuple[str, ...] = ()
+    starting_params: Params | None = None
+    meta: Mapping[str, Any] = {}
