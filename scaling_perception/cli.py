@@ -1,0 +1,70 @@
+"""The command line: ``scaling-perception VERB …``, one line a verb.
+
+Each verb is a module of this package with ``EXAMPLES``, ``add_arguments(parser)`` and ``run(args)``; only the one that
+is asked for is imported, so that ``--help`` stays instant. Exit codes: 0 done; 2 the user's input is wrong (one line
+says what and how to mend it); 1 a bug or an outside failure; 130 interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.verbs import run_verb
+
+VERBS = {
+    "quickstart": "the main job end to end on the embedded scenes: data, fine-tuning, compute budgets, report",
+    "presets": "every model size: parameters, MACs, layers, width",
+    "prepare": "raw dataset to validated manifest or to a sharded latent cache",
+    "train": "train or fine-tune from a config; resumes by itself",
+    "evaluate": "error of a model on a dataset, by denoising steps and ensemble size",
+    "predict": "images, folders or globs to depth, flow or amodal masks on disk",
+    "report": "pictures, curves and tables of evaluations as one self-contained HTML page",
+    "doctor": "what is wrong with this machine: devices, versions, memory, weights, data",
+}
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: scaling-perception VERB [options]   (scaling-perception VERB --help shows examples)",
+            "",
+            "Train, scale, run and study diffusion models for depth, optical flow and amodal segmentation.",
+            "",
+            *lines,
+            "",
+            "  --version  print the version",
+        ]
+    )
+
+
+def _run(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        from scaling_perception import __version__
+
+        print(f"scaling-perception {__version__}")
+        return 0
+    verb, *rest = words
+    if verb not in VERBS:
+        raise UserError(f"unknown verb '{verb}'{did_you_mean(verb, VERBS)}")
+    return run_verb(verb, rest)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        return _run(list(sys.argv[1:] if words is None else words))
+    except UserError as error:
+        print(f"scaling-perception: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("scaling-perception: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, less) went away: not our failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,57 @@
+"""The house rules: style, types, import direction, file size, nothing machine-bound in the tree."""
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def _tool(name: str) -> str:
+    found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    if not found:
+        pytest.fail(f"{name} is not installed: pip install -e '.[test]'")
+    return found
+
+
+def _run(*words: str) -> None:
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+
+
+def _tracked(*patterns: str) -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: the list of tracked files is unknown")
+    listed = subprocess.run(["git", "ls-files", "--", *patterns], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def test_ruff():
+    _run(_tool("ruff"), "check", ".")
+
+
+def test_types():
+    _run(_tool("basedpyright"), "--pythonpath", sys.executable, "--level", "error")
+
+
+def test_imports_go_one_way():
+    _run(_tool("lint-imports"))
+
+
+def test_no_python_file_over_500_lines():
+    long = {str(path): count for path in _tracked("*.py") if (count := len(path.read_text().splitlines())) > 500}
+    assert not long
+
+
+def test_no_machine_paths_and_no_heavy_files():
+    bound = re.compile(r"(?<![\w.])/(?:work|root|home/\w+)/\w")
+    for path in _tracked("*.py", "*.md", "*.toml", "*.sh", "*.yaml"):
+        if path != Path(__file__):
+            assert not bound.search(path.read_text()), f"{path} names a path of one machine"
+    for path in _tracked():
+        assert path.stat().st_size < 5 * 2**20, f"{path} is over 5 MiB"
