@@ -42,7 +42,9 @@ class Objective(NamedTuple):
         export: (params, path, info) -> None: writes the finished model as a folder or file; ``params`` are the averaged
             ones, on the host; ``info`` is JSON-able (steps, samples, macs, seconds, ...).
         samples_per_step: global batch size B.
-        macs_per_sample: forward multiply-accumulates of the trained network for one sample (0 = not counted).
+        constants: arrays that the loss needs and nobody trains (such as a frozen autoencoder's); the loss finds them as
+            ``batch["constants"]``. Closing over them instead would bake them into the compiled program.
+        model: config of the trained network, where its multiply-accumulates can be counted (a DiTConfig), else None.
         frozen: paths (names joined by '/') of leaves that are never updated, such as a fixed position table.
         starting_params: params to start from instead of ``init`` (None = from scratch); host arrays.
         meta: JSON-able facts fixed before the first step (such as the latent normalisation); stored with each
@@ -54,7 +56,8 @@ class Objective(NamedTuple):
     batches: Batches
     export: Callable[[Params, str, Mapping[str, Any]], None]
     samples_per_step: int
-    macs_per_sample: float = 0.0
+    constants: Any = None
+    model: Any = None
     frozen: tuple[str, ...] = ()
     starting_params: Params | None = None
     meta: Mapping[str, Any] = {}
