@@ -20,6 +20,7 @@ scaling-perception doctor --json
 """
 
 _GIB = 2**30
+_PYTHON = (3, 11)
 _PACKAGES = {  # distribution: the oldest version that the tests run with
     "jax": (0, 10, 2),
     "flax": (0, 12, 8),
@@ -50,7 +51,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _check_python() -> Finding:
     version = sys.version.split()[0]
-    if sys.version_info < (3, 11):
+    if _numbers(version) < _PYTHON:
         return Finding("FAIL", "python", f"{version}: install Python 3.11 or newer")
     return Finding("ok", "python", version)
 
@@ -82,7 +83,9 @@ def _check_devices() -> list[Finding]:
         return [Finding("ok", "devices", text)]
     extra = []
     if shutil.which("nvidia-smi"):
-        extra.append(Finding("note", "cuda", "an NVIDIA driver is here but jax runs on the CPU: pip install -e '.[cuda]'"))
+        extra.append(
+            Finding("note", "cuda", "an NVIDIA driver is here but jax runs on the CPU: pip install -e '.[cuda]'")
+        )
     elif os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
         extra.append(Finding("note", "tpu", "a TPU is here but jax runs on the CPU: pip install -e '.[tpu]'"))
     return [Finding("ok", "devices", text), *extra]
@@ -124,7 +127,9 @@ def _check_weights() -> list[Finding]:
     found = []
     checks: dict[str, Callable[[], str]] = {
         "autoencoder 'tiny'": lambda: f"id {load_autoencoder('tiny').id}",
-        "model 'mini'": lambda: f"tasks {', '.join(load_model(Path(__file__).parent / 'weights' / 'mini')[1]['tasks'])}",
+        "model 'mini'": lambda: (
+            f"tasks {', '.join(load_model(Path(__file__).parent / 'weights' / 'mini')[1]['tasks'])}"
+        ),
     }
     for name, check in checks.items():
         try:
@@ -149,7 +154,14 @@ def _check_dataset(name: str, root: str) -> Finding:
 
 def findings(dataset: str | None = None, root: str = "") -> list[Finding]:
     """All findings about this machine; `dataset` adds a look into one dataset folder."""
-    found = [_check_python(), *_check_packages(), *_check_devices(), _check_arithmetic(), _check_memory(), _check_disk()]
+    found = [
+        _check_python(),
+        *_check_packages(),
+        *_check_devices(),
+        _check_arithmetic(),
+        _check_memory(),
+        _check_disk(),
+    ]
     found += _check_weights()
     if dataset:
         found.append(_check_dataset(dataset, root))

@@ -15,7 +15,8 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 
 
 def _explain(error: OSError, path: Path) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder, then run again")
+    reason = error.strerror or error
+    return UserError(f"cannot write {path}: {reason}; free space or choose another folder, then run again")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,356 @@
+"""One self-contained HTML page of a folder's evaluations: tables, error against compute, pictures, training curve.
+
+Reads every evaluation JSON and every `metrics.jsonl` below DIR; pictures are embedded, so that the page opens offline.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import write_text
+
+EXAMPLES = """
+scaling-perception report runs/quickstart
+scaling-perception report runs/quickstart --out report.html --title "My depth model"
+"""
+
+# The metric a task is judged by, how it is written, and whether less is better.
+MAIN_METRIC = {"depth": ("abs_rel", "AbsRel", True), "flow": ("epe", "EPE (px)", True), "amodal": ("iou", "IoU", False)}
+BASELINE_NAMES = {
+    "constant": "best constant (fitted)",
+    "row": "image row (fitted)",
+    "inverse_row": "1 / image row (fitted)",
+    "zero": "zero flow",
+    "oracle_mean": "mean of the true flow",
+    "visible": "visible mask itself",
+    "autoencoder": "autoencoder round trip of the truth (floor)",
+}
+_COLOURS = ("#1f5fa8", "#c8502c", "#3b8a57", "#8455a3", "#a8882c")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", metavar="DIR", help="folder with evaluation JSON files (searched below too)")
+    parser.add_argument("--out", help="page to write (default DIR/report.html)")
+    parser.add_argument("--title", default="Error against compute", help="heading of the page")
+
+
+def find_evaluations(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Every evaluation JSON below ``folder``, sorted by path: (path, content).
+
+    Raises:
+        UserError: the folder is missing or holds no evaluation.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give the folder that holds evaluation JSON files")
+    found = []
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError):
+            continue  # other people's JSON may lie here; only evaluations are ours to judge
+        if isinstance(value, dict) and "cells" in value and "task" in value:
+            found.append((path, value))
+    if not found:
+        raise UserError(
+            f"{folder} holds no evaluation: run `scaling-perception evaluate … --json {folder}/eval.json` first"
+        )
+    return found
+
+
+def paired_change(cells: list[dict], metric: str, start: dict, end: dict) -> tuple[float, float, float] | None:
+    """Mean of per-image ``end - start`` of ``metric`` with its 95 % bootstrap interval, or None if a cell is absent.
+
+    Pairing by image removes the spread between easy and hard images, which is far larger than the effect of compute.
+    """
+    from scaling_perception.evaluation.baselines import bootstrap_ci
+
+    def values(want: dict) -> dict[str, float] | None:
+        for cell in cells:
+            if all(cell[name] == value for name, value in want.items()):
+                return {row["key"]: row[metric] for row in cell["rows"]}
+        return None
+
+    first, second = values(start), values(end)
+    if first is None or second is None:
+        return None
+    change = np.asarray([second[key] - first[key] for key in first if key in second])
+    low, high = bootstrap_ci(change, seed=0)
+    return float(change.mean()), float(low), float(high)
+
+
+def _figure(draw, width: float = 4.6, height: float = 3.3) -> str:
+    """Run ``draw(axes)`` on a fresh figure; returns an <img> with the picture inside."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    draw(axes)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return _image(buffer.getvalue(), "plot")
+
+
+def _image(png: bytes, name: str) -> str:
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _interval(value: dict) -> str:
+    low, high = value["ci95"]
+    return f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def compute_table(evaluation: dict) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of error against compute: one row a (preset, steps), one column an ensemble size."""
+    metric, label, _ = MAIN_METRIC[evaluation["task"]]
+    sizes = sorted({cell["ensemble"] for cell in evaluation["cells"]})
+    head = ["preset", "steps", *[f"{label}, N = {size}" for size in sizes], "GMAC / image, N = 1"]
+    rows = []
+    for preset in dict.fromkeys(cell["preset"] for cell in evaluation["cells"]):
+        mine = [cell for cell in evaluation["cells"] if cell["preset"] == preset]
+        for steps in sorted({cell["steps"] for cell in mine}):
+            at = {cell["ensemble"]: cell for cell in mine if cell["steps"] == steps}
+            smallest = at[min(at)]
+            gmac = smallest["macs"] / smallest["ensemble"] / 1e9
+            shown = [_interval(at[size]["metrics"][metric]) if size in at else "" for size in sizes]
+            rows.append([preset, str(steps), *shown, f"{gmac:.2f}"])
+    return head, rows
+
+
+def _curves(evaluation: dict, x: str) -> str:
+    """Error against ``x`` ('steps' or 'ensemble'), the other at its largest and smallest value, a line each preset."""
+    task = evaluation["task"]
+    metric, label, less_is_better = MAIN_METRIC[task]
+    other = "ensemble" if x == "steps" else "steps"
+    cells = evaluation["cells"]
+    presets = list(dict.fromkeys(cell["preset"] for cell in cells))
+    ends = sorted({cell[other] for cell in cells})
+    ends = sorted({ends[0], ends[-1]})
+
+    def draw(axes) -> None:
+        for colour, preset in zip(_COLOURS, presets, strict=False):
+            for style, value in zip(("--", "-"), ends[-2:], strict=False):
+                line = sorted(
+                    (c for c in cells if c["preset"] == preset and c[other] == value), key=lambda cell: cell[x]
+                )
+                xs = [cell[x] for cell in line]
+                means = np.asarray([cell["metrics"][metric]["mean"] for cell in line])
+                low, high = np.asarray([cell["metrics"][metric]["ci95"] for cell in line]).T
+                name = f"{preset}, {'N' if other == 'ensemble' else 'steps'} = {value}"
+                axes.plot(xs, means, style, marker="o", ms=3.5, color=colour, label=name)
+                axes.fill_between(xs, low, high, color=colour, alpha=0.08, lw=0)
+        for style, name in zip((":", "-."), _shown_baselines(evaluation), strict=False):
+            axes.axhline(evaluation["baselines"][name]["metrics"][metric]["mean"], ls=style, color="#777", lw=1)
+            height = evaluation["baselines"][name]["metrics"][metric]["mean"]
+            axes.text(
+                axes.get_xlim()[0], height, " " + BASELINE_NAMES.get(name, name), fontsize=6, va="bottom", color="#555"
+            )
+        axes.set_xscale("log")
+        ticks = sorted({cell[x] for cell in cells})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("denoising steps" if x == "steps" else "ensemble size N")
+        axes.set_ylabel(f"{label} ({'less' if less_is_better else 'more'} is better)")
+        axes.legend(fontsize=6, frameon=False)
+
+    return _figure(draw)
+
+
+def _shown_baselines(evaluation: dict) -> list[str]:
+    """The strongest trivial answer and the floor."""
+    metric, _, less_is_better = MAIN_METRIC[evaluation["task"]]
+    trivial = {name: value for name, value in evaluation["baselines"].items() if name != "autoencoder"}
+    if not trivial:
+        return []
+    order = sorted(trivial, key=lambda name: trivial[name]["metrics"][metric]["mean"], reverse=not less_is_better)
+    return order[:1] + [name for name in evaluation["baselines"] if name == "autoencoder"]
+
+
+def _macs_curve(evaluation: dict) -> str:
+    metric, label, _ = MAIN_METRIC[evaluation["task"]]
+
+    def draw(axes) -> None:
+        for colour, preset in zip(_COLOURS, dict.fromkeys(c["preset"] for c in evaluation["cells"]), strict=False):
+            mine = [cell for cell in evaluation["cells"] if cell["preset"] == preset]
+            axes.scatter(
+                [cell["macs"] for cell in mine],
+                [cell["metrics"][metric]["mean"] for cell in mine],
+                s=[8 + 6 * cell["ensemble"] for cell in mine],
+                color=colour,
+                alpha=0.6,
+                label=preset,
+                lw=0,
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("MACs per image (DiT only); larger dot = larger ensemble")
+        axes.set_ylabel(label)
+        axes.legend(fontsize=7, frameon=False)
+
+    return _figure(draw)
+
+
+def _verdicts(evaluation: dict) -> list[str]:
+    """Plain sentences: what steps buy, what members buy, and how the model stands against trivial answers."""
+    metric, label, less_is_better = MAIN_METRIC[evaluation["task"]]
+    cells = evaluation["cells"]
+    said = []
+    for preset in dict.fromkeys(cell["preset"] for cell in cells):
+        mine = [cell for cell in cells if cell["preset"] == preset]
+        steps, sizes = sorted({c["steps"] for c in mine}), sorted({c["ensemble"] for c in mine})
+        pairs = [
+            (f"{steps[0]} → {steps[-1]} steps at N = {sizes[-1]}", {"steps": steps[0], "ensemble": sizes[-1]},
+             {"steps": steps[-1], "ensemble": sizes[-1]}),
+            (f"1 → {sizes[-1]} members at {steps[-1]} steps", {"steps": steps[-1], "ensemble": sizes[0]},
+             {"steps": steps[-1], "ensemble": sizes[-1]}),
+            (f"1 → {sizes[-1]} members at {steps[0]} step(s)", {"steps": steps[0], "ensemble": sizes[0]},
+             {"steps": steps[0], "ensemble": sizes[-1]}),
+        ]  # fmt: skip
+        for name, start, end in pairs:
+            change = None if start == end else paired_change(mine, metric, start, end)
+            if change is None:
+                continue
+            mean, low, high = change
+            better = (high < 0) if less_is_better else (low > 0)
+            worse = (low > 0) if less_is_better else (high < 0)
+            word = "better" if better else "worse" if worse else "no clear change"
+            said.append(f"{preset}: {name}: {label} {mean:+.4f} [{low:+.4f}, {high:+.4f}] — {word}.")
+    best = (min if less_is_better else max)(cells, key=lambda cell: cell["metrics"][metric]["mean"])
+    trivial = [name for name in _shown_baselines(evaluation) if name != "autoencoder"]
+    if trivial:
+        value = evaluation["baselines"][trivial[0]]["metrics"][metric]
+        said.append(
+            f"Best cell ({best['preset']}, {best['steps']} steps, N = {best['ensemble']}): {label} "
+            f"{_interval(best['metrics'][metric])}; strongest trivial answer "
+            f"({BASELINE_NAMES.get(trivial[0], trivial[0])}): {_interval(value)}."
+        )
+    return said
+
+
+def _panels(evaluation: dict, folder: Path) -> str:
+    blocks = []
+    for panel in evaluation.get("panels", []):
+        figures = []
+        for name in ("image", "prompt", "truth", "prediction", "error", "uncertainty"):
+            path = folder / panel[name] if panel.get(name) else None
+            if path and path.is_file():
+                figures.append(f"<figure>{_image(path.read_bytes(), name)}<figcaption>{name}</figcaption></figure>")
+        key = html.escape(str(panel["key"]))
+        blocks.append(f'<div class="panel"><p>{key}</p><div>{"".join(figures)}</div></div>')
+    return "".join(blocks)
+
+
+def _training_curve(path: Path) -> str:
+    """The logged loss of one run, smoothed, as a picture; empty when the file holds none."""
+    steps, losses = [], []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a line cut short by a kill
+        if "loss" in row and "step" in row:
+            steps.append(row["step"])
+            losses.append(row["loss"])
+    if len(losses) < 2:
+        return ""
+
+    def draw(axes) -> None:
+        axes.plot(steps, losses, color="#bbb", lw=0.8)
+        width = max(1, len(losses) // 20)
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        axes.plot(steps[width - 1 :], smooth, color=_COLOURS[0])
+        axes.set_xlabel("step")
+        axes.set_ylabel("training loss")
+
+    return _figure(draw)
+
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
+h1{font-size:1.7rem;margin-bottom:.2rem}
+h2{margin-top:2.4rem;border-bottom:1px solid #ddd}small,figcaption,.panel p{color:#666}
+table{border-collapse:collapse;font-size:.85rem;margin:.8rem 0;display:block;overflow-x:auto}
+th,td{padding:.25rem .7rem;border-bottom:1px solid #e5e5e5;text-align:right}
+th:first-child,td:first-child{text-align:left}
+.plots{display:flex;flex-wrap:wrap;gap:.6rem}.plots img{width:340px;max-width:100%}
+.panel>div{display:flex;flex-wrap:wrap;gap:.5rem}.panel p{margin:.8rem 0 .1rem;font-size:.8rem}
+figure{margin:0}figure img{width:160px;image-rendering:auto;display:block}figcaption{font-size:.75rem;text-align:center}
+li{margin:.15rem 0}pre{background:#f6f6f6;padding:.6rem;overflow-x:auto;font-size:.8rem}
+"""
+
+
+def _section(path: Path, evaluation: dict) -> str:
+    task = evaluation["task"]
+    metric, label, _ = MAIN_METRIC[task]
+    names = list(next(iter(evaluation["cells"]))["metrics"])
+    baselines = [
+        [
+            BASELINE_NAMES.get(name, name),
+            *[_interval(value["metrics"][m]) if m in value["metrics"] else "" for m in names],
+        ]
+        for name, value in evaluation["baselines"].items()
+    ]
+    facts = {
+        "dataset": evaluation["dataset"], "model": evaluation["model"], "images": evaluation["images"],
+        "resolution": evaluation["resolution"], "reduce": evaluation["cells"][0].get("reduce"),
+        "protocol": evaluation["protocol"].get("fingerprint", ""), "file": path.name,
+    }  # fmt: skip
+    line = " · ".join(f"{name}: {value}" for name, value in facts.items())
+    curves = [_curves(evaluation, "steps"), _curves(evaluation, "ensemble"), _macs_curve(evaluation)]
+    verdicts = "".join(f"<li>{html.escape(text)}</li>" for text in _verdicts(evaluation))
+    return (
+        f"<h2>{html.escape(task)} on {html.escape(str(evaluation['dataset']))}</h2>"
+        f"<p><small>{html.escape(line)}</small></p>"
+        f"<ul>{verdicts}</ul><div class='plots'>{''.join(curves)}</div>"
+        f"{_table(*compute_table(evaluation))}"
+        f"<p>Trivial answers and floor on the same images:</p>{_table(['', *names], baselines)}"
+        f"{_panels(evaluation, path.parent)}"
+    )
+
+
+def write_report(folder: Path, out: Path, title: str) -> Path:
+    """Write the page of all evaluations below ``folder`` to ``out``; returns ``out``.
+
+    Raises:
+        UserError: no evaluation is there, or one lacks what the page needs.
+    """
+    sections = []
+    for path, evaluation in find_evaluations(folder):
+        try:
+            sections.append(_section(path, evaluation))
+        except (KeyError, TypeError, ValueError, IndexError, StopIteration) as error:
+            raise UserError(f"{path}: not a whole evaluation ({error!r}): run `evaluate` again") from error
+    for path in sorted(folder.rglob("metrics.jsonl")):
+        if picture := _training_curve(path):
+            sections.append(f"<h2>Training, {html.escape(path.parent.name)}</h2><div class='plots'>{picture}</div>")
+    body = "".join(sections)
+    page = (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        "<p><small>Means over images with 95 % bootstrap intervals; changes are paired by image. MACs count the DiT's "
+        "forward multiply-accumulates, without the autoencoder.</small></p>"
+        f"{body}</body></html>"
+    )
+    write_text(out, page)
+    return out
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = Path(args.dir)
+    out = write_report(folder, Path(args.out) if args.out else folder / "report.html", args.title)
+    print(f"report: {out}")
+    return 0
