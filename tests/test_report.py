@@ -30,7 +30,8 @@ def _evaluation(task="depth", metric="abs_rel", change=-0.05):
                 rows = [{"key": f"k{i}", metric: float(value)} for i, value in enumerate(values)]
                 cells.append(
                     {"preset": preset, "spacing": "trailing", "schedule": "cosine", "steps": steps, "ensemble": size}
-                    | {"reduce": "lsq", "macs": 2e9 * steps * size, "seconds": 0.1, "metrics": metrics(values), "rows": rows}
+                    | {"reduce": "lsq", "macs": 2e9 * steps * size, "seconds": 0.1}
+                    | {"metrics": metrics(values), "rows": rows}
                 )
     rows = [{"key": f"k{i}", metric: 0.95} for i in range(12)]
     baselines = {name: {"metrics": metrics([0.9, 1.0]), "rows": rows} for name in ("constant", "row", "autoencoder")}
