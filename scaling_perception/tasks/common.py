@@ -1,0 +1,132 @@
+"""What every task shares: the table of passes, the options, and the checks of a raw sample."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.tasks.resize import resize_bilinear
+
+PASSES: tuple[str, ...] = ("depth", "amodal", "flow_x", "flow_y")
+"""One diffusion pass each, in the order of the released generalist's labels 1000..1003 (facts 2). Flow takes two."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskOptions:
+    """How ground truth becomes a picture; stored with a model, because decoding needs the same numbers.
+
+    Attributes:
+        flow_divisor: pixels of a 512-wide frame that stand for 1.0 in a flow picture (facts 5.2).
+        depth_quantiles: the two quantiles of the valid depths that become -1 and +1 (facts 5.1).
+        mask_threshold: a predicted object is where grey <= this, on 0..255 (facts 5.3).
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    flow_divisor: float = 75.0
+    depth_quantiles: tuple[float, float] = (0.02, 0.98)
+    mask_threshold: float = 250
+
+    def __post_init__(self) -> None:
+        low, high = (float(q) for q in self.depth_quantiles)
+        object.__setattr__(self, "depth_quantiles", (low, high))  # JSON gives a list
+        if not 0.0 <= low < high <= 1.0:
+            raise UserError(f"depth_quantiles {low}, {high} must rise within [0, 1]: the default is 0.02, 0.98")
+        if not self.flow_divisor > 0:
+            raise UserError(f"flow_divisor {self.flow_divisor} must be above 0: the default is 75")
+        if not 0 <= self.mask_threshold <= 255:
+            raise UserError(f"mask_threshold {self.mask_threshold} must be in 0..255: the default is 250")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON values."""
+        return {**dataclasses.asdict(self), "depth_quantiles": list(self.depth_quantiles)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TaskOptions:
+        """Options from a config or a model's metadata; missing ones keep their default.
+
+        Raises:
+            UserError: an unknown option or a value out of range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise UserError(f"unknown task option '{name}'{did_you_mean(name, known)}")
+        return cls(**dict(values))
+
+
+def picture(raw: Mapping[str, Any], field: str, resolution: int) -> np.ndarray:
+    """A uint8 RGB field of ``raw`` as float32 (resolution, resolution, 3) in [-1, 1], antialiased (facts 10, row 26).
+
+    Raises:
+        UserError: the field is missing or is no uint8 (H, W, 3).
+    """
+    pixels = require(raw, field)
+    if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
+        raise UserError(
+            f"sample '{raw.get('key', '?')}': {field} has shape {pixels.shape} and type {pixels.dtype}: "
+            "give an 8-bit RGB picture (H, W, 3)"
+        )
+    return to_unit(resize_bilinear(pixels, (resolution, resolution)))
+
+
+def to_unit(values: np.ndarray) -> np.ndarray:
+    """0..255 to float32 [-1, 1]."""
+    return (values.astype(np.float32) / np.float32(127.5)) - np.float32(1.0)
+
+
+def require(raw: Mapping[str, Any], field: str, like: str | None = None) -> np.ndarray:
+    """The array ``raw[field]``; with ``like`` its height and width must be those of that field.
+
+    Raises:
+        UserError: it is missing or of another size, naming the sample.
+    """
+    key = raw.get("key", "?")
+    if raw.get(field) is None:
+        raise UserError(f"sample '{key}' has no {field}, which this task needs: choose another task or add the file")
+    value = np.asarray(raw[field])
+    if like is not None:
+        other = require(raw, like)
+        if value.shape[:2] != other.shape[:2]:
+            sizes = f"{field} is {size_text(value)} but {like} is {size_text(other)}"
+            raise UserError(f"sample '{key}': {sizes}: give both the same size")
+    return value
+
+
+def size_text(array: np.ndarray) -> str:
+    """``W x H`` of an (H, W, ...) array, for messages."""
+    return "x".join(str(n) for n in array.shape[1::-1])
+
+
+def sample(
+    raw: Mapping[str, Any],
+    pass_name: str,
+    conditions: Mapping[str, np.ndarray],
+    target: np.ndarray,
+    valid: np.ndarray,
+) -> dict[str, Any]:
+    """One training sample; ``target`` (R, R) is repeated to 3 channels, (R, R, 3) is taken as it is."""
+    if target.ndim == 2:
+        target = np.repeat(target[..., None], 3, axis=-1)
+    return {
+        "image": conditions["image"],
+        "prompt": conditions["prompt"],
+        "target": np.ascontiguousarray(target, np.float32),
+        "valid": valid,
+        "task": np.int32(PASSES.index(pass_name)),
+        "label": np.int32(raw.get("label", -1)),
+        "key": str(raw.get("key", "")),
+    }
+
+
+def check_pixels(pixels: np.ndarray, passes: int) -> np.ndarray:
+    """Decoded pixels (P, M, R, R, 3) as float32; ValueError when the shape is another (a mistake of the caller)."""
+    pixels = np.asarray(pixels, np.float32)
+    if pixels.ndim != 5 or pixels.shape[0] != passes or pixels.shape[-1] != 3:
+        raise ValueError(f"decoded pixels have shape {pixels.shape}, expected ({passes}, members, R, R, 3)")
+    return pixels

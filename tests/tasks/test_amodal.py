@@ -1,0 +1,70 @@
+"""Amodal encoding and pix2gestalt's threshold."""
+
+import numpy as np
+import pytest
+
+from scaling_perception.tasks import TaskOptions, amodal
+
+OPTIONS = TaskOptions()
+
+
+def test_prompt_is_plus_minus_one_and_target_is_the_picture(make_raw):
+    raw = make_raw(16, 16)
+    sample = amodal.encode(raw, 16, OPTIONS)[0]
+    np.testing.assert_array_equal(sample["prompt"], np.where(raw["visible_mask"][..., None], 1, -1).repeat(3, -1))
+    np.testing.assert_allclose(sample["target"], raw["whole"] / 127.5 - 1, atol=1e-6)
+    assert sample["valid"].all()
+    halved = amodal.encode(raw, 8, OPTIONS)[0]
+    assert set(np.unique(halved["prompt"])) == {-1.0, 1.0}  # nearest: no grey mask
+
+
+def test_prediction_needs_no_truth(make_raw):
+    raw = make_raw(10, 14)
+    inputs = amodal.conditions({k: raw[k] for k in ("key", "image", "visible_mask")}, 8, OPTIONS)
+    assert inputs["image"].shape == inputs["prompt"].shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("size", [16, 23])
+def test_decoding_inverts_encoding_exactly(make_raw, size):
+    raw = make_raw(size, size)
+    out = amodal.decode_prediction(amodal.encode(raw, size, OPTIONS)[0]["target"][None, None], (size, size), OPTIONS)
+    assert out.shape == (1, size, size, 3)
+    np.testing.assert_array_equal(np.round((out[0] + 1) * 127.5).astype(np.uint8), raw["whole"])
+
+
+def test_decoding_clips_and_resizes():
+    pixels = np.full((1, 2, 8, 8, 3), 4.0, np.float32)
+    pixels[0, 1] = -3
+    out = amodal.decode_prediction(pixels, (3, 40), OPTIONS)
+    assert out.shape == (2, 3, 40, 3) and (out[0] == 1).all() and (out[1] == -1).all()
+
+
+def test_threshold_weighs_red_as_blue():
+    colours = np.array(
+        [
+            [255, 255, 255],  # white: background
+            [250, 250, 250],  # grey 250: object
+            [251, 251, 251],
+            [255, 255, 238],  # 0.299 on the third channel: 249.917
+            [255, 255, 239],  # 250.216
+            [211, 255, 255],  # 0.114 on the first channel: 249.984
+            [212, 255, 255],  # 250.098
+            [0, 0, 0],
+        ],
+        np.uint8,
+    )
+    rgb = (colours.astype(np.float32) / np.float32(127.5)) - 1
+    assert amodal.mask_from_whole(rgb).tolist() == [False, True, False, True, False, True, False, True]
+    assert amodal.mask_from_whole(rgb, threshold=100).tolist() == [False] * 7 + [True]
+
+
+def test_threshold_is_exact_for_every_grey():
+    grey = np.arange(256, dtype=np.uint8)
+    rgb = np.repeat((grey.astype(np.float32) / np.float32(127.5) - 1)[:, None], 3, axis=1)
+    for threshold in (17, 128, 250):
+        np.testing.assert_array_equal(amodal.mask_from_whole(rgb, threshold), grey <= threshold)
+
+
+def test_mask_of_several_members(make_raw):
+    rgb = np.random.default_rng(0).uniform(-1.2, 1.2, (3, 5, 6, 3)).astype(np.float32)
+    assert amodal.mask_from_whole(rgb).shape == (3, 5, 6)
