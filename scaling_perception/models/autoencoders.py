@@ -1,0 +1,207 @@
+"""Autoencoders by name: one small interface over every network that turns pictures into latents and back."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from scaling_perception.models import tiny_vae
+from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import atomic_path
+
+PARTS = ("encoder", "decoder")
+TINY_FOLDER = Path(__file__).resolve().parent.parent / "weights" / "tiny_vae"
+_FORMAT = "scaling-perception tiny autoencoder 1"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Autoencoder:
+    """A frozen autoencoder. ``encode`` and ``decode`` are pure functions to be jitted by the caller.
+
+    Attributes:
+        name: the name or path it was loaded by.
+        id: 12 hex digits of the encoder's weights. Latents depend on nothing else, so a cache of latents stays valid
+            when only the decoder is replaced.
+        params: ``{"encoder": tree, "decoder": tree}``, float32.
+        encode: (params, images (B, H, W, 3) in [-1, 1]) -> (mean (B, H/8, W/8, 4), log-variance or None); the mean is
+            already multiplied by Stable Diffusion's 0.18215.
+        decode: (params, latents (B, h, w, 4)) -> images (B, 8h, 8w, 3), about [-1, 1], not clipped.
+        latent_channels: 4.
+        factor: 8.
+    """
+
+    name: str
+    id: str
+    params: Any
+    encode: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array | None]]
+    decode: Callable[[Any, jax.Array], jax.Array]
+    latent_channels: int = 4
+    factor: int = 8
+    config: Any = None
+
+
+def make_tiny(name: str, config: tiny_vae.TinyVAEConfig, params: Mapping[str, Any]) -> Autoencoder:
+    """An :class:`Autoencoder` of TAESD's family from its two parameter trees."""
+
+    def encode(params: Any, images: jax.Array) -> tuple[jax.Array, None]:
+        if images.shape[1] % config.factor or images.shape[2] % config.factor:
+            raise UserError(
+                f"image size {images.shape[2]}x{images.shape[1]} is no multiple of {config.factor}, which the "
+                f"autoencoder '{name}' needs: resize or pad the images"
+            )
+        return tiny_vae.Encoder(config).apply({"params": params["encoder"]}, images), None  # type: ignore[return-value]
+
+    def decode(params: Any, latents: jax.Array) -> jax.Array:
+        return tiny_vae.Decoder(config).apply({"params": params["decoder"]}, latents)  # type: ignore[return-value]
+
+    return Autoencoder(
+        name=name,
+        id=tree_hash(params["encoder"]),
+        params=dict(params),
+        encode=encode,
+        decode=decode,
+        latent_channels=config.latent_channels,
+        factor=config.factor,
+        config=config,
+    )
+
+
+def tree_hash(tree: Mapping[str, Any]) -> str:
+    """12 hex digits of the SHA-256 of names, shapes and float32 bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(tiny_vae.flatten(tree).items()):
+        digest.update(f"{name}{leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def load_autoencoder(name_or_path: str) -> Autoencoder:
+    """Load an autoencoder.
+
+    Args:
+        name_or_path: ``"tiny"`` (the weights shipped with this package), a folder, or a hub id ``owner/name``. A folder
+            holds ``encoder.safetensors`` + ``decoder.safetensors`` (ours), ``taesd_encoder.safetensors`` +
+            ``taesd_decoder.safetensors`` (TAESD's own files), or ``diffusion_pytorch_model.safetensors`` (diffusers'
+            ``AutoencoderTiny``).
+
+    Raises:
+        UserError: nothing there, an incomplete or foreign file, a missing tensor or one of another shape.
+    """
+    if name_or_path == "tiny":
+        config, encoder = load_part(TINY_FOLDER, "encoder")
+        return make_tiny("tiny", config, {"encoder": encoder, "decoder": load_part(TINY_FOLDER, "decoder")[1]})
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        if folder.exists() or not _HUB_ID.fullmatch(name_or_path):
+            raise UserError(
+                f"autoencoder '{name_or_path}' is neither 'tiny' nor a folder nor a hub id (owner/name): "
+                "give the folder that holds the safetensors files"
+            )
+        folder = _download(name_or_path)
+    if (folder / "encoder.safetensors").exists():
+        config, encoder = load_part(folder, "encoder")
+        other, decoder = load_part(folder, "decoder")
+        if other != config:
+            raise UserError(f"{folder}: encoder and decoder are of different models: take both from one run")
+        return make_tiny(name_or_path, config, {"encoder": encoder, "decoder": decoder})
+    return make_tiny(name_or_path, tiny_vae.TAESD, _load_taesd(folder))
+
+
+def _load_taesd(folder: Path) -> dict[str, Any]:
+    single = folder / "diffusion_pytorch_model.safetensors"
+    files = {part: folder / f"taesd_{part}.safetensors" for part in PARTS}
+    if not any(file.exists() for file in files.values()) and single.exists():
+        files = dict.fromkeys(PARTS, single)
+    params = {}
+    for part, file in files.items():
+        state = read_safetensors(file)[0]
+        if any(name.startswith(("quant_conv", "encoder.conv_in")) for name in state):
+            raise UserError(f"{file}: this is an AutoencoderKL, not an AutoencoderTiny: give a TAESD folder")
+        params[part] = tiny_vae.from_torch(part, tiny_vae.TAESD, state, str(file))
+    return params
+
+
+def load_part(folder: str | Path, part: str) -> tuple[tiny_vae.TinyVAEConfig, dict[str, Any]]:
+    """One half of an autoencoder that :func:`save_part` wrote: its config and its float32 parameters (numpy).
+
+    Raises:
+        UserError: the file is missing, truncated, not ours, or a tensor is missing or of another shape.
+    """
+    file = Path(folder) / f"{part}.safetensors"
+    state, metadata = read_safetensors(file)
+    if metadata.get("format") != _FORMAT or metadata.get("part") != part:
+        raise UserError(f"{file} is no {part} written by 'scaling-perception train': give the folder of such a run")
+    config = tiny_vae.TinyVAEConfig(**json.loads(metadata["config"]))
+    shapes = tiny_vae.part_shapes(part, config)
+    for name in sorted(set(shapes) | set(state)):
+        if name not in state:
+            raise UserError(f"{file}: tensor '{name}' is missing: copy the file again")
+        if name not in shapes:
+            raise UserError(f"{file}: tensor '{name}' does not belong to the model in its own config: copy it again")
+        if state[name].shape != shapes[name]:
+            raise UserError(
+                f"{file}: tensor '{name}' has shape {state[name].shape} but {shapes[name]} is expected: "
+                "copy the file again"
+            )
+    return config, tiny_vae.unflatten({k: np.asarray(v, np.float32) for k, v in state.items()})
+
+
+def save_part(
+    folder: str | Path, part: str, config: tiny_vae.TinyVAEConfig, params: Mapping[str, Any], info: Mapping[str, Any]
+) -> Path:
+    """Write one half as float16 ``<part>.safetensors``; ``info`` (JSON-able) goes into the file's metadata."""
+    from safetensors.numpy import save_file
+
+    flat = {name: np.ascontiguousarray(leaf, np.float16) for name, leaf in tiny_vae.flatten(params).items()}
+    metadata = {
+        "format": _FORMAT,
+        "part": part,
+        "config": json.dumps(config.to_dict()),
+        "training": json.dumps(dict(info), sort_keys=True),
+    }
+    file = Path(folder) / f"{part}.safetensors"
+    with atomic_path(file) as temporary:
+        save_file(flat, temporary, metadata=metadata)
+    return file
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Every tensor of a file (bfloat16 becomes float32) and its metadata.
+
+    Raises:
+        UserError: the file is missing, truncated or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: give a folder with a whole autoencoder, or 'tiny'")
+    try:
+        with safe_open(file, framework="flax") as handle:
+            metadata = handle.metadata() or {}
+            # Through jax, because numpy alone has no bfloat16.
+            state = {name: np.asarray(handle.get_tensor(name), np.float32) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is truncated or no safetensors file ({error}): copy or download it again") from None
+    return state, metadata
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["config.json", "taesd_*.safetensors", "diffusion_pytorch_model.safetensors", "*coder.safetensors"]
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"autoencoder '{hub_id}' is no folder here and could not be fetched from the hub ({reason}): "
+            "check the name and the network, or give a folder"
+        ) from None
