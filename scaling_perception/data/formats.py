@@ -1,0 +1,417 @@
+"""Files of ground truth and pictures: .flo, .pfm, 16-bit PNG, ordinary images, and colours for flow and depth.
+
+Readers raise ``UserError`` that names the file and the mending for anything missing, truncated, corrupt or of the wrong
+kind. Writers go through ``atomic_path``: a file is whole or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import atomic_path
+
+FLO_MAGIC = 202021.25
+UNKNOWN_FLOW = 1e9
+"""Middlebury: a component beyond this is unknown."""
+
+_AGAIN = "copy or download it again"
+FilePath = str | os.PathLike[str]
+
+
+# Bytes
+
+
+def _read_bytes(path: FilePath) -> bytes:
+    with _file_errors(path):
+        return Path(path).read_bytes()
+
+
+@contextlib.contextmanager
+def _file_errors(path: FilePath) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a file: check the path") from None
+    except PermissionError:
+        raise UserError(f"{path} cannot be read: give yourself permission to read it") from None
+
+
+# Optical flow
+
+
+def read_flo(path: FilePath) -> np.ndarray:
+    """A Middlebury .flo file (facts 5.2): magic, width, height, then (u, v) interleaved, all little-endian.
+
+    Returns:
+        float32 (H, W, 2), pixels, as stored: unknown components stay huge (see ``flow_valid``).
+
+    Raises:
+        UserError: missing, wrong magic, or a length that does not fit width and height.
+    """
+    data = _read_bytes(path)
+    if len(data) < 12:
+        raise UserError(f"{path} is cut short ({len(data)} bytes, a .flo header has 12): {_AGAIN}")
+    magic, width, height = struct.unpack("<fii", data[:12])
+    if magic != FLO_MAGIC:
+        raise UserError(f"{path} is no .flo file (magic {magic:g}, not {FLO_MAGIC}): check the file")
+    wanted = 12 + 8 * width * height
+    if width < 1 or height < 1 or len(data) != wanted:
+        size = f"{len(data)} bytes where {width}x{height} needs {wanted}"
+        raise UserError(f"{path} is cut short or damaged ({size}): {_AGAIN}")
+    return np.frombuffer(data, "<f4", offset=12).reshape(height, width, 2).astype(np.float32)
+
+
+def write_flo(path: FilePath, flow: np.ndarray) -> None:
+    """Write (H, W, 2) as .flo; NaN is written as it is, so mark unknown pixels with 1e10 first."""
+    flow = np.asarray(flow)
+    if flow.ndim != 3 or flow.shape[-1] != 2:
+        raise ValueError(f"flow has shape {flow.shape}, expected (H, W, 2)")
+    with atomic_path(path) as temporary:
+        header = struct.pack("<fii", FLO_MAGIC, flow.shape[1], flow.shape[0])
+        temporary.write_bytes(header + np.ascontiguousarray(flow, "<f4").tobytes())
+
+
+def flow_valid(flow: np.ndarray) -> np.ndarray:
+    """bool (H, W): both components finite and at most ``UNKNOWN_FLOW``."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray((np.isfinite(flow) & (np.abs(flow) <= UNKNOWN_FLOW)).all(axis=-1))
+
+
+def read_kitti_flow(path: FilePath) -> tuple[np.ndarray, np.ndarray]:
+    """KITTI's 16-bit RGB PNG: (u, v, valid), flow = (stored - 32768) / 64.
+
+    Returns:
+        flow float32 (H, W, 2), -512 where the file stores 0; valid bool (H, W).
+    """
+    stored = read_png16(path)
+    if stored.ndim != 3:
+        raise UserError(f"{path} has one channel, a KITTI flow file has three: check the file")
+    flow = (stored[..., :2].astype(np.float32) - 32768) / 64
+    return flow, stored[..., 2] > 0
+
+
+def write_kitti_flow(path: FilePath, flow: np.ndarray, valid: np.ndarray | None = None) -> None:
+    """Write (H, W, 2) as KITTI's PNG, rounded to 1/64 pixel and kept within +-512; invalid pixels are stored as 0."""
+    flow = np.asarray(flow)
+    valid = flow_valid(flow) if valid is None else np.asarray(valid, bool) & flow_valid(flow)
+    known = np.where(valid[..., None], flow, 0).astype(np.float64)
+    stored = np.clip(np.round(known * 64 + 32768), 0, 65535)
+    stored = np.concatenate([stored, np.ones_like(stored[..., :1])], axis=-1)
+    write_png16(path, np.where(valid[..., None], stored, 0).astype(np.uint16))
+
+
+def read_flow(path: FilePath) -> tuple[np.ndarray, np.ndarray]:
+    """Flow by suffix: .flo, .png (KITTI), .pfm (two first of three channels), .npy.
+
+    Returns:
+        flow float32 (H, W, 2) pixels, 0 where invalid; valid bool (H, W).
+    """
+    suffix = Path(path).suffix.lower()
+    known = None
+    if suffix == ".flo":
+        flow = read_flo(path)
+    elif suffix == ".png":
+        flow, known = read_kitti_flow(path)
+    elif suffix in (".pfm", ".npy"):
+        flow = read_pfm(path) if suffix == ".pfm" else _read_npy(path)
+        if flow.ndim != 3 or flow.shape[-1] not in (2, 3):
+            raise UserError(f"{path} holds {flow.shape}: flow needs (H, W, 2)")
+        flow = flow[..., :2].astype(np.float32)
+    else:
+        raise UserError(f"{path}: unknown flow format '{suffix}': give .flo, .png (KITTI), .pfm or .npy")
+    valid = flow_valid(flow) if known is None else known & flow_valid(flow)
+    return np.where(valid[..., None], flow, np.float32(0)), valid
+
+
+# Float maps
+
+_PFM_HEADER = re.compile(rb"(PF|Pf)\s+(\d+)\s+(\d+)\s+([-+0-9.eE]+)(?:\r\n|\s)")
+
+
+def read_pfm(path: FilePath) -> np.ndarray:
+    """A portable float map of either byte order (the sign of its scale tells), rows turned to top first.
+
+    Returns:
+        float32 (H, W) or (H, W, 3), as stored (the size of the scale is not applied, as everywhere).
+    """
+    data = _read_bytes(path)
+    header = _PFM_HEADER.match(data)
+    if not header:
+        raise UserError(f"{path} is no .pfm file (its header is not PF or Pf, width, height, scale): check the file")
+    channels = 3 if header[1] == b"PF" else 1
+    width, height = int(header[2]), int(header[3])
+    try:
+        order = "<f4" if float(header[4]) < 0 else ">f4"
+    except ValueError:
+        raise UserError(f"{path} is no .pfm file (scale {header[4].decode()}): check the file") from None
+    wanted = header.end() + 4 * width * height * channels
+    if len(data) != wanted or not width or not height:
+        size = f"{len(data)} bytes where {width}x{height} needs {wanted}"
+        raise UserError(f"{path} is cut short or damaged ({size}): {_AGAIN}")
+    rows = np.frombuffer(data, order, offset=header.end()).reshape(height, width, channels)[::-1].astype(np.float32)
+    return rows if channels == 3 else rows[..., 0]
+
+
+def write_pfm(path: FilePath, array: np.ndarray) -> None:
+    """Write (H, W) or (H, W, 3) float32 as little-endian .pfm."""
+    array = np.asarray(array)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] != 3):
+        raise ValueError(f"array has shape {array.shape}, expected (H, W) or (H, W, 3)")
+    kind = "PF" if array.ndim == 3 else "Pf"
+    with atomic_path(path) as temporary:
+        header = f"{kind}\n{array.shape[1]} {array.shape[0]}\n-1.0\n".encode()
+        temporary.write_bytes(header + np.ascontiguousarray(array[::-1], "<f4").tobytes())
+
+
+def _read_npy(path: FilePath) -> np.ndarray:
+    with _file_errors(path):
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path} is no whole .npy file ({error}): save it again with numpy.save") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise UserError(f"{path} holds no array of numbers: save it again with numpy.save")
+    return array
+
+
+# PNG of 16 bits
+
+
+def read_png16(path: FilePath) -> np.ndarray:
+    """All 16 bits of a grey or RGB PNG (8-bit grey is taken too, as its numbers).
+
+    Returns:
+        uint16 (H, W) or (H, W, 3).
+    """
+    stored_as = []
+    with _open_image(path, lambda image: stored_as.extend(_raw_mode(tile.args) for tile in image.tile)) as image:
+        if image.format == "PNG" and image.mode in ("I;16", "L"):
+            return np.asarray(image).astype(np.uint16)
+        if image.format != "PNG" or stored_as != ["RGB;16B"]:
+            kind = f"a {image.format} picture of {image.mode}"
+            raise UserError(f"{path} is {kind}: give a 16-bit grey PNG for depth (16-bit RGB for KITTI flow)")
+        high = np.asarray(image)
+    # Pillow keeps 8 bits a channel. Asked for the other byte order it keeps the other half: two readings give all 16.
+    with _open_image(path, _swap_byte_order) as image:
+        return (high.astype(np.uint16) << 8) | np.asarray(image)
+
+
+def _raw_mode(args: Any) -> str:
+    return args if isinstance(args, str) else args[0]  # an interlaced picture has further arguments
+
+
+def _swap_byte_order(image: Any) -> None:
+    image.tile = [
+        tile._replace(args="RGB;16L" if isinstance(tile.args, str) else ("RGB;16L", *tile.args[1:]))
+        for tile in image.tile
+    ]
+
+
+def write_png16(path: FilePath, array: np.ndarray) -> None:
+    """Write uint16 (H, W) or (H, W, 3) as a 16-bit PNG (grey or RGB); Pillow cannot write 16-bit RGB."""
+    array = np.asarray(array)
+    if array.dtype != np.uint16 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] != 3):
+        raise ValueError(f"array is {array.dtype} {array.shape}, expected uint16 (H, W) or (H, W, 3)")
+    height, width = array.shape[:2]
+    rows = np.ascontiguousarray(array, ">u2").view(np.uint8).reshape(height, -1)
+    # Filter 2 (up): each byte minus the one above, modulo 256; one numpy line, and it compresses well.
+    filtered = np.full((height, rows.shape[1] + 1), 2, np.uint8)
+    filtered[0, 1:] = rows[0]
+    filtered[1:, 1:] = rows[1:] - rows[:-1]
+    header = struct.pack(">IIBBBBB", width, height, 16, 2 if array.ndim == 3 else 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(filtered.tobytes(), 6)), (b"IEND", b"")]
+    with atomic_path(path) as temporary:
+        body = b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+        temporary.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+def read_depth(path: FilePath, scale: float | None = None) -> np.ndarray:
+    """Depth by suffix: .png (grey integers), .pfm, .npy.
+
+    Args:
+        path: the file.
+        scale: stored units a metre. None: 1000 (millimetres) for integers, 1 for floats.
+
+    Returns:
+        float32 (H, W) metres; whatever marks invalid pixels (0, NaN, inf) is kept.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".png":
+        stored = read_png16(path)
+    elif suffix == ".pfm":
+        stored = read_pfm(path)
+    elif suffix == ".npy":
+        stored = _read_npy(path)
+    else:
+        raise UserError(f"{path}: unknown depth format '{suffix}': give a 16-bit .png, .pfm or .npy")
+    if stored.ndim == 3 and stored.shape[-1] == 1:
+        stored = stored[..., 0]
+    if stored.ndim != 2:
+        raise UserError(f"{path} holds {stored.shape}: depth needs one channel (H, W)")
+    divisor = scale if scale is not None else (1000.0 if stored.dtype.kind in "iu" else 1.0)
+    return stored.astype(np.float32) / np.float32(divisor)
+
+
+def write_depth_png(path: FilePath, depth: np.ndarray, scale: float = 1000.0) -> None:
+    """Write metres (H, W) as a 16-bit PNG of ``round(depth * scale)``; invalid (NaN, inf, <= 0) becomes 0.
+
+    Depths too far for 16 bits saturate at 65535 instead of wrapping round (facts 5.1 names that trap).
+    """
+    depth = np.asarray(depth, np.float64)
+    with np.errstate(invalid="ignore"):
+        known = np.isfinite(depth) & (depth > 0)
+    write_png16(path, np.clip(np.round(np.where(known, depth, 0) * scale), 0, 65535).astype(np.uint16))
+
+
+# Pictures and masks
+
+
+@contextlib.contextmanager
+def _open_image(path: FilePath, prepare: Any = None) -> Iterator[Image.Image]:
+    """A loaded Pillow image; Pillow reports damage with many kinds of exceptions, all become one UserError."""
+    with _file_errors(path):
+        try:
+            image = Image.open(path)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
+                raise
+            raise UserError(f"{path} is no image, or a damaged one: {_AGAIN}") from None
+        except Exception as error:
+            raise UserError(f"{path} is a damaged image ({error}): {_AGAIN}") from None
+        with image:
+            try:
+                if prepare is not None:
+                    prepare(image)
+                image.load()
+            except Exception as error:
+                raise UserError(f"{path} is cut short or damaged ({error}): {_AGAIN}") from None
+            yield image
+
+
+def read_image(path: FilePath) -> np.ndarray:
+    """Any ordinary picture as uint8 RGB (H, W, 3).
+
+    Grey is repeated, palettes and CMYK are converted, 16 bits keep their upper 8, transparency is laid on white (as
+    the whole-object pictures are), the EXIF orientation is applied, of an animation the first frame is taken.
+
+    Raises:
+        UserError: missing, damaged, no picture, or of 32-bit pixels (whose range nobody can know).
+    """
+    with _open_image(path) as image:
+        if image.mode in ("I", "F"):
+            raise UserError(f"{path} has 32-bit pixels ({image.mode}): save it as an 8-bit or 16-bit picture")
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:  # a damaged EXIF block must not cost a sound picture
+            pass
+        if image.mode.startswith("I;16"):
+            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+        return np.array(image.convert("RGB"))
+
+
+def write_image(path: FilePath, pixels: np.ndarray) -> None:
+    """Write uint8 (H, W) or (H, W, 3) in the format of the suffix."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(np.ascontiguousarray(pixels, np.uint8)).save(temporary)
+
+
+def read_mask(path: FilePath) -> np.ndarray:
+    """A mask as bool (H, W): from the middle of the range up, or above 0 where nothing exceeds 1 (0/1 masks).
+
+    Of a palette picture every colour but black is object.
+
+    Raises:
+        UserError: missing, damaged, or with transparency (is the object in the alpha or in the colours?).
+    """
+    with _open_image(path) as image:
+        if image.mode == "P":
+            return np.asarray(np.asarray(image.convert("RGB")).any(axis=-1))
+        if image.mode in ("RGBA", "LA"):
+            if np.asarray(image.getchannel("A")).min() < 255:
+                raise UserError(f"{path} has transparency, which a mask must not have: save it as grey 0 and 255")
+            image = image.convert("RGB")
+        array = np.asarray(image)
+    if array.ndim == 3:
+        array = array.max(axis=-1)
+    if array.dtype == bool or array.max() <= 1:
+        return array > 0
+    return array >= (32768 if array.max() > 255 else 128)
+
+
+# Colours
+
+
+def _colour_wheel() -> np.ndarray:
+    """Middlebury's 55 hues (Baker et al., "A Database and Evaluation Methodology for Optical Flow"), 0..255.
+
+    Six arcs red, yellow, green, cyan, blue, magenta: in each one channel is full and another rises or falls.
+    """
+    arcs = ((15, 0, 1, 1), (6, 1, 0, -1), (4, 1, 2, 1), (11, 2, 1, -1), (13, 2, 0, 1), (6, 0, 2, -1))
+    wheel = []
+    for length, full, moving, direction in arcs:
+        arc = np.zeros((length, 3))
+        ramp = np.floor(255 * np.arange(length) / length)
+        arc[:, full] = 255
+        arc[:, moving] = ramp if direction > 0 else 255 - ramp
+        wheel.append(arc)
+    return np.concatenate(wheel)
+
+
+def flow_to_color(flow: np.ndarray, max_flow: float | None = None, valid: np.ndarray | None = None) -> np.ndarray:
+    """Hue is direction, saturation is speed: Middlebury's code as RAFT draws it.
+
+    Args:
+        flow: (H, W, 2) pixels.
+        max_flow: the speed of full saturation; None takes the fastest valid pixel. Faster ones are darkened.
+        valid: bool (H, W); the others (and unknown ones) become black.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    known = flow_valid(flow) if valid is None else np.asarray(valid, bool) & flow_valid(flow)
+    flow = np.where(known[..., None], flow, 0).astype(np.float64)
+    if max_flow is None:
+        flow = flow / (np.linalg.norm(flow, axis=-1).max(initial=0) + 1e-5)
+    else:
+        flow = flow / max_flow
+    wheel = _colour_wheel() / 255.0
+    radius = np.linalg.norm(flow, axis=-1)[..., None]
+    place = (np.arctan2(-flow[..., 1], -flow[..., 0]) / np.pi + 1) / 2 * (len(wheel) - 1)
+    low = np.floor(place).astype(np.int64)
+    part = (place - low)[..., None]
+    hue = (1 - part) * wheel[low] + part * wheel[(low + 1) % len(wheel)]
+    colour = np.where(radius <= 1, 1 - radius * (1 - hue), hue * 0.75)
+    return np.where(known[..., None], np.floor(255 * colour), 0).astype(np.uint8)
+
+
+def depth_to_color(depth: np.ndarray, valid: np.ndarray | None = None, name: str = "Spectral") -> np.ndarray:
+    """Depth in [0, 1] (0 near) through a matplotlib colour map; near is red with the default, invalid is black.
+
+    Returns:
+        uint8 (H, W, 3), truncated as Marigold does.
+    """
+    import matplotlib
+
+    known = np.isfinite(depth) if valid is None else np.asarray(valid, bool) & np.isfinite(depth)
+    colour = matplotlib.colormaps[name](np.clip(np.where(known, depth, 0), 0, 1))[..., :3]
+    return np.where(known[..., None], (colour * 255).astype(np.uint8), np.uint8(0))
