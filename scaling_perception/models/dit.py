@@ -1,4 +1,4 @@
-"""The diffusion transformer (DiT, Peebles & Xie 2023), dense: patch embedding, adaLN-Zero blocks in one scan, final layer.
+"""The diffusion transformer (DiT, Peebles & Xie 2023), dense: patch embedding, adaLN-Zero blocks, final layer.
 
 Conventions are those of the published checkpoints (facts 1.1), so that they convert by renaming and transposing alone.
 Layers are stacked: each parameter under ``blocks`` has a leading layer axis L, which keeps compile time and the number
