@@ -1,0 +1,111 @@
+"""What all configs share: every field with its default, and the parser of the argument after the colon."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from scaling_perception.support.configs import convert
+from scaling_perception.support.errors import UserError, did_you_mean
+
+
+def parse_arg(arg: str, defaults: dict[str, Any]) -> ConfigDict:
+    """``model=a1,res=256`` to values of the types of ``defaults``; a bare name turns a switch on.
+
+    Raises:
+        UserError: an unknown argument, or a value of another type.
+    """
+    values = ConfigDict(defaults)
+    for part in filter(None, arg.split(",")):
+        key, equals, text = part.partition("=")
+        if key not in defaults:
+            raise UserError(f"config argument '{key}' is unknown{did_you_mean(key, defaults)}")
+        if not equals and not isinstance(defaults[key], bool):
+            raise UserError(f"config argument '{key}' has no value: write {key}=VALUE")
+        values[key] = convert(f"config argument '{key}'", defaults[key], text if equals else "true")
+    return values
+
+
+def defaults() -> ConfigDict:
+    """Every field of a training config.
+
+    Optimiser values are those of facts 8 (paper, and Marigold where the paper is silent): AdamW (0.9, 0.999),
+    eps 1e-8, no weight decay, no clipping, 100 steps of warm-up, exponential decay by 100, running average 0.9999.
+    """
+    config = ConfigDict()
+    config.seed = 2024
+    config.objective = "diffusion"  # or "autoencoder"
+
+    config.model = "XL/2"  # a preset of models/presets.py
+    config.model_changes = ConfigDict()  # fields of DiTConfig to change
+    config.resolution = 512  # pixels
+    config.autoencoder = "tiny"  # shipped name, folder or hub id
+    config.init = ""  # model folder or shipped name to start from; "" = from scratch
+
+    config.diffusion = "fixed"  # cosine, v-prediction, trailing steps
+    config.diffusion_changes = ConfigDict()
+    config.timestep_sampling = "uniform"  # or "high_noise": half of the draws from the noisiest tenth
+    config.noise = "gaussian"  # or "multires": annealed multi-resolution noise (Marigold)
+    config.latent_norm = "none"  # or "auto": per task and channel, measured once
+    config.task_options = ConfigDict({"flow_divisor": 75.0, "depth_quantiles": (0.02, 0.98), "mask_threshold": 250.0})
+
+    config.data = ConfigDict({"cache": "", "mixture": {}, "flip": True, "workers": 0})
+    config.train = ConfigDict(
+        {
+            "steps": 30_000,
+            "batch_size": 1024,
+            "log_every": 50,
+            "checkpoint_every": 1000,
+            "keep": 2,
+            "dtype": "float32",  # of activations: float32 or bfloat16
+            "remat": False,  # recompute activations in the backward pass: slower, much less memory
+            "export_dtype": "float32",  # of the exported weights: float32, bfloat16 or float16
+        }
+    )
+    config.optim = ConfigDict(
+        {
+            "name": "adamw",
+            "lr": 1.2e-4,
+            "lr_final": 1.2e-6,
+            "warmup": 100,
+            "schedule": "exponential",
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+            "grad_clip": 0.0,
+            "ema": 0.9999,
+        }
+    )
+    return config
+
+
+def source(
+    name: str, task: str, root: str = "", split: str = "train", count: int = 0, weight: float = 1.0
+) -> ConfigDict:
+    """One entry of ``data.mixture``: ``count`` 0 means all samples; ``weight`` is relative to the other entries."""
+    return ConfigDict({"source": name, "root": root, "split": split, "task": task, "count": count, "weight": weight})
+
+
+def apply(config: ConfigDict, args: ConfigDict) -> None:
+    """Set the fields that every config takes from its arguments."""
+    config.model = args.model
+    config.resolution = args.res
+    config.autoencoder = args.vae
+    config.init = args.init
+    config.diffusion = args.diffusion
+    config.data.cache = args.cache
+
+
+def apply_recipe(config: ConfigDict, args: ConfigDict) -> None:
+    """``ablation``: the values of the paper's Figs. 3, 4 and 6 (batch 32 is Marigold's: the paper gives none).
+
+    Raises:
+        UserError: no such recipe.
+    """
+    recipes = ("auto", "final", "ablation")
+    if args.recipe not in recipes:
+        raise UserError(f"config argument 'recipe' is '{args.recipe}'{did_you_mean(args.recipe, recipes)}")
+    small = args.model in {"a1", "a2", "a3", "a4", "a5", "a6", "nano", "mini"}
+    if args.recipe == "ablation" or (args.recipe == "auto" and small):
+        config.train.update({"steps": 30_000, "batch_size": 32})
+        config.optim.update({"lr": 3e-5, "lr_final": 3e-7})

@@ -1,0 +1,178 @@
+"""Config files: ``configs/depth.py:model=a1,res=256`` plus ``optim.lr=1e-4`` to one locked ConfigDict.
+
+A config is a Python file with ``get_config(arg: str = "") -> ConfigDict``; what follows the colon is its ``arg``.
+"""
+
+import ast
+import importlib.util
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from scaling_perception.support.errors import UserError, did_you_mean
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_SHIPPED = (_PACKAGE.parent / "configs", _PACKAGE / "_configs")  # a checkout's, an installed wheel's
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Run a config file and apply overrides.
+
+    Args:
+        spec: ``FILE.py`` or ``FILE.py:key=value,key=value``. A relative FILE is looked for in the working folder, then
+            in the checkout, then among the configs that ship with the package.
+        overrides: ``some.key=value``; the value must have the type of what is there. Keys can be added only where the
+            config has an empty table (such as ``model_changes``).
+
+    Returns:
+        The config, locked.
+
+    Raises:
+        UserError: no such file, or an unknown key, argument or value of the wrong type.
+    """
+    name, _, arg = spec.partition(".py:")
+    path = find_config(name if name.endswith(".py") else name + ".py")
+    module = _execute(path)
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(f"{path} has no get_config(arg): copy one of the files in configs/ and change it")
+    config = module.get_config(arg)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: get_config returns {type(config).__name__}: return an ml_collections.ConfigDict")
+    for override in overrides:
+        _override(config, override)
+    return config.lock()
+
+
+def find_config(name: str) -> Path:
+    """The file that ``name`` means; UserError lists the shipped configs when there is none."""
+    path = Path(name)
+    places = [path] if path.is_absolute() else [path, _PACKAGE.parent / path]
+    if not path.is_absolute():
+        places += [folder / path.name for folder in _SHIPPED if path.parent.name in ("", "configs")]
+    for place in places:
+        if place.is_file():
+            return place.resolve()
+    known = {"configs/" + file.name for folder in _SHIPPED for file in folder.glob("*.py") if file.stem != "common"}
+    raise UserError(f"config {name} does not exist{did_you_mean('configs/' + path.name, known)}")
+
+
+def _execute(path: Path) -> types.ModuleType:
+    """Run ``path`` as part of a package made for its folder, so that ``from . import common`` finds the common file.
+
+    A file elsewhere, copied from ours, finds ours: the shipped folders come after its own.
+    """
+    package = "_scaling_perception_configs_" + format(hash(str(path.parent)) & 0xFFFFFFFF, "x")
+    if package not in sys.modules:
+        module = types.ModuleType(package)
+        module.__path__ = [str(path.parent), *(str(folder) for folder in _SHIPPED)]
+        sys.modules[package] = module
+    name = f"{package}.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}: mend the file") from error
+    finally:
+        sys.modules.pop(name, None)
+    return module
+
+
+def _override(config: ConfigDict, text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"override '{text}' has no value: write --config.some.key=value")
+    *folders, last = key.split(".")
+    place: Any = config
+    for depth, part in enumerate([*folders, last]):
+        if not isinstance(place, ConfigDict):
+            raise UserError(f"config key '{key}': '{'.'.join(key.split('.')[:depth])}' holds one value, no keys")
+        if part in place:
+            place = place[part]
+        elif len(place) == 0 and depth == len(folders) and depth > 0:  # an open table takes any key
+            place = _Absent
+        else:
+            raise UserError(f"unknown config key '{key}'{_nearest(config, key, depth)}")
+    parent: Any = config
+    for part in folders:
+        parent = parent[part]
+    new = _literal(value) if place is _Absent else convert(f"config.{key}", place, value)
+    with parent.unlocked():
+        if isinstance(new, dict):
+            parent.pop(last, None)
+            parent[last] = ConfigDict(new)
+        else:
+            parent[last] = new
+
+
+class _Absent:
+    """Marks a key that is about to be added."""
+
+
+def _nearest(config: ConfigDict, key: str, depth: int) -> str:
+    names = flatten(config)
+    ending = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    if ending:  # `lr` for `optim.lr`
+        return f"; did you mean '{ending[0]}'?"
+    head = ".".join(key.split(".")[:depth])
+    level = {".".join(name.split(".")[: depth + 1]) for name in names if name.startswith(head)}
+    return did_you_mean(".".join(key.split(".")[: depth + 1]), level)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def convert(field: str, current: Any, text: str) -> Any:
+    """``text`` as a value of the type of ``current``.
+
+    Raises:
+        UserError: it is none, naming ``field``.
+    """
+    wanted = type(current).__name__
+    try:
+        if isinstance(current, bool):
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if isinstance(current, int):
+            number = float(text) if any(sign in text for sign in ".eE") else int(text)
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        if isinstance(current, float):
+            return float(text)
+        if isinstance(current, str):
+            return text
+        value = ast.literal_eval(text)
+        if isinstance(current, (ConfigDict, Mapping)):
+            wanted = "table such as {'depth': 4}"
+            if not isinstance(value, dict):
+                raise ValueError
+            return value
+        if isinstance(current, (list, tuple)):
+            if not isinstance(value, (list, tuple)):
+                raise ValueError
+            return type(current)(value)
+        return value
+    except (ValueError, KeyError, SyntaxError, OverflowError):
+        raise UserError(f"{field} is '{text}': give a value of type {wanted} (now {current!r})") from None
+
+
+def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Nested tables as ``{"optim.lr": 1e-4, ...}``; an empty table is kept as ``{}``."""
+    flat: dict[str, Any] = {}
+    for key in config.keys():
+        value = config[key]
+        if isinstance(value, (ConfigDict, Mapping)) and len(value):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = {} if isinstance(value, (ConfigDict, Mapping)) else value
+    return flat

@@ -1,0 +1,290 @@
+"""Train or fine-tune from a config; run the same command again to resume.
+
+What to train, on what and how is in the config file; any of its fields can be changed with --config.FIELD=VALUE. The
+work folder gets config.json, metrics.jsonl, tb/ (TensorBoard), checkpoints/ and, at the end, model/ (the averaged
+weights, ready for predict and evaluate).
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import shlex
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scaling_perception.support.errors import UserError, did_you_mean
+
+EXAMPLES = """
+scaling-perception train --config configs/mini.py --workdir runs/mini
+scaling-perception train --config configs/depth.py:model=a1,res=256,root=DATA/hypersim --workdir runs/a1
+scaling-perception train --config configs/mini.py --workdir runs/short --config.train.steps=500 --config.optim.lr=3e-4
+"""
+
+# Fields that change neither the numbers of a run nor its data: they may differ when it is resumed. Where the data lies
+# may change as well, for its content has a fingerprint of its own.
+_FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.export_dtype", "data.workers", "data.cache")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="config file, optionally with arguments: FILE.py:key=value,…")
+    parser.add_argument("--workdir", required=True, help="folder of this run; an interrupted run in it is resumed")
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate ``--config.some.key=value`` from the other words; the overrides come back as ``some.key=value``."""
+    head = "--config."
+    overrides = [word.removeprefix(head) for word in words if word.startswith(head)]
+    return [word for word in words if not word.startswith(head)], overrides
+
+
+def run(args: argparse.Namespace) -> int | None:
+    from scaling_perception.support.configs import load_config
+
+    overrides = list(getattr(args, "overrides", []))
+    words = ["scaling-perception", "train", "--config", args.config, "--workdir", args.workdir]
+    words += [f"--config.{override}" for override in overrides]
+    train(load_config(args.config, overrides), Path(args.workdir), shlex.join(words))
+    return None
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop and has saved; its code (130 or 143) is the exit code of the command."""
+
+
+def train(config: Any, workdir: Path, command: str = "the same command") -> Path:
+    """Train ``config`` in ``workdir``; returns the folder of the exported model.
+
+    Args:
+        config: a ConfigDict as ``configs/common.py`` makes it.
+        command: what to run to resume, for messages.
+
+    Raises:
+        UserError: a field is wrong, the folder belongs to another run, the disk is full, or the loss is not finite.
+        Stopped: SIGINT or SIGTERM arrived; everything up to the finished step is saved.
+    """
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from scaling_perception.parallel.mesh import make_mesh
+    from scaling_perception.support.files import write_json
+    from scaling_perception.training.checkpoints import Checkpoints
+    from scaling_perception.training.optim import make_optimizer
+    from scaling_perception.training.state import abstract_state, new_state
+    from scaling_perception.training.step import make_step
+    from scaling_perception.training.writer import Window, Writer, duration
+
+    # ---- Objective and optimiser ------------------------------------------------------------------------------------
+    total, every = config.train.steps, config.train.checkpoint_every
+    for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+        if config.train[name] < 1:
+            raise UserError(f"train.{name} is {config.train[name]}: give a whole number above 0")
+    if not 0.0 <= config.optim.ema < 1.0:
+        raise UserError(f"optim.ema is {config.optim.ema}: give a decay from 0 (no averaging) to below 1")
+    objective = _objective(config)
+    tx, schedule = make_optimizer(config.optim, total, objective.frozen)
+    identity = _plain({"config": config.to_dict(), "data": dict(objective.batches.fingerprint), "meta": objective.meta})
+
+    # ---- Mesh: data-parallel over the devices; the state is whole on each --------------------------------------------
+    mesh = make_mesh()
+    devices = mesh.size
+    if config.train.batch_size % devices:
+        raise UserError(f"train.batch_size is {config.train.batch_size}: give a multiple of the {devices} devices")
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    key = jax.device_put(jax.random.key(config.seed), whole)
+    constants = jax.device_put(objective.constants, whole)
+
+    # ---- Init or restore --------------------------------------------------------------------------------------------
+    shapes = abstract_state(objective.init, tx)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
+    _refuse_foreign(workdir)  # 4. refuse: the folder holds something that this run would overwrite
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
+    with contextlib.ExitStack() as closing:
+        closing.callback(checkpoints.close)
+        state = checkpoints.restore(abstract, lambda saved: _same_run(saved, identity, workdir), _say)
+        if state is not None:  # 1. our own earlier run
+            story = f"resuming from step {int(state.step)}"
+        elif objective.starting_params is not None:  # 2. another model's weights
+            params = jax.device_put(objective.starting_params, whole)
+            state = jax.jit(lambda params: new_state(params, tx), out_shardings=whole)(params)
+            story = f"starting from the weights of {config.init}"
+        else:  # 3. from scratch
+            state = jax.jit(lambda key: new_state(objective.init(key), tx), out_shardings=whole)(key)
+            story = "starting from scratch"
+        write_json(workdir / "config.json", identity["config"])
+        start = step = int(state.step)
+        macs = _macs(objective)
+        count = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+        _say(f"{config.model if objective.model else config.objective}: {count / 1e6:.2f} M parameters, {story}")
+        _say(f"{total} steps of {config.train.batch_size} on {devices} {jax.devices()[0].platform} device(s)")
+
+        # ---- Loop ---------------------------------------------------------------------------------------------------
+        if step < total:
+            writer = Writer(workdir, start, total)
+            closing.callback(writer.close)
+            asked = closing.enter_context(_asked_to_stop())
+            jitted = jax.jit(make_step(objective, tx, config.optim.ema), donate_argnums=0, out_shardings=whole)
+            clock, compiled = time.monotonic(), None
+            window, waited, late = Window(), 0.0, None
+
+            def take(number: int, metrics: Mapping[str, Any], keys: Sequence[str]) -> None:
+                """Look at the metrics of step ``number``; stops the run at a loss or gradient that is not finite."""
+                nonlocal clock, waited
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                    raise _diverged(number, values, keys, workdir, checkpoints.steps())
+                window.add(values)
+                writer.tick()
+                if number % config.train.log_every == 0 or number == total:
+                    steps = min(number - start, (number - 1) % config.train.log_every + 1)
+                    seconds = (time.monotonic() - clock) / steps
+                    samples = number * objective.samples_per_step
+                    row = {**window.means(), "lr": float(schedule(number - 1)), "samples": samples}
+                    row |= {"seconds_per_step": seconds, "samples_per_second": objective.samples_per_step / seconds}
+                    row |= {"data_wait": waited / steps / seconds, "macs": samples * macs}
+                    writer.report(number, row)
+                    clock, waited = time.monotonic(), 0.0
+
+            batches = objective.batches.iterate(step)
+            while step < total and not asked:
+                before = time.monotonic()
+                batch = dict(next(batches))
+                waited += time.monotonic() - before
+                keys = list(batch.pop("key", ()))
+                arrays = jax.device_put({name: np.asarray(value) for name, value in batch.items()}, split)
+                if compiled is None:
+                    compiled = jitted.lower(state, arrays, key, constants).compile()
+                    writer.say(f"compiled the step in {duration(time.monotonic() - before)}")
+                    clock, waited = time.monotonic(), 0.0
+                with jax.transfer_guard("disallow"):  # nothing may travel that is not asked for
+                    state, metrics = compiled(state, arrays, key, constants)
+                step += 1
+                if late is not None:  # one step late: the device is already busy with the next
+                    take(*late)
+                late = (step, metrics, keys)
+                if step % every == 0 or step == total or asked:  # before the next batch, and never unchecked weights
+                    take(*late)
+                    late = None
+                    checkpoints.save(state, identity)
+            if late is not None:  # the signal came after the last look
+                take(*late)
+            if asked and step < total:
+                checkpoints.save(state, identity)
+                writer.close()
+                _say(f"stopped at step {step} of {total}; to resume run: {command}")
+                raise Stopped(128 + asked[0])
+
+        # ---- Export -------------------------------------------------------------------------------------------------
+        model = workdir / "model"
+        if start == total and model.exists():
+            _say(f"already finished: {model}")
+            return model
+        info = {"steps": total, "samples": total * objective.samples_per_step, "config": identity["config"]}
+        info |= {"macs": total * objective.samples_per_step * macs, "data": identity["data"]}
+        objective.export(jax.device_get(state.ema), str(model), info)
+        _say(f"exported the averaged weights to {model}")
+        return model
+
+
+def _objective(config: Any) -> Any:
+    if config.objective == "diffusion":
+        from scaling_perception.training.diffusion import diffusion_objective
+
+        return diffusion_objective(config)
+    if config.objective == "autoencoder":
+        from scaling_perception.training.autoencoder import autoencoder_objective
+
+        return autoencoder_objective(config)
+    raise UserError(f"objective is '{config.objective}'{did_you_mean(config.objective, ('diffusion', 'autoencoder'))}")
+
+
+def _macs(objective: Any) -> float:
+    """Forward multiply-accumulates of one sample (0 where they are not counted)."""
+    if objective.model is None:
+        return 0.0
+    from scaling_perception.scaling.compute import forward_macs
+
+    return float(forward_macs(objective.model))
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON reads it back (tuples become lists), so that it compares equal to what was saved."""
+    return json.loads(json.dumps(value))
+
+
+def _refuse_foreign(workdir: Path) -> None:
+    if (workdir / "model.safetensors").exists():
+        raise UserError(f"{workdir} is a model, not a work folder: start from it with --config.init and choose another")
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file: choose another --workdir")
+    if (workdir / "model").exists() and not (workdir / "checkpoints").exists():
+        raise UserError(f"{workdir} holds a finished model without checkpoints: choose another --workdir, or move it")
+
+
+def _same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
+    """Raise a UserError that says what changed, unless ``saved`` and ``now`` describe the same run."""
+    from scaling_perception.support.configs import flatten
+
+    for part, what in (("config", "config"), ("data", "data"), ("meta", "model")):
+        old, new = flatten(saved.get(part, {})), flatten(now[part])
+        for name in sorted(old.keys() | new.keys()):
+            free = part == "config" and (name in _FREE or (name.startswith("data.") and name.endswith(".root")))
+            if old.get(name) != new.get(name) and not free:
+                was, is_now = (json.dumps(side.get(name, "absent"))[:80] for side in (old, new))
+                raise UserError(
+                    f"cannot resume in {workdir}: {what} {name} was {was} and is now {is_now}; "
+                    "restore it, or choose another --workdir"
+                )
+
+
+def _diverged(
+    step: int, values: Mapping[str, float], keys: Sequence[str], workdir: Path, good: Sequence[int]
+) -> UserError:
+    """The error for a loss that is not finite; all sample keys go to ``bad_batch.json``."""
+    from scaling_perception.support.files import write_json
+
+    told = {name: repr(value) for name, value in values.items()}
+    write_json(workdir / "bad_batch.json", {"step": step, "keys": list(keys), "metrics": told})
+    last = f"the last good checkpoint is step {good[-1]}" if good else "no checkpoint was saved before"
+    bad = workdir / "bad_batch.json"
+    return UserError(
+        f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step} (samples {', '.join(keys[:3])}…, all in"
+        f" {bad}; {last}): lower optim.lr or set optim.grad_clip=1, and look at these samples"
+    )
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM append themselves to, so that the step under way can finish.
+
+    A second SIGINT interrupts at once. Outside the main thread, where Python allows no handlers, the list stays empty.
+    """
+    asked: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+        _say(
+            "stopping after this step; saving (Ctrl-C again: stop at once, losing the steps since the last checkpoint)"
+        )
+
+    before: dict[int, Callable[..., Any] | int | None] = {}
+    with contextlib.suppress(ValueError):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(line: str) -> None:
+    import sys
+
+    print(line, file=sys.stderr, flush=True)

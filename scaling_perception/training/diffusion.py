@@ -1,0 +1,324 @@
+"""The diffusion objective: denoise the latent of a task's picture, given the image and the prompt (facts 2 and 4).
+
+Per sample, with z = (target latent - shift[task]) / scale[task] and alpha_bar of the schedule:
+
+    x_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps                               (1)
+    input = [image latent, prompt latent, x_t] on the channel axis (no prompt when cond_channels is 4)
+    loss = mean over valid latent cells of (network(input, t, label)[..., :4] - y)^2    (2)
+
+where y is eps, z or v (``diffusion.targets``). Variance channels, if the network has them, are not trained here: they
+exist so that released checkpoints fit (facts 10, row 21). No label is ever dropped (row 23).
+
+Words: B batch, h w latent sides, R pixels; latents are (B, h, w, 4) float32.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from scaling_perception.diffusion.noise import annealed_strength, pyramid_noise
+from scaling_perception.diffusion.schedules import TRAIN_STEPS, DiffusionPreset, get_diffusion
+from scaling_perception.diffusion.targets import add_noise, latent_mask, masked_mse, training_target
+from scaling_perception.models.dit import DiT, DiTConfig, abstract_params, frozen_paths, init_params
+from scaling_perception.models.presets import at_resolution, get_preset
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.tasks import PASSES, TaskOptions, pass_indices
+from scaling_perception.training.objective import Batches, Metrics, Objective
+from scaling_perception.training.state import named_leaves, path_name
+from scaling_perception.training.step import is_frozen
+
+LATENT = 4  # channels of every latent
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+TIMESTEP_SAMPLINGS = ("uniform", "high_noise")
+NOISES = ("gaussian", "multires")
+LATENT_NORMS = ("none", "auto")
+
+_HIGH = 900  # `high_noise`: half of the draws come from 900..999
+_NORM_SAMPLES = 1024  # samples that `latent_norm=auto` measures
+_SMALLEST_SCALE = 1e-2  # a channel that hardly varies must not be blown up to unit variance
+
+
+def sample_timesteps(key: jax.Array, batch: int, sampling: str) -> jax.Array:
+    """Training timesteps, int32 (B,) in 0..999.
+
+    ``uniform``: as in the paper. ``high_noise``: with probability 1/2 uniform over all, else uniform over 900..999,
+    the levels where few-step sampling on the trailing grid spends its steps (one step runs at 999 alone).
+    """
+    every, top, which = jax.random.split(key, 3)
+    t = jax.random.randint(every, (batch,), 0, TRAIN_STEPS)
+    if sampling == "uniform":
+        return t
+    high = jax.random.randint(top, (batch,), _HIGH, TRAIN_STEPS)
+    return jnp.where(jax.random.bernoulli(which, 0.5, (batch,)), high, t)
+
+
+def labels_of(task: jax.Array, dit: DiTConfig) -> jax.Array:
+    """Row of the label table, int32 (B,): first task label + pass, or the null label for a specialist (facts 2)."""
+    return dit.num_classes + task if dit.task_labels else jnp.full_like(task, dit.null_label)
+
+
+def make_loss(
+    model: Any, preset: DiffusionPreset, config: ConfigDict, norm: Mapping[str, Any], encode: Callable[..., Any] | None
+) -> Callable[[Any, Mapping[str, Any], jax.Array], tuple[jax.Array, Metrics]]:
+    """The loss of equation (2) as (params, batch, key) -> (scalar, metrics).
+
+    Args:
+        model: a DiT. norm: {"shift": 4 x [4], "scale": 4 x [4]} by pass. encode: (autoencoder params, pixels) -> latent
+        mean for batches of pixels (then ``batch["constants"]`` holds those params), None for batches of latents.
+    """
+    dit = model.config
+    alpha_bar = np.asarray(preset.alphas_cumprod(), np.float32)
+    shift, scale = np.asarray(norm["shift"], np.float32), np.asarray(norm["scale"], np.float32)
+    passes = sorted({index for task in tasks_of(config) for index in pass_indices(task)})
+
+    def loss(params: Any, batch: Mapping[str, Any], key: jax.Array) -> tuple[jax.Array, Metrics]:
+        image, prompt, target, valid = latents_of(batch, encode, dit.cond_channels)
+        task = batch["task"].astype(jnp.int32)
+        clean = (target - jnp.asarray(shift)[task][:, None, None]) / jnp.asarray(scale)[task][:, None, None]
+        clean = jnp.where(valid[..., None], clean, 0.0)  # what hides under the mask may be anything, even NaN
+        key_t, key_noise = jax.random.split(key)
+        t = sample_timesteps(key_t, clean.shape[0], config.timestep_sampling)
+        if config.noise == "multires":
+            eps = pyramid_noise(key_noise, clean.shape, annealed_strength(t))
+        else:
+            eps = jax.random.normal(key_noise, clean.shape)
+        level = jnp.asarray(alpha_bar)[t]
+        noisy = add_noise(clean, eps, level)
+        wanted = training_target(preset.prediction, clean, eps, level)
+        parts = [image, noisy] if dit.cond_channels == LATENT else [image, prompt, noisy]
+        got = model.apply({"params": params}, jnp.concatenate(parts, axis=-1), t, labels_of(task, dit))[..., :LATENT]
+        value = masked_mse(got, wanted, valid)
+        metrics = {"valid": jnp.mean(valid.astype(jnp.float32))}
+        if len(passes) > 1:
+            for index in passes:
+                cells = valid & (task == index)[:, None, None]
+                own = masked_mse(jax.lax.stop_gradient(got), wanted, cells)
+                metrics[f"loss_{PASSES[index]}"] = jnp.where(jnp.any(cells), own, jnp.nan)
+        return value, metrics
+
+    return loss
+
+
+def latents_of(
+    batch: Mapping[str, Any], encode: Callable[..., Any] | None, cond_channels: int
+) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
+    """(image, prompt or None, target, valid) of a batch: latents float32 (B, h, w, 4), encoded if pixels; (B, h, w)."""
+    names = ["image", "prompt", "target"] if cond_channels > LATENT else ["image", "target"]
+    valid = batch["valid"]
+    if encode is None:
+        found = {name: batch[name].astype(jnp.float32) for name in names}
+    else:
+        # one call over all of them: fewer, larger convolutions
+        pixels = jnp.concatenate([batch[name].astype(jnp.float32) for name in names])
+        latents = jax.lax.stop_gradient(encode(batch["constants"], pixels))
+        found = dict(zip(names, jnp.split(latents.astype(jnp.float32), len(names)), strict=True))
+        valid = latent_mask(valid, valid.shape[1] // found["target"].shape[1])
+    return found["image"], found.get("prompt"), found["target"], valid
+
+
+def measure_latent_norm(
+    batches: Batches, batch_size: int, latents: Callable[[Mapping[str, Any]], Any]
+) -> dict[str, Any]:
+    """Per-pass, per-channel mean and standard deviation of target latents over the first 1,024 samples' valid cells.
+
+    Passes without a sample keep shift 0 and scale 1. ``latents``: batch -> (target (B, h, w, 4), valid (B, h, w)).
+
+    Returns:
+        {"shift": [[4] * 4], "scale": [[4] * 4]}, JSON-able.
+    """
+    cells, total, square = np.zeros((len(PASSES), 1)), np.zeros((len(PASSES), LATENT)), np.zeros((len(PASSES), LATENT))
+    for step in range(max(1, math.ceil(_NORM_SAMPLES / batch_size))):
+        batch = batches.at(step)
+        target, valid = (np.asarray(part) for part in latents(batch))
+        for index in range(len(PASSES)):
+            chosen = target[np.asarray(valid, bool) & (np.asarray(batch["task"]) == index)[:, None, None]]
+            chosen = chosen.astype(np.float64)
+            cells[index] += len(chosen)
+            total[index] += chosen.sum(axis=0)
+            square[index] += np.square(chosen).sum(axis=0)
+    many = np.maximum(cells, 1)
+    mean = total / many
+    deviation = np.sqrt(np.maximum(square / many - np.square(mean), 0.0))
+    scale = np.where(cells > 1, np.maximum(deviation, _SMALLEST_SCALE), 1.0)
+    # rounded, so that the numbers in the model's config.json are the numbers that were trained with
+    return {"shift": np.round(mean, 6).tolist(), "scale": np.round(scale, 6).tolist()}
+
+
+def tasks_of(config: ConfigDict) -> list[str]:
+    """The tasks of ``data.mixture``, in the order of their passes."""
+    names = {entry.task for entry in config.data.mixture.values()}
+    return sorted(names, key=lambda name: pass_indices(name)[0])
+
+
+def starting_point(init: str, dit: DiTConfig, frozen: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
+    """(params, meta) of the model folder or shipped name ``init``, checked against the network ``dit``.
+
+    Frozen leaves (the position table, which depends on the resolution) are made anew instead of read.
+
+    Raises:
+        UserError: no such model, or a tensor of another shape, naming it.
+    """
+    from scaling_perception.interop.model_folder import load_model
+
+    params, meta = load_model(str(find_model(init)))
+    wanted, found = named_leaves(abstract_params(dit)), named_leaves(params)
+    for name in sorted(wanted.keys() | found.keys()):
+        if is_frozen(name, frozen) and name in wanted:
+            continue
+        shapes = [tuple(tree[name].shape) if name in tree else "absent" for tree in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"init: {name} is {shapes[0]} in {init} and {shapes[1]} in this config's model: "
+                "choose the preset and model_changes that it was made with"
+            )
+    held = {name for name in wanted if is_frozen(name, frozen)}
+
+    @jax.jit
+    def fresh() -> dict[str, jax.Array]:  # jit drops what is not asked for
+        leaves = named_leaves(init_params(dit, jax.random.key(0)))
+        return {name: leaves[name] for name in held}
+
+    tables = fresh()
+
+    def choose(path: tuple[Any, ...], _: Any) -> np.ndarray:
+        name = path_name(path)
+        return np.asarray(tables[name] if name in held else found[name], np.float32)
+
+    return jax.tree_util.tree_map_with_path(choose, abstract_params(dit)), meta
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: a path, a training workdir (its ``model/``), or a name that ships with the package."""
+    path = Path(name)
+    shipped = Path(__file__).resolve().parents[1] / "weights"
+    for place in (path, path / "model", shipped / name):
+        if (place / "config.json").is_file() and (place / "model.safetensors").is_file():
+            return place
+    known = [folder.parent.name for folder in shipped.glob("*/config.json")]
+    hint = did_you_mean(name, known) if known else ""
+    raise UserError(f"init: no model '{name}': give a folder with config.json and model.safetensors{hint}")
+
+
+def diffusion_objective(config: ConfigDict, batches: Batches | None = None) -> Objective:
+    """The objective of a config with ``objective = "diffusion"``.
+
+    Args:
+        config: see ``configs/common.py``.
+        batches: batches to use in place of those that ``config.data`` describes.
+
+    Raises:
+        UserError: a field with an unknown value, or fields that contradict each other or the data.
+    """
+    for field, options in (("timestep_sampling", TIMESTEP_SAMPLINGS), ("noise", NOISES), ("latent_norm", LATENT_NORMS)):
+        if config[field] not in options:
+            raise UserError(f"{field} is '{config[field]}'{did_you_mean(config[field], options)}")
+    for field in ("dtype", "export_dtype"):
+        if config.train[field] not in DTYPES:
+            raise UserError(f"train.{field} is '{config.train[field]}'{did_you_mean(config.train[field], DTYPES)}")
+    dit = network_of(config)
+    preset = get_diffusion(config.diffusion, **config.diffusion_changes.to_dict())
+    options = TaskOptions.from_dict(config.task_options.to_dict())
+    if batches is None:
+        from scaling_perception.data.pipeline import open_batches
+
+        data = {**config.data.to_dict(), "resolution": config.resolution, "task_options": options.to_dict()}
+        batches = open_batches(ConfigDict(data), config.train.batch_size, config.seed)
+    encode, constants = _encoder(config, batches)
+
+    frozen = tuple(frozen_paths(dit))
+    start, start_meta = starting_point(config.init, dit, frozen) if config.init else (None, {})
+    norm = _latent_norm(config, batches, encode, constants, start_meta)
+    model = DiT(dit, dtype=DTYPES[config.train.dtype], remat=config.train.remat)
+    meta = {
+        "format": 1,
+        "model": dataclasses.asdict(dit),
+        "resolution": config.resolution,
+        "autoencoder": config.autoencoder,
+        "diffusion": dataclasses.asdict(preset),
+        "tasks": tasks_of(config),
+        "task_options": options.to_dict(),
+        "latent_norm": norm,
+    }
+
+    def export(params: Any, path: str, info: Mapping[str, Any]) -> None:
+        from scaling_perception.interop.model_folder import save_model
+
+        dtype = DTYPES[config.train.export_dtype]
+        small = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf, dtype)), params)
+        save_model(path, small, {**meta, "training": dict(info)})
+
+    return Objective(
+        init=lambda key: init_params(dit, key),
+        loss=make_loss(model, preset, config, norm, encode),
+        batches=batches,
+        export=export,
+        samples_per_step=config.train.batch_size,
+        constants=constants,
+        model=dit,
+        frozen=frozen,
+        starting_params=start,
+        meta=meta,
+    )
+
+
+def network_of(config: ConfigDict) -> DiTConfig:
+    """The DiTConfig of a config, for its resolution.
+
+    Raises:
+        UserError: unknown preset or change, or a network that cannot serve the tasks of the mixture.
+    """
+    dit = at_resolution(get_preset(config.model, **config.model_changes.to_dict()), config.resolution)
+    passes = [index for task in tasks_of(config) for index in pass_indices(task)]
+    if not passes:
+        raise UserError("data.mixture is empty: name at least one source and its task")
+    names = ", ".join(tasks_of(config))
+    if len(passes) > 1 and not dit.task_labels:
+        raise UserError(f"{len(passes)} passes ({names}) need labels: set model_changes.task_labels=4")
+    if dit.cond_channels not in (LATENT, 2 * LATENT):
+        raise UserError(f"model_changes.cond_channels is {dit.cond_channels}: use 4 (image) or 8 (image and prompt)")
+    if dit.cond_channels == LATENT and tasks_of(config) != ["depth"]:
+        raise UserError("model_changes.cond_channels is 4, without a prompt: flow and amodal need 8")
+    return dit
+
+
+def _encoder(config: ConfigDict, batches: Batches) -> tuple[Callable[..., Any] | None, Any]:
+    """(encode, its params) when batches are pixels, (None, None) when they are latents; and a check of their size."""
+    target = batches.at(0)["target"]
+    if target.shape[-1] == 3:
+        from scaling_perception.models.autoencoders import load_autoencoder
+
+        vae = load_autoencoder(config.autoencoder)
+        return (lambda params, images: vae.encode(params, images)[0]), vae.params
+    side = config.resolution // 8
+    if target.shape[1:] != (side, side, LATENT):
+        raise UserError(
+            f"data.cache {config.data.cache} holds latents of {target.shape[1] * 8} pixels and resolution is "
+            f"{config.resolution}: set resolution={target.shape[1] * 8} or prepare another cache"
+        )
+    return None, None
+
+
+def _latent_norm(
+    config: ConfigDict, batches: Batches, encode: Callable[..., Any] | None, constants: Any, start: Mapping[str, Any]
+) -> dict[str, Any]:
+    if start.get("latent_norm"):  # weights expect the normalisation that they were trained with
+        return dict(start["latent_norm"])
+    if config.latent_norm == "none":
+        return {"shift": [[0.0] * LATENT] * len(PASSES), "scale": [[1.0] * LATENT] * len(PASSES)}
+
+    @jax.jit
+    def encoded(fields: Mapping[str, Any]) -> Any:
+        return latents_of(fields, encode, LATENT)[2:]
+
+    def latents(batch: Mapping[str, Any]) -> Any:
+        fields = {name: batch[name] for name in ("image", "target", "valid")}
+        return encoded({**fields, "constants": constants}) if encode else (batch["target"], batch["valid"])
+
+    return measure_latent_norm(batches, config.train.batch_size, latents)

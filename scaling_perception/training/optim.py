@@ -1,0 +1,130 @@
+"""Optimisers and learning-rate schedules (facts 8: the paper's values, and Marigold's where the paper is silent)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+from optax import contrib
+
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.training.state import path_name
+from scaling_perception.training.step import is_frozen
+
+OPTIMIZERS = ("adamw", "adam", "muon")
+SCHEDULES = ("exponential", "cosine", "constant")
+
+# Layers that read pixels or write them stay with AdamW under Muon, as Muon's authors advise for a network's two ends.
+_ENDS = ("embed", "final")
+
+
+def make_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
+    """Learning rate by step n, for a run of ``steps`` steps with ``w = optim.warmup`` steps of linear warm-up.
+
+    In a run shorter than 2 w, w is half the run.
+
+    n < w: ``lr n / w``. After that, with p = (n - w) / (steps - w) held at 1 from the end on:
+    ``exponential``: ``lr exp(ln(lr_final / lr) p)`` (Marigold's IterExponential, facts 8); ``cosine``: from lr to
+    lr_final along half a cosine; ``constant``: lr.
+
+    Raises:
+        UserError: unknown schedule, or a value that makes no schedule.
+    """
+    name, lr, final, warmup = optim.schedule, float(optim.lr), float(optim.lr_final), int(optim.warmup)
+    if name not in SCHEDULES:
+        raise UserError(f"optim.schedule: unknown schedule '{name}'{did_you_mean(name, SCHEDULES)}")
+    if not lr > 0:
+        raise UserError(f"optim.lr is {lr}: give a rate above zero")
+    if name == "exponential" and not final > 0:
+        raise UserError(f"optim.lr_final is {final}: exponential decay ends above zero (or use optim.schedule=cosine)")
+    if steps < 1 or warmup < 0:
+        raise UserError(f"train.steps is {steps} and optim.warmup {warmup}: give at least 1 and 0")
+    warmup = min(warmup, steps // 2)
+
+    def schedule(count: Any) -> jax.Array:
+        n = jnp.asarray(count, jnp.float32)
+        past = jnp.clip((n - warmup) / (steps - warmup), 0.0, 1.0)
+        if name == "exponential":
+            decayed = lr * jnp.exp(jnp.log(final / lr) * past)
+        elif name == "cosine":
+            decayed = final + (lr - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * past))
+        else:
+            decayed = jnp.full_like(past, lr)
+        return jnp.where(n < warmup, lr * n / max(warmup, 1), decayed)
+
+    return schedule
+
+
+def is_matrix(name: str) -> bool:
+    """Whether the leaf holds weights of a linear map. By name, for stacked biases (L, D) have two axes as well."""
+    return name.rsplit("/", 1)[-1] == "kernel"
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: kernels, neither biases, norms, tables nor position embeddings."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path_name(path)), params)
+
+
+def muon_axes(params: Any) -> Any:
+    """Which axes of each leaf Muon orthogonalises; None = the leaf belongs to AdamW.
+
+    Kernels inside ``blocks`` are stacked (L, in, out): the layer axis is left out of both lists, and optax then treats
+    each layer by itself (``MuonDimensionNumbers``: unlisted axes are batch axes). Other kernels (in, out) are
+    taken whole. Kernels at the network's ends, convolutions, biases, norms and tables get AdamW.
+    """
+
+    def axes(path: tuple[Any, ...], leaf: Any) -> contrib.MuonDimensionNumbers | None:
+        name = path_name(path)
+        stacked = 1 if "blocks" in name.split("/") else 0
+        if not is_matrix(name) or leaf.ndim != stacked + 2:
+            return None
+        if not stacked and any(end in name for end in _ENDS):
+            return None
+        return contrib.MuonDimensionNumbers(reduction_axis=stacked, output_axis=stacked + 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def make_optimizer(
+    optim: ConfigDict, steps: int, frozen: tuple[str, ...] = ()
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser of ``config.optim`` and its schedule.
+
+    Leaves in ``frozen`` (names as in ``Objective.frozen``) get no update, no moments and no part in clipping.
+    ``grad_clip`` 0 means no clipping. Muon's updates are scaled to AdamW's size (consistent RMS 0.2), so that one
+    learning rate serves both kinds of leaves.
+
+    Raises:
+        UserError: unknown optimiser, or values it cannot work with.
+    """
+    if optim.name not in OPTIMIZERS:
+        raise UserError(f"optim.name: unknown optimiser '{optim.name}'{did_you_mean(optim.name, OPTIMIZERS)}")
+    if optim.name == "adam" and optim.weight_decay:
+        raise UserError("optim.weight_decay is set, but adam has none: use optim.name=adamw")
+    schedule = make_schedule(optim, steps)
+    if optim.name == "adamw":
+        core = optax.adamw(schedule, optim.b1, optim.b2, optim.eps, weight_decay=optim.weight_decay, mask=decay_mask)
+    elif optim.name == "adam":
+        core = optax.adam(schedule, optim.b1, optim.b2, optim.eps)
+    else:
+        core = contrib.muon(
+            schedule,
+            weight_decay=optim.weight_decay,
+            adam_b1=optim.b1,
+            adam_b2=optim.b2,
+            eps=optim.eps,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=muon_axes,
+        )
+    if optim.grad_clip:
+        core = optax.chain(optax.clip_by_global_norm(optim.grad_clip), core)
+    if not frozen:
+        return core, schedule
+
+    def kinds(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "held" if is_frozen(path_name(path), frozen) else "trained", params
+        )
+
+    return optax.partition({"trained": core, "held": optax.set_to_zero()}, kinds), schedule
