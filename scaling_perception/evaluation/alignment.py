@@ -1,0 +1,83 @@
+"""Least-squares scale and shift of an affine-invariant prediction to the truth: closed form, float64, on the host.
+
+Affine-invariant depth is scored after the best s * prediction + t in depth space over the valid pixels (Ranftl et al.
+2020; Marigold's protocol). The fit is per image, and per component where a flow is fitted.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Fit(NamedTuple):
+    """truth is about scale * prediction + shift (shift in the truth's unit)."""
+
+    scale: float
+    shift: float
+
+
+def valid_values(pred: Any, gt: Any, valid: Any | None) -> tuple[np.ndarray, np.ndarray]:
+    """The valid entries of a prediction and its truth, float64 (n,) each.
+
+    Args:
+        pred, gt: the same shape.
+        valid: bool of that shape; None takes every entry. The truth may be anything where it is not valid.
+
+    Raises:
+        ValueError: shapes differ, or a valid entry is NaN or infinite: a broken model must not score as a bad one.
+    """
+    pred, gt = np.asarray(pred), np.asarray(gt)
+    mask = np.ones(gt.shape, bool) if valid is None else np.asarray(valid, bool)
+    if not pred.shape == gt.shape == mask.shape:
+        raise ValueError(f"prediction {pred.shape}, truth {gt.shape} and valid mask {mask.shape} differ in shape")
+    values, truth = pred[mask].astype(np.float64), gt[mask].astype(np.float64)
+    for name, entries in (("prediction", values), ("truth", truth)):
+        broken = int(np.count_nonzero(~np.isfinite(entries)))
+        if broken:
+            raise ValueError(f"the {name} is NaN or infinite at {broken} of {entries.size} valid pixels")
+    return values, truth
+
+
+def fit_scale_shift(pred: Any, gt: Any, valid: Any | None = None) -> Fit:
+    """The scale and shift that minimise sum (scale * pred + shift - gt)^2 over the valid pixels.
+
+    Degenerate cases have defined answers: a constant prediction (or one valid pixel) gives scale 0 and the mean of the
+    truth, which is the best a constant can do; no valid pixel gives (1, 0). The scale may be negative.
+
+    Args:
+        pred, gt: (H, W) or any same shape; gt in metres for depth.
+        valid: bool of that shape; None takes every pixel.
+
+    Raises:
+        ValueError: shapes differ, or a valid pixel is NaN or infinite.
+    """
+    values, truth = valid_values(pred, gt, valid)
+    if values.size == 0:
+        return Fit(1.0, 0.0)
+    mean, mean_truth = float(values.mean()), float(truth.mean())
+    centred = values - mean  # centring first keeps the digits that the textbook normal equations lose
+    variance = float(np.mean(centred**2))
+    if variance <= 1e-28 * max(mean**2, np.finfo(np.float64).tiny):
+        return Fit(0.0, mean_truth)
+    scale = float(np.mean(centred * (truth - mean_truth))) / variance
+    return Fit(scale, mean_truth - scale * mean)
+
+
+def align(
+    pred: Any, gt: Any, valid: Any | None = None, minimum: float | None = None, maximum: float | None = None
+) -> np.ndarray:
+    """The prediction after its least-squares scale and shift, clipped to the range of the data set.
+
+    Args:
+        pred, gt, valid: as in `fit_scale_shift`.
+        minimum, maximum: metres; None leaves that side open.
+
+    Returns:
+        float64 of pred's shape.
+
+    Raises:
+        ValueError: as `fit_scale_shift`.
+    """
+    scale, shift = fit_scale_shift(pred, gt, valid)
+    aligned = scale * np.asarray(pred, np.float64) + shift
+    return aligned if minimum is None and maximum is None else np.clip(aligned, minimum, maximum)

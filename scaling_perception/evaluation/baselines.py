@@ -1,0 +1,99 @@
+"""Answers that need no model, to be beaten before a figure means anything, and the confidence interval of a mean.
+
+The depth answers are fitted to the truth itself (as the metric's own alignment would), so they are the best of their
+kind: what looking at the picture must improve upon.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def depth_baselines(gt: Any, valid: Any | None = None) -> dict[str, np.ndarray]:
+    """Depth without an image: three least-squares fits over the valid pixels.
+
+    ``constant``: one depth (the mean). ``row``: a + b * row. ``inverse_row``: 1 / (a + b * row), fitted in inverse
+    depth (a plane seen in perspective has an inverse depth linear in the row), clipped to the range of the valid truth.
+
+    Args:
+        gt: (H, W) metres, positive where valid.
+        valid: (H, W) bool; None takes every pixel.
+
+    Returns:
+        {name: float64 (H, W) metres}.
+
+    Raises:
+        ValueError: no pixel is valid.
+    """
+    gt = np.asarray(gt, np.float64)
+    mask = np.ones(gt.shape, bool) if valid is None else np.asarray(valid, bool)
+    if not mask.any():
+        raise ValueError("no valid pixel: leave this image out")
+    depth = gt[mask]
+    height, width = gt.shape
+    # Centred rows of unit scale keep the two columns of the fit apart; one valid row leaves the slope at 0.
+    row = np.repeat((np.arange(height) / max(height, 1) - 0.5)[:, None], width, axis=1)
+
+    def line(values: np.ndarray) -> np.ndarray:
+        design = np.stack([np.ones_like(values), row[mask]], axis=-1)
+        (offset, slope), *_ = np.linalg.lstsq(design, values, rcond=None)
+        return offset + slope * row
+
+    nearness = np.clip(line(1 / depth), 1 / depth.max(), 1 / depth.min())
+    return {"constant": np.full(gt.shape, depth.mean()), "row": line(depth), "inverse_row": 1 / nearness}
+
+
+def flow_baselines(gt: Any, valid: Any | None = None) -> dict[str, np.ndarray]:
+    """Flow without an image: ``zero``, and ``oracle_mean``, the mean true flow over the valid pixels everywhere.
+
+    Args:
+        gt: (H, W, 2) pixels.
+        valid: (H, W) bool; None takes every pixel.
+
+    Returns:
+        {name: float64 (H, W, 2) pixels}.
+
+    Raises:
+        ValueError: no pixel is valid.
+    """
+    gt = np.asarray(gt, np.float64)
+    mask = np.ones(gt.shape[:2], bool) if valid is None else np.asarray(valid, bool)
+    if not mask.any():
+        raise ValueError("no valid pixel: leave this pair out")
+    mean = np.broadcast_to(gt[mask].mean(axis=0), gt.shape).copy()
+    return {"zero": np.zeros(gt.shape), "oracle_mean": mean}
+
+
+def amodal_baselines(visible_mask: Any) -> dict[str, np.ndarray]:
+    """The amodal mask without completion: ``visible``, the mask that was given. (H, W) bool -> {name: (H, W) bool}."""
+    return {"visible": np.asarray(visible_mask, bool)}
+
+
+def bootstrap_ci(
+    values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean over images. The same values and seed give the same interval.
+
+    Args:
+        values: (n,) one figure an image; one value gives (value, value).
+        resamples: how many times the n images are drawn with replacement.
+        level: coverage, 0.95 for the 2.5 % and 97.5 % quantiles.
+
+    Returns:
+        (low, high), around ``np.mean(values)``.
+
+    Raises:
+        ValueError: no values, or NaN among them.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"a confidence interval needs a list of values, not an array of shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError("NaN or infinity among the values: the mean has no interval")
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for i in range(resamples):  # a row at a time: all draws at once would need resamples x n numbers
+        means[i] = values[rng.integers(0, values.size, values.size)].mean()
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
