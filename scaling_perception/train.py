@@ -159,6 +159,7 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
                 if compiled is None:
                     compiled = jitted.lower(state, arrays, key, constants).compile()
                     writer.say(f"compiled the step in {duration(time.monotonic() - before)}")
+                    writer.begin()
                     clock, waited = time.monotonic(), 0.0
                 with jax.transfer_guard("disallow"):  # nothing may travel that is not asked for
                     state, metrics = compiled(state, arrays, key, constants)
@@ -250,11 +251,9 @@ def _diverged(
     told = {name: repr(value) for name, value in values.items()}
     write_json(workdir / "bad_batch.json", {"step": step, "keys": list(keys), "metrics": told})
     last = f"the last good checkpoint is step {good[-1]}" if good else "no checkpoint was saved before"
-    bad = workdir / "bad_batch.json"
-    return UserError(
-        f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step} (samples {', '.join(keys[:3])}…, all in"
-        f" {bad}; {last}): lower optim.lr or set optim.grad_clip=1, and look at these samples"
-    )
+    what = f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}"
+    which = f"samples {', '.join(keys[:3])}…, all in {workdir / 'bad_batch.json'}"
+    return UserError(f"{what} ({which}; {last}): lower optim.lr or set optim.grad_clip=1, and look at these samples")
 
 
 @contextlib.contextmanager

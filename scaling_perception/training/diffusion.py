@@ -167,7 +167,8 @@ def starting_point(init: str, dit: DiTConfig, frozen: tuple[str, ...]) -> tuple[
     """
     from scaling_perception.interop.model_folder import load_model
 
-    params, meta = load_model(str(find_model(init)))
+    folder = Path(init) / "model"  # a training workdir keeps its model there
+    params, meta = load_model(folder if folder.is_dir() else init)
     wanted, found = named_leaves(abstract_params(dit)), named_leaves(params)
     for name in sorted(wanted.keys() | found.keys()):
         if is_frozen(name, frozen) and name in wanted:
@@ -192,18 +193,6 @@ def starting_point(init: str, dit: DiTConfig, frozen: tuple[str, ...]) -> tuple[
         return np.asarray(tables[name] if name in held else found[name], np.float32)
 
     return jax.tree_util.tree_map_with_path(choose, abstract_params(dit)), meta
-
-
-def find_model(name: str) -> Path:
-    """The folder of a model: a path, a training workdir (its ``model/``), or a name that ships with the package."""
-    path = Path(name)
-    shipped = Path(__file__).resolve().parents[1] / "weights"
-    for place in (path, path / "model", shipped / name):
-        if (place / "config.json").is_file() and (place / "model.safetensors").is_file():
-            return place
-    known = [folder.parent.name for folder in shipped.glob("*/config.json")]
-    hint = did_you_mean(name, known) if known else ""
-    raise UserError(f"init: no model '{name}': give a folder with config.json and model.safetensors{hint}")
 
 
 def diffusion_objective(config: ConfigDict, batches: Batches | None = None) -> Objective:

@@ -53,7 +53,7 @@ def make_step(objective: Objective, tx: optax.GradientTransformation, ema_decay:
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = average(state.ema, params, ema_decay)
-        told = {**metrics, "loss": loss, "grad_norm": optax.global_norm(gradient)}
+        told = {**metrics, "loss": loss, "grad_norm": optax.tree.norm(gradient)}
         told = {name: jnp.asarray(value, jnp.float32) for name, value in told.items()}
         return TrainState(state.step + 1, params, opt_state, ema), told
 

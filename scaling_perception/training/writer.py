@@ -47,13 +47,19 @@ class Writer:
 
         self._file = _open_rows(workdir / "metrics.jsonl", start)
         self._board = SummaryWriter(str(workdir / "tb"), purge_step=start + 1 if start else None)
-        self._label, self._start, self._total = label, start, total
-        self._begin = time.monotonic()
+        self._label, self._total = label, total
+        self._mark, self._mark_time = start, time.monotonic()
         self._bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=start, desc=label, dynamic_ncols=True)
+
+    def begin(self) -> None:
+        """The first step is about to run; what came before (compiling) is no measure of the time left."""
+        self._mark_time = time.monotonic()
+        if self._bar is not None:
+            self._bar.unpause()
 
     def tick(self) -> None:
         """One more step is done."""
@@ -70,7 +76,9 @@ class Writer:
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
         else:
-            pace = (time.monotonic() - self._begin) / max(step - self._start, 1)
+            now = time.monotonic()
+            pace = (now - self._mark_time) / max(step - self._mark, 1)
+            self._mark, self._mark_time = step, now
             told = "  ".join(f"{name} {value}" for name, value in shown.items())
             self.say(f"{self._label}: step {step}/{self._total}  {told}  {duration((self._total - step) * pace)} left")
 
