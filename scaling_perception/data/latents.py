@@ -1,0 +1,334 @@
+"""The latent cache: what the autoencoder makes of every sample, encoded once and read many times.
+
+A cache is a folder: ``ledger.json`` and the shards ``latents-00000-of-00016.array_record`` it lists. A shard holds the
+passes of some raw samples, pass by pass, so that the ledger's counts alone say where the records of a pass lie.
+
+One ArrayRecord record is one pass of one sample, little-endian, without padding:
+
+    4s   magic "SPL1"
+    B    flags: 1 = log-variances are stored, 2 = a second view, flipped left to right, is stored
+    B    task: index into ``tasks.PASSES``
+    B    c   latent channels
+    B    0
+    H    h   latent height
+    H    w   latent width
+    i    label: class or -1
+    H    n   bytes of the key
+    n s  key, UTF-8
+    then for each view (as it is[, flipped]):
+      3 x h*w*c float16        latent means of image, prompt, target; already times 0.18215
+      [3 x h*w*c float16       their log-variances]
+      ceil(h*w/8) bytes        valid mask, row by row, first cell in the highest bit: 1 where all 8x8 pixels are valid
+
+A flipped view is flipped in pixels and then encoded (a flipped latent is not the latent of the flipped picture); in the
+pass flow_x the target changes its sign.
+
+The ledger records the settings, and of each shard its counts, size and SHA-256. ArrayRecord also checks every chunk it
+reads, so a damaged record is found by whoever reads it.
+"""
+
+import bisect
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import atomic_path, read_json
+from scaling_perception.tasks import PASSES
+
+FORMAT = 1
+LEDGER = "ledger.json"
+FIELDS = ("image", "prompt", "target")
+_HEAD = struct.Struct("<4sBBBxHHiH")
+_MAGIC = b"SPL1"
+_LOGVAR, _FLIPPED = 1, 2
+_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # single records in any order
+
+
+def encode_record(task: int, label: int, key: str, views: Sequence[Mapping[str, np.ndarray]]) -> bytes:
+    """One record.
+
+    Args:
+        task: pass index. label: class or -1. key: stable sample id.
+        views: one or two (the second flipped) of: image, prompt, target (h, w, c) float16; valid (h, w) bool; and
+            image_logvar, prompt_logvar, target_logvar (h, w, c) float16, all or none.
+    """
+    name = key.encode()
+    h, w, c = views[0]["image"].shape
+    fields = FIELDS + tuple(f"{field}_logvar" for field in FIELDS if f"{field}_logvar" in views[0])
+    flags = (_LOGVAR if len(fields) > len(FIELDS) else 0) | (_FLIPPED if len(views) > 1 else 0)
+    parts = [_HEAD.pack(_MAGIC, flags, task, c, h, w, label, len(name)), name]
+    for view in views:
+        for field in fields:
+            if view[field].shape != (h, w, c):
+                raise ValueError(f"{field} has shape {view[field].shape}, expected {(h, w, c)}")
+            parts.append(np.ascontiguousarray(view[field], "<f2").tobytes())
+        parts.append(np.packbits(view["valid"].reshape(-1)).tobytes())
+    return b"".join(parts)
+
+
+def decode_record(data: bytes) -> dict[str, Any]:
+    """The inverse of :func:`encode_record`: the fields of the first view, and ``flipped``, those of the second or None.
+
+    Raises:
+        ValueError: not such a record.
+    """
+    head, key, body = split_record(data)
+    flags, task, c, h, w, label = head
+    names = FIELDS + (tuple(f"{field}_logvar" for field in FIELDS) if flags & _LOGVAR else ())
+    size, mask = h * w * c * 2, (h * w + 7) // 8
+    views: list[dict[str, Any]] = []
+    at = 0
+    for _ in range(2 if flags & _FLIPPED else 1):
+        view: dict[str, Any] = {}
+        for name in names:
+            view[name] = np.frombuffer(body, "<f2", h * w * c, at).reshape(h, w, c)
+            at += size
+        bits = np.unpackbits(np.frombuffer(body, np.uint8, mask, at), count=h * w)
+        view["valid"] = bits.reshape(h, w).astype(bool)
+        at += mask
+        views.append(view)
+    if at != len(body):
+        raise ValueError(f"{len(body) - at} bytes are left over")
+    common = {"task": np.int32(task), "label": np.int32(label), "key": key}
+    return {**views[0], **common, "flipped": views[1] if len(views) > 1 else None}
+
+
+def split_record(data: bytes) -> tuple[tuple[int, int, int, int, int, int], str, memoryview]:
+    """((flags, task, channels, height, width, label), key, the rest) of a record; ValueError when it is none."""
+    try:
+        magic, flags, task, c, h, w, label, length = _HEAD.unpack_from(data)
+    except struct.error as error:
+        raise ValueError(str(error)) from None
+    if magic != _MAGIC:
+        raise ValueError(f"starts with {magic!r} instead of {_MAGIC!r}")
+    end = _HEAD.size + length
+    return (flags, task, c, h, w, label), data[_HEAD.size : end].decode(), memoryview(data)[end:]
+
+
+def write_shard(path: Path, records: Iterable[bytes]) -> None:
+    """Write a shard whole or not at all.
+
+    Raises:
+        UserError: it cannot be written, such as on a full disk.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    with atomic_path(path) as temporary:
+        try:
+            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+            for record in records:
+                writer.write(record)
+            writer.close()
+        except RuntimeError as error:  # how the C++ writer reports what the system answered
+            reason = str(error).split(";")[0]
+            raise UserError(
+                f"cannot write {path}: {reason}; free space or choose another --out, then run again"
+            ) from None
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_shard(folder: Path, shard: Mapping[str, Any], contents: bool) -> str | None:
+    """What is wrong with a shard that the ledger lists (None: nothing); ``contents`` compares its checksum too."""
+    path = folder / shard["file"]
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size != shard["bytes"]:
+        return f"has {size} bytes instead of {shard['bytes']} (truncated?)"
+    if contents and sha256(path) != shard["sha256"]:
+        return "does not match its checksum (damaged)"
+    return None
+
+
+def read_ledger(folder: Path) -> dict[str, Any]:
+    """The ledger of a cache.
+
+    Raises:
+        UserError: there is none, or it is of another format.
+    """
+    path = folder / LEDGER
+    if not path.is_file():
+        raise UserError(f"{folder} is no latent cache ({LEDGER} is missing): make one with `prepare ... --latents`")
+    ledger = read_json(path)
+    if not isinstance(ledger, dict) or ledger.get("format") != FORMAT:
+        raise UserError(f"{path} is not a ledger of format {FORMAT}: prepare the cache again in an empty folder")
+    return ledger
+
+
+class CacheReader:
+    """Random access to the records of a finished cache; may be pickled and used in threads.
+
+    ``reader[i]`` is :func:`decode_record`'s dictionary: image, prompt, target float16 (h, w, c); valid bool (h, w);
+    task, label int32; key str; ``flipped``: the same arrays of the flipped view, or None.
+
+    Raises:
+        UserError: no cache, an unfinished one, or a shard that is missing or of the wrong size, naming it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        ledger = read_ledger(self.path)
+        if not ledger.get("complete"):
+            done, total = len(ledger["shards"]), ledger["settings"]["shards"]
+            raise UserError(f"{self.path} is unfinished ({done} of {total} shards): run the same prepare command again")
+        self.settings: dict[str, Any] = ledger["settings"]
+        self.shards: list[dict[str, Any]] = ledger["shards"]
+        self._check(contents=False)
+        self._starts = np.cumsum([0, *(shard["records"] for shard in self.shards)]).tolist()
+        self._readers: dict[int, Any] = {}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of the latents."""
+        h, w, c = self.settings["latent"]
+        return h, w, c
+
+    @property
+    def flipped(self) -> bool:
+        """Whether each record has a flipped view."""
+        return self.settings["flips"] == "both"
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards on disk."""
+        return sum(shard["bytes"] for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the cache holds, independent of where it lies: its settings and a digest of all checksums."""
+        digest = hashlib.sha256("".join(shard["sha256"] for shard in self.shards).encode()).hexdigest()
+        return {"settings": self.settings, "records": len(self), "shards_sha256": digest}
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": {}}  # file handles stay at home
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return decode_record(self.raw([index])[0])
+
+    def raw(self, indices: Sequence[int]) -> list[bytes]:
+        """The undecoded records at ``indices``, in that order.
+
+        Raises:
+            IndexError: outside 0..len-1.
+            UserError: a damaged shard, naming it.
+        """
+        found: list[bytes] = [b""] * len(indices)
+        by_shard: dict[int, list[int]] = {}
+        for place, index in enumerate(indices):
+            if not 0 <= index < len(self):
+                raise IndexError(f"record {index} of {len(self)}")
+            by_shard.setdefault(bisect.bisect_right(self._starts, index) - 1, []).append(place)
+        for number, places in by_shard.items():
+            local = [int(indices[place]) - self._starts[number] for place in places]
+            for place, record in zip(places, self._read(number, local), strict=True):
+                found[place] = record
+        return found
+
+    def _read(self, number: int, local: list[int]) -> Sequence[bytes]:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        shard = self.shards[number]
+        try:
+            reader = self._readers.get(number)
+            if reader is None:
+                reader = ArrayRecordReader(str(self.path / shard["file"]), _OPTIONS)
+                if reader.num_records() != shard["records"]:
+                    raise RuntimeError(f"holds {reader.num_records()} records instead of {shard['records']}")
+                self._readers[number] = reader
+            return reader.read(local)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(
+                f"{self.path / shard['file']} is damaged ({str(error).split(';')[0]}): delete it and run the same "
+                "prepare command again"
+            ) from None
+
+    def everything(self) -> Iterator[list[bytes]]:
+        """All records, shard by shard, each shard's checksum compared first.
+
+        Raises:
+            UserError: a damaged shard, naming it.
+        """
+        for number, shard in enumerate(self.shards):
+            self._refuse(shard, check_shard(self.path, shard, contents=True))
+            if shard["records"]:
+                yield list(self._read(number, list(range(shard["records"]))))
+
+    def verify(self) -> None:
+        """Compare every shard's size and checksum with the ledger.
+
+        Raises:
+            UserError: a shard is missing, truncated or damaged, naming it.
+        """
+        self._check(contents=True)
+
+    def _check(self, contents: bool) -> None:
+        for shard in self.shards:
+            self._refuse(shard, check_shard(self.path, shard, contents))
+
+    def _refuse(self, shard: Mapping[str, Any], problem: str | None) -> None:
+        if problem:
+            raise UserError(f"{self.path / shard['file']} {problem}: delete it and run the same prepare command again")
+
+    def indices(self, pass_name: str) -> np.ndarray:
+        """int64 indices of the records of a pass, in the order of the source; empty when the cache has none."""
+        ranges = []
+        for start, shard in zip(self._starts, self.shards, strict=False):
+            for name in PASSES:  # the order in a shard
+                count = shard["passes"].get(name, 0)
+                if name == pass_name:
+                    ranges.append(np.arange(start, start + count, dtype=np.int64))
+                start += count
+        return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
+
+    def statistics(self, pass_name: str, limit: int = 4096) -> tuple[np.ndarray, np.ndarray]:
+        """Per-channel mean and standard deviation, float64 (c,), of a pass's target latents over their valid cells.
+
+        At most ``limit`` records are read, evenly spread over the cache, the same ones every time.
+
+        Raises:
+            UserError: the cache holds no valid cell of that pass.
+        """
+        chosen = self.indices(pass_name)
+        if len(chosen) > limit:
+            chosen = chosen[np.linspace(0, len(chosen) - 1, limit).astype(np.int64)]
+        count, total, square = 0, np.zeros(self.shape[-1]), np.zeros(self.shape[-1])
+        for begin in range(0, len(chosen), 256):
+            for data in self.raw(chosen[begin : begin + 256].tolist()):
+                record = decode_record(data)
+                cells = record["target"][record["valid"]].astype(np.float64)
+                count += len(cells)
+                total += cells.sum(axis=0)
+                square += np.square(cells).sum(axis=0)
+        if not count:
+            raise UserError(f"{self.path} has no valid latent of the pass '{pass_name}': prepare one with its task")
+        mean = total / count
+        return mean, np.sqrt(np.maximum(square / count - np.square(mean), 0.0))
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, one line each: ``resolution: 128 in the ledger, 256 asked for``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for name in sorted(old.keys() | new.keys()):
+            where = f"{path}.{name}" if path else str(name)
+            found += differences(old.get(name), new.get(name), where)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [
+            line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{path}[{i}]")
+        ]
+    return [] if old == new else [f"{path}: {json.dumps(old)} in the ledger, {json.dumps(new)} asked for"]

@@ -1,0 +1,232 @@
+"""Looking at every sample of a dataset once: is it whole, of the right shapes, and in a sane range?
+
+A manifest is ``manifest.jsonl``, one line a sample (its key, size, value ranges, or the reason why it is bad), and
+``summary.json``, the counts and ranges over all of them.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaling_perception.data.pipeline import open_subset
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.files import atomic_path, write_json
+from scaling_perception.tasks import TaskOptions, get_task
+
+MANIFEST = "manifest.jsonl"
+SUMMARY = "summary.json"
+_PICTURES = {"depth": ("image",), "flow": ("image", "image2"), "amodal": ("image", "whole")}
+_CHECK_SIZE = 64  # pixels of the trial encoding: small, as only its errors matter
+_MOST_LISTED = 100  # bad samples that the summary repeats
+
+
+class RawSamples:
+    """The raw samples of a dataset for some tasks, in one fixed order; opened alike in every process.
+
+    Tasks whose sources are the same (the scenes hold all fields) share one pass over it; others follow one another.
+
+    Args:
+        dataset, root, split: as for ``open_source``. tasks: names; empty = all that the dataset serves.
+        count, start: the part to use (0 = all). resolution: to render scenes at.
+
+    Raises:
+        UserError: unknown dataset or task, wrong folder, or an ambiguous choice.
+    """
+
+    def __init__(
+        self, dataset: str, root: str, split: str, tasks: Iterable[str], count: int, start: int, resolution: int
+    ):
+        from scaling_perception.data.sources import SOURCES
+
+        if dataset not in SOURCES:
+            raise UserError(f"unknown dataset '{dataset}'{did_you_mean(dataset, SOURCES)}")
+        served = tuple(SOURCES[dataset][1])
+        wanted = tuple(dict.fromkeys(tasks))
+        if not wanted and len(served) > 1 and dataset != "scenes":
+            raise UserError(f"{dataset} serves {', '.join(served)}: say which with --tasks")
+        for task in wanted:
+            get_task(task)
+            if task not in served:
+                raise UserError(f"{dataset} does not serve {task}: choose from {', '.join(served)} with --tasks")
+        if dataset == "scenes" and not count:
+            raise UserError("the scenes have no end: say how many with --count")
+        self.groups: list[tuple[Any, range, list[str]]] = []
+        for task in wanted or served:
+            source, chosen = open_subset(dataset, root, split, task, count, start, resolution)
+            for other, _, names in self.groups:
+                if other.fingerprint() == source.fingerprint():
+                    names.append(task)
+                    break
+            else:
+                self.groups.append((source, chosen, [task]))
+        self.tasks = [task for _, _, names in self.groups for task in names]
+
+    def __len__(self) -> int:
+        return sum(len(chosen) for _, chosen, _ in self.groups)
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """JSON-able description of what is read, in order."""
+        return [
+            {"tasks": names, "first": chosen.start, "count": len(chosen), "source": source.fingerprint()}
+            for source, chosen, names in self.groups
+        ]
+
+    def read(self, index: int) -> tuple[Mapping[str, Any], list[str]]:
+        """Raw sample ``index`` and the tasks that it serves."""
+        for source, chosen, names in self.groups:
+            if index < len(chosen):
+                return source[chosen[index]], names
+            index -= len(chosen)
+        raise IndexError(index)
+
+
+def reason(error: Exception) -> str:
+    """One line for why a sample is bad. What a decoder raises on a broken file is its own affair, so any error counts.
+
+    Raises:
+        MemoryError: passed on, as it says nothing about the sample.
+    """
+    if isinstance(error, MemoryError):
+        raise error
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def check_sample(raw: Mapping[str, Any], tasks: Iterable[str], options: TaskOptions) -> dict[str, Any]:
+    """Check a raw sample for its tasks.
+
+    Returns:
+        JSON-able: key, size [H, W], and by task ``valid`` (fraction of valid pixels) and value ranges: ``depth``
+        [least, most] metres; ``flow`` [least, most] of either component in pixels; ``visible`` fraction of the picture.
+
+    Raises:
+        UserError: what is wrong with it.
+    """
+    key = raw.get("key")
+    if not isinstance(key, str) or not key:
+        raise UserError("the sample has no key")
+    image = np.asarray(raw["image"])
+    found: dict[str, Any] = {"key": key, "size": list(image.shape[:2])}
+    for task in tasks:
+        for name in _PICTURES[task]:
+            picture = np.asarray(raw[name]) if name in raw else None
+            if picture is None or picture.dtype != np.uint8 or picture.shape != (*image.shape[:2], 3):
+                shape = "absent" if picture is None else f"{picture.dtype} {picture.shape}"
+                raise UserError(f"{name} is {shape}: it must be uint8 ({image.shape[0]}, {image.shape[1]}, 3)")
+        found |= _RANGES[task](raw, image.shape[:2])
+        for sample in get_task(task).encode(raw, _CHECK_SIZE, options):
+            if not np.isfinite(sample["target"][sample["valid"]]).all():
+                raise UserError(f"{task} encodes to values that are not finite")
+    return found
+
+
+def _field(raw: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    value = np.asarray(raw[name]) if raw.get(name) is not None else None
+    if value is None or value.shape != shape:
+        raise UserError(f"{name} is {'absent' if value is None else value.shape}: it must have the shape {shape}")
+    return value
+
+
+def _valid(raw: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    return _field(raw, "valid", size).astype(bool) if raw.get("valid") is not None else np.ones(size, bool)
+
+
+def _values(values: np.ndarray, name: str) -> list[float]:
+    if not values.size:
+        raise UserError(f"no {name} pixel is valid")
+    if not np.isfinite(values).all():
+        raise UserError(f"{name} holds {int((~np.isfinite(values)).sum())} valid pixels that are not finite")
+    return [float(values.min()), float(values.max())]
+
+
+def _depth(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    valid = _valid(raw, size)
+    low, high = _values(_field(raw, "depth", size)[valid], "depth")
+    if low <= 0:
+        raise UserError(f"depth is {low:g} m in a valid pixel: it must be above 0")
+    return {"depth": [low, high], "depth_valid": float(valid.mean())}
+
+
+def _flow(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    valid = _valid(raw, size)
+    low, high = _values(_field(raw, "flow", (*size, 2))[valid], "flow")
+    longest = 4 * math.hypot(*size)
+    if max(-low, high) > longest:
+        raise UserError(f"flow reaches {max(-low, high):g} pixels in a picture of {size[1]}x{size[0]}")
+    return {"flow": [low, high], "flow_valid": float(valid.mean())}
+
+
+def _amodal(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    visible = _field(raw, "visible_mask", size).astype(bool)
+    if not visible.any():
+        raise UserError("visible_mask is empty")
+    if raw.get("whole_mask") is not None and not _field(raw, "whole_mask", size).any():
+        raise UserError("whole_mask is empty")
+    return {"visible": float(visible.mean())}
+
+
+_RANGES: dict[str, Callable[..., dict[str, Any]]] = {"depth": _depth, "flow": _flow, "amodal": _amodal}
+
+
+class Checker:
+    """``checker(index)`` -> a manifest line; made once in each process."""
+
+    def __init__(self, *spec: Any):
+        self.samples = RawSamples(*spec)
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        try:
+            raw, tasks = self.samples.read(index)
+            return {"index": index, "ok": True, "tasks": tasks, **check_sample(raw, tasks, TaskOptions())}
+        except Exception as error:
+            return {"index": index, "ok": False, "reason": reason(error)}
+
+
+def write_manifest(out: Path, lines: Iterable[dict[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write manifest and summary; a key that comes twice makes the second sample bad.
+
+    Returns:
+        The summary: ``about``, samples, good, bad, sizes {"WxH": count}, ranges {field: [least, most]}, bad_samples.
+    """
+    seen: dict[tuple[str, str], int] = {}
+    sizes: dict[str, int] = {}
+    ranges: dict[str, list[float]] = {}
+    bad: list[dict[str, Any]] = []
+    count = 0
+    with atomic_path(out / MANIFEST) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for line in lines:
+            count += 1
+            if line["ok"]:
+                name = (line["key"], ",".join(line["tasks"]))
+                if name in seen:
+                    again = f"key '{line['key']}' is also that of sample {seen[name]}"
+                    line = {"index": line["index"], "ok": False, "reason": again}
+                else:
+                    seen[name] = line["index"]
+            if line["ok"]:
+                size = f"{line['size'][1]}x{line['size'][0]}"
+                sizes[size] = sizes.get(size, 0) + 1
+                for field in ("depth", "flow", "depth_valid", "flow_valid", "visible"):
+                    if field in line:
+                        values = np.atleast_1d(line[field])
+                        low, high = ranges.get(field, [math.inf, -math.inf])
+                        ranges[field] = [min(low, float(values.min())), max(high, float(values.max()))]
+            else:
+                bad.append(line)
+            file.write(json.dumps(line) + "\n")
+        file.flush()
+    summary = {
+        **about,
+        "samples": count,
+        "good": count - len(bad),
+        "bad": len(bad),
+        "sizes": sizes,
+        "ranges": ranges,
+        "bad_samples": bad[:_MOST_LISTED],
+    }
+    write_json(out / SUMMARY, summary)
+    return summary

@@ -1,0 +1,470 @@
+"""Batches as a pure function of the step: resuming a run needs nothing but the step and a fingerprint.
+
+For each source and pass: all samples, shuffled anew each epoch, without end. These streams are mixed by weight into one
+global stream; its element i says which sample and whether it is flipped, drawn from (seed, i) alone. Batch s is the
+elements s * B .. (s+1) * B - 1, and process p of P takes the p-th of P equal runs of them, so the global batch is the
+same whatever P is. Only then are samples read: from a latent cache, or rendered or read and encoded by their task.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from queue import Empty, Full, Queue
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scaling_perception.data.latents import FIELDS, CacheReader, split_record
+from scaling_perception.data.workers import ordered_map
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.tasks import PASSES, TaskOptions, get_task
+
+_KEYS = ("cache", "mixture", "flip", "workers", "resolution", "task_options")
+_ENTRY_KEYS = ("source", "root", "split", "task", "count", "weight", "resolution", "start")
+_ORDER = 1  # raise it when the order of samples changes for the same settings: old runs must not resume on it
+_IN_MEMORY = 4 << 30  # caches up to this size (and up to half of the free memory) are held in memory
+_PREFETCH = 4  # batches
+
+
+class Element(NamedTuple):
+    """One element of the global stream: which stream it comes from, which sample of it, and whether it is flipped."""
+
+    stream: int
+    index: int
+    flip: bool
+
+
+class Stream(NamedTuple):
+    """One pass of one source: ``length`` samples, and its share of the global stream."""
+
+    name: str
+    pass_name: str
+    length: int
+    weight: float
+
+
+def flip_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample (image, prompt, target (R, R, 3), valid (R, R), task, ...) mirrored left to right.
+
+    In the pass flow_x the target changes its sign: what moved right now moves left.
+    """
+    out = dict(sample)
+    for field in (*FIELDS, "valid"):
+        out[field] = np.ascontiguousarray(sample[field][:, ::-1])
+    if PASSES[int(sample["task"])] == "flow_x":
+        out["target"] = -out["target"]
+    return out
+
+
+def open_subset(
+    name: str, root: str, split: str, task: str, count: int = 0, start: int = 0, resolution: int = 0
+) -> tuple[Any, range]:
+    """A source and the indices of it to use: ``count`` (0 = all) from ``start`` on.
+
+    The procedural scenes have no end: they take ``start``, ``count`` and the ``resolution`` to render at themselves.
+
+    Raises:
+        UserError: unknown source, wrong folder, or a range outside of the source.
+    """
+    from scaling_perception.data import sources
+
+    if start < 0 or count < 0:
+        raise UserError(f"{name}: count {count} and start {start} must not be negative")
+    if name == "scenes":
+        options: dict[str, Any] = {"start": start}
+        options |= {"count": count} if count else {}
+        options |= {"resolution": resolution} if resolution else {}
+        source = sources.open_source(name, root, split, task, **options)
+        return source, range(len(source))
+    source = sources.open_source(name, root, split, task)
+    end = start + count if count else len(source)
+    if end > len(source) or start >= end:
+        raise UserError(f"{name} ({split}) has {len(source)} samples, not {start}..{end - 1}: choose others")
+    return source, range(start, end)
+
+
+class _Cached:
+    """Samples from caches of latents, decoded once into memory when they fit."""
+
+    def __init__(self, paths: list[str], flip: bool, in_memory: bool | None = None):
+        self.readers = [CacheReader(path) for path in paths]
+        first = self.readers[0]
+        for reader in self.readers:
+            for name in ("latent", "autoencoder", "resolution", "task_options"):
+                if reader.settings[name] != first.settings[name]:
+                    raise UserError(
+                        f"caches {first.path} and {reader.path} differ in {name} ({first.settings[name]}, "
+                        f"{reader.settings[name]}): prepare them alike"
+                    )
+            if flip and not reader.flipped:
+                raise UserError(
+                    f"data.flip is on but {reader.path} has no flipped copies: set data.flip=false, or prepare with "
+                    "--flips both"
+                )
+        self.starts = np.cumsum([0, *map(len, self.readers)])
+        if in_memory is None:
+            import psutil
+
+            size = sum(reader.size for reader in self.readers)
+            in_memory = size <= min(_IN_MEMORY, psutil.virtual_memory().available // 2)
+        self._table: list[bytes] | None = None
+        if in_memory:
+            self._table = [record for reader in self.readers for shard in reader.everything() for record in shard]
+
+    def indices(self, pass_name: str) -> np.ndarray:
+        """Indices of a pass's records over all caches."""
+        return np.concatenate([r.indices(pass_name) + s for r, s in zip(self.readers, self.starts, strict=False)])
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        return [reader.fingerprint for reader in self.readers]
+
+    def _records(self, indices: np.ndarray) -> list[bytes]:
+        if self._table is not None:
+            return [self._table[i] for i in indices]
+        out = [b""] * len(indices)
+        owner = np.searchsorted(self.starts, indices, side="right") - 1
+        for number in np.unique(owner):
+            places = np.flatnonzero(owner == number)
+            found = self.readers[number].raw((indices[places] - self.starts[number]).tolist())
+            for place, record in zip(places, found, strict=True):
+                out[place] = record
+        return out
+
+    def batch(self, indices: np.ndarray, flips: np.ndarray) -> dict[str, Any]:
+        """The records' fields, stacked: latents float32 (B, h, w, c), valid bool (B, h, w), task, label, key."""
+        h, w, c = self.readers[0].shape
+        size, mask = h * w * c, (h * w + 7) // 8
+        latents = np.empty((len(indices), len(FIELDS) * size), "<f2")
+        bits = np.empty((len(indices), mask), np.uint8)
+        task, label = np.empty(len(indices), np.int32), np.empty(len(indices), np.int32)
+        keys = []
+        for row, record in enumerate(self._records(indices)):
+            (flags, task[row], *_, label[row]), key, body = split_record(record)
+            view = len(FIELDS) * size * 2 * (2 if flags & 1 else 1) + mask
+            at = view if flips[row] else 0
+            latents[row] = np.frombuffer(body, "<f2", len(FIELDS) * size, at)
+            bits[row] = np.frombuffer(body, np.uint8, mask, at + view - mask)
+            keys.append(key)
+        fields = latents.astype(np.float32).reshape(len(indices), len(FIELDS), h, w, c)
+        out: dict[str, Any] = {name: np.ascontiguousarray(fields[:, i]) for i, name in enumerate(FIELDS)}
+        out["valid"] = np.unpackbits(bits, axis=1, count=h * w).reshape(-1, h, w).astype(bool)
+        return {**out, "task": task, "label": label, "key": keys}
+
+
+class _Online:
+    """Samples read or rendered when they are needed, as pixels."""
+
+    def __init__(self, entries: list[tuple[str, dict[str, Any]]], resolution: int, options: TaskOptions):
+        if resolution < 1:
+            raise UserError("data.resolution is missing: without a cache it says how large the pictures shall be")
+        self.resolution, self.options = resolution, options
+        self.opened: dict[str, tuple[Any, range, str]] = {}
+        for name, entry in entries:
+            source, chosen = open_subset(
+                entry["source"],
+                entry.get("root", ""),
+                entry.get("split", "train"),
+                entry["task"],
+                entry.get("count", 0),
+                entry.get("start", 0),
+                entry.get("resolution", 0) or resolution,
+            )
+            self.opened[name] = (source, chosen, entry["task"])
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        return [
+            {"name": name, "task": task, "first": chosen.start, "count": len(chosen), "source": source.fingerprint()}
+            for name, (source, chosen, task) in self.opened.items()
+        ]
+
+    def sample(self, name: str, pass_name: str, index: int, flip: bool) -> dict[str, Any]:
+        source, chosen, task = self.opened[name]
+        module = get_task(task)
+        made = module.encode(source[chosen[index]], self.resolution, self.options)
+        sample = made[module.PASSES.index(pass_name)]
+        return flip_sample(sample) if flip else sample
+
+
+class Batches:
+    """Batches of a mixture, see :func:`open_batches`.
+
+    A batch holds image, prompt, target float32 (B, h, w, c) latents or (B, R, R, 3) pixels; valid bool (B, h, w) or
+    (B, R, R); task and label int32 (B,); key, a list of B sample ids. B is this process's share of the global batch.
+    """
+
+    def __init__(
+        self,
+        data: dict[str, Any],
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        in_memory: bool | None = None,
+    ):
+        _check_keys(data, _KEYS, "data")
+        if batch_size < 1 or batch_size % process_count:
+            raise UserError(
+                f"batch size {batch_size} cannot be shared by {process_count} process(es): choose a multiple of that"
+            )
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed {seed} must be in 0..{2**32 - 1}")
+        self._recipe = (data, batch_size, seed, process_index, process_count)
+        self._share = batch_size // process_count
+        self._first = process_index * self._share
+        self._size, self._seed = batch_size, int(seed)
+        self._workers = int(data.get("workers") or 0)
+        self._flip = bool(data.get("flip", False))
+        options = TaskOptions.from_dict(dict(data.get("task_options") or {}))
+        entries = _entries(dict(data.get("mixture") or {}))
+        cache = data.get("cache") or []
+        paths = [cache] if isinstance(cache, str) else [str(path) for path in cache]
+        self.cached: _Cached | None = _Cached(paths, self._flip, in_memory) if paths else None
+        self.online: _Online | None = None
+        self._picked: list[np.ndarray] = []  # cached only: the records of each stream
+        if self.cached:
+            _same_encoding(self.cached.readers[0], int(data.get("resolution") or 0), options)
+            self.streams = self._cached_streams(entries)
+        else:
+            self.online = _Online(entries, int(data.get("resolution") or 0), options)
+            self.streams = self._online_streams(entries)
+        self._stream = _global_stream(self.streams, self._seed, self._flip)
+        self.fingerprint = self._fingerprint(options)
+
+    def _cached_streams(self, entries: list[tuple[str, dict[str, Any]]]) -> list[Stream]:
+        assert self.cached is not None
+        if not entries:
+            held = {name for reader in self.cached.readers for name in reader.settings["tasks"]}
+            entries = [(name, {"task": name}) for name in sorted(held)]
+        streams = []
+        for name, entry in entries:
+            passes = get_task(entry["task"]).PASSES
+            for pass_name in passes:
+                chosen = self.cached.indices(pass_name)
+                if not len(chosen):
+                    where = ", ".join(str(reader.path) for reader in self.cached.readers)
+                    raise UserError(
+                        f"data.mixture.{name} asks for {entry['task']}, which {where} does not hold: prepare a cache "
+                        f"with --tasks {entry['task']}, or leave it out of the mixture"
+                    )
+                self._picked.append(chosen)
+                streams.append(Stream(name, pass_name, len(chosen), _weight(name, entry) / len(passes)))
+        return streams
+
+    def _online_streams(self, entries: list[tuple[str, dict[str, Any]]]) -> list[Stream]:
+        assert self.online is not None
+        if not entries:
+            raise UserError("data has neither cache nor mixture: set data.cache, or data.mixture.NAME with its source")
+        streams = []
+        for name, entry in entries:
+            passes = get_task(entry["task"]).PASSES
+            length = len(self.online.opened[name][1])
+            streams += [Stream(name, one, length, _weight(name, entry) / len(passes)) for one in passes]
+        return streams
+
+    def _fingerprint(self, options: TaskOptions) -> dict[str, Any]:
+        held = self.cached or self.online
+        assert held is not None
+        return {
+            "order": _ORDER,
+            "seed": self._seed,
+            "batch_size": self._size,
+            "flip": self._flip,
+            "streams": [list(stream) for stream in self.streams],
+            "task_options": options.to_dict(),
+            "resolution": self.online.resolution if self.online else None,
+            "caches" if self.cached else "sources": _jsonable(held.fingerprint()),
+        }
+
+    def elements(self, step: int) -> list[Element]:
+        """Which samples this process's share of batch ``step`` holds."""
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        first = step * self._size + self._first
+        return [self._stream[i] for i in range(first, first + self._share)]
+
+    def at(self, step: int) -> dict[str, Any]:
+        """The batch of ``step``, the same every time and in every process that shares its settings."""
+        elements = self.elements(step)
+        if self.cached:
+            indices = np.array([self._picked[one.stream][one.index] for one in elements])
+            return self.cached.batch(indices, np.array([one.flip for one in elements]))
+        assert self.online is not None
+        samples = []
+        for one in elements:
+            stream = self.streams[one.stream]
+            samples.append(self.online.sample(stream.name, stream.pass_name, one.index, one.flip))
+        out: dict[str, Any] = {field: np.stack([s[field] for s in samples]) for field in (*FIELDS, "valid")}
+        for field in ("task", "label"):
+            out[field] = np.array([s[field] for s in samples], np.int32)
+        return {**out, "key": [s["key"] for s in samples]}
+
+    def iterate(self, start: int) -> Iterator[dict[str, Any]]:
+        """``at(start)``, ``at(start + 1)``, … without end.
+
+        Made ahead of time: in ``data.workers`` processes where samples are rendered or read, else in a thread.
+        """
+        if self.online and self._workers > 1:
+            return ordered_map(_make_at, self._recipe, _count(start), self._workers, ahead=2)
+        return _in_thread(self.at, start)
+
+    def target_statistics(self, limit: int = 4096) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Pass -> per-channel (mean, deviation) of its target latents, from the first cache that holds it.
+
+        Raises:
+            UserError: the batches are pixels.
+        """
+        if not self.cached:
+            raise UserError("statistics of latents need a latent cache: prepare one and set data.cache")
+        found = {}
+        for name in {stream.pass_name for stream in self.streams}:
+            reader = next(reader for reader in self.cached.readers if len(reader.indices(name)))
+            found[name] = reader.statistics(name, limit)
+        return found
+
+
+def open_batches(
+    data_config: Any,
+    batch_size: int,
+    seed: int,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> Batches:
+    """Open the batches that a config describes.
+
+    Args:
+        data_config: mapping or ConfigDict: ``cache`` (folder, list of folders, or '' for online), ``mixture`` {name:
+            {source, root, split, task, count, start, weight, resolution}}, ``flip``, ``workers``, ``resolution``,
+            ``task_options``. With a cache the mixture selects by ``task`` and ``weight`` alone; when it is empty, all
+            tasks of the cache weigh the same. A task's passes share its weight equally.
+        batch_size: global batch size B.
+        seed: of order and flips.
+        process_index, process_count: this process among those that share the batch; default: jax's.
+
+    Raises:
+        UserError: an unknown field, source or task, a cache that is damaged or does not fit, an impossible batch size.
+    """
+    if process_index is None or process_count is None:
+        import jax
+
+        process_index, process_count = jax.process_index(), jax.process_count()
+    data = data_config.to_dict() if hasattr(data_config, "to_dict") else dict(data_config)
+    return Batches(data, batch_size, seed, process_index, process_count)
+
+
+def _check_keys(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for name in values:
+        if name not in known:
+            raise UserError(f"unknown field {where}.{name}{did_you_mean(name, known)}")
+
+
+def _entries(mixture: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The mixture's entries of non-zero weight, by name: their order must not depend on how the config was written."""
+    entries = []
+    for name in sorted(mixture):
+        entry = dict(mixture[name])
+        _check_keys(entry, _ENTRY_KEYS, f"data.mixture.{name}")
+        if "task" not in entry:
+            raise UserError(f"data.mixture.{name} has no task: set data.mixture.{name}.task")
+        if _weight(name, entry) > 0:
+            entries.append((name, entry))
+    if mixture and not entries:
+        raise UserError("every weight in data.mixture is 0: give one entry a positive weight")
+    return entries
+
+
+def _weight(name: str, entry: Mapping[str, Any]) -> float:
+    weight = float(entry.get("weight", 1.0))
+    if not 0 <= weight < float("inf"):
+        raise UserError(f"data.mixture.{name}.weight is {weight}: give a number of at least 0")
+    return weight
+
+
+def _same_encoding(reader: CacheReader, resolution: int, options: TaskOptions) -> None:
+    """Refuse a cache that was made for another resolution or other task options than the config says."""
+    if resolution and reader.settings["resolution"] != resolution:
+        made = reader.settings["resolution"]
+        raise UserError(
+            f"{reader.path} was prepared at {made} pixels and resolution is {resolution}: set resolution={made} or "
+            "prepare another cache"
+        )
+    for name, value in options.to_dict().items():
+        made = reader.settings["task_options"].get(name, value)
+        if made != value:
+            raise UserError(
+                f"{reader.path} was prepared with task_options.{name}={made}, not {value}: set it so, or prepare "
+                "another cache"
+            )
+
+
+def _global_stream(streams: list[Stream], seed: int, flip: bool) -> Any:
+    import grain
+
+    parts = []
+    for number, stream in enumerate(streams):
+        # a seed of its own: streams of one length would otherwise show the same scene in the same batch
+        own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        part = grain.MapDataset.range(stream.length).seed(own).shuffle().repeat(None)
+        parts.append(part.map(lambda index, number=number: (number, int(index))))
+    mixed = grain.MapDataset.mix(parts, [stream.weight for stream in streams]) if len(parts) > 1 else parts[0]
+
+    def choose(element: tuple[int, int], rng: np.random.Generator) -> Element:
+        return Element(*element, flip=bool(flip and rng.random() < 0.5))
+
+    return mixed.seed(seed).random_map(choose)
+
+
+def _jsonable(value: Any) -> Any:
+    """``value`` as JSON gives it back (tuples become lists), long ones with their digest alone."""
+    text = json.dumps(value, sort_keys=True)
+    if len(text) > 20_000:
+        return {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return json.loads(text)
+
+
+def _count(start: int) -> Iterator[int]:
+    while True:
+        yield start
+        start += 1
+
+
+def _make_at(*recipe: Any) -> Callable[[int], dict[str, Any]]:
+    return Batches(*recipe).at
+
+
+def _in_thread(at: Callable[[int], dict[str, Any]], start: int) -> Iterator[dict[str, Any]]:
+    """``at(start)``, … made by one thread, at most ``_PREFETCH`` ahead; the thread ends with the iterator."""
+    queue: Queue[Any] = Queue(_PREFETCH)
+    stop = threading.Event()
+
+    def put(item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                queue.put(item, timeout=0.1)
+                return True
+            except Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for step in _count(start):
+                if not put((at(step), None)):
+                    return
+        except BaseException as error:  # shown to the reader, who would otherwise wait for ever
+            put((None, error))
+
+    thread = threading.Thread(target=work, daemon=True, name="batches")
+    thread.start()
+    try:
+        while True:
+            try:
+                batch, error = queue.get(timeout=1.0)
+            except Empty:
+                continue
+            if error is not None:
+                raise error
+            yield batch
+    finally:
+        stop.set()
+        thread.join(timeout=5)

@@ -1,0 +1,381 @@
+"""Raw dataset to a validated manifest, or to a cache of latents.
+
+Without `--latents`: opens and checks every sample, and writes manifest.jsonl and summary.json; exit code 1 when a
+sample is bad. With `--latents`: encodes every sample (and its mirror image) with the autoencoder into checksummed
+shards that training reads; killed or out of disk, the same command goes on where it stopped, and on a finished cache it
+only verifies.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from scaling_perception.support.errors import UserError
+
+EXAMPLES = """
+scaling-perception prepare scenes --count 8192 --out runs/scenes --latents --vae tiny --resolution 128
+scaling-perception prepare hypersim --raw /data/hypersim --out runs/hypersim_check
+scaling-perception prepare flying_chairs --raw /data/FlyingChairs --out runs/chairs --latents --vae DIR --resolution 256
+"""
+
+_BATCH = 64  # pictures an encoder call: fixed, so that the encoder is compiled once
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", help="scenes, hypersim, flying_chairs, pix2gestalt, folder, …")
+    parser.add_argument("--raw", default="", metavar="DIR", help="folder of the raw dataset (not for scenes)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--tasks", default="", help="depth,flow,amodal or a part of them (default: all it serves)")
+    parser.add_argument("--split", default="train", help="default %(default)s")
+    parser.add_argument("--count", type=int, default=0, metavar="N", help="samples to use (default: all it has)")
+    parser.add_argument("--start", type=int, default=0, metavar="I", help="first sample (default %(default)s)")
+    parser.add_argument("--latents", action="store_true", help="encode into a cache of latents")
+    parser.add_argument("--vae", default="tiny", metavar="NAME|DIR", help="autoencoder (default %(default)s)")
+    parser.add_argument("--resolution", type=int, default=128, metavar="R", help="pixels (default %(default)s)")
+    parser.add_argument("--flips", choices=("none", "both"), default="both", help="mirrored too (default %(default)s)")
+    parser.add_argument("--flow-divisor", type=float, default=75.0, metavar="D", help="default %(default)s")
+    parser.add_argument(
+        "--shard-size", type=int, default=512, metavar="N", help="samples a shard (default %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=_BATCH, help="pictures an encoder call (default %(default)s)")
+    parser.add_argument("--workers", type=int, metavar="N", help="reading processes (default: cores; 0: none)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad samples out instead of failing")
+
+
+def run(args: argparse.Namespace) -> int:
+    for name, least in (("count", 0), ("start", 0), ("resolution", 8), ("shard_size", 1), ("batch", 1), ("workers", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give at least {least}")
+    if args.workers is None:
+        from scaling_perception.data.workers import default_workers
+
+        args.workers = default_workers()
+    return _latents(args) if args.latents else _manifest(args)
+
+
+def _spec(args: argparse.Namespace) -> tuple[Any, ...]:
+    tasks = tuple(filter(None, (task.strip() for task in args.tasks.split(","))))
+    return args.dataset, args.raw, args.split, tasks, args.count, args.start, args.resolution
+
+
+def _manifest(args: argparse.Namespace) -> int:
+    from scaling_perception.data.manifest import MANIFEST, SUMMARY, Checker, RawSamples, write_manifest
+    from scaling_perception.data.workers import ordered_map
+    from scaling_perception.support.progress import progress
+
+    spec, out = _spec(args), Path(args.out)
+    samples = RawSamples(*spec)
+    total = len(samples)
+    lines = ordered_map(Checker, spec, range(total), args.workers)
+    about = {"format": 1, "dataset": args.dataset, "split": args.split, "sources": samples.fingerprint()}
+    summary = write_manifest(out, progress(lines, total, "check"), about)
+    for name, (low, high) in summary["ranges"].items():
+        print(f"{name}: {low:.4g} .. {high:.4g}")
+    for line in summary["bad_samples"][:10]:
+        print(f"bad sample {line['index']}: {line['reason']}")
+    print(f"{summary['good']} good and {summary['bad']} bad samples: see {out / MANIFEST} and {out / SUMMARY}")
+    return 1 if summary["bad"] and not args.skip_bad else 0
+
+
+class SampleMaker:
+    """``maker(index)`` -> the samples of a raw sample, each distinct picture once; made once in each process.
+
+    The result holds ``samples``: dictionaries whose image, prompt and target are digests; and ``pictures``: digest ->
+    float32 (R, R, 3). The image of a scene is shared by its four passes and the prompt of depth is constant, so about a
+    third of the encoding is saved. Or ``bad``: why the sample cannot be used.
+    """
+
+    def __init__(self, spec: tuple[Any, ...], resolution: int, options: dict[str, Any]):
+        from scaling_perception.data.manifest import RawSamples
+        from scaling_perception.tasks import TaskOptions
+
+        self.samples, self.resolution = RawSamples(*spec), resolution
+        self.options = TaskOptions.from_dict(options)
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        import numpy as np
+
+        from scaling_perception.data.latents import FIELDS
+        from scaling_perception.data.manifest import reason
+        from scaling_perception.tasks import get_task
+
+        pictures: dict[bytes, Any] = {}
+        try:
+            raw, tasks = self.samples.read(index)
+            made = [one for task in tasks for one in get_task(task).encode(raw, self.resolution, self.options)]
+            for sample in made:
+                for field in FIELDS:
+                    picture = np.ascontiguousarray(sample[field], np.float32)
+                    if not np.isfinite(picture).all():
+                        raise UserError(f"sample '{sample['key']}': its {field} is not finite everywhere")
+                    sample[field] = hashlib.blake2b(picture.data, digest_size=16).digest()
+                    pictures[sample[field]] = picture
+        except Exception as error:
+            return {"index": index, "bad": reason(error)}
+        return {"index": index, "samples": made, "pictures": pictures}
+
+
+class _Encoder:
+    """Collects pictures and encodes them ``batch`` at a time, each distinct one once; keeps float16 latents."""
+
+    AS_IS, FLIPPED, FLIPPED_NEGATED = range(3)
+
+    def __init__(self, autoencoder: Any, batch: int, resolution: int):
+        import jax
+
+        self.factor = autoencoder.factor
+        self._encode = jax.jit(autoencoder.encode)
+        self._params, self._batch, self._resolution = jax.device_put(autoencoder.params), batch, resolution
+        self.clear()
+
+    def clear(self) -> None:
+        self._waiting: dict[tuple[bytes, int], Any] = {}
+        self._running: tuple[list[tuple[bytes, int]], Any] | None = None
+        self.done: dict[tuple[bytes, int], tuple[Any, Any]] = {}
+        self._known: set[tuple[bytes, int]] = set()
+
+    def add(self, digest: bytes, picture: Any, view: int) -> None:
+        """Have the picture encoded as it is, mirrored, or mirrored and negated."""
+        name = (digest, view)
+        if name in self._known:
+            return
+        self._known.add(name)
+        if view != self.AS_IS:
+            picture = picture[:, ::-1]
+        self._waiting[name] = -picture if view == self.FLIPPED_NEGATED else picture
+        if len(self._waiting) == self._batch:
+            self._start()
+
+    def finish(self) -> None:
+        """Encode what still waits; then ``done`` holds (mean, log-variance or None) of all that was added."""
+        if self._waiting:
+            self._start()
+        self._collect()
+
+    def _start(self) -> None:
+        import numpy as np
+
+        batch = np.zeros((self._batch, self._resolution, self._resolution, 3), np.float32)
+        for row, picture in enumerate(self._waiting.values()):
+            batch[row] = picture
+        result = self._encode(self._params, batch)
+        self._collect()  # the previous batch, while this one runs
+        self._running = (list(self._waiting), result)
+        self._waiting = {}
+
+    def _collect(self) -> None:
+        import numpy as np
+
+        if self._running is None:
+            return
+        names, (mean, logvar) = self._running
+        self._running = None
+        mean = np.asarray(mean).astype(np.float16)
+        logvar = None if logvar is None else np.asarray(logvar).astype(np.float16)
+        for row, name in enumerate(names):
+            if not np.isfinite(mean[row]).all():
+                raise UserError("the autoencoder makes latents that are no finite float16: check its weights (--vae)")
+            self.done[name] = (mean[row], None if logvar is None else logvar[row])
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder for this process; what a killed one left half-written is removed.
+
+    Raises:
+        UserError: another process is writing there, or it cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another prepare is writing to {out}: wait for it or choose another --out") from None
+        for pattern in (".latents-*.array_record", ".ledger.*.json"):
+            for left in out.glob(pattern):
+                left.unlink()
+        yield
+
+
+def _latents(args: argparse.Namespace) -> int:
+    import jax
+
+    from scaling_perception.data.latents import FORMAT
+    from scaling_perception.data.manifest import RawSamples
+    from scaling_perception.models.autoencoders import load_autoencoder
+    from scaling_perception.tasks import TaskOptions
+
+    spec, out = _spec(args), Path(args.out)
+    options = TaskOptions(flow_divisor=args.flow_divisor).to_dict()
+    samples = RawSamples(*spec)
+    autoencoder = load_autoencoder(args.vae)
+    if args.resolution % autoencoder.factor:
+        raise UserError(f"--resolution {args.resolution} is no multiple of {autoencoder.factor}: choose one")
+    picture = jax.ShapeDtypeStruct((1, args.resolution, args.resolution, 3), "float32")
+    mean, logvar = jax.eval_shape(autoencoder.encode, autoencoder.params, picture)
+    settings = {
+        "dataset": args.dataset,
+        "split": args.split,
+        "tasks": samples.tasks,
+        "sources": samples.fingerprint(),
+        "task_options": {name: options[name] for name in ("flow_divisor", "depth_quantiles")},  # those that encode
+        "resolution": args.resolution,
+        "autoencoder": autoencoder.id,
+        "latent": list(mean.shape[1:]),
+        "logvar": logvar is not None,
+        "flips": args.flips,
+        "shard_size": args.shard_size,
+        "shards": -(-len(samples) // args.shard_size),
+    }
+    ledger = {"format": FORMAT, "autoencoder_name": args.vae, "settings": settings, "complete": False, "shards": []}
+    with _alone(out):
+        ledger["shards"] = _finished_shards(out, settings)
+        begin, before = time.monotonic(), len(ledger["shards"])
+        _build(args, spec, options, len(samples), ledger, autoencoder)
+    shards = ledger["shards"]
+    records, new = (sum(shard["records"] for shard in some) for some in (shards, shards[before:]))
+    if before == settings["shards"]:
+        print(f"{out} is already finished: {records} records in {before} shards, all checksums match")
+        return 0
+    size = sum(shard["bytes"] for shard in shards) / 1e6
+    seconds = time.monotonic() - begin
+    skipped = sum(len(shard["bad"]) for shard in shards)
+    print(
+        f"{out}: {records} records in {len(shards)} shards, {size:.1f} MB; {new} of them now, {new / seconds:.1f} a "
+        f"second" + (f"; {skipped} bad samples left out (see ledger.json)" if skipped else "")
+    )
+    return 0
+
+
+def _finished_shards(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shards that an earlier run finished and that still match their checksums.
+
+    Raises:
+        UserError: the folder holds a cache of other settings; names what differs.
+    """
+    from scaling_perception.data.latents import LEDGER, check_shard, differences, read_ledger
+
+    if not (out / LEDGER).exists():
+        return []
+    ledger = read_ledger(out)
+    if changed := differences(ledger["settings"], settings):
+        raise UserError(
+            f"{out} holds a cache of other settings ({'; '.join(changed[:5])}): choose another --out or the "
+            "same settings"
+        )
+    good = []
+    for shard in ledger["shards"]:
+        problem = check_shard(out, shard, contents=True)
+        if problem:
+            print(f"{shard['file']} {problem}: making it again", file=sys.stderr)
+        else:
+            good.append(shard)
+    return good
+
+
+def _build(
+    args: argparse.Namespace,
+    spec: tuple[Any, ...],
+    options: dict[str, Any],
+    total: int,
+    ledger: dict[str, Any],
+    autoencoder: Any,
+) -> None:
+    """Make the shards that are still missing; the ledger on disk is brought up to date after each."""
+    from scaling_perception.data.latents import LEDGER, sha256, write_shard
+    from scaling_perception.data.workers import ordered_map
+    from scaling_perception.support.files import write_json
+    from scaling_perception.support.progress import progress
+
+    out, count = Path(args.out), ledger["settings"]["shards"]
+    names = [f"latents-{number:05d}-of-{count:05d}.array_record" for number in range(count)]
+    have = {shard["file"] for shard in ledger["shards"]}
+    missing = [number for number, name in enumerate(names) if name not in have]
+    parts = {n: range(n * args.shard_size, min(total, (n + 1) * args.shard_size)) for n in missing}
+    if missing:
+        write_json(out / LEDGER, ledger)  # from now on the folder is taken by these settings
+        encoder = _Encoder(autoencoder, args.batch, args.resolution)
+        jobs = [index for part in parts.values() for index in part]
+        # no more processes than there is work for: each takes seconds to start
+        workers = min(args.workers, -(-len(jobs) // 8))
+        results = ordered_map(SampleMaker, (spec, args.resolution, options), jobs, workers)
+        with contextlib.closing(results):
+            shown = progress(results, len(jobs), "encode")
+            for number, part in parts.items():
+                records, passes, bad = _shard(encoder, shown, len(part), args)
+                path = out / names[number]
+                write_shard(path, records)
+                entry = {
+                    "file": path.name,
+                    "records": len(records),
+                    "passes": passes,
+                    "bytes": path.stat().st_size,
+                    "sha256": sha256(path),
+                    "bad": bad,
+                }
+                ledger["shards"] = sorted([*ledger["shards"], entry], key=lambda shard: shard["file"])
+                ledger["complete"] = len(ledger["shards"]) == count
+                write_json(out / LEDGER, ledger)
+            for _ in shown:  # nothing is left: lets the progress say so
+                pass
+    ledger["complete"] = True
+
+
+def _shard(
+    encoder: _Encoder, results: Iterator[dict[str, Any]], count: int, args: argparse.Namespace
+) -> tuple[list[bytes], dict[str, int], list[dict[str, Any]]]:
+    """(records ordered by pass, records a pass, bad samples) of the next ``count`` raw samples."""
+    from scaling_perception.data.latents import FIELDS, encode_record
+    from scaling_perception.diffusion.targets import latent_mask
+    from scaling_perception.tasks import PASSES
+
+    encoder.clear()
+    views = (encoder.AS_IS,) if args.flips == "none" else (encoder.AS_IS, encoder.FLIPPED)
+    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in PASSES}
+    bad = []
+    for _ in range(count):
+        result = next(results)
+        if "bad" in result:
+            if not args.skip_bad:
+                raise UserError(f"raw sample {result['index']} is bad ({result['bad']}): mend it or pass --skip-bad")
+            bad.append({"index": result["index"], "reason": result["bad"]})
+            continue
+        for sample in result["samples"]:
+            samples[PASSES[sample["task"]]].append(sample)
+            for field in FIELDS:
+                for view in views:
+                    encoder.add(sample[field], result["pictures"][sample[field]], _kind(encoder, sample, field, view))
+    encoder.finish()
+    records = []
+    for sample in (sample for made in samples.values() for sample in made):
+        encoded = []
+        for view in views:
+            valid = sample["valid"] if view == encoder.AS_IS else sample["valid"][:, ::-1]
+            fields = {"valid": latent_mask(valid, encoder.factor)}
+            for field in FIELDS:
+                fields[field], logvar = encoder.done[sample[field], _kind(encoder, sample, field, view)]
+                if logvar is not None:
+                    fields[f"{field}_logvar"] = logvar
+            encoded.append(fields)
+        records.append(encode_record(int(sample["task"]), int(sample["label"]), sample["key"], encoded))
+    return records, {name: len(made) for name, made in samples.items() if made}, bad
+
+
+def _kind(encoder: _Encoder, sample: dict[str, Any], field: str, view: int) -> int:
+    """How this field of this sample is encoded for a view: mirroring turns the sign of horizontal motion."""
+    from scaling_perception.tasks import PASSES
+
+    if view == encoder.FLIPPED and field == "target" and PASSES[sample["task"]] == "flow_x":
+        return encoder.FLIPPED_NEGATED
+    return view
