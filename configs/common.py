@@ -79,11 +79,10 @@ def defaults() -> ConfigDict:
     return config
 
 
-def source(
-    name: str, task: str, root: str = "", split: str = "train", count: int = 0, weight: float = 1.0
-) -> ConfigDict:
-    """One entry of ``data.mixture``: ``count`` 0 means all samples; ``weight`` is relative to the other entries."""
-    return ConfigDict({"source": name, "root": root, "split": split, "task": task, "count": count, "weight": weight})
+def source(name: str, task: str, root: str = "", count: int = 0, start: int = 0) -> ConfigDict:
+    """One entry of ``data.mixture``: ``count`` samples from ``start`` on (0 = all); ``weight`` is its relative share."""
+    entry = {"source": name, "root": root, "split": "train", "task": task, "count": count, "start": start, "weight": 1.0}
+    return ConfigDict(entry)
 
 
 def apply(config: ConfigDict, args: ConfigDict) -> None:

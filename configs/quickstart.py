@@ -23,6 +23,7 @@ ARGS = {
     "model": "mini",
     "diffusion": "fixed",
 }
+NEW = 500_000_000  # the shipped weights were trained on lower scenes
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -30,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = common.defaults()
     common.apply(config, args)
     tasks = ("depth", "flow", "amodal")
-    config.data.mixture = ConfigDict({task: common.source("scenes", task, count=args.count) for task in tasks})
+    config.data.mixture = ConfigDict({task: common.source("scenes", task, count=args.count, start=NEW) for task in tasks})
     config.latent_norm = "auto"  # the starting model's own, when there is one
     config.train.update({"steps": args.steps, "batch_size": args.batch, "log_every": 10, "checkpoint_every": 100})
     config.train.export_dtype = "float16"

@@ -145,8 +145,9 @@ def describe_leaves(tree: Any) -> dict[str, list[Any]]:
     leaves = named_leaves(tree)
 
     def describe(leaf: Any) -> list[Any]:
-        array = np.ascontiguousarray(jax.device_get(leaf))
-        code = hashlib.blake2b(array.reshape(-1).view(np.uint8), digest_size=16).hexdigest() if array.size else ""
+        array = np.asarray(jax.device_get(leaf))
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        code = hashlib.blake2b(data, digest_size=16).hexdigest() if array.size else ""
         return [str(array.dtype), list(array.shape), code]
 
     with ThreadPoolExecutor(4) as pool:

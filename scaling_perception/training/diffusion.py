@@ -152,8 +152,8 @@ def measure_latent_norm(
 
 
 def tasks_of(config: ConfigDict) -> list[str]:
-    """The tasks of ``data.mixture``, in the order of their passes."""
-    names = {entry.task for entry in config.data.mixture.values()}
+    """The tasks of ``data.mixture`` (those of weight 0 left out), in the order of their passes."""
+    names = {entry.task for entry in config.data.mixture.values() if entry.get("weight", 1.0) > 0}
     return sorted(names, key=lambda name: pass_indices(name)[0])
 
 

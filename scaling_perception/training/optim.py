@@ -86,6 +86,13 @@ def muon_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
+def _muon_or_rest(params: Any) -> Any:
+    def leaf(value: Any) -> bool:
+        return value is None or isinstance(value, contrib.MuonDimensionNumbers)
+
+    return jax.tree.map(lambda axes: "rest" if axes is None else "muon", muon_axes(params), is_leaf=leaf)
+
+
 def make_optimizer(
     optim: ConfigDict, steps: int, frozen: tuple[str, ...] = ()
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -103,20 +110,19 @@ def make_optimizer(
     if optim.name == "adam" and optim.weight_decay:
         raise UserError("optim.weight_decay is set, but adam has none: use optim.name=adamw")
     schedule = make_schedule(optim, steps)
-    if optim.name == "adamw":
-        core = optax.adamw(schedule, optim.b1, optim.b2, optim.eps, weight_decay=optim.weight_decay, mask=decay_mask)
-    elif optim.name == "adam":
+    if optim.name == "adam":
         core = optax.adam(schedule, optim.b1, optim.b2, optim.eps)
     else:
-        core = contrib.muon(
+        core = optax.adamw(schedule, optim.b1, optim.b2, optim.eps, weight_decay=optim.weight_decay, mask=decay_mask)
+    if optim.name == "muon":
+        # not the AdamW inside `contrib.muon`: that one takes Muon's Nesterov flag and is then NAdam
+        muon = contrib.muon(
             schedule,
             weight_decay=optim.weight_decay,
-            adam_b1=optim.b1,
-            adam_b2=optim.b2,
-            eps=optim.eps,
             consistent_rms=0.2,
             muon_weight_dimension_numbers=muon_axes,
         )
+        core = optax.partition({"muon": muon, "rest": core}, _muon_or_rest)
     if optim.grad_clip:
         core = optax.chain(optax.clip_by_global_norm(optim.grad_clip), core)
     if not frozen:
