@@ -337,8 +337,8 @@ class DiT(nn.Module):
         tokens = tokens + jax.lax.stop_gradient(table).astype(self.dtype)[None, :, :]
         condition = TimeEmbed(config.dim, name="time_embed")(t) + jnp.take(labels, label, axis=0)
         condition = nn.silu(condition)
-        # Storing every elementwise intermediate of every layer is slower than recomputing it (a quarter of the gradient's
-        # time on a CPU), and the attention logits would grow with T squared.
+        # Storing every elementwise intermediate of every layer is slower than recomputing it (by a quarter of the
+        # gradient's time on a CPU), and the attention logits would grow with T squared.
         policies = jax.checkpoint_policies
         kept = policies.nothing_saveable if self.remat else policies.dots_with_no_batch_dims_saveable
         stack = nn.scan(
