@@ -60,8 +60,8 @@ TAESD = TinyVAEConfig()
 SMALL = TinyVAEConfig(
     encoder_widths=(32, 64, 64),
     encoder_blocks=(1, 3, 3),
-    decoder_widths=(64, 64, 48),
-    decoder_blocks=(3, 2, 1),
+    decoder_widths=(64, 64, 32),
+    decoder_blocks=(3, 2, 2),
     patch=2,
 )
 

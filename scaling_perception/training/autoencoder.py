@@ -1,0 +1,309 @@
+"""Training the small autoencoder by distilling TAESD: the encoder learns its latents, the decoder learns to undo them.
+
+Two phases, each an ordinary run of ``train.py``. ``encoder``: regress the teacher's latents. ``decoder``: reconstruct
+pictures from the frozen encoder's latents and the teacher's, mixed. Both read a *bank* on disk: procedural pictures
+(textures, rendered scenes and what the tasks draw) with the teacher's latents, made once, block by block, and resumed
+where it stopped. No photograph takes part.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scaling_perception.data.sources.textures import RGB_KINDS, TARGET_KINDS, texture
+from scaling_perception.models import tiny_vae
+from scaling_perception.models.autoencoders import (
+    Autoencoder,
+    load_autoencoder,
+    load_part,
+    make_tiny,
+    save_part,
+    tree_hash,
+)
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.files import atomic_path, read_json, write_json
+from scaling_perception.support.progress import progress
+from scaling_perception.training.objective import Objective
+
+PHASES = ("encoder", "decoder")
+BLOCK = 250  # pictures a bank file; texture and scene blocks alternate
+SCENE_VIEWS = ("image", "depth", "image", "flow_x", "whole", "image", "visible", "flow_y")
+TARGET_WEIGHT = 2.0  # of a target-like picture's error: predictions pass through the decoder, photographs need not
+
+
+def bank_picture(index: int, resolution: int) -> tuple[np.ndarray, bool]:
+    """Training picture ``index``: ((R, R, 3) float32 in about [-1, 1], whether it looks like a task's target).
+
+    About half the pictures are RGB (textures and scenes), half what the tasks draw (depth, flow components, masks,
+    objects on white). Scenes are the training split's, from their index alone.
+    """
+    block, place = divmod(index, BLOCK)
+    number = block // 2 * BLOCK + place
+    if block % 2 == 0:
+        kinds = (RGB_KINDS, RGB_KINDS, TARGET_KINDS)[number % 3]
+        names = list(kinds)
+        return texture(number, resolution, names[number // 3 % len(names)]), kinds is TARGET_KINDS
+    view = SCENE_VIEWS[number % len(SCENE_VIEWS)]
+    return scene_views(number, resolution, (view,))[view], view != "image"
+
+
+def scene_views(index: int, resolution: int, views: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Pictures (R, R, 3) float32 that the tasks make of scene ``index``; ``views`` as in :func:`task_pictures`."""
+    from scaling_perception.data.sources.scenes import render_scene
+
+    return task_pictures(render_scene(index, resolution), resolution, views)
+
+
+def task_pictures(raw: Mapping[str, Any], resolution: int, views: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Pictures of one raw sample as the tasks hand them on: image, depth, flow_x, flow_y, whole, visible."""
+    from scaling_perception.tasks import TaskOptions, amodal, depth, flow
+
+    options = TaskOptions()
+    out: dict[str, np.ndarray] = {}
+    if "image" in views:
+        out["image"] = depth.conditions(raw, resolution, options)["image"]
+    if "depth" in views:
+        out["depth"] = depth.encode(raw, resolution, options)[0]["target"]
+    if "flow_x" in views or "flow_y" in views:
+        both = flow.encode(raw, resolution, options)
+        out |= {"flow_x": both[0]["target"], "flow_y": both[1]["target"]}
+    if "whole" in views or "visible" in views:
+        sample = amodal.encode(raw, resolution, options)[0]
+        out |= {"whole": sample["target"], "visible": sample["prompt"]}
+    return {view: out[view] for view in views}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bank:
+    """Pictures and latents on disk; ``open_bank`` makes the missing blocks.
+
+    Attributes:
+        pictures: one (BLOCK, R, R, 3) float16 memory map a block.
+        latents: the teacher's, (BLOCK, R/8, R/8, 4) float16 a block.
+        targets: (N,) bool, which pictures look like a task's target.
+        description: JSON-able; what the bank was made of.
+    """
+
+    pictures: list[np.ndarray]
+    latents: list[np.ndarray]
+    targets: np.ndarray
+    description: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def rows(self, arrays: list[np.ndarray], indices: np.ndarray) -> np.ndarray:
+        """Rows ``indices`` of a list of blocks, as one array."""
+        return np.stack([arrays[i // BLOCK][i % BLOCK] for i in indices])
+
+
+def open_bank(folder: str | os.PathLike[str], teacher: str, count: int, resolution: int) -> Bank:
+    """The bank in ``folder`` with at least ``count`` pictures, making what is missing.
+
+    Raises:
+        UserError: the folder holds a bank of another teacher or resolution, or the teacher cannot be loaded.
+    """
+    folder = Path(folder)
+    blocks = -(-count // BLOCK)
+    paths = [folder / f"block_{block:05d}" for block in range(blocks)]
+    missing = [b for b, path in enumerate(paths) if not path.with_suffix(".latents.npy").exists()]
+    described = folder / "bank.json"
+    model = load_autoencoder(teacher)
+    description = {"format": 1, "teacher": model.id, "resolution": resolution, "block": BLOCK}
+    if not described.exists():
+        write_json(described, description)
+    elif read_json(described) != description:
+        raise UserError(f"{folder}: this bank is not {description}: choose another folder with config.data.cache")
+    for block in progress(missing, len(missing), "autoencoder bank") if missing else ():
+        _make_block(paths[block], block, model, resolution)
+    pictures = [np.load(path.with_suffix(".pictures.npy"), mmap_mode="r") for path in paths]
+    latents = [np.load(path.with_suffix(".latents.npy")) for path in paths]
+    targets = np.concatenate([np.load(path.with_suffix(".targets.npy")) for path in paths])
+    return Bank(pictures, latents, targets, {**description, "count": blocks * BLOCK})
+
+
+def _make_block(path: Path, block: int, teacher: Autoencoder, resolution: int) -> None:
+    made = [bank_picture(index, resolution) for index in range(block * BLOCK, (block + 1) * BLOCK)]
+    pictures = np.stack([picture for picture, _ in made]).astype(np.float16)
+    latents = encode_all(teacher, pictures).astype(np.float16)
+    targets = np.array([target for _, target in made])
+    # The latents come last: their presence says that the block is whole.
+    for name, array in (("pictures", pictures), ("targets", targets), ("latents", latents)):
+        with atomic_path(path.with_suffix(f".{name}.npy")) as temporary:
+            np.save(temporary, array)
+
+
+def encode_all(model: Autoencoder, pictures: np.ndarray, batch: int = 10) -> np.ndarray:
+    """Latents (N, h, w, 4) float32 of pictures (N, R, R, 3), ``batch`` at a time."""
+    run = _jitted_encode(model.encode)
+    chunks = []
+    for start in range(0, len(pictures), batch):
+        part = np.asarray(pictures[start : start + batch], np.float32)
+        padded = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), np.float32)])  # one compilation
+        chunks.append(np.asarray(run(model.params, padded))[: len(part)])
+    return np.concatenate(chunks)
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted_encode(encode: Any) -> Any:
+    return jax.jit(lambda params, images: encode(params, images)[0])
+
+
+class BankBatches:
+    """Batches of a bank as a pure function of the step: every epoch is a permutation seeded by (seed, epoch).
+
+    Fields: image (B, R, R, 3), latent (B, h, w, 4) the teacher's, own (B, h, w, 4) the frozen encoder's (decoder phase
+    only), all float16; weight (B,) float32; key.
+    """
+
+    def __init__(
+        self, bank: Bank, batch_size: int, seed: int, own: np.ndarray | None = None, own_id: str = ""
+    ) -> None:
+        if batch_size > len(bank):
+            raise UserError(f"train.batch_size {batch_size} exceeds the {len(bank)} pictures: raise config.bank")
+        self.bank, self.batch_size, self.seed, self.own, self.own_id = bank, batch_size, seed, own, own_id
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must find unchanged."""
+        return {**self.bank.description, "seed": self.seed, "batch_size": self.batch_size, "encoder": self.own_id}
+
+    def at(self, step: int) -> dict[str, Any]:
+        """The batch of ``step``."""
+        epoch, place = divmod(step, len(self.bank) // self.batch_size)
+        order = _permutation(self.seed, epoch, len(self.bank))
+        indices = order[place * self.batch_size : (place + 1) * self.batch_size]
+        batch: dict[str, Any] = {
+            "image": self.bank.rows(self.bank.pictures, indices),
+            "latent": self.bank.rows(self.bank.latents, indices),
+            "weight": np.where(self.bank.targets[indices], np.float32(TARGET_WEIGHT), np.float32(1)),
+            "key": [f"bank/{index}" for index in indices],
+        }
+        if self.own is not None:
+            batch["own"] = self.own[indices]
+        return batch
+
+    def iterate(self, start: int) -> Iterator[dict[str, Any]]:
+        """Batches from ``start`` on, without end. Reading is a memory map: there is nothing to prefetch."""
+        step = start
+        while True:
+            yield self.at(step)
+            step += 1
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def encoder_loss(config: tiny_vae.TinyVAEConfig, params: Any, batch: Mapping[str, Any]) -> tuple[jax.Array, dict]:
+    """Mean squared error of the latents, target-like pictures counting double. Metrics: plain errors of both sorts."""
+    z = tiny_vae.Encoder(config).apply({"params": params}, batch["image"].astype(jnp.float32))
+    error = jnp.square(z - batch["latent"].astype(jnp.float32)).mean(axis=(1, 2, 3))  # type: ignore[operator]
+    return _weighted(error, batch["weight"]), _by_sort("latent_mse", error, batch["weight"])
+
+
+def decoder_loss(
+    config: tiny_vae.TinyVAEConfig, params: Any, batch: Mapping[str, Any], key: jax.Array
+) -> tuple[jax.Array, dict]:
+    """Reconstruction from mixed, slightly noisy latents.
+
+    Per picture: mean |d| + mean |d|^2 + half the mean |difference of neighbours of d| (both directions), with d the
+    difference of the decoded picture to the truth, weighted as in :func:`encoder_loss`. The squared term keeps flat
+    areas true (white must stay white), the last one keeps edges in place. One picture in four is decoded from the
+    teacher's latents; the noise has a deviation of 0.03, uniform in scale from zero.
+    """
+    image = batch["image"].astype(jnp.float32)
+    pick, scale, noise = jax.random.split(key, 3)
+    own = jax.random.bernoulli(pick, 0.75, (len(image), 1, 1, 1))
+    z = jnp.where(own, batch["own"], batch["latent"]).astype(jnp.float32)
+    z = z + 0.03 * jax.random.uniform(scale, (len(image), 1, 1, 1)) * jax.random.normal(noise, z.shape)
+    d = tiny_vae.Decoder(config).apply({"params": params}, z) - image  # type: ignore[operator]
+    squares = jnp.square(d).mean(axis=(1, 2, 3))
+    edges = jnp.abs(jnp.diff(d, axis=1)).mean(axis=(1, 2, 3)) + jnp.abs(jnp.diff(d, axis=2)).mean(axis=(1, 2, 3))
+    error = jnp.abs(d).mean(axis=(1, 2, 3)) + squares + 0.5 * edges
+    return _weighted(error, batch["weight"]), _by_sort("pixel_mse", squares, batch["weight"])
+
+
+def _weighted(error: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.sum(error * weight) / jnp.sum(weight)
+
+
+def _by_sort(name: str, error: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
+    """The mean error of RGB and of target-like pictures; NaN where the batch has none."""
+    target = weight > 1
+    return {
+        f"{name}_rgb": jnp.mean(error, where=~target),
+        f"{name}_target": jnp.mean(error, where=target),
+    }
+
+
+def autoencoder_objective(config: Any) -> Objective:
+    """The objective of ``configs/tiny_vae.py``.
+
+    Reads ``config.phase`` ('encoder' | 'decoder'), ``config.teacher`` (folder or hub id with TAESD), ``config.vae``
+    (fields of TinyVAEConfig), ``config.bank`` (number of pictures), ``config.data.cache`` (folder of the bank),
+    ``config.resolution``, ``config.seed``, ``config.train.batch_size``; in the decoder phase ``config.init`` is the
+    exported folder of the encoder run.
+
+    Raises:
+        UserError: an unknown phase, a missing teacher or encoder.
+    """
+    phase = str(config.phase)
+    if phase not in PHASES:
+        raise UserError(f"config.phase '{phase}'{did_you_mean(phase, PHASES)}")
+    batch_size = int(config.train.batch_size)
+    encoder, network = None, tiny_vae.TinyVAEConfig(**config.vae.to_dict())
+    if phase == "decoder":
+        if not config.init:
+            raise UserError("the decoder phase needs the trained encoder: give config.init=FOLDER of the encoder run")
+        network, encoder = load_part(config.init, "encoder")
+    bank = open_bank(config.data.cache, str(config.teacher), int(config.bank), int(config.resolution))
+
+    def init(key: jax.Array) -> Any:
+        return tiny_vae.init_part(phase, network, key)
+
+    if phase == "encoder":
+
+        def loss(params: Any, batch: Mapping[str, Any], key: jax.Array) -> tuple[jax.Array, dict]:
+            return encoder_loss(network, params, batch)
+
+        def export(params: Any, path: str, info: Mapping[str, Any]) -> None:
+            save_part(path, "encoder", network, params, {**info, "bank": dict(bank.description)})
+
+        return Objective(init, loss, BankBatches(bank, batch_size, int(config.seed)), export, batch_size)
+
+    own, own_id = _own_latents(Path(config.data.cache), bank, network, encoder)
+
+    def decoding_loss(params: Any, batch: Mapping[str, Any], key: jax.Array) -> tuple[jax.Array, dict]:
+        return decoder_loss(network, params, batch, key)
+
+    def export_both(params: Any, path: str, info: Mapping[str, Any]) -> None:
+        save_part(path, "decoder", network, params, {**info, "bank": dict(bank.description), "encoder": own_id})
+        source, target = Path(config.init) / "encoder.safetensors", Path(path) / "encoder.safetensors"
+        if source.resolve() != target.resolve():
+            with atomic_path(target) as temporary:
+                temporary.write_bytes(source.read_bytes())
+
+    batches = BankBatches(bank, batch_size, int(config.seed), own, own_id)
+    return Objective(init, decoding_loss, batches, export_both, batch_size)
+
+
+def _own_latents(folder: Path, bank: Bank, network: tiny_vae.TinyVAEConfig, encoder: Any) -> tuple[np.ndarray, str]:
+    """Our frozen encoder's latents of the whole bank, kept beside it under the encoder's hash."""
+    own_id = tree_hash(encoder)
+    path = folder / f"own_{own_id}_{len(bank)}.npy"
+    if not path.exists():
+        model = make_tiny("own", network, {"encoder": encoder})
+        blocks = progress(bank.pictures, len(bank.pictures), "latents of the frozen encoder")
+        latents = np.concatenate([encode_all(model, pictures).astype(np.float16) for pictures in blocks])
+        with atomic_path(path) as temporary:
+            np.save(temporary, latents)
+    return np.load(path), own_id
