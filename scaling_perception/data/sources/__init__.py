@@ -1,0 +1,89 @@
+"""Where raw samples come from. A source is a sequence: ``len(source)``, ``source[i]``, ``source.fingerprint()``.
+
+A raw sample is a dict of numpy arrays at native size:
+
+    key    str, stable id                image  uint8 (H, W, 3)
+    depth  depth float32 (H, W) metres (planar z), valid bool (H, W)
+    flow   image2 uint8 (H, W, 3), flow float32 (H, W, 2) pixels (u right, v down) first to second frame, valid bool
+    amodal visible_mask, whole_mask bool (H, W), whole uint8 (H, W, 3) the whole object on white
+    optional: label int, intrinsics float32 (3, 3), occluded bool (H, W)
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from typing import Any, NamedTuple, Protocol
+
+from scaling_perception.support.errors import UserError, did_you_mean
+
+
+class Source(Protocol):
+    """What a source promises."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+    def fingerprint(self) -> dict[str, Any]: ...
+
+
+class SourceEntry(NamedTuple):
+    """A row of ``SOURCES``: the module in this folder, the tasks that it serves, its class."""
+
+    module: str
+    tasks: tuple[str, ...]
+    member: str
+
+
+SOURCES: dict[str, SourceEntry] = {
+    "scenes": SourceEntry("scenes", ("depth", "flow", "amodal"), "ScenesSource"),
+    "folder": SourceEntry("folder", ("depth", "flow", "amodal"), "Folder"),
+    "flying_chairs": SourceEntry("flying_chairs", ("flow",), "FlyingChairs"),
+    "hypersim": SourceEntry("hypersim", ("depth",), "Hypersim"),
+    "pix2gestalt": SourceEntry("pix2gestalt", ("amodal",), "Pix2Gestalt"),
+    "nyuv2": SourceEntry("benchmarks", ("depth",), "NYUv2"),
+    "kitti_depth": SourceEntry("benchmarks", ("depth",), "KittiDepth"),
+    "icl_nuim": SourceEntry("benchmarks", ("depth",), "IclNuim"),
+    "tum_rgbd": SourceEntry("benchmarks", ("depth",), "TumRgbd"),
+    "middlebury_flow": SourceEntry("benchmarks", ("flow",), "MiddleburyFlow"),
+    "sintel": SourceEntry("benchmarks", ("flow",), "Sintel"),
+    "kitti_flow": SourceEntry("benchmarks", ("flow",), "KittiFlow"),
+}
+
+
+def open_source(name: str, root: str | os.PathLike[str], split: str, task: str, **options: Any) -> Source:
+    """Open a source by name, and check that its files are there.
+
+    Args:
+        name: a name of ``SOURCES``.
+        root: the data set's folder (for ``folder`` also a manifest file; ignored by ``scenes``).
+        split: train, val, test or all, as far as the source has them; '' is all.
+        task: depth, flow or amodal.
+        options: of the source's class, e.g. ``count``.
+
+    Raises:
+        UserError: unknown name, task, split or option (with the nearest known one), or files that do not fit.
+    """
+    if name not in SOURCES:
+        raise UserError(f"unknown data source '{name}'{did_you_mean(name, SOURCES)}")
+    entry = SOURCES[name]
+    if task not in entry.tasks:
+        known = sorted({one for row in SOURCES.values() for one in row.tasks})
+        if task not in known:
+            raise UserError(f"unknown task '{task}'{did_you_mean(task, known)}")
+        others = [other for other, row in SOURCES.items() if task in row.tasks]
+        serves = ", ".join(entry.tasks)
+        raise UserError(f"{name} has no {task}, it serves {serves}: for {task} take {', '.join(others)}")
+    make = getattr(importlib.import_module(f"{__name__}.{entry.module}"), entry.member)
+    parameters = inspect.signature(make).parameters
+    given = {"root": root, "split": split, "task": task}
+    known_options = [parameter for parameter in parameters if parameter not in given]
+    for option in options:
+        if option not in known_options:
+            raise UserError(f"{name} has no option '{option}'{did_you_mean(option, known_options)}")
+    for option in known_options:
+        if parameters[option].default is inspect.Parameter.empty and option not in options:
+            raise UserError(f"{name} needs the option '{option}': give it")
+    return make(**{key: value for key, value in given.items() if key in parameters}, **options)

@@ -1,0 +1,243 @@
+"""What all sources of files share: finding, checking, reading, fingerprints.
+
+A concrete source says which files make a sample (``find``) and in which units; everything else is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from scaling_perception.data import formats
+from scaling_perception.support.errors import UserError, did_you_mean
+
+_PICTURES = ("image", "image2", "whole")
+_MASKS = ("visible_mask", "whole_mask", "valid_mask", "invalid_mask", "occluded")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One sample before it is read.
+
+    Attributes:
+        key: stable id, unique within the source.
+        files: field -> path, relative to the source's root, with forward slashes.
+        values: what is no file: ``label``, ``depth_scale``.
+    """
+
+    key: str
+    files: Mapping[str, str]
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class FileSource:
+    """Raw samples of files under ``root`` (see ``data.sources`` for their fields); random access, picklable.
+
+    Args:
+        root: the data set's folder.
+        split: one of ``SPLITS``.
+        task: one of ``TASKS``; only the files that it needs are asked for.
+        count: at most so many samples, the first ones; 0 takes all.
+
+    Raises:
+        UserError: missing folder or files, nothing found, contradictory lists. Reading a sample raises it too, for a
+            damaged file, sizes that differ, or a map without a valid pixel; every message names the file.
+    """
+
+    NAME: ClassVar[str]
+    TASKS: ClassVar[tuple[str, ...]]
+    SPLITS: ClassVar[tuple[str, ...]] = ("train", "val", "all")
+    LAYOUT: ClassVar[str]
+    """What the folder holds, for messages."""
+
+    depth_scale: float | None = 1000.0
+    """Stored units a metre; None lets the kind of file decide (see ``formats.read_depth``)."""
+    depth_range: tuple[float, float] = (1e-5, float("inf"))
+    """Metres, both ends excluded; other depths are invalid."""
+
+    def __init__(self, root: str | os.PathLike[str], split: str, task: str, *, count: int = 0) -> None:
+        self.split = split or "all"
+        self.task = task
+        if self.task not in self.TASKS:
+            raise UserError(f"{self.NAME} has no {task}: it serves {', '.join(self.TASKS)}")
+        if self.split not in self.SPLITS:
+            raise UserError(f"{self.NAME} has no split '{split}'{did_you_mean(split, self.SPLITS)}")
+        if count < 0:
+            raise UserError(f"count {count} is below 0: give the number of samples, or 0 for all")
+        if not str(root):
+            raise UserError(f"{self.NAME} needs a root: the folder that holds {self.LAYOUT}")
+        self.root = Path(root).expanduser()
+        if not self.root.exists():
+            raise UserError(f"{self.root} does not exist: give the folder that holds {self.LAYOUT}")
+        if not self.root.is_dir():
+            self.root = self._root_of_file(self.root)
+        self.count = count
+        entries = self.find()
+        if not entries:
+            raise UserError(f"{self.root} holds no samples of {self.NAME}: it should hold {self.LAYOUT}")
+        self.entries = entries[:count] if count else entries
+        self._check_keys()
+        self._digest = self._check_files()
+
+    # For a concrete source
+
+    def find(self) -> list[Entry]:
+        """The entries of the split, in a fixed order."""
+        raise NotImplementedError
+
+    def _root_of_file(self, path: Path) -> Path:
+        raise UserError(f"{path} is a file: give the folder that holds {self.LAYOUT}")
+
+    def options(self) -> dict[str, Any]:
+        """What else decides the samples; part of the fingerprint."""
+        return {"count": self.count}
+
+    # Checks
+
+    def _check_keys(self) -> None:
+        seen: set[str] = set()
+        for entry in self.entries:
+            if entry.key in seen:
+                raise UserError(f"{self.root}: two samples are called '{entry.key}': give every sample its own name")
+            seen.add(entry.key)
+
+    def _check_files(self) -> str:
+        """Refuse missing and empty files; return a hash of names, sizes and values."""
+        wanted = sorted({path for entry in self.entries for path in entry.files.values()})
+        sizes = file_sizes(self.root, wanted)
+        missing = [path for path in wanted if path not in sizes]
+        if missing:
+            more = f" (and {len(missing) - 1} more files)" if len(missing) > 1 else ""
+            raise UserError(f"{self.root / missing[0]} is missing{more}: restore it or take the sample off the list")
+        digest = hashlib.sha256()
+        for path in wanted:
+            if not sizes[path]:
+                raise UserError(f"{self.root / path} is empty: copy or download it again")
+            digest.update(f"{path}\t{sizes[path]}\n".encode())
+        for entry in self.entries:
+            digest.update(repr((entry.key, sorted(entry.files.items()), sorted(entry.values.items()))).encode())
+        return digest.hexdigest()
+
+    # What everyone uses
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        return f"{self.NAME}({self.root}, split={self.split}, task={self.task}, {len(self)} samples)"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON values that change whenever the samples may have: names, sizes and options, but not where they lie."""
+        return {
+            "name": self.NAME,
+            "split": self.split,
+            "task": self.task,
+            "length": len(self),
+            "files": self._digest,
+            "options": self.options(),
+        }
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        entry = self.entries[int(index)]
+        raw: dict[str, Any] = {"key": entry.key}
+        masks = {}
+        for field, path in entry.files.items():
+            value = self._read(field, self.root / path, entry)
+            if field == "flow":
+                raw["flow"], raw["valid"] = value
+            else:
+                (masks if field in ("valid_mask", "invalid_mask") else raw)[field] = value
+        self._check_sizes(entry, {**raw, **masks})
+        if "depth" in raw:
+            depth, (near, far) = raw["depth"], self.depth_range
+            with np.errstate(invalid="ignore"):
+                raw["valid"] = np.isfinite(depth) & (depth > near) & (depth < far)
+            raw["depth"] = np.where(np.isfinite(depth), depth, np.float32(0))
+        if "valid_mask" in masks:
+            raw["valid"] &= masks["valid_mask"]
+        if "invalid_mask" in masks:
+            raw["valid"] &= ~masks["invalid_mask"]
+        if "valid" in raw and not raw["valid"].any():
+            self._refuse_invalid(entry, raw)
+        if entry.values.get("label") is not None:
+            raw["label"] = int(entry.values["label"])
+        return raw
+
+    def _read(self, field: str, path: Path, entry: Entry) -> Any:
+        if field in _PICTURES:
+            return formats.read_image(path)
+        if field in _MASKS:
+            return formats.read_mask(path)
+        if field == "depth":
+            return formats.read_depth(path, entry.values.get("depth_scale", self.depth_scale))
+        return formats.read_flow(path)
+
+    def _check_sizes(self, entry: Entry, arrays: Mapping[str, Any]) -> None:
+        height, width = arrays["image"].shape[:2]
+        for field, path in entry.files.items():
+            high, wide = arrays[field].shape[:2]
+            if (high, wide) != (height, width):
+                sizes = f"is {wide}x{high} but {self.root / entry.files['image']} is {width}x{height}"
+                raise UserError(f"{self.root / path} {sizes}: give both the same size")
+
+    def _refuse_invalid(self, entry: Entry, raw: Mapping[str, Any]) -> None:
+        if "depth" not in raw:
+            raise UserError(f"{self.root / entry.files['flow']} has no valid pixel: check the file and the valid mask")
+        low, high = float(raw["depth"].min()), float(raw["depth"].max())
+        why = f"depths {low:g}..{high:g} m, valid {self.depth_range[0]:g}..{self.depth_range[1]:g} m"
+        path = self.root / entry.files["depth"]
+        raise UserError(f"{path} has no valid pixel ({why}): check depth_scale and the mask")
+
+
+# Finding files
+
+
+def file_sizes(root: Path, paths: Iterable[str]) -> dict[str, int]:
+    """Bytes of those of ``paths`` (relative to ``root``) that are files; one listing a folder, not one call a file."""
+    by_folder: dict[str, set[str]] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        by_folder.setdefault(folder, set()).add(name)
+    sizes = {}
+    for folder, names in by_folder.items():
+        try:
+            with os.scandir(root / folder if folder else root) as listing:
+                for item in listing:
+                    if item.name in names and item.is_file():
+                        sizes[f"{folder}/{item.name}" if folder else item.name] = item.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError:
+            raise UserError(f"{root / folder} cannot be read: give yourself permission to read it") from None
+    return sizes
+
+
+def list_files(root: Path, folder: str = "") -> list[str]:
+    """All files below ``root / folder``, relative to ``root``, sorted.
+
+    Hidden ones are left out, links to folders are followed.
+    """
+    found: list[str] = []
+    seen: set[str] = set()
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: give yourself permission to read it") from None
+
+    top = root / folder
+    for place, folders, names in os.walk(top, followlinks=True, onerror=refuse):
+        real = os.path.realpath(place)
+        if real in seen:  # a link back to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        relative = Path(place).relative_to(root).as_posix()
+        prefix = "" if relative == "." else relative + "/"
+        found += [prefix + name for name in names if not name.startswith(".")]
+    return sorted(found)

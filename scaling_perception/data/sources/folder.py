@@ -1,0 +1,238 @@
+"""A person's own data: a manifest (CSV or JSON lines), or folders whose files share names."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from scaling_perception.data.sources.base import Entry, FileSource, list_files
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.tasks.amodal import mask_from_whole
+from scaling_perception.tasks.common import to_unit
+
+REQUIRED = {
+    "depth": ("image", "depth"),
+    "flow": ("image", "image2", "flow"),
+    "amodal": ("image", "visible_mask"),
+}
+OPTIONAL = {"depth": ("valid_mask",), "flow": ("valid_mask",), "amodal": ("whole", "whole_mask")}
+FILE_COLUMNS = ("image", "image2", "depth", "flow", "visible_mask", "whole", "whole_mask", "valid_mask")
+COLUMNS = (*FILE_COLUMNS, "depth_scale", "label", "key", "split")
+MANIFESTS = ("manifest.csv", "manifest.jsonl")
+
+
+class Folder(FileSource):
+    """Either of two layouts.
+
+    A manifest: ``root`` is the file, or a folder with ``manifest.csv`` or ``manifest.jsonl``. Columns are ``COLUMNS``;
+    file names are relative to the manifest. With a ``split`` column only the rows of the split are taken; without one,
+    all. ``key`` is the image's path without its suffix unless given.
+
+    Folders: ``root/image/…``, ``root/depth/…`` and so on, named as the file columns; files that belong together have
+    the same name up to the suffix. ``root/<split>/image/…`` is taken first where it exists; without such folders every
+    split is everything.
+
+    A depth file is what ``formats.read_depth`` reads, a flow file what ``formats.read_flow`` reads. For amodal data at
+    least one of whole and whole_mask is needed: a missing mask is made from whole by pix2gestalt's threshold, and a
+    missing whole leaves data to evaluate on, not to train on.
+
+    Args:
+        depth_scale: stored units a metre where a row has none; 0: 1000 for PNG, 1 for floats.
+        min_depth, max_depth: metres; depths outside are invalid.
+    """
+
+    NAME = "folder"
+    TASKS = ("depth", "flow", "amodal")
+    SPLITS = ("train", "val", "test", "all")
+    LAYOUT = "manifest.csv, manifest.jsonl, or the folders image, depth, image2, flow, visible_mask, whole, whole_mask"
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str,
+        task: str,
+        *,
+        count: int = 0,
+        depth_scale: float = 0.0,
+        min_depth: float = 1e-5,
+        max_depth: float = math.inf,
+    ) -> None:
+        if not (depth_scale >= 0 and math.isfinite(depth_scale)):
+            raise UserError(f"depth_scale {depth_scale} must be above 0 (units a metre), or 0: the file decides")
+        if not 0 <= min_depth < max_depth:
+            raise UserError(f"min_depth {min_depth} and max_depth {max_depth} must rise from 0: give both in metres")
+        self.depth_scale = depth_scale or None
+        self.depth_range = (min_depth, max_depth)
+        self.manifest = ""
+        super().__init__(root, split, task, count=count)
+
+    def options(self) -> dict[str, Any]:
+        near, far = self.depth_range
+        far = far if math.isfinite(far) else None  # JSON has no infinity
+        return {**super().options(), "depth_scale": self.depth_scale, "min_depth": near, "max_depth": far}
+
+    def _root_of_file(self, path: Path) -> Path:
+        if path.suffix.lower() not in (".csv", ".jsonl"):
+            raise UserError(f"{path} is no manifest: give a .csv or .jsonl file, or a folder that holds {self.LAYOUT}")
+        self.manifest = path.name
+        return path.parent
+
+    def find(self) -> list[Entry]:
+        manifests = [name for name in MANIFESTS if (self.root / name).is_file()]
+        if not self.manifest and len(manifests) > 1:
+            raise UserError(f"{self.root} holds both {' and '.join(manifests)}: give the path of one of them")
+        self.manifest = self.manifest or "".join(manifests)
+        return self._from_manifest(self.root / self.manifest) if self.manifest else self._from_folders()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raw = super().__getitem__(index)
+        if "whole" in raw and "whole_mask" not in raw:
+            raw["whole_mask"] = mask_from_whole(to_unit(raw["whole"]))
+        return raw
+
+    # A manifest
+
+    def _from_manifest(self, path: Path) -> list[Entry]:
+        entries, splits, rows = [], set(), 0
+        for line, row in _rows(path):
+            rows += 1
+            where = f"{path} line {line}"
+            for column in row:
+                if column not in COLUMNS:
+                    raise UserError(f"{where}: unknown column '{column}'{did_you_mean(column, COLUMNS)}")
+            if "split" in row:
+                splits.add(str(row["split"]))
+                if self.split not in ("all", str(row["split"])):
+                    continue
+            entries.append(self._entry(row, where))
+        if rows and not entries:
+            raise UserError(f"{path} has no row of split '{self.split}': choose of {', '.join(sorted(splits))}")
+        if not rows:
+            columns = ", ".join(REQUIRED[self.task])
+            raise UserError(f"{path} has no rows: write one a sample, with the columns {columns}")
+        return entries
+
+    def _entry(self, row: dict[str, Any], where: str) -> Entry:
+        files = {}
+        for column in (*REQUIRED[self.task], *OPTIONAL[self.task]):
+            name = row.get(column)
+            if name in (None, ""):
+                continue
+            if not isinstance(name, str):
+                raise UserError(f"{where}: {column} is {name!r}: give the name of a file")
+            if not (self.root / name).is_file():
+                path = self.root / name
+                raise UserError(f"{where}: {column} file {path} does not exist: restore it or drop the line")
+            files[column] = name
+        for column in REQUIRED[self.task]:
+            if column not in files:
+                raise UserError(f"{where} has no {column}, which {self.task} needs: fill in the column")
+        self._need_whole(files, where)
+        values: dict[str, Any] = {}
+        if row.get("depth_scale") not in (None, "") and "depth" in files:
+            scale = _number(row["depth_scale"], float)
+            if scale is None or not (scale > 0 and math.isfinite(scale)):
+                raise UserError(f"{where}: depth_scale '{row['depth_scale']}' must be above 0: stored units a metre")
+            values["depth_scale"] = scale
+        if row.get("label") not in (None, ""):
+            values["label"] = _number(row["label"], int)
+            if values["label"] is None or values["label"] < 0:
+                raise UserError(f"{where}: label '{row['label']}' is no class: give an integer from 0, or nothing")
+        key = row.get("key")
+        return Entry(str(key) if key not in (None, "") else os.path.splitext(files["image"])[0], files, values)
+
+    def _need_whole(self, files: dict[str, str], where: str) -> None:
+        if self.task == "amodal" and not {"whole", "whole_mask"} & set(files):
+            raise UserError(f"{where} has neither whole nor whole_mask: amodal needs one of them")
+
+    # Folders
+
+    def _from_folders(self) -> list[Entry]:
+        inside = self.split if self.split != "all" and (self.root / self.split / "image").is_dir() else ""
+        base = self.root / inside
+        by_field = {}
+        for field in (*REQUIRED[self.task], *OPTIONAL[self.task]):
+            if (base / field).is_dir():
+                by_field[field] = self._by_stem(inside, field)
+            elif field in REQUIRED[self.task]:
+                raise UserError(f"{base / field} is missing: {self.task} needs it; the root should hold {self.LAYOUT}")
+        self._need_whole(dict.fromkeys(by_field, ""), str(base))
+        stems = sorted(set().union(*by_field.values()))
+        for field, found in by_field.items():
+            if lost := [stem for stem in stems if stem not in found]:
+                counts = ", ".join(f"{name} {len(paths)}" for name, paths in by_field.items())
+                raise UserError(
+                    f"{base / field} has no file '{lost[0]}', {len(lost)} are missing ({counts}): "
+                    "restore them or remove those of the other folders"
+                )
+        return [Entry(stem, {field: found[stem] for field, found in by_field.items()}) for stem in stems]
+
+    def _by_stem(self, inside: str, field: str) -> dict[str, str]:
+        folder = f"{inside}/{field}" if inside else field
+        found: dict[str, str] = {}
+        for path in list_files(self.root, folder):
+            stem = os.path.splitext(path[len(folder) + 1 :])[0]
+            if stem in found:
+                raise UserError(f"{self.root / found[stem]} and {self.root / path} share a name: keep one of them")
+            found[stem] = path
+        return found
+
+
+def _number(value: Any, kind: type) -> Any:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    if kind is int:
+        return int(number) if math.isfinite(number) and number == int(number) else None
+    return number
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) of a manifest; blank lines are skipped."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield from (_csv_rows if path.suffix.lower() == ".csv" else _json_rows)(path, file)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text ({error.reason}): save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the path and its permission") from None
+
+
+def _csv_rows(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.reader(file, strict=True)
+    header: list[str] = []
+    try:
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            cells = [cell.strip() for cell in cells]
+            if not header:
+                header = cells
+                if len(set(header)) != len(header):
+                    raise UserError(f"{path} line {reader.line_num} names a column twice: keep one of them")
+                continue
+            if len(cells) != len(header):
+                counts = f"{len(cells)} fields where the first line names {len(header)}"
+                raise UserError(f"{path} line {reader.line_num} has {counts}: quote names that hold commas")
+            yield reader.line_num, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num} is no CSV ({error}): mend the line") from None
+
+
+def _json_rows(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is no JSON ({error}): write one object a line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number} is no JSON object: write one object a line")
+        yield number, row
