@@ -20,7 +20,11 @@ _MOST_LEVELS = 10
 
 
 def annealed_strength(t: Any, strength: float = 0.9, train_steps: int = 1000) -> Any:
-    """strength * t / train_steps per sample: plain noise at t = 0, the full pyramid at the end."""
+    """strength * t / train_steps per sample: plain noise at t = 0, the full pyramid at the end.
+
+    (Plain with `pyramid_noise` and the ladders ``original`` and ``power_of_two``, whose first level has full size; the
+    other ladders keep their first, coarser, level at weight 1.)
+    """
     return strength * t / train_steps
 
 
@@ -75,13 +79,13 @@ def _upsample_matrix(size_in: int, size_out: int) -> np.ndarray:
     return matrix
 
 
-def _sum_levels(xp: Any, draws: Sequence[Any], strength: Any) -> Any:
-    """Base noise plus sum_l strength^l upsampled(draw_l), for ``draws`` = [base, level 0, level 1, ...]."""
+def _sum_levels(xp: Any, draws: Sequence[Any], strength: Any, first_power: int = 0) -> Any:
+    """Base noise plus sum_l strength^(l + first_power) upsampled(draw_l), for ``draws`` = [base, level 0, ...]."""
     base, *levels = draws
     _, height, width, _ = base.shape
     strength = xp.asarray(strength, base.dtype)
     strength = strength.reshape(strength.shape + (1,) * (4 - strength.ndim)) if strength.ndim else strength
-    total, weight = base, xp.ones_like(strength)
+    total, weight = base, strength**first_power
     for level in levels:
         rows, columns = (_upsample_matrix(*pair) for pair in zip(level.shape[1:3], (height, width), strict=True))
         total = total + weight * xp.einsum("yh,xw,bhwc->byxc", rows, columns, level)
@@ -132,6 +136,8 @@ def host_noise(
 def pyramid_noise(key: jax.Array, shape: tuple[int, int, int, int], strength: float | jax.Array = 0.9) -> jax.Array:
     """Multi-resolution noise with the fixed ``every_layer`` ladder, jit-able; unit standard deviation per sample.
 
+    The level halved l times has weight strength^l, so strength 0 is plain Gaussian noise.
+
     Args:
         key: random key.
         shape: (B, H, W, C), static.
@@ -144,5 +150,5 @@ def pyramid_noise(key: jax.Array, shape: tuple[int, int, int, int], strength: fl
     sizes = [(height, width), *ladder("every_layer", height, width)]
     keys = jax.random.split(key, len(sizes))
     draws = [jax.random.normal(k, (batch, h, w, channels)) for k, (h, w) in zip(keys, sizes, strict=True)]
-    total = _sum_levels(jnp, draws, strength)
+    total = _sum_levels(jnp, draws, strength, first_power=1)
     return total / total.std(axis=(1, 2, 3), ddof=1, keepdims=True)

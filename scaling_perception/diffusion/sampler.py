@@ -61,8 +61,9 @@ def sampler_tables(
     t, t_next = timestep_grid(preset.spacing, steps, preset.steps_offset) if grid is None else map(np.asarray, grid)
     table = preset.alphas_cumprod()
     end = 1.0 if preset.final_alpha_one else table[0]
+    t_next = np.maximum(t_next, -1)
     now = table[t]
-    after = np.where(t_next < 0, end, table[np.maximum(t_next, 0)])
+    after = np.where(t_next < 0, end, table[t_next])  # table[-1] is read and dropped
     signal, noise = np.sqrt(now), np.sqrt(1 - now)
     zero, one = np.zeros_like(now), np.ones_like(now)
     if preset.prediction == "epsilon":
