@@ -1,0 +1,87 @@
+"""Every model size: parameters, MACs, layers, width."""
+
+import argparse
+import json
+from typing import Any
+
+EXAMPLES = """
+scaling-perception presets
+scaling-perception presets --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the table as JSON, for other programs")
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What is known of a preset before any array is built; all numbers exact.
+
+    ``macs_<pixels>``: forward MACs of the preset as it is; ``macs_<pixels>_8ch``: with 8 input channels, the noisy
+    latent and one condition latent, as for depth (facts 1.2). ``active_params``: those that one token meets.
+    """
+    import dataclasses
+
+    from scaling_perception.models.dit import count_params
+    from scaling_perception.models.presets import LATENT_FACTOR, get_preset
+    from scaling_perception.scaling.compute import forward_macs
+
+    config = get_preset(name)
+    depth_model = dataclasses.replace(config, cond_channels=config.in_channels)
+    params = count_params(config)
+    return {
+        "name": name,
+        "params": params,
+        "active_params": params,  # no preset has experts yet, so all are active
+        "params_8ch": count_params(depth_model),
+        "macs_256": forward_macs(config, 256),
+        "macs_512": forward_macs(config, 512),
+        "macs_256_8ch": forward_macs(depth_model, 256),
+        "macs_512_8ch": forward_macs(depth_model, 512),
+        "resolution": config.input_size * LATENT_FACTOR,
+        "macs": forward_macs(config),
+        "layers": config.depth,
+        "dim": config.dim,
+        "heads": config.heads,
+        "head_dim": config.head_dim,
+        "patch_size": config.patch_size,
+        "in_channels": config.in_channels,
+        "cond_channels": config.cond_channels,
+        "input_channels": config.input_channels,
+        "out_channels": config.out_channels,
+        "num_classes": config.num_classes,
+        "task_labels": config.task_labels,
+        "routed": config.routed,
+        "learn_sigma": config.learn_sigma,
+    }
+
+
+def _short(number: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return str(number)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as aligned text."""
+    head = ["name", "params", "GMAC 256", "GMAC 512", "layers", "dim", "heads", "head dim", "pixels", "input ch"]
+    lines = [head]
+    for row in rows:
+        macs = [f"{row[field] / 1e9:.2f}" for field in ("macs_256", "macs_512")]
+        sizes = [str(row[f]) for f in ("layers", "dim", "heads", "head_dim", "resolution", "input_channels")]
+        lines.append([row["name"], _short(row["params"]), *macs, *sizes])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    note = "GMAC: forward multiply-accumulates of one sample in billions, without the autoencoder (1 MAC = 2 FLOPs)."
+    return "\n".join([*text, "", note])
+
+
+def run(args: argparse.Namespace) -> None:
+    from scaling_perception.models.presets import preset_names
+
+    rows = [describe(name) for name in preset_names()]
+    print(json.dumps(rows, indent=2) if args.json else table(rows))

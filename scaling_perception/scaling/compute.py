@@ -1,0 +1,37 @@
+"""Compute, counted: forward multiply-accumulates (MACs) of a DiT, the source of truth for every compute axis.
+
+MACs and FLOPs are different words: one MAC is two FLOPs. DiT's published "Gflops" are MACs, and so are the paper's
+(facts 1.4). Biases, norms, softmax and modulation are left out, and so is the autoencoder.
+"""
+
+from scaling_perception.models.dit import TIME_FREQUENCIES, DiTConfig
+from scaling_perception.models.presets import at_resolution
+
+TRAINING_FACTOR = 3  # one forward and one backward pass; the paper does not say whether it counts the backward
+
+
+def forward_macs(config: DiTConfig, resolution: int | None = None) -> int:
+    """MACs of one forward pass over one sample (facts 1.4), every layer and the condition path included.
+
+    L [T (4 D^2 + 2 r D^2) + 2 T^2 D] + 6 L D^2 + 3 D^2 + 256 D + T (p^2 C_in D + p^2 C_out D), with r the MLP ratio and
+    p the patch side. Choosing a routed model's patch kernel is not counted: it is a look-up.
+
+    Args:
+        resolution: side of the picture in pixels; None = the config's own.
+
+    Raises:
+        UserError: ``resolution`` is no whole number of patches.
+    """
+    if resolution is not None:
+        config = at_resolution(config, resolution)
+    width, tokens = config.dim, config.tokens
+    mlp = 2 * width * round(width * config.mlp_ratio)
+    block = tokens * (4 * width**2 + mlp) + 2 * tokens**2 * width + 6 * width**2
+    condition = 2 * TIME_FREQUENCIES * width + width**2
+    ends = tokens * config.patch_size**2 * width * (config.input_channels + config.out_channels) + 2 * width**2
+    return config.depth * block + condition + ends
+
+
+def inference_macs(config: DiTConfig, steps: int, members: int, passes: int = 1, resolution: int | None = None) -> int:
+    """MACs of one prediction: forward MACs x denoising steps x ensemble members x passes (flow has two, facts 1.4)."""
+    return forward_macs(config, resolution) * steps * members * passes
