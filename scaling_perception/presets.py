@@ -72,10 +72,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         sizes = [str(row[f]) for f in ("layers", "dim", "heads", "head_dim", "resolution", "input_channels")]
         lines.append([row["name"], _short(row["params"]), *macs, *sizes])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
+    text = []
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        text.append("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
     note = "GMAC: forward multiply-accumulates of one sample in billions, without the autoencoder (1 MAC = 2 FLOPs)."
     return "\n".join([*text, "", note])
 

@@ -1,0 +1,53 @@
+"""The one place that builds a mesh: four named axes, of size 1 where unused."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from scaling_perception.support.errors import UserError
+
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp")  # the batch is split over both; parameters over fsdp (and tensor)
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh with axes data, fsdp, expert, tensor, all of type Auto: the compiler places what is not annotated.
+
+    Args:
+        data, fsdp, expert, tensor: sizes; one of them may be -1, which takes the devices that are left.
+        devices: None = all of this run's, over every process.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, expert, tensor), strict=True))
+    chosen = list(jax.devices() if devices is None else devices)
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"mesh {sizes}: give sizes of 1 or more, and -1 (what is left) at most once")
+    fixed = prod(size for size in sizes.values() if size != -1)
+    if free and len(chosen) % fixed == 0:
+        sizes[free[0]] = len(chosen) // fixed
+    if prod(sizes.values()) != len(chosen):
+        raise UserError(f"mesh {sizes} does not fit {len(chosen)} devices: the sizes must multiply to that number")
+    shape = tuple(sizes.values())
+    types = (AxisType.Auto,) * len(AXES)
+    if devices is None:
+        return jax.make_mesh(shape, AXES, axis_types=types)  # knows the torus of the devices' links
+    return Mesh(np.array(chosen, dtype=object).reshape(shape), AXES, axis_types=types)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays (B, ...): the batch over data and fsdp, the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())

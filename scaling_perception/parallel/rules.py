@@ -1,0 +1,64 @@
+"""Which axis of which parameter is split over which axis of the mesh: a table of patterns over leaf names."""
+
+import re
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+# First match wins. Axes are those of parallel.mesh; a leading None under blocks is the layer axis, which is scanned.
+# Matrices that widen are split along their output over ``tensor``, those that narrow along their input, so that each
+# pair needs one reduction; the other side is split over ``fsdp`` and gathered layer by layer.
+DIT_RULES: Rules = (
+    (r"blocks/attn/qkv/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"blocks/attn/proj/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"blocks/mlp/fc1/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"blocks/mlp/fc2/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"blocks/modulation/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"blocks/(attn/qkv|mlp/fc1|modulation)/bias", PartitionSpec(None, "tensor")),
+    (r"label_embed", PartitionSpec(None, "fsdp")),
+    (r"(time_embed/.*|final/.*)/kernel", PartitionSpec("fsdp", None)),
+    (r".*", PartitionSpec()),  # small: position table, patch kernels, remaining biases
+)
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
+
+
+def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """``spec`` without the axes that do not divide their dimension: such a dimension is kept whole."""
+    kept = []
+    for size, axes in zip(shape, spec, strict=False):
+        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        kept.append(axes if names and size % prod(mesh.shape[name] for name in names) == 0 else None)
+    return PartitionSpec(*kept)
+
+
+def spec_for(name: str, rules: Rules = DIT_RULES) -> PartitionSpec:
+    """The spec of the first rule that matches the end of ``name`` (names joined by '/'), so that the same rules serve
+    parameters, their average and the optimiser's moments (``ema/blocks/…``).
+
+    Raises:
+        ValueError: no rule matches.
+    """
+    for pattern, spec in rules:
+        if re.search(rf"(^|/)({pattern})$", name):
+            return spec
+    raise ValueError(f"no sharding rule for {name}")
+
+
+def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = DIT_RULES) -> Any:
+    """A NamedSharding for each leaf of ``tree`` (arrays or shapes; parameters, or any state made of such trees)."""
+
+    def choose(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        spec = spec_for(_path_name(path), rules)
+        if len(spec) > len(leaf.shape):  # a statistic with fewer axes than its parameter
+            spec = PartitionSpec()
+        return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(choose, tree)
