@@ -1,47 +1,17 @@
 """Resizing of pictures and maps: pixel centres at half integers, borders by renormalised weights.
 
-``resize_bilinear`` is the antialiased triangle filter (as Pillow's BILINEAR and torch's ``antialias=True``);
+``resize_bilinear`` is the antialiased triangle filter (torch's ``antialias=True``);
 ``resize_nearest`` is torch's nearest-exact. Facts 10, row 26 says which is used where.
 """
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
-
-
-@functools.lru_cache(maxsize=128)
-def _triangle(length: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source indices and weights, both (wanted, taps): out[i] = sum_k weight[i, k] * in[index[i, k]]."""
-    scale = length / wanted
-    support = max(scale, 1.0)  # shrinking widens the filter, so that every source pixel counts
-    centre = (np.arange(wanted) + 0.5) * scale
-    first = np.floor(centre - support).astype(np.int64)
-    index = first[:, None] + np.arange(int(np.ceil(2 * support)) + 2)
-    weight = np.maximum(0.0, 1.0 - np.abs(index + 0.5 - centre[:, None]) / support)
-    weight[(index < 0) | (index >= length)] = 0.0
-    weight /= weight.sum(axis=1, keepdims=True)
-    used = weight.any(axis=0)
-    index = np.clip(index[:, used], 0, length - 1)
-    weight = np.ascontiguousarray(weight[:, used], np.float32)
-    index.setflags(write=False)
-    weight.setflags(write=False)
-    return index, weight
-
-
-def _along(array: np.ndarray, axis: int, wanted: int) -> np.ndarray:
-    index, weight = _triangle(array.shape[axis], wanted)
-    shape = [1] * array.ndim
-    shape[axis] = wanted
-    out = np.zeros(array.shape[:axis] + (wanted,) + array.shape[axis + 1 :], np.float32)
-    for tap in range(index.shape[1]):
-        out += np.take(array, index[:, tap], axis=axis) * weight[:, tap].reshape(shape)
-    return out
+from PIL import Image
 
 
 def resize_bilinear(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Antialiased bilinear resize.
+    """Antialiased bilinear resize, one float32 plane at a time (Pillow's, which lets other threads run meanwhile).
 
     Args:
         array: (H, W) or (H, W, C), any real type.
@@ -50,12 +20,15 @@ def resize_bilinear(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Returns:
         float32 (height, width[, C]), a new array. The same size gives exactly the input values.
     """
-    out = np.array(array, np.float32)
-    # The axis that shrinks more goes first: less to do for the other.
-    for axis in sorted((0, 1), key=lambda a: size[a] / out.shape[a]):
-        if out.shape[axis] != size[axis]:
-            out = _along(out, axis, size[axis])
-    return out
+    array = np.array(array, np.float32)
+    if array.shape[:2] == tuple(size):
+        return array
+    planes = array.reshape(*array.shape[:2], -1)
+    out = np.empty((*size, planes.shape[-1]), np.float32)
+    for channel in range(planes.shape[-1]):
+        plane = Image.fromarray(np.ascontiguousarray(planes[..., channel]))
+        out[..., channel] = np.asarray(plane.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    return out.reshape(*size, *array.shape[2:])
 
 
 def nearest_index(length: int, wanted: int) -> np.ndarray:
