@@ -9,7 +9,7 @@ same whatever P is. Only then are samples read: from a latent cache, or rendered
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import Empty, Full, Queue
 from typing import Any, NamedTuple
 
@@ -158,7 +158,9 @@ class _Online:
     def __init__(self, entries: list[tuple[str, dict[str, Any]]], resolution: int, options: TaskOptions):
         if resolution < 1:
             raise UserError("data.resolution is missing: without a cache it says how large the pictures shall be")
-        self.resolution, self.options = resolution, options
+        if not entries:
+            raise UserError("data has neither cache nor mixture: set data.cache, or data.mixture.NAME with its source")
+        self.entries, self.resolution, self.options = entries, resolution, options
         self.opened: dict[str, tuple[Any, range, str]] = {}
         for name, entry in entries:
             source, chosen = open_subset(
@@ -178,12 +180,27 @@ class _Online:
             for name, (source, chosen, task) in self.opened.items()
         ]
 
-    def sample(self, name: str, pass_name: str, index: int, flip: bool) -> dict[str, Any]:
-        source, chosen, task = self.opened[name]
-        module = get_task(task)
-        made = module.encode(source[chosen[index]], self.resolution, self.options)
-        sample = made[module.PASSES.index(pass_name)]
-        return flip_sample(sample) if flip else sample
+    def streams(self) -> list[Stream]:
+        """One stream for each pass of each entry."""
+        found = []
+        for name, entry in self.entries:
+            passes, length = get_task(entry["task"]).PASSES, len(self.opened[name][1])
+            found += [Stream(name, one, length, _weight(name, entry) / len(passes)) for one in passes]
+        return found
+
+    def batch(self, wanted: Sequence[tuple[str, str, int, bool]]) -> dict[str, Any]:
+        """The samples of (entry, pass, index, flip), stacked: pixels float32 (B, R, R, 3), valid bool (B, R, R), …"""
+        samples = []
+        for name, pass_name, index, flip in wanted:
+            source, chosen, task = self.opened[name]
+            module = get_task(task)
+            made = module.encode(source[chosen[index]], self.resolution, self.options)
+            sample = made[module.PASSES.index(pass_name)]
+            samples.append(flip_sample(sample) if flip else sample)
+        out: dict[str, Any] = {field: np.stack([s[field] for s in samples]) for field in (*FIELDS, "valid")}
+        for field in ("task", "label"):
+            out[field] = np.array([s[field] for s in samples], np.int32)
+        return {**out, "key": [s["key"] for s in samples]}
 
 
 class Batches:
@@ -209,7 +226,6 @@ class Batches:
             )
         if not 0 <= seed < 2**32:
             raise UserError(f"seed {seed} must be in 0..{2**32 - 1}")
-        self._recipe = (data, batch_size, seed, process_index, process_count)
         self._share = batch_size // process_count
         self._first = process_index * self._share
         self._size, self._seed = batch_size, int(seed)
@@ -227,7 +243,7 @@ class Batches:
             self.streams = self._cached_streams(entries)
         else:
             self.online = _Online(entries, int(data.get("resolution") or 0), options)
-            self.streams = self._online_streams(entries)
+            self.streams = self.online.streams()
         self._stream = _global_stream(self.streams, self._seed, self._flip)
         self.fingerprint = self._fingerprint(options)
 
@@ -249,17 +265,6 @@ class Batches:
                     )
                 self._picked.append(chosen)
                 streams.append(Stream(name, pass_name, len(chosen), _weight(name, entry) / len(passes)))
-        return streams
-
-    def _online_streams(self, entries: list[tuple[str, dict[str, Any]]]) -> list[Stream]:
-        assert self.online is not None
-        if not entries:
-            raise UserError("data has neither cache nor mixture: set data.cache, or data.mixture.NAME with its source")
-        streams = []
-        for name, entry in entries:
-            passes = get_task(entry["task"]).PASSES
-            length = len(self.online.opened[name][1])
-            streams += [Stream(name, one, length, _weight(name, entry) / len(passes)) for one in passes]
         return streams
 
     def _fingerprint(self, options: TaskOptions) -> dict[str, Any]:
@@ -290,14 +295,10 @@ class Batches:
             indices = np.array([self._picked[one.stream][one.index] for one in elements])
             return self.cached.batch(indices, np.array([one.flip for one in elements]))
         assert self.online is not None
-        samples = []
-        for one in elements:
-            stream = self.streams[one.stream]
-            samples.append(self.online.sample(stream.name, stream.pass_name, one.index, one.flip))
-        out: dict[str, Any] = {field: np.stack([s[field] for s in samples]) for field in (*FIELDS, "valid")}
-        for field in ("task", "label"):
-            out[field] = np.array([s[field] for s in samples], np.int32)
-        return {**out, "key": [s["key"] for s in samples]}
+        return self.online.batch(self._wanted(elements))
+
+    def _wanted(self, elements: list[Element]) -> list[tuple[str, str, int, bool]]:
+        return [(*self.streams[one.stream][:2], one.index, one.flip) for one in elements]
 
     def iterate(self, start: int) -> Iterator[dict[str, Any]]:
         """``at(start)``, ``at(start + 1)``, … without end.
@@ -305,7 +306,10 @@ class Batches:
         Made ahead of time: in ``data.workers`` processes where samples are rendered or read, else in a thread.
         """
         if self.online and self._workers > 1:
-            return ordered_map(_make_at, self._recipe, _count(start), self._workers, ahead=2)
+            # the workers only read: the order of samples is settled here
+            jobs = (self._wanted(self.elements(step)) for step in _count(start))
+            made_of = (self.online.entries, self.online.resolution, self.online.options)
+            return ordered_map(_reader, made_of, jobs, self._workers, ahead=2)
         return _in_thread(self.at, start)
 
     def target_statistics(self, limit: int = 4096) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -428,8 +432,8 @@ def _count(start: int) -> Iterator[int]:
         start += 1
 
 
-def _make_at(*recipe: Any) -> Callable[[int], dict[str, Any]]:
-    return Batches(*recipe).at
+def _reader(*made_of: Any) -> Callable[[Any], dict[str, Any]]:
+    return _Online(*made_of).batch
 
 
 def _in_thread(at: Callable[[int], dict[str, Any]], start: int) -> Iterator[dict[str, Any]]:

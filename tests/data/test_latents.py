@@ -1,0 +1,152 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+import stand_ins
+
+from scaling_perception.data.latents import CacheReader, decode_record, differences, encode_record, write_shard
+from scaling_perception.support.errors import UserError
+from scaling_perception.tasks import PASSES
+
+
+def make_view(rng, h=3, w=5, c=4, logvar=False):
+    names = ["image", "prompt", "target"]
+    names += [f"{name}_logvar" for name in names] if logvar else []
+    view = {name: rng.normal(size=(h, w, c)).astype(np.float16) for name in names}
+    return {**view, "valid": rng.random((h, w)) < 0.5}
+
+
+@pytest.mark.parametrize("logvar", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_record_round_trip(logvar, count):
+    rng = np.random.default_rng(0)
+    views = [make_view(rng, logvar=logvar) for _ in range(count)]
+    data = encode_record(2, -1, "a/ß", views)
+    assert len(data) == 18 + 4 + count * ((6 if logvar else 3) * 3 * 5 * 4 * 2 + 2)
+    back = decode_record(data)
+    assert (back["task"], back["label"], back["key"]) == (2, -1, "a/ß")
+    for name, value in views[0].items():
+        np.testing.assert_array_equal(back[name], value)
+        assert back[name].dtype == value.dtype
+    if count == 2:
+        for name, value in views[1].items():
+            np.testing.assert_array_equal(back["flipped"][name], value)
+    else:
+        assert back["flipped"] is None
+
+
+def test_record_layout_is_as_documented():
+    view = {name: np.full((1, 1, 4), i, np.float16) for i, name in enumerate(("image", "prompt", "target"))}
+    data = encode_record(1, 5, "k", [{**view, "valid": np.ones((1, 1), bool)}])
+    assert data[:4] == b"SPL1"
+    assert data[4:8] == bytes([0, 1, 4, 0])
+    assert data[8:18] == bytes([1, 0, 1, 0, 5, 0, 0, 0, 1, 0])
+    assert data[18:19] == b"k"
+    assert data[19:43] == np.repeat(np.arange(3), 4).astype("<f2").tobytes()
+    assert data[43:] == b"\x80"
+
+
+def test_records_that_are_none():
+    with pytest.raises(ValueError):
+        decode_record(b"SPL")
+    with pytest.raises(ValueError):
+        decode_record(b"XXXX" + bytes(40))
+    data = encode_record(0, 0, "k", [make_view(np.random.default_rng(0))])
+    with pytest.raises(ValueError):
+        decode_record(data + b"x")
+    with pytest.raises(ValueError):
+        decode_record(data[:-3])
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    stand_ins.install(monkeypatch.setattr)
+    assert stand_ins.prepare(tmp_path / "cache") == 0
+    return tmp_path / "cache"
+
+
+def test_reader_finds_each_pass(cache):
+    reader = CacheReader(cache)
+    assert len(reader) == 8 * 4 and reader.shape == (4, 4, 4) and reader.flipped
+    assert sorted(np.concatenate([reader.indices(name) for name in PASSES]).tolist()) == list(range(32))
+    for number, name in enumerate(PASSES):
+        records = [reader[i] for i in reader.indices(name)]
+        assert [record["key"] for record in records] == [f"stand-in/{i}" for i in range(8)]
+        assert {int(record["task"]) for record in records} == {number}
+        assert [int(record["label"]) for record in records] == list(range(7, 15))
+    assert len(reader.indices("other")) == 0
+    with pytest.raises(IndexError):
+        reader[32]
+    again = pickle.loads(pickle.dumps(reader))
+    np.testing.assert_array_equal(again[31]["target"], reader[31]["target"])
+    assert again.fingerprint == reader.fingerprint
+    json.dumps(reader.fingerprint)
+    assert str(cache) not in json.dumps(reader.fingerprint)
+
+
+def test_statistics_are_over_valid_cells(cache):
+    reader = CacheReader(cache)
+    cells = np.concatenate([r["target"][r["valid"]] for r in (reader[i] for i in reader.indices("depth"))])
+    assert len(cells) == 8 * (16 - 2)  # the stand-in's invalid corner touches two cells
+    mean, deviation = reader.statistics("depth")
+    np.testing.assert_allclose(mean, cells.astype(np.float64).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(deviation, cells.astype(np.float64).std(0), rtol=1e-9)
+    few = reader.statistics("depth", limit=3)
+    np.testing.assert_array_equal(few, reader.statistics("depth", limit=3))
+    assert not np.allclose(few[0], mean)
+    with pytest.raises(UserError, match="other"):
+        reader.statistics("other")
+
+
+def test_one_flipped_bit_is_found_by_every_way_of_reading(cache):
+    shard = cache / "latents-00001-of-00003.array_record"
+    data = bytearray(shard.read_bytes())
+    data[3000] ^= 4
+    shard.write_bytes(data)
+    reader = CacheReader(cache)  # opening looks at sizes only
+    with pytest.raises(UserError, match="latents-00001.*checksum"):
+        reader.verify()
+    with pytest.raises(UserError, match="latents-00001.*checksum"):
+        list(reader.everything())
+    with pytest.raises(UserError, match="latents-00001.*damaged"):
+        reader.raw(list(range(len(reader))))
+    assert reader[0]["key"] == "stand-in/0"  # other shards still serve
+
+
+def test_truncated_missing_unfinished_and_foreign(cache, tmp_path):
+    shard = cache / "latents-00002-of-00003.array_record"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1])
+    with pytest.raises(UserError, match="latents-00002.*truncated"):
+        CacheReader(cache)
+    shard.unlink()
+    with pytest.raises(UserError, match="latents-00002.*missing"):
+        CacheReader(cache)
+    ledger = json.loads((cache / "ledger.json").read_text())
+    (cache / "ledger.json").write_text(json.dumps({**ledger, "complete": False, "shards": ledger["shards"][:2]}))
+    with pytest.raises(UserError, match=r"unfinished \(2 of 3"):
+        CacheReader(cache)
+    (cache / "ledger.json").write_text(json.dumps({**ledger, "format": 99}))
+    with pytest.raises(UserError, match="format"):
+        CacheReader(cache)
+    with pytest.raises(UserError, match="no latent cache"):
+        CacheReader(tmp_path / "nothing")
+
+
+def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="cannot write"):
+        (tmp_path / "file").write_text("")
+        write_shard(tmp_path / "file" / "x.array_record", [b"1"])
+    with pytest.raises(ZeroDivisionError):
+        write_shard(tmp_path / "x.array_record", (bytes(1 // 0) for _ in range(1)))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_differences_name_the_field():
+    old = {"a": 1, "b": {"c": [1, 2]}, "same": 0}
+    assert differences(old, {"a": 2, "b": {"c": [1, 3]}, "same": 0}) == [
+        "a: 1 in the ledger, 2 asked for",
+        "b.c[1]: 2 in the ledger, 3 asked for",
+    ]
+    assert differences(old, old) == []

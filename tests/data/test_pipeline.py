@@ -1,0 +1,271 @@
+import collections
+import itertools
+import json
+import threading
+
+import numpy as np
+import pytest
+import stand_ins
+from ml_collections import ConfigDict
+
+from scaling_perception.data.pipeline import Batches, open_batches
+from scaling_perception.support.errors import UserError
+from scaling_perception.tasks import PASSES
+
+ARRAYS = ("image", "prompt", "target", "valid", "task", "label")
+DEPTH = {"source": "scenes", "task": "depth", "count": 8}
+FLOW = {"source": "scenes", "task": "flow", "count": 8}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        stand_ins.install(patch.setattr)
+        stand_ins.prepare(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    stand_ins.install(monkeypatch.setattr)
+
+
+def online(**changes):
+    return {"mixture": {"d": DEPTH, "f": FLOW}, "flip": True, "resolution": stand_ins.SIZE, **changes}
+
+
+def cached(cache, **changes):
+    return {"cache": cache, "flip": True, **changes}
+
+
+def open_(data, batch_size=8, seed=1, index=0, count=1, **more):
+    return Batches(data, batch_size, seed, index, count, **more)
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert a["key"] == b["key"]
+    for name in ARRAYS:
+        np.testing.assert_array_equal(a[name], b[name])
+        assert a[name].dtype == b[name].dtype
+
+
+def is_same(a, b):
+    return a["key"] == b["key"] and all(np.array_equal(a[name], b[name]) for name in ARRAYS)
+
+
+@pytest.mark.parametrize("kind", ["cached", "online"])
+def test_a_batch_is_a_function_of_the_step(cache, kind):
+    data = cached(cache) if kind == "cached" else online()
+    batches = open_(data)
+    seventh = batches.at(7)
+    assert_same(seventh, batches.at(7))
+    assert_same(seventh, open_(data).at(7))
+    assert not is_same(seventh, batches.at(8))
+    assert not is_same(seventh, open_(data, seed=2).at(7))
+    for start, batch in zip((5, 6, 7), batches.iterate(5), strict=False):
+        assert_same(batch, batches.at(start))
+    with pytest.raises(ValueError):
+        batches.at(-1)
+
+
+def test_shapes_and_types(cache):
+    batch = open_(cached(cache)).at(0)
+    for name in ("image", "prompt", "target"):
+        assert batch[name].shape == (8, 4, 4, 4) and batch[name].dtype == np.float32
+    assert batch["valid"].shape == (8, 4, 4) and batch["valid"].dtype == bool
+    assert batch["task"].dtype == batch["label"].dtype == np.int32
+    assert len(batch["key"]) == 8 and isinstance(batch["key"][0], str)
+    batch = open_(online()).at(0)
+    assert batch["target"].shape == (8, 32, 32, 3) and batch["target"].dtype == np.float32
+    assert batch["valid"].shape == (8, 32, 32) and batch["valid"].dtype == bool
+
+
+@pytest.mark.parametrize("kind", ["cached", "online"])
+def test_processes_share_one_global_batch(cache, kind):
+    data = cached(cache) if kind == "cached" else online()
+    for step in (0, 3):
+        whole = open_(data).at(step)
+        for count in (2, 4):
+            parts = [open_(data, index=index, count=count).at(step) for index in range(count)]
+            assert [key for part in parts for key in part["key"]] == whole["key"]
+            for name in ARRAYS:
+                np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+    assert open_(data).fingerprint == open_(data, index=1, count=2).fingerprint
+
+
+def test_every_sample_comes_once_an_epoch_and_in_a_new_order(cache):
+    batches = open_(cached(cache, mixture={"a": {"task": "depth"}}))
+    keys = [batches.at(step)["key"] for step in range(4)]  # an epoch is one batch of 8
+    everything = sorted(f"stand-in/{i}" for i in range(8))
+    assert all(sorted(one) == everything for one in keys)
+    assert len({tuple(one) for one in keys}) > 1
+    flow = open_(cached(cache, mixture={"a": {"task": "flow"}})).elements
+    per_pass = collections.Counter((one.stream, one.index) for step in range(2) for one in flow(step))
+    assert set(per_pass.values()) == {1} and len(per_pass) == 16
+
+
+def test_mixture_follows_the_weights(cache):
+    mixture = {"x": {"task": "depth", "weight": 3}, "y": {"task": "flow", "weight": 1}}
+    tasks = np.concatenate([open_(cached(cache, mixture=mixture)).at(step)["task"] for step in range(10)])
+    counts = {name: int((tasks == number).sum()) for number, name in enumerate(PASSES)}
+    assert counts == {"depth": 60, "amodal": 0, "flow_x": 10, "flow_y": 10}
+    equal = np.concatenate([open_(cached(cache), 12).at(step)["task"] for step in range(10)])
+    assert [int((equal == number).sum()) for number in range(4)] == [40, 40, 20, 20]
+    off = open_(cached(cache, mixture={"x": {"task": "depth", "weight": 0}, "y": {"task": "amodal"}}))
+    assert set(off.at(0)["task"]) == {PASSES.index("amodal")}
+
+
+def test_the_order_does_not_depend_on_how_the_mixture_was_written(cache):
+    pairs = list(online()["mixture"].items())
+    assert_same(open_(online(mixture=dict(pairs))).at(2), open_(online(mixture=dict(reversed(pairs)))).at(2))
+
+
+def test_flips_are_drawn_from_seed_and_position_alone(cache):
+    one = [e for step in range(30) for e in open_(cached(cache)).elements(step)]
+    assert 0.35 < np.mean([e.flip for e in one]) < 0.65
+    other = [e for step in range(60) for e in open_(cached(cache), 4).elements(step)]
+    assert one == other  # another batch size cuts the same stream elsewhere
+    plain = open_(cached(cache, flip=False))
+    assert not any(e.flip for step in range(5) for e in plain.elements(step))
+    assert [e[:2] for e in one[:40]] == [e[:2] for step in range(5) for e in plain.elements(step)]
+
+
+def test_cached_equals_online_then_encoded(cache):
+    mixture = {"a": DEPTH, "b": FLOW, "c": {**DEPTH, "task": "amodal"}}
+    latents, pixels = open_(cached(cache, mixture=mixture)), open_(online(mixture=mixture))
+    autoencoder = stand_ins.make_autoencoder()
+    flips = set()
+    for step in range(3):
+        a, b = latents.at(step), pixels.at(step)
+        assert a["key"] == b["key"]
+        for name in ("task", "label"):
+            np.testing.assert_array_equal(a[name], b[name])
+        for name in ("image", "prompt", "target"):
+            wanted = autoencoder.encode(autoencoder.params, b[name])[0]
+            np.testing.assert_allclose(a[name], wanted, atol=2e-3)  # float16
+        np.testing.assert_array_equal(a["valid"], b["valid"].reshape(8, 4, 8, 4, 8).all((2, 4)))
+        flips |= {(int(t), e.flip) for t, e in zip(a["task"], latents.elements(step), strict=True)}
+    assert {(PASSES.index("flow_x"), True), (PASSES.index("flow_x"), False)} <= flips
+
+
+def test_in_memory_or_not_and_several_folders(cache):
+    assert_same(open_(cached(cache), in_memory=True).at(3), open_(cached(cache), in_memory=False).at(3))
+    twice = open_(cached([cache, cache]))
+    assert [stream.length for stream in twice.streams] == [16] * 4
+    assert_same(twice.at(1), open_(cached([cache, cache]), in_memory=False).at(1))
+    stats = twice.target_statistics()
+    assert set(stats) == set(PASSES) and stats["depth"][0].shape == (4,)
+
+
+def test_worker_processes_make_the_same_batches(tmp_path):
+
+    root = tmp_path / "pairs"
+    make_folder(root)
+    entry = {"source": "pix2gestalt", "root": str(root), "split": "all", "task": "amodal"}
+    data = {"mixture": {"a": entry}, "flip": True, "resolution": 32}
+    alone, spread = open_(data), open_({**data, "workers": 2})
+    assert alone.fingerprint == spread.fingerprint
+    stream = spread.iterate(3)
+    for step, batch in zip((3, 4, 5), stream, strict=False):
+        assert_same(batch, alone.at(step))
+    stream.close()
+
+
+def make_folder(root):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for folder, name, channels in (
+        ("occlusion", "occlusion", 3),
+        ("visible_object_mask", "visible_mask", 0),
+        ("whole", "whole", 3),
+        ("whole_mask", "whole_mask", 0),
+    ):
+        (root / folder).mkdir(parents=True)
+        for i in range(6):
+            values = rng.integers(0, 256, (32, 32, 3)) if channels else rng.integers(0, 2, (32, 32)) * 255
+            Image.fromarray(values.astype(np.uint8)).save(root / folder / f"{i}_{name}.png")
+
+
+def test_iterating_passes_errors_on_and_ends_its_thread(cache):
+    batches = open_(cached(cache))
+    stream = batches.iterate(0)
+    next(stream)
+    assert "batches" in {thread.name for thread in threading.enumerate()}
+    stream.close()
+    assert "batches" not in {thread.name for thread in threading.enumerate()}
+    batches.at = lambda step: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        next(batches.iterate(0))
+
+
+def test_fingerprint_says_what_matters(cache):
+    base = open_(cached(cache)).fingerprint
+    assert json.loads(json.dumps(base)) == base
+    assert open_(cached(cache, workers=3)).fingerprint == base
+    changed = [
+        open_(cached(cache), seed=2),
+        open_(cached(cache), batch_size=4),
+        open_(cached(cache, flip=False)),
+        open_(cached(cache, mixture={"depth": {"task": "depth"}})),
+        open_(cached([cache, cache])),
+        open_(online()),
+        open_(online(task_options={"flow_divisor": 50.0})),
+        open_(online(mixture={"d": {**DEPTH, "count": 7}, "f": FLOW})),
+    ]
+    texts = {json.dumps(one.fingerprint, sort_keys=True) for one in changed}
+    assert len(texts) == len(changed) and json.dumps(base, sort_keys=True) not in texts
+
+
+def test_config_dict_and_jax_process(cache):
+    data = ConfigDict({"cache": cache, "mixture": {}, "flip": True, "workers": 0, "resolution": stand_ins.SIZE})
+    assert_same(open_batches(data, 8, 1).at(0), open_(cached(cache)).at(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"chache": ""}, "data.chache; did you mean 'cache'"),
+        ({"mixture": {"a": {"tsk": "depth"}}}, "data.mixture.a.tsk"),
+        ({"mixture": {"a": {"source": "scenes"}}}, "has no task"),
+        ({"mixture": {"a": {"task": "dept"}}}, "did you mean 'depth'"),
+        ({"mixture": {"a": {"task": "depth", "weight": -1}}}, "weight"),
+        ({"mixture": {"a": {"task": "depth", "weight": 0}}}, "every weight"),
+        ({"resolution": 64}, "resolution=32"),
+        ({"task_options": {"flow_divisor": 50.0}}, "task_options.flow_divisor=75.0, not 50.0"),
+    ],
+)
+def test_mistakes_are_told(cache, change, named):
+    with pytest.raises(UserError) as caught:
+        open_(cached(cache, **change))
+    assert named in str(caught.value)
+
+
+def test_what_does_not_fit_is_refused(cache, tmp_path):
+    with pytest.raises(UserError, match="neither cache nor mixture"):
+        open_({"resolution": 32})
+    with pytest.raises(UserError, match="data.resolution"):
+        open_(online(resolution=0))
+    with pytest.raises(UserError, match="3 process"):
+        open_(cached(cache), count=3)
+    with pytest.raises(UserError, match="seed"):
+        open_(cached(cache), seed=-1)
+    with pytest.raises(UserError, match="need a latent cache"):
+        open_(online()).target_statistics()
+    stand_ins.prepare(tmp_path / "plain", "--flips", "none", "--tasks", "depth")
+    with pytest.raises(UserError, match="no flipped copies"):
+        open_(cached(str(tmp_path / "plain")))
+    with pytest.raises(UserError, match="asks for flow"):
+        open_({"cache": str(tmp_path / "plain"), "mixture": {"f": {"task": "flow"}}})
+    stand_ins.prepare(tmp_path / "other", "--vae", "other")
+    with pytest.raises(UserError, match="differ in autoencoder"):
+        open_(cached([cache, str(tmp_path / "other")]))
+
+
+def test_mixing_needs_no_look_at_what_came_before(cache):
+    """Far into training a batch costs what the first one costs, and is still exact."""
+    batches = open_(cached(cache))
+    far = batches.at(10**9)
+    assert_same(far, next(itertools.islice(batches.iterate(10**9), 1)))
