@@ -29,7 +29,7 @@ def annealed_strength(t: Any, strength: float = 0.9, train_steps: int = 1000) ->
 
 
 def ladder(
-    strategy: str, height: int, width: int, uniforms: Sequence[float] | np.random.Generator = ()
+    strategy: str, height: int, width: int, uniforms: Sequence[float] | np.ndarray | np.random.Generator = ()
 ) -> list[tuple[int, int]]:
     """Sizes of the added levels, fine to coarse.
 

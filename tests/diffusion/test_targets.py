@@ -33,8 +33,9 @@ def test_a_perfect_network_gives_back_x0_and_eps(t, prediction, seed):
     back_x0, back_eps = targets.to_x0_eps(prediction, out, x_t, alpha_bar)
     # What float32 rounding of x_t and out can become, by the division each prediction type has.
     slack = 5e-7 * max(1, float(jnp.abs(x_t).max()))
-    np.testing.assert_allclose(back_x0, x0, atol=slack * (1 / np.sqrt(alpha_bar) if prediction == "epsilon" else 3))
-    np.testing.assert_allclose(back_eps, eps, atol=slack * (1 / np.sqrt(1 - alpha_bar) if prediction == "x0" else 3))
+    by_signal, by_noise = float(1 / np.sqrt(alpha_bar)), float(1 / np.sqrt(1 - alpha_bar))
+    np.testing.assert_allclose(back_x0, x0, atol=slack * (by_signal + 3 if prediction == "epsilon" else 3))
+    np.testing.assert_allclose(back_eps, eps, atol=slack * (by_noise + 3 if prediction == "x0" else 3))
 
 
 def test_v_is_exact_where_epsilon_loses_its_digits():

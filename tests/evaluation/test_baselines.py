@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from scaling_perception.data.formats import read_flo
+from scaling_perception.evaluation.alignment import align
+from scaling_perception.evaluation.baselines import amodal_baselines, bootstrap_ci, depth_baselines, flow_baselines
+from scaling_perception.evaluation.metrics import depth_metrics, flow_metrics, mask_iou
+
+
+def test_a_plane_seen_in_perspective_is_met_by_the_inverse_row():
+    rows = np.arange(24.0)[:, None] + np.zeros((1, 10))
+    gt = 1 / (0.05 + 0.01 * rows)
+    answers = depth_baselines(gt)
+    np.testing.assert_allclose(answers["inverse_row"], gt, rtol=1e-9)
+    np.testing.assert_allclose(depth_baselines(3 + 0.2 * rows)["row"], 3 + 0.2 * rows, rtol=1e-9)
+    np.testing.assert_allclose(answers["constant"], gt.mean())
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 999))
+def test_constant_and_row_are_the_best_of_their_kind(seed):
+    rng = np.random.default_rng(seed)
+    gt, valid = rng.uniform(1, 9, (8, 6)), rng.random((8, 6)) < 0.7
+    valid[:2] = True
+    answers = depth_baselines(np.where(valid, gt, np.nan), valid)
+    rows = np.arange(8.0)[:, None] + np.zeros((1, 6))
+    np.testing.assert_allclose(answers["row"], align(rows, gt, valid), rtol=1e-9)
+    square = {name: np.mean((answer - gt)[valid] ** 2) for name, answer in answers.items()}
+    assert square["row"] <= square["constant"] + 1e-12
+    assert all(np.isfinite(answer).all() for answer in answers.values())
+    assert (
+        gt[valid].min() - 1e-9 <= answers["inverse_row"].min() <= answers["inverse_row"].max() <= gt[valid].max() + 1e-9
+    )
+
+
+def test_one_valid_row_and_one_valid_pixel_are_answered():
+    gt, valid = np.full((4, 4), 2.0), np.zeros((4, 4), bool)
+    valid[1, 2] = True
+    for answer in depth_baselines(gt, valid).values():
+        np.testing.assert_allclose(answer[1, 2], 2)
+    for answers in (depth_baselines, lambda gt, valid: flow_baselines(gt[..., None].repeat(2, -1), valid)):
+        with pytest.raises(ValueError, match="no valid pixel"):
+            answers(gt, np.zeros((4, 4), bool))
+
+
+@pytest.mark.parametrize(
+    "pattern, constant, row, inverse_row",
+    [
+        ("nyuv2/sync_depth_*.png", 0.2385, 0.1930, 0.1798),
+        ("icl_nuim/depth_*.png", 0.1426, 0.1132, 0.1137),
+        ("hypersim/*/depth_plane_*.png", 0.4440, 0.3221, 0.3128),
+    ],
+)
+def test_depth_without_looking_on_real_samples(shared_dir, pattern, constant, row, inverse_row):
+    """AbsRel that needs no image at all: what a model must beat on these samples."""
+    rows = []
+    for path in sorted((shared_dir / "data").glob(pattern)):
+        gt = np.asarray(Image.open(path)).astype(np.float64)[::2, ::2] / 1000
+        valid = (gt > 1e-3) & (gt < 65)
+        answers = depth_baselines(gt, valid)
+        rows.append([depth_metrics(answers[name], gt, valid)["abs_rel"] for name in ("constant", "row", "inverse_row")])
+    np.testing.assert_allclose(np.mean(rows, axis=0), [constant, row, inverse_row], atol=2e-3)
+
+
+def test_flow_without_looking_on_real_samples(shared_dir):
+    rows = []
+    for path in sorted((shared_dir / "data" / "flying_chairs" / "data").glob("*.flo")):
+        gt = read_flo(path)
+        rows.append({name: flow_metrics(answer, gt)["epe"] for name, answer in flow_baselines(gt).items()})
+    assert len(rows) == 5
+    assert np.mean([row["zero"] for row in rows]) == pytest.approx(9.06, abs=0.01)
+    assert np.mean([row["oracle_mean"] for row in rows]) == pytest.approx(6.72, abs=0.01)
+
+
+def test_the_oracle_mean_minimises_the_square_and_ignores_invalid_pixels():
+    gt = np.random.default_rng(0).standard_normal((4, 5, 2)) + 3
+    valid = np.ones((4, 5), bool)
+    valid[0] = False
+    answers = flow_baselines(np.where(valid[..., None], gt, np.nan), valid)
+    np.testing.assert_allclose(answers["oracle_mean"][2, 2], gt[valid].mean(axis=0))
+    assert not answers["zero"].any()
+
+
+def test_amodal_without_completion_on_real_samples(shared_dir):
+    folder, values = shared_dir / "data" / "pix2gestalt", []
+    for path in sorted((folder / "visible_object_mask").glob("*.png")):
+        whole = folder / "whole_mask" / path.name.replace("visible_mask", "whole_mask")
+        visible, truth = (np.asarray(Image.open(name).convert("L")) > 127 for name in (path, whole))
+        values.append(mask_iou(amodal_baselines(visible)["visible"], truth))
+    assert len(values) == 6 and np.mean(values) == pytest.approx(0.673, abs=0.002)
+    assert min(values) == pytest.approx(0.529, abs=0.002) and max(values) == pytest.approx(0.818, abs=0.002)
+
+
+def test_bootstrap_interval_has_the_normal_width_and_repeats():
+    values = np.random.default_rng(0).normal(5, 2, 400)
+    low, high = bootstrap_ci(values, seed=1)
+    assert low < values.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(400), rel=0.1)
+    assert bootstrap_ci(list(values), seed=1) == (low, high) != bootstrap_ci(values, seed=2)
+    narrow = bootstrap_ci(values, seed=1, level=0.5)
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_bootstrap_interval_covers_the_true_mean_as_often_as_it_says():
+    rng = np.random.default_rng(3)
+    hits = 0
+    for i in range(150):
+        low, high = bootstrap_ci(rng.exponential(1.0, 40), seed=i, resamples=200)
+        hits += low <= 1 <= high
+    assert 0.85 <= hits / 150 <= 0.99
+
+
+def test_bootstrap_edges():
+    assert bootstrap_ci([2.5]) == (2.5, 2.5)
+    for bad in ([], [1.0, np.nan], np.ones((2, 2))):
+        with pytest.raises(ValueError):
+            bootstrap_ci(bad)
