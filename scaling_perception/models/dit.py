@@ -160,9 +160,10 @@ def position_table(dim: int, grid: int) -> np.ndarray:
 
 def timestep_features(t: jax.Array) -> jax.Array:
     """Sinusoids [cos, sin] of the raw timestep, (B,) -> (B, 256) float32; t in 0..999, fractions allowed."""
-    index = np.arange(TIME_FREQUENCIES, dtype=np.float32)
-    frequencies = np.exp(np.float32(-math.log(10000.0)) * index / np.float32(TIME_FREQUENCIES))
-    angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]
+    # exponents in float32 as the reference has them, then rounded once: at t = 999 one unit in the last place is 6e-5
+    exponents = np.float32(-math.log(10000.0)) * np.arange(TIME_FREQUENCIES, dtype=np.float32) / TIME_FREQUENCIES
+    frequencies = jnp.asarray(np.exp(exponents.astype(np.float64)), jnp.float32)
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -250,10 +251,11 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, dim = x.shape
-        qkv = nn.Dense(3 * dim, kernel_init=_xavier, dtype=self.dtype, name="qkv")(x)
+        flat = x.reshape(-1, dim)  # on a CPU the gradient of a (B, T, D) matmul is far slower than of a (B T, D) one
+        qkv = nn.Dense(3 * dim, kernel_init=_xavier, dtype=self.dtype, name="qkv")(flat)
         query, key, value = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, dim // self.heads), 2, 0)
-        mixed = attention(query, key, value).reshape(batch, tokens, dim)
-        return nn.Dense(dim, kernel_init=_xavier, dtype=self.dtype, name="proj")(mixed)
+        mixed = attention(query, key, value).reshape(-1, dim)
+        return nn.Dense(dim, kernel_init=_xavier, dtype=self.dtype, name="proj")(mixed).reshape(x.shape)
 
 
 class Mlp(nn.Module):
@@ -264,8 +266,10 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = nn.Dense(self.hidden, kernel_init=_xavier, dtype=self.dtype, name="fc1")(x)
-        return nn.Dense(x.shape[-1], kernel_init=_xavier, dtype=self.dtype, name="fc2")(nn.gelu(hidden))
+        flat = x.reshape(-1, x.shape[-1])  # flat for the same reason as in Attention
+        hidden = nn.Dense(self.hidden, kernel_init=_xavier, dtype=self.dtype, name="fc1")(flat)
+        out = nn.Dense(x.shape[-1], kernel_init=_xavier, dtype=self.dtype, name="fc2")(nn.gelu(hidden))
+        return out.reshape(x.shape)
 
 
 class Block(nn.Module):
