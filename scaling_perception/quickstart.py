@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     cache, tuned, evals = work / "latents", work / "train", work / "evaluations"
     seconds = {}
-    words = ["scenes", "--out", str(cache), "--latents", "--vae", "tiny", "--resolution", "128"]
+    words = ["scenes", "--out", str(cache), "--latents", "--vae", "tiny", "--resolution", "128", "--flips", "none"]
     # The shipped weights were trained on lower indices: these scenes are new to them.
     seconds["render and cache"] = _stage("prepare", *words, "--count", str(args.scenes), "--start", "500000000")
     words = ["--config", "configs/quickstart.py", "--workdir", str(tuned), f"--config.data.cache={cache}"]
