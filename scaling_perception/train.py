@@ -68,9 +68,8 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
     """
     import jax
     import numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec
 
-    from scaling_perception.parallel.mesh import make_mesh
+    from scaling_perception.parallel.mesh import batch_sharding, make_mesh, replicated
     from scaling_perception.support.files import write_json
     from scaling_perception.training.checkpoints import Checkpoints
     from scaling_perception.training.optim import make_optimizer
@@ -94,7 +93,7 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
     devices = mesh.size
     if config.train.batch_size % devices:
         raise UserError(f"train.batch_size is {config.train.batch_size}: give a multiple of the {devices} devices")
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    whole, split = replicated(mesh), batch_sharding(mesh)
     key = jax.device_put(jax.random.key(config.seed), whole)
     constants = jax.device_put(objective.constants, whole)
 
@@ -150,6 +149,7 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
                     clock, waited = time.monotonic(), 0.0
 
             batches = objective.batches.iterate(step)
+            closing.callback(getattr(batches, "close", lambda: None))  # lets the readers' threads or processes end
             while step < total and not asked:
                 before = time.monotonic()
                 batch = dict(next(batches))
@@ -231,7 +231,8 @@ def _same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -
     from scaling_perception.support.configs import flatten
 
     for part, what in (("config", "config"), ("data", "data"), ("meta", "model")):
-        old, new = flatten(saved.get(part, {})), flatten(now[part])
+        both = (flatten(saved.get(part, {})), flatten(now[part]))
+        old, new = ({name: value for name, value in side.items() if value != {}} for side in both)
         for name in sorted(old.keys() | new.keys()):
             free = part == "config" and (name in _FREE or (name.startswith("data.") and name.endswith(".root")))
             if old.get(name) != new.get(name) and not free:

@@ -105,7 +105,8 @@ def _override(config: ConfigDict, text: str) -> None:
     new = _literal(value) if place is _Absent else convert(f"config.{key}", place, value)
     with parent.unlocked():
         if isinstance(new, dict):
-            parent.pop(last, None)
+            if last in parent:
+                del parent[last]  # assigning a table would merge it into the old one
             parent[last] = ConfigDict(new)
         else:
             parent[last] = new

@@ -278,11 +278,11 @@ def network_of(config: ConfigDict) -> DiTConfig:
 
 
 def _encoder(config: ConfigDict, batches: Batches) -> tuple[Callable[..., Any] | None, Any]:
-    """(encode, its params) when batches are pixels, (None, None) when they are latents; and a check of their size."""
+    """(encode, its params) when batches are pixels, (None, None) when they are latents; and whether those fit."""
+    from scaling_perception.models.autoencoders import load_autoencoder
+
     target = batches.at(0)["target"]
     if target.shape[-1] == 3:
-        from scaling_perception.models.autoencoders import load_autoencoder
-
         vae = load_autoencoder(config.autoencoder)
         return (lambda params, images: vae.encode(params, images)[0]), vae.params
     side = config.resolution // 8
@@ -291,6 +291,13 @@ def _encoder(config: ConfigDict, batches: Batches) -> tuple[Callable[..., Any] |
             f"data.cache {config.data.cache} holds latents of {target.shape[1] * 8} pixels and resolution is "
             f"{config.resolution}: set resolution={target.shape[1] * 8} or prepare another cache"
         )
+    for cache in batches.fingerprint.get("caches", ()):
+        made = cache.get("settings", {}).get("autoencoder")
+        if made and made != load_autoencoder(config.autoencoder).id:
+            raise UserError(
+                f"data.cache {config.data.cache} was encoded by autoencoder {made}, which is not "
+                f"'{config.autoencoder}': set autoencoder to the one it was prepared with, or prepare another cache"
+            )
     return None, None
 
 

@@ -1,0 +1,178 @@
+"""A run that was interrupted, killed or damaged ends where an undisturbed one ends, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from toys import LinearBatches, config_of, linear_objective
+
+from scaling_perception import train as verb
+from scaling_perception.models import tiny_vae
+from scaling_perception.models.autoencoders import save_part
+from scaling_perception.parallel.mesh import make_mesh
+from scaling_perception.support.verbs import run_verb
+from scaling_perception.training.checkpoints import Checkpoints
+from scaling_perception.training.optim import make_optimizer
+from scaling_perception.training.state import abstract_state, named_leaves
+
+
+def linear_run(monkeypatch, workdir, batches=None):
+    objective = linear_objective(batches)
+    monkeypatch.setattr(verb, "_objective", lambda config: objective)
+    return verb.train(config_of("optim.lr=0.05", "optim.lr_final=0.01", "train.steps=20"), workdir)
+
+
+def last_state(workdir):
+    """The newest checkpoint of a linear run, leaf by leaf."""
+    objective = linear_objective()
+    tx, _ = make_optimizer(config_of().optim, 20, objective.frozen)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = abstract_state(objective.init, tx)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=5)
+    state = checkpoints.restore(abstract, lambda identity: None, print)
+    checkpoints.close()
+    return named_leaves(state)
+
+
+class Seen(LinearBatches):
+    """Remembers which batches were drawn from it."""
+
+    def __init__(self, **fields):
+        super().__init__(**fields)
+        self.drawn = []
+
+    def iterate(self, start):
+        for batch in super().iterate(start):
+            self.drawn.append(batch)
+            yield dict(batch)
+
+
+@pytest.mark.parametrize("stop", [3, 8, 13])
+def test_two_halves_make_the_whole_bit_for_bit(monkeypatch, tmp_path, stop):
+    whole = Seen()
+    linear_run(monkeypatch, tmp_path / "whole", whole)
+    halves = [Seen(signal_at=stop), Seen()]
+    with pytest.raises(verb.Stopped):
+        linear_run(monkeypatch, tmp_path / "halves", halves[0])
+    linear_run(monkeypatch, tmp_path / "halves", halves[1])
+
+    expected, got = last_state(tmp_path / "whole"), last_state(tmp_path / "halves")
+    assert expected.keys() == got.keys() and int(got["step"]) == 20
+    for name, leaf in got.items():  # weights, both moments, counters, average
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+    np.testing.assert_array_equal(halves[1].drawn[0]["x"], whole.drawn[stop + 1]["x"])
+    a, b = (np.load(tmp_path / name / "model" / "model.npz") for name in ("whole", "halves"))
+    for name in a.files:
+        np.testing.assert_array_equal(a[name], b[name])
+    rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "halves")]
+    steps = [[json.loads(line)["step"] for line in lines] for lines in rows]
+    assert steps[0] == steps[1] == [4, 8, 12, 16, 20]
+
+
+def test_a_damaged_checkpoint_costs_steps_but_no_bits(monkeypatch, tmp_path, capsys):
+    linear_run(monkeypatch, tmp_path / "whole")
+    with pytest.raises(verb.Stopped):
+        linear_run(monkeypatch, tmp_path / "halves", LinearBatches(signal_at=13))
+    newest = tmp_path / "halves" / "checkpoints" / "14"
+    for path in newest.rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-7])
+    linear_run(monkeypatch, tmp_path / "halves")
+    told = capsys.readouterr().err
+    assert "checkpoint 14 is damaged" in told and "resuming from step 12" in told
+    expected, got = last_state(tmp_path / "whole"), last_state(tmp_path / "halves")
+    for name, leaf in got.items():
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+
+
+def test_a_checkpoint_of_eight_devices_resumes_on_one(monkeypatch, tmp_path):
+    with pytest.raises(verb.Stopped):
+        linear_run(monkeypatch, tmp_path, LinearBatches(signal_at=9))
+    before = last_state(tmp_path)
+    one = make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr("scaling_perception.parallel.mesh.make_mesh", lambda: one)
+    linear_run(monkeypatch, tmp_path)
+    after = last_state(tmp_path)
+    assert int(before["step"]) == 10 and int(after["step"]) == 20
+    assert np.abs(after["params/layer/kernel"] - before["params/layer/kernel"]).max() > 0
+
+
+# ---- The real thing: the command, latents of scenes, real signals ----------------------------------------------------
+
+STEPS = 100
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """The words of a training command on a small cache of 32-pixel scenes, less its --workdir."""
+    folder = tmp_path_factory.mktemp("resume")
+    config = tiny_vae.TinyVAEConfig()
+    for part in ("encoder", "decoder"):  # any weights do: they make latents, no pictures
+        save_part(folder / "vae", part, config, tiny_vae.init_part(part, config, jax.random.key(0)), {})
+    words = ["scenes", "--out", str(folder / "cache"), "--latents", "--vae", str(folder / "vae"), "--resolution", "32"]
+    assert run_verb("prepare", [*words, "--count", "6", "--batch", "8", "--workers", "0"]) == 0
+    spec = f"configs/mini.py:model=nano,res=32,cache={folder / 'cache'},vae={folder / 'vae'},batch=4,steps={STEPS}"
+    changes = ["train.checkpoint_every=10", "train.log_every=1", "optim.warmup=10", "latent_norm=auto"]
+    return ["--config", spec, *(f"--config.{change}" for change in changes)]
+
+
+def start(command, workdir):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment.pop("XLA_FLAGS", None)  # one device
+    words = [sys.executable, "-m", "scaling_perception", "train", *command, "--workdir", str(workdir)]
+    root = Path(__file__).parent.parent.parent
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=root, env=environment)
+
+
+def signal_at(process, step, number):
+    """Read the log until ``step``, send the signal, and return the whole log."""
+    lines = []
+    with process:  # waits, and closes the pipe
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith(f"train: step {step}/"):
+                process.send_signal(number)
+    return "".join(lines)
+
+
+def finish(process):
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    return told
+
+
+def test_killed_and_interrupted_run_equals_an_undisturbed_one(command, tmp_path):
+    seed = random.randrange(10**6)
+    draw = random.Random(seed)
+    print(f"seed {seed}")
+    finish(start(command, tmp_path / "whole"))
+
+    work = tmp_path / "disturbed"
+    killed = start(command, work)
+    signal_at(killed, draw.randrange(15, 50), signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    stopped = start(command, work)
+    told = signal_at(stopped, draw.randrange(60, 90), signal.SIGINT)
+    assert stopped.returncode == 130 and "resuming from step" in told
+    hint = told.split("to resume run: ")[1].strip()
+    assert hint.startswith("scaling-perception train --config ") and f"--workdir {work}" in hint
+    assert all(word in hint for word in command if word.startswith("--config."))
+    finish(start(command, work))
+
+    saved = [json.loads((tmp_path / n / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text()) for n in NAMES]
+    assert saved[0]["leaves"] == saved[1]["leaves"]  # hashes of weights, moments, average
+    models = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in NAMES]
+    assert models[0] == models[1]
+    rows = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in NAMES]
+    assert [row["step"] for row in rows[1]] == list(range(1, STEPS + 1))
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+
+
+NAMES = ("whole", "disturbed")
