@@ -262,15 +262,18 @@ def blocked(geometry: Geometry, points: Array, steps: Array, shadows: bool = Tru
     ``shadows`` leaves out the things that cast none. The first ``start`` of each step does not count.
     """
     found = np.zeros(points.shape[1], bool)
-    length = np.einsum("ij,ij->j", steps, steps)
+    square = np.einsum("ij,ij->j", steps, steps)
+    # All spheres at once by |c - p|^2 and (c - p).d as matrix products: which rays pass near which thing.
+    centres, reach = geometry.spheres[:, :3], geometry.spheres[:, 3:] + np.float32(0.01)
+    along = centres @ steps - np.einsum("ij,ij->j", points, steps)
+    away = (centres * centres).sum(axis=1, keepdims=True) - 2 * (centres @ points)
+    away += np.einsum("ij,ij->j", points, points)
+    share = np.clip(along / square, 0, 1)
+    near = away - share * (2 * along - share * square) < reach * reach
     for number, (first, last) in enumerate(geometry.spans):
         if shadows and not geometry.blocks[number]:
             continue
-        sphere = geometry.spheres[number]
-        offset = sphere[:3, None] - points
-        along = np.clip(np.einsum("ij,ij->j", offset, steps) / length, 0, 1)
-        offset -= along * steps
-        chosen = np.flatnonzero((np.einsum("ij,ij->j", offset, offset) < sphere[3] ** 2) & ~found)
+        chosen = np.flatnonzero(near[number] & ~found)
         if not chosen.size:
             continue
         here, step = points[:, chosen], steps[:, chosen]

@@ -63,13 +63,22 @@ class _Coarse:
 
 
 def compose(rng: np.random.Generator) -> Scene:
-    """Draw a scene."""
+    """Draw a scene; layouts whose target is lost (behind a wall, off the frame) are drawn again."""
+    scene, good = _draw(rng)
+    for _ in range(8):
+        if good:
+            break
+        scene, good = _draw(rng)
+    return scene
+
+
+def _draw(rng: np.random.Generator) -> tuple[Scene, bool]:
     palette = Palette(rng)
     indoor = bool(rng.random() < 0.68)
     if indoor:
         size = np.array([rng.uniform(1.6, 4.2), rng.uniform(1.6, 4.2), rng.uniform(1.1, 1.9)], np.float32)
     else:
-        size = np.array([rng.uniform(9, 30), rng.uniform(9, 30), rng.uniform(5, 14)], np.float32)
+        size = np.array([rng.uniform(3.5, 8.5), rng.uniform(3.5, 8.5), rng.uniform(2, 5)], np.float32)
     surroundings = Solid(BOX, (0.0, 0.0, float(size[2])), tuple(size.tolist()), palette.surroundings(indoor))
     camera = _camera(rng, size, indoor)
     coarse = _Coarse(camera)
@@ -79,16 +88,20 @@ def compose(rng: np.random.Generator) -> Scene:
     target = _target(rng, palette, things, surroundings, coarse, size, indoor)
     things.append(target)
     _furnish(rng, palette, things, camera, size, indoor)
-    things = _uncover(rng, palette, things, target, surroundings, coarse, size)
+    things = _uncover(rng, palette, things, target, surroundings, coarse)
     geometry = assemble(surroundings, things)
     depth, solid = coarse.cast(geometry)
+    number = next(i for i, t in enumerate(things) if t is target)
+    whole = coarse.cast(geometry, [number])[1] > 0
+    area, seen = float(whole.mean()), float((geometry.owner[solid] == number).mean())
+    # A wall or a thing in the face of the camera leaves nothing to perceive.
+    good = 0.035 < area < 0.45 and seen > 0.28 * area and float(np.median(depth)) > 1.0 and float(depth.min()) > 0.5
     lights, look = _light(rng, size, indoor, camera)
     scene = Scene(
-        surroundings, size, indoor, things, next(i for i, t in enumerate(things) if t is target),
-        material_tables(palette.materials), lights, look, camera, camera,
-    )  # fmt: skip
+        surroundings, size, indoor, things, number, material_tables(palette.materials), lights, look, camera, camera
+    )
     _move(rng, scene, geometry, coarse, depth, solid)
-    return scene
+    return scene, good
 
 
 def _look_at(rng: np.random.Generator, heading: float, pitch: float, roll: float) -> Array:
@@ -122,7 +135,7 @@ def _hills(rng: np.random.Generator, palette: Palette, things: list[Thing], size
     for _ in range(int(rng.integers(0, 4))):
         angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1.0)
         place = np.array([math.cos(angle) * size[0], math.sin(angle) * size[1], rng.uniform(-1, 0)]) * reach
-        half = (rng.uniform(3, 10), rng.uniform(3, 10), rng.uniform(1.5, 6))
+        half: tuple[float, float, float] = (rng.uniform(1.5, 5), rng.uniform(1.5, 5), rng.uniform(0.8, 3))
         if np.linalg.norm((place[:2] - camera.eye[:2]) / np.array(half[:2])) < 1.3:
             continue
         if rng.random() < 0.6:
@@ -159,13 +172,13 @@ def _target(
     kind, solids = MAKERS[name](rng, palette)
     label = CLASSES.index(kind)
     standing = rng.random() < (0.55 if name == "single" else 0.85)
-    wanted = math.exp(rng.uniform(math.log(0.06), math.log(0.28)))
+    wanted = math.exp(rng.uniform(math.log(0.07), math.log(0.32)))
     factor = 1.0
     angle = rng.uniform(0, 2 * np.pi)
     for attempt in range(9):
         spread = 0.5 * (1 - attempt / 12)
         across, down = rng.uniform(-spread, spread, 2) * 0.6
-        distance = rng.uniform(1.3, 4.0) if indoor else rng.uniform(1.8, 7.0)
+        distance = rng.uniform(1.5, 4.5) if indoor else rng.uniform(1.8, 6.0)
         ray = camera.rotation.T @ np.array([across / camera.focal, down / camera.focal, 1.0])
         place = camera.eye + ray * distance
         scaled_solids = scaled(solids, factor)
@@ -175,7 +188,7 @@ def _target(
         else:
             thing = make_thing(label, scaled_solids, place, _spin(rng) if name == "single" else yaw(angle))
             thing.position = place.astype(np.float32)
-        if np.linalg.norm(thing.position - camera.eye) < thing.radius + 0.3:
+        if np.linalg.norm(thing.position - camera.eye) < thing.radius + 0.55:
             factor *= 0.8
             continue
         hit = coarse.cast(assemble(surroundings, [thing]), [0])[1] > 0
@@ -196,7 +209,7 @@ def _target(
     if best is None:
         radius = 0.3
         place = camera.eye + camera.rotation[2] * 1.5
-        best = make_thing(1, [Solid(BALL, (0, 0, 0), (radius,) * 3, palette.add())], place, yaw(0))
+        best = make_thing(1, [Solid(BALL, (0, 0, 0), (radius, radius, radius), palette.add())], place, yaw(0))
     return best
 
 
@@ -204,7 +217,7 @@ def _furnish(
     rng: np.random.Generator, palette: Palette, things: list[Thing], camera: Camera, size: Array, indoor: bool
 ) -> None:
     """Furniture along walls, things about the floor and on tables, and things in the air."""
-    wanted = int(rng.integers(3, 12))
+    wanted = int(rng.integers(5, 14))
     if indoor:
         for _ in range(int(rng.integers(1, 5))):
             kind, solids = MAKERS[str(rng.choice(_WALL_SIDE))](rng, palette)
@@ -215,12 +228,12 @@ def _furnish(
             depth = max(s.centre[1] + s.half[1] for s in thing.solids)
             thing.position[axis] += sign * (size[axis] - depth - 0.02)
             thing.position[1 - axis] += rng.uniform(-1, 1) * max(size[1 - axis] - thing.radius * 0.7, 0)
-            _keep(things, thing, camera, 0.75)
+            _keep(things, thing, camera, 0.6)
             wanted -= 1
     reach = float(min(6.5, size[:2].max()))
     flying = int(rng.integers(1, 4))
-    for number in range(max(wanted, 3)):
-        distance = math.exp(rng.uniform(math.log(0.9), math.log(reach)))
+    for number in range(max(wanted, 5)):
+        distance = math.exp(rng.uniform(math.log(1.1), math.log(reach)))
         across = rng.uniform(-0.6, 0.6) / camera.focal
         if number < flying:
             ray = camera.rotation.T @ np.array([across, rng.uniform(-0.6, 0.6) / camera.focal, 1.0])
@@ -250,12 +263,12 @@ def _furnish(
                 if np.linalg.norm(thing.position - camera.eye) > thing.radius + 0.35:
                     things.append(thing)
                 continue
-        _keep(things, make_thing(CLASSES.index(kind), solids, place, yaw(rng.uniform(0, 2 * np.pi))), camera, 0.7)
+        _keep(things, make_thing(CLASSES.index(kind), solids, place, yaw(rng.uniform(0, 2 * np.pi))), camera, 0.55)
 
 
 def _keep(things: list[Thing], thing: Thing, camera: Camera, gap: float) -> bool:
     """Add a thing if it clears the camera and the others (spheres shrunk by ``gap``)."""
-    if np.linalg.norm(thing.position - camera.eye) < thing.radius + 0.35:
+    if np.linalg.norm(thing.position - camera.eye) < thing.radius + 0.5:
         return False
     for other in things:
         if not other.backdrop:
@@ -273,10 +286,9 @@ def _uncover(
     target: Thing,
     surroundings: Solid,
     coarse: _Coarse,
-    size: Array,
 ) -> list[Thing]:
     """Take away or put in front what makes the visible share of the target about as wished."""
-    wanted = rng.uniform(0.9, 1.0) if rng.random() < 0.1 else rng.uniform(0.32, 0.9)
+    wanted = 1.0 if rng.random() < 0.1 else rng.uniform(0.4, 0.93)
     number = next(i for i, t in enumerate(things) if t is target)
     geometry = assemble(surroundings, things)
     alone, _ = coarse.cast(geometry, [number])
@@ -288,7 +300,7 @@ def _uncover(
         seen = int((owner == number).sum()) / count
         hiding = owner[whole & (owner != number) & (depth < alone)]
         hiding = hiding[hiding >= 0]
-        if seen > wanted - 0.12 or not hiding.size or len(things) <= 2:
+        if seen > wanted - 0.12 or not hiding.size or len(things) <= 4:
             break
         worst = int(np.bincount(hiding).argmax())
         things = [t for i, t in enumerate(things) if i != worst]
@@ -302,13 +314,13 @@ def _uncover(
     inside = np.flatnonzero(visible)
     for _ in range(14):
         pixel = int(rng.choice(inside))
-        distance = float(alone[pixel]) * rng.uniform(0.4, 0.85)
-        if distance < 0.6:
+        distance = float(alone[pixel]) * rng.uniform(0.5, 0.88)
+        if distance < 0.75:
             continue
         width = math.sqrt(count) / GRID / camera.focal * distance
         place = camera.eye + coarse.rays[:, pixel] * distance
         thing = _cover(rng, palette, place, width * rng.uniform(0.3, 0.9))
-        if np.linalg.norm(thing.position - camera.eye) < thing.radius * 0.8 + 0.3:
+        if np.linalg.norm(thing.position - camera.eye) < thing.radius * 0.8 + 0.5:
             continue
         hidden = coarse.cast(assemble(surroundings, [thing]), [0])[0] < depth
         share = int((visible & ~hidden).sum()) / count
@@ -325,9 +337,7 @@ def _cover(rng: np.random.Generator, palette: Palette, place: Array, half: float
     size = half * np.exp(rng.uniform(-0.5, 0.35, 3))
     if kind != BOX:
         size[1] = size[0]
-    material = len(palette.materials) - 1
-    if rng.random() < 0.4 or not palette.materials:
-        material = palette.add(calm=0.4, size=rng.uniform(0.4, 1.5))
+    material = palette.add(calm=0.4, size=rng.uniform(0.4, 1.5))
     if kind != BALL and rng.random() < 0.6 and place[2] > 0.1:
         top = place[2] + size[2]
         return make_thing(kind, [Solid(kind, (0, 0, top / 2), (size[0], size[1], top / 2), material)],
@@ -354,7 +364,7 @@ def _light(rng: np.random.Generator, size: Array, indoor: bool, camera: Camera) 
     for _ in range(int(rng.integers(0, 3))):
         place = np.array([*(rng.uniform(-0.8, 0.8, 2) * size[:2]), rng.uniform(0.5, 2) * size[2]], np.float32)
         lights.append(Light(place, tint(rng.uniform(0.1, 0.6), 0.2), False, False))
-    ambient = rng.uniform(0.2, 0.55)
+    ambient = rng.uniform(0.12, 0.5)
     haze = 0.0
     if rng.random() < 0.5:
         haze = rng.uniform(0, 0.05) if indoor else rng.uniform(0.005, 0.04)
@@ -379,7 +389,7 @@ def _move(
     camera = scene.camera
     pixel = 1 / (128 * camera.focal)
     middle = float(np.median(depth))
-    wanted = float(np.clip(math.exp(rng.normal(math.log(3.6), 0.6)), 0.5, 12))
+    wanted = float(np.clip(math.exp(rng.normal(math.log(3.8), 0.65)), 0.5, 13))
     shift = rng.normal(size=3) * [1, 0.5, 0.9] * middle * pixel * 4
     turn = rng.normal(size=3) * [0.6, 1, 0.5] * pixel * 3 * rng.choice([0.3, 1.0])
     moves: list[tuple[Array, Array]] = []
@@ -407,13 +417,11 @@ def _move(
             camera.focal,
         )
         still = scene.camera2.project(points, 128)
-        u0, v0 = coarse.x * (127 / (GRID - 1)), coarse.y * (127 / (GRID - 1))
         before = camera.project(points, 128)
         mean = float(np.hypot(still[0] - before[0], still[1] - before[1]).mean())
         if abs(math.log(max(mean, 1e-3) / wanted)) < 0.1:
             break
         factor *= float(np.clip(wanted / max(mean, 1e-3), 0.1, 8))
-    del u0, v0
     for _ in range(4):
         moved = points.copy()
         for number, (thing, (step, spin)) in enumerate(zip(scene.things, moves, strict=True)):

@@ -40,7 +40,7 @@ class Palette:
     def colour(self, low: float = 0.08, high: float = 0.75, vivid: float = 1.0) -> Array:
         """Linear RGB (3,), mostly muted."""
         rng = self.rng
-        saturation = vivid * (rng.beta(1.3, 3) if rng.random() < 0.7 else rng.uniform(0.4, 0.95))
+        saturation = vivid * (rng.beta(1.4, 2.8) if rng.random() < 0.62 else rng.uniform(0.4, 0.95))
         value = np.exp(rng.uniform(np.log(low), np.log(high)))
         hue = rng.choice([0.08, 0.1, 0.6, 0.3, 0.0]) + rng.normal(0, 0.04) if rng.random() < 0.5 else rng.random()
         return np.array(colorsys.hsv_to_rgb(hue % 1, min(saturation, 0.97), value), np.float32)
@@ -97,9 +97,9 @@ class Palette:
             if rng.random() < 0.5:
                 wall = np.array(colorsys.hsv_to_rgb(rng.uniform(0.53, 0.63), rng.uniform(0.1, 0.5), 0.8), np.float32)
             for _ in range(4):
-                self.add(("noise soft", "noise smooth", "gradient", "windows", "blocks"), 0.8, 30, wall)
+                self.add(("noise soft", "noise smooth", "gradient", "windows", "blocks"), 0.8, 12, wall)
             self.add(_GROUND, 0.3, rng.uniform(1.5, 5), self.colour(0.1, 0.5, 1.0))
-            self.add(("noise smooth", "noise soft"), 0.9, 40, wall)
+            self.add(("noise smooth", "noise soft"), 0.9, 15, wall)
         return first
 
 

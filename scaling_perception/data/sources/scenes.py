@@ -20,7 +20,7 @@ from scaling_perception.support.errors import UserError, did_you_mean
 
 __all__ = ["CLASSES", "RENDERER", "SPLIT_STARTS", "ScenesSource", "render_scene"]
 
-RENDERER = 1
+RENDERER = 2
 """Version of the pictures; bumped whenever an index gives other arrays, so that caches of old ones are refused."""
 
 SPLIT_STARTS = {"train": 0, "val": 1_000_000_000, "test": 2_000_000_000}
@@ -124,7 +124,7 @@ def render_scene(index: int, resolution: int = 128) -> dict[str, Any]:
     layout, noise = (np.random.default_rng(s) for s in np.random.SeedSequence([index, _SALT]).spawn(2))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         scene = scene_layout.compose(layout)
-        return _render(scene, f"scene-{index:010d}", resolution, layout.uniform(0.32, 0.6), noise)
+        return _render(scene, f"scene-{index:010d}", resolution, layout.uniform(0.2, 0.52), noise)
 
 
 def _render(scene: Scene, key: str, resolution: int, wish: float, noise: np.random.Generator) -> dict[str, Any]:
