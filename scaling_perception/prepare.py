@@ -24,7 +24,10 @@ scaling-perception prepare hypersim --raw /data/hypersim --out runs/hypersim_che
 scaling-perception prepare flying_chairs --raw /data/FlyingChairs --out runs/chairs --latents --vae DIR --resolution 256
 """
 
-_BATCH = 64  # pictures an encoder call: fixed, so that the encoder is compiled once
+# Pictures an encoder call: fixed, so that the encoder is compiled once. On a CPU core small batches stay in its caches:
+# 9.0 ms a picture of 128 pixels in batches of 8 against 12.6 ms in batches of 64.
+_BATCH = {"cpu": 8}
+_BATCH_ELSEWHERE = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size", type=int, default=512, metavar="N", help="samples a shard (default %(default)s)"
     )
-    parser.add_argument("--batch", type=int, default=_BATCH, help="pictures an encoder call (default %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="pictures an encoder call (default: 8 on a CPU, else 64)"
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="reading processes (default: cores; 0: none)")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad samples out instead of failing")
 
@@ -217,6 +222,7 @@ def _latents(args: argparse.Namespace) -> int:
     from scaling_perception.tasks import TaskOptions
 
     spec, out = _spec(args), Path(args.out)
+    args.batch = args.batch or _BATCH.get(jax.default_backend(), _BATCH_ELSEWHERE)
     options = TaskOptions(flow_divisor=args.flow_divisor).to_dict()
     samples = RawSamples(*spec)
     autoencoder = load_autoencoder(args.vae)

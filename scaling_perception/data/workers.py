@@ -3,6 +3,7 @@
 import collections
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,6 +25,7 @@ def _follow_parent() -> None:
 
 def _start(make: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...]) -> None:
     global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent alone answers it
     threading.Thread(target=_follow_parent, daemon=True).start()
     _work = make(*args)
 
