@@ -329,6 +329,7 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
         config = self.config
+        x, t, label = jnp.asarray(x), jnp.asarray(t), jnp.asarray(label)
         expected = (config.input_size, config.input_size, config.input_channels)
         if x.shape[1:] != expected:
             raise UserError(
@@ -338,7 +339,7 @@ class DiT(nn.Module):
         table = self.param("pos_embed", lambda _: jnp.asarray(position_table(config.dim, config.grid)))
         labels = self.param("label_embed", _normal, (config.label_rows, config.dim))
         tokens = PatchEmbed(config, self.dtype, name="patch_embed")(x, label)
-        tokens = tokens + jax.lax.stop_gradient(table).astype(self.dtype)[None, :, :]
+        tokens = tokens + jax.lax.stop_gradient(jnp.asarray(table, self.dtype))[None, :, :]
         condition = TimeEmbed(config.dim, name="time_embed")(t) + jnp.take(labels, label, axis=0)
         condition = nn.silu(condition)
         # Storing every elementwise intermediate of every layer is slower than recomputing it (by a quarter of the
@@ -377,6 +378,7 @@ def _example(config: DiTConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.zeros((1, size, size, config.input_channels)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
 
 
+@partial(jax.jit, static_argnums=0)  # compiled, the forward pass that flax traces for the shapes is dropped
 def init_params(config: DiTConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters (pure; may run under jit). The network's output is exactly 0 (adaLN-Zero, facts 1.1)."""
     variables: Any = DiT(config).init(key, *_example(config))
