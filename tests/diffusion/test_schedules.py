@@ -80,6 +80,7 @@ def test_where_a_stride_would_leave_the_trailing_grid():
     """300 does not divide 1000: a stride of 1000 // 300 = 3 misses the next grid point, the table does not."""
     t, t_next = timestep_grid("trailing", 300)
     assert (t_next[:-1] != t[:-1] - 3).sum() > 50
+    np.testing.assert_array_equal(timestep_grid("trailing", 3)[0], [999, 666, 332])  # 666.7 - 1 is rounded, not cut
     t, t_next = timestep_grid("trailing", 250)
     np.testing.assert_array_equal(t_next, t - 4)
 

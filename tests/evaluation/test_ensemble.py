@@ -166,6 +166,22 @@ def test_lsq_forgives_one_broken_member_and_shows_where():
     assert np.unravel_index(np.argmax(ensemble_depth(members, "lsq")[1]), (15, 20)) == (3, 4)
 
 
+def test_lsq_does_not_turn_a_member_over():
+    target = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    kept, flattened = ensemble._fit_to(jnp.stack([0.3 * target + 2, 1 - target]), jnp.asarray(target))
+    np.testing.assert_allclose(kept, target, atol=1e-6)
+    np.testing.assert_allclose(flattened, 0.5, atol=1e-6)
+
+
+def test_marigold_takes_the_lower_median_unless_told_otherwise(reference):
+    members = members_of(reference("n2_high"))
+    prediction, uncertainty = ensemble_depth(members, "marigold")
+    found = ensemble._apply(members, ensemble.marigold_align(members))
+    np.testing.assert_allclose(prediction, ensemble.compile_aligned(found, lower_median=True)[0], atol=1e-6)
+    assert not uncertainty.any()  # the lower median of two absolute deviations, one of which is 0
+    assert ensemble_depth(members, "marigold", lower_median=False)[1].max() > 0.01
+
+
 def test_lower_median_is_torch_and_plain_median_is_numpy(reference):
     for case in ("n2_high", "n5_high", "n10_high"):
         data = reference(case)
