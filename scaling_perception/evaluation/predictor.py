@@ -29,7 +29,7 @@ from scaling_perception.evaluation.inputs import find_model, to_mask, to_rgb
 from scaling_perception.evaluation.prediction import Estimate, Prediction, reduce_members, to_native
 from scaling_perception.evaluation.protocols import reduce_mode
 from scaling_perception.interop.model_folder import load_model
-from scaling_perception.models.autoencoders import Autoencoder, load_autoencoder
+from scaling_perception.models.autoencoders import Autoencoder, load_autoencoder, tree_hash
 from scaling_perception.models.dit import DiT, config_from_dict
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks import TaskOptions, get_task, pass_indices
@@ -54,6 +54,7 @@ class Predictor:
         params: the DiT's parameters on the device; may be replaced by others of the same shapes (no recompilation).
         meta: the model folder's description.
         config, resolution, options, tasks: taken from it.
+        id: 12 hexadecimal digits of the weights it was made with.
         autoencoder: the frozen autoencoder.
         traces: how often each graph was traced, by name.
         compile_seconds: spent compiling so far.
@@ -85,6 +86,7 @@ class Predictor:
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"unknown dtype '{dtype}'{did_you_mean(dtype, ('float32', 'bfloat16'))}")
         self.diffusion = _own_diffusion(meta["diffusion"])
+        self.id = tree_hash(params)
         self.params = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params))
         self._autoencoder_params = jax.device_put(self.autoencoder.params)
         self._model = DiT(self.config, dtype=jnp.dtype(dtype))
@@ -163,7 +165,7 @@ class Predictor:
         reduce: str | None,
         plan: Plan,
     ) -> Iterator[Estimate]:
-        """One result for each raw sample, in order; reads ``plan.images`` samples at a time, so memory stays bounded."""
+        """One result for each raw sample, in order; holds ``plan.images`` samples at a time."""
         mode = reduce_mode(task, reduce)
         tables = sampler_tables(diffusion, steps)
         samples = iter(raws)
@@ -296,7 +298,13 @@ class Predictor:
         return values[list(passes)] if len(values) > max(passes) else values[: len(passes)]
 
     def decode_members(self, pixels: np.ndarray, task: str) -> np.ndarray:
-        """Pixels (P, M, R, R, 3) of one image to members (M, R, R[, C]) at the model's resolution."""
+        """Pixels (P, M, R, R, 3) of one image to members (M, R, R[, C]) at the model's resolution.
+
+        Raises:
+            UserError: pixels are NaN or infinite: nothing made of them would be a result.
+        """
+        if not np.isfinite(pixels).all():
+            raise UserError("the model's output is NaN or infinite: its weights are broken, or choose another preset")
         return get_task(task).decode_prediction(pixels, (self.resolution, self.resolution), self.options)
 
     def merge(self, members: np.ndarray, task: str, size: tuple[int, int], mode: str) -> Estimate:

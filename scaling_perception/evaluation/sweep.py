@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from scaling_perception.diffusion.sampler import SamplerTables, sampler_tables
-from scaling_perception.diffusion.schedules import DiffusionPreset
+from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
 from scaling_perception.evaluation.baselines import bootstrap_ci
 from scaling_perception.evaluation.prediction import Estimate
 from scaling_perception.evaluation.predictor import Plan, Predictor
@@ -105,7 +105,17 @@ def sweep(
 
 def _setting(predictor: Predictor, preset: str | None, steps: int) -> Setting:
     diffusion = predictor.choose_diffusion(preset)
-    return Setting(preset or "own", diffusion, steps, sampler_tables(diffusion, steps))
+    return Setting(preset or _grid_name(diffusion), diffusion, steps, sampler_tables(diffusion, steps))
+
+
+def _grid_name(own: DiffusionPreset) -> str:
+    """The preset whose timesteps a model's own diffusion uses, or ``own``."""
+    for name, preset in PRESETS.items():
+        if all(
+            getattr(own, field) == getattr(preset, field) for field in ("spacing", "steps_offset", "final_alpha_one")
+        ):
+            return name
+    return "own"
 
 
 def _readable(source: Samples, indices: Iterable[int], run: "_Run") -> Iterator[dict[str, Any]]:
@@ -113,10 +123,10 @@ def _readable(source: Samples, indices: Iterable[int], run: "_Run") -> Iterator[
         try:
             raw = prepare_raw(source[index], run.protocol)
         except UserError as error:
-            run.skip(f"sample {index}", str(error))
+            run.skip(f"sample {index}", "unreadable", str(error))
             continue
         if reason := unmeasurable(raw, run.protocol):
-            run.skip(str(raw["key"]), reason)
+            run.skip(str(raw["key"]), "unmeasurable", reason)
         else:
             yield raw
 
@@ -147,8 +157,8 @@ class _Run:
         self.shown: list[Shown] = []
         self.merging_is_compiled = False
 
-    def skip(self, key: str, reason: str) -> None:
-        self.skipped.append({"key": key, "reason": reason})
+    def skip(self, key: str, kind: str, reason: str) -> None:
+        self.skipped.append({"key": key, "kind": kind, "reason": reason})
 
     def add(self, group: list[dict[str, Any]], plan: Plan, panels: int) -> None:
         """Evaluate one group of images in every cell."""

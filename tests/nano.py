@@ -1,4 +1,4 @@
-"""Nano models with random weights, and small raw samples."""
+"""Fixtures of evaluation and of the verbs: nano models with random weights, and small raw samples."""
 
 import jax
 import numpy as np
@@ -75,7 +75,7 @@ def predictor(make_predictor):
 
 @pytest.fixture
 def make_image():
-    def make(height=40, width=56, seed=0, **kind):
+    def make(height=40, width=56, seed=0):
         rng = np.random.default_rng(seed)
         return rng.integers(0, 256, (height, width, 3), np.uint8)
 
@@ -107,3 +107,16 @@ def make_raw(make_image):
         return {**raw, **changes}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def nano_folder(predictor, tmp_path_factory):
+    """The nano model as a folder, its autoencoder beside it."""
+    from scaling_perception.interop.model_folder import save_model
+    from scaling_perception.models.autoencoders import save_part
+
+    folder = tmp_path_factory.mktemp("nano")
+    for part in ("encoder", "decoder"):
+        save_part(folder / "vae", part, predictor.autoencoder.config, predictor.autoencoder.params[part], {})
+    save_model(folder / "model", predictor.params, {**predictor.meta, "autoencoder": str(folder / "vae")})
+    return folder / "model"
