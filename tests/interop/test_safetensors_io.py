@@ -1,0 +1,94 @@
+"""Trees in safetensors files: exact bytes back, and no partial file whatever goes wrong."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scaling_perception.interop.safetensors_io import flatten_tree, load_tree, save_tree, unflatten_tree
+from scaling_perception.support.errors import UserError
+
+
+def test_every_dtype_and_shape_comes_back(tmp_path):
+    tree = {
+        "a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3).T, "bias": jnp.ones(3, jnp.bfloat16)},
+        "count": np.array(7, np.int32),
+        "half": np.array([[1.5]], np.float16),
+        "mask": np.array([True, False]),
+        "empty": np.zeros((0, 4), np.float32),
+    }
+    save_tree(tmp_path / "x.safetensors", tree, {"made": "by hand"})
+    back, metadata = load_tree(tmp_path / "x.safetensors")
+    assert metadata == {"made": "by hand"}
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for ours, theirs in zip(jax.tree.leaves(tree), jax.tree.leaves(back), strict=True):
+        assert isinstance(theirs, np.ndarray) and theirs.dtype == ours.dtype
+        np.testing.assert_array_equal(np.asarray(ours), theirs)
+
+
+def test_names_that_make_no_tree_are_refused():
+    assert unflatten_tree(flatten_tree({"a": {"b": 1, "c": {"d": 2}}})) == {"a": {"b": 1, "c": {"d": 2}}}
+    with pytest.raises(ValueError, match="without '/'"):
+        flatten_tree({"a/b": 1})
+    with pytest.raises(ValueError, match="empty"):
+        flatten_tree({"a": {}})
+    for names in (["a", "a/b"], ["a/b", "a"]):
+        with pytest.raises(ValueError, match="tensor"):
+            unflatten_tree(dict.fromkeys(names, 1))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 60, 400])
+def test_truncated_file_is_told(tmp_path, keep):
+    path = tmp_path / "x.safetensors"
+    save_tree(path, {"a": np.ones((10, 10), np.float32)})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="x.safetensors is no whole safetensors file"):
+        load_tree(path)
+
+
+def test_missing_file_and_foreign_file_are_told(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_tree(tmp_path / "x.safetensors")
+    (tmp_path / "y.safetensors").write_text("not tensors at all, but long enough to look like something")
+    with pytest.raises(UserError, match="no whole safetensors file"):
+        load_tree(tmp_path / "y.safetensors")
+
+
+def test_full_disk_leaves_the_old_file_and_no_partial_one(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    save_tree(path, {"a": np.zeros(3, np.float32)})
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        save_tree(path, {"a": np.ones(3, np.float32)})
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_writer_that_runs_out_of_space_is_told_and_leaves_nothing(tmp_path):
+    # a limit on file size, in a process of its own, fails inside the library's writer as a full disk does
+    code = """
+import resource, signal, sys
+import numpy as np
+from scaling_perception.interop.safetensors_io import save_tree
+from scaling_perception.support.errors import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_tree(sys.argv[1], {"a": np.ones((512, 512), np.float32)})
+except UserError as error:
+    print(error)
+"""
+    words = [sys.executable, "-c", code, str(tmp_path / "x.safetensors")]
+    done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("cannot write") and "too large" in done.stdout
+    assert os.listdir(tmp_path) == []
