@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     words = ["scenes", "--out", str(cache), "--latents", "--vae", "tiny", "--resolution", "128", "--flips", "none"]
     # The shipped weights were trained on lower indices: these scenes are new to them.
     seconds["render and cache"] = _stage("prepare", *words, "--count", str(args.scenes), "--start", "500000000")
-    words = ["--config", "configs/quickstart.py", "--workdir", str(tuned), f"--config.data.cache={cache}"]
-    seconds["fine-tune"] = _stage("train", *words, f"--config.train.steps={args.train_steps}")
+    words = ["--config", f"configs/quickstart.py:cache={cache},steps={args.train_steps}", "--workdir", str(tuned)]
+    seconds["fine-tune"] = _stage("train", *words, "--config.data.flip=false")
     for task in ("depth", "flow", "amodal"):
         out = evals / f"{task}.json"
         if _evaluated(out, args.images):
