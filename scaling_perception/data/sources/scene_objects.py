@@ -20,6 +20,7 @@ CLASSES = (
 """What ``label`` counts."""
 
 _CALM = ("noise soft", "noise middle", "noise smooth", "noise rough", "noise fine", "noise streaks", "gradient")
+_FINE = (*_CALM[:4], "noise fine", "weave")
 _FLOORS = ("planks", "wood", "tiles", "tiles mixed", "noise middle", "noise fine", "checker", "marble", "pebbles",
            "weave", "collage", "bricks", "cells")  # fmt: skip
 _WALLS = ("noise soft", "noise middle", "noise smooth", "stripes soft", "bricks", "blocks", "tiles", "panels",
@@ -66,12 +67,12 @@ class Palette:
         straight = rng.random() < 0.8
         self.materials.append(
             Material(
-                self.names.index(str(rng.choice(pool))),
+                self.names.index(pool[rng.integers(len(pool))]),
                 size * np.exp(rng.normal(0, 0.45)),
                 rng.choice([0, np.pi / 2]) if straight else rng.uniform(0, np.pi),
                 np.minimum(first, 0.8).astype(np.float32),
                 second.astype(np.float32),
-                self.names.index(str(rng.choice(_CALM[:4] + ("noise fine", "weave")))),
+                self.names.index(_FINE[rng.integers(len(_FINE))]),
                 size * np.exp(rng.normal(-0.3, 0.5)),
                 rng.uniform(0.02, 0.35) if rng.random() < 0.8 else rng.uniform(0.3, 0.8),
                 rng.uniform(0.1, 0.6) if rng.random() < 0.3 else rng.uniform(0, 0.06),

@@ -99,11 +99,16 @@ class Surface(NamedTuple):
     face: Array
 
 
+def _column(table: Array, chosen: Array) -> Array:
+    """Columns of a table (C, K), (C, N)."""
+    return np.ascontiguousarray(table).take(chosen, axis=1)
+
+
 def surface(geometry: Geometry, camera: Camera, rays: Array, depth: Array, solid: Array) -> Surface:
     """What the rays (3, N) hit at ``depth`` (N,) on ``solid`` (N,)."""
     points = camera.eye[:, None] + rays * depth
-    offset = points - geometry.centre.T[:, solid]
-    matrix = geometry.matrix.reshape(-1, 9).T[:, solid]
+    offset = points - _column(geometry.centre.T, solid)
+    matrix = _column(geometry.matrix.reshape(-1, 9).T, solid)
     unit = np.stack([(matrix[3 * i : 3 * i + 3] * offset).sum(axis=0) for i in range(3)])
     kind = geometry.kind[solid]
     size = np.abs(unit)
@@ -126,7 +131,7 @@ def _coordinates(
     geometry: Geometry, hits: Surface, solid: Array, tables: Tables, material: Array
 ) -> tuple[Array, Array, Array]:
     """Texture coordinates in metres (N,), (N,) and metres to add a turn so that patterns close around a solid."""
-    half = geometry.half.T[:, solid]
+    half = _column(geometry.half.T, solid)
     local = hits.unit * half
     face = hits.face
     u = np.where(face < 2, local[1], local[0])
@@ -173,7 +178,7 @@ def shade(
     footprint = depth * np.float32(pixel) / np.sqrt(np.maximum(facing, 0.03))
     tone = _lookup(tables.pattern, tables.tile, material, u, v, around, footprint)
     fine = _lookup(tables.detail, tables.detail_tile, material, u, v, around, footprint)
-    albedo = tables.first[:, material] + tables.change[:, material] * tone
+    albedo = _column(tables.first, material) + _column(tables.change, material) * tone
     albedo *= 1 + tables.detail_strength[material] * (fine - np.float32(0.5))
 
     up = (normals[2] + 1) / 2

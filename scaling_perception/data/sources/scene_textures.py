@@ -14,6 +14,8 @@ import numpy as np
 Array = np.ndarray
 SIZE = 256
 LEVELS = 9
+_SIZES = SIZE >> np.arange(LEVELS)
+_WIDTHS = _SIZES.astype(np.float32)
 
 
 class Bank(NamedTuple):
@@ -28,27 +30,31 @@ def sample(pattern: Array, u: Array, v: Array, level: Array) -> Array:
     """Trilinear lookup; all (N,): pattern number, coordinates in tiles, mip level (clipped). Returns (N,) float32."""
     bank = pattern_bank()
     level = np.clip(level, 0, LEVELS - 1.001)
-    low = level.astype(np.int32)
+    low = level.astype(np.intp)
     share = (level - low).astype(np.float32)
     near = _bilinear(bank, pattern, u, v, low)
     return near + (_bilinear(bank, pattern, u, v, low + 1) - near) * share
 
 
 def _bilinear(bank: Bank, pattern: Array, u: Array, v: Array, level: Array) -> Array:
-    size = np.right_shift(SIZE, level)
+    size = _SIZES[level]
     mask = size - 1
-    x, y = u * size - np.float32(0.5), v * size - np.float32(0.5)
+    scale = _WIDTHS[level]
+    x, y = u * scale - np.float32(0.5), v * scale - np.float32(0.5)
     x0, y0 = np.floor(x), np.floor(y)
     fx, fy = x - x0, y - y0
-    x0, y0 = x0.astype(np.int32), y0.astype(np.int32)
-    base = bank.offsets[level] + pattern * size * size
+    x0, y0 = x0.astype(np.intp), y0.astype(np.intp)
+    base = bank.offsets[level] + pattern * (size * size)
     left, right = x0 & mask, (x0 + 1) & mask
     top, bottom = base + (y0 & mask) * size, base + ((y0 + 1) & mask) * size
     texels = bank.texels
-    a, b = texels[top + left], texels[bottom + left]
-    a += (texels[top + right] - a) * fx
-    b += (texels[bottom + right] - b) * fx
-    return a + (b - a) * fy
+    a, b = texels.take(top + left), texels.take(bottom + left)
+    a += (texels.take(top + right) - a) * fx
+    b += (texels.take(bottom + right) - b) * fx
+    b -= a
+    b *= fy
+    a += b
+    return a
 
 
 @functools.lru_cache(maxsize=1)
@@ -63,7 +69,7 @@ def pattern_bank() -> Bank:
         total += stack.size
         if stack.shape[1] > 1:
             stack = (stack[:, ::2, ::2] + stack[:, 1::2, ::2] + stack[:, ::2, 1::2] + stack[:, 1::2, 1::2]) / 4
-    return Bank(np.concatenate(levels), np.array(offsets, np.int32), names)
+    return Bank(np.concatenate(levels), np.array(offsets, np.intp), names)
 
 
 def _noise(seed: int, exponent: float, stretch: tuple[float, float] = (1, 1), lowest: float = 1) -> Array:

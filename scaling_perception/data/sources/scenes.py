@@ -20,7 +20,7 @@ from scaling_perception.support.errors import UserError, did_you_mean
 
 __all__ = ["CLASSES", "RENDERER", "SPLIT_STARTS", "ScenesSource", "render_scene"]
 
-RENDERER = 2
+RENDERER = 3
 """Version of the pictures; bumped whenever an index gives other arrays, so that caches of old ones are refused."""
 
 SPLIT_STARTS = {"train": 0, "val": 1_000_000_000, "test": 2_000_000_000}
