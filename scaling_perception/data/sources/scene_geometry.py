@@ -245,8 +245,8 @@ def cast(
         chosen = np.flatnonzero((x >= x0) & (x <= x1) & (y >= y0) & (y <= y1))
         if not chosen.size:
             continue
-        sub = rays[:, chosen]
-        best, which = depth[chosen], solid[chosen]
+        sub = rays.take(chosen, axis=1)
+        best, which = depth.take(chosen), solid.take(chosen)
         for index in range(*geometry.spans[number]):
             enter, leave = interval(geometry.kind[index], origins[index], _safe(geometry.matrix[index] @ sub))
             hit = (enter < leave) & (enter > NEAR) & (enter < best)
@@ -276,7 +276,7 @@ def blocked(geometry: Geometry, points: Array, steps: Array, shadows: bool = Tru
         chosen = np.flatnonzero(near[number] & ~found)
         if not chosen.size:
             continue
-        here, step = points[:, chosen], steps[:, chosen]
+        here, step = points.take(chosen, axis=1), steps.take(chosen, axis=1)
         some = np.zeros(len(chosen), bool)
         for index in range(first, last):
             matrix = geometry.matrix[index]

@@ -104,26 +104,35 @@ def _column(table: Array, chosen: Array) -> Array:
     return np.ascontiguousarray(table).take(chosen, axis=1)
 
 
+def _dot(first: Array, second: Array) -> Array:
+    """Products of columns: (3, N), (3, N) to (N,)."""
+    product = first * second
+    product[0] += product[1]
+    product[0] += product[2]
+    return product[0]
+
+
 def surface(geometry: Geometry, camera: Camera, rays: Array, depth: Array, solid: Array) -> Surface:
     """What the rays (3, N) hit at ``depth`` (N,) on ``solid`` (N,)."""
     points = camera.eye[:, None] + rays * depth
     offset = points - _column(geometry.centre.T, solid)
     matrix = _column(geometry.matrix.reshape(-1, 9).T, solid)
-    unit = np.stack([(matrix[3 * i : 3 * i + 3] * offset).sum(axis=0) for i in range(3)])
-    kind = geometry.kind[solid]
+    unit = np.stack([_dot(matrix[3 * i : 3 * i + 3], offset) for i in range(3)])
+    kind = geometry.kind.take(solid)
     size = np.abs(unit)
-    axis = np.where(size[2] >= np.maximum(size[0], size[1]), 2, (size[1] > size[0]).astype(np.int32))
+    axis = (size[1] > size[0]).astype(np.int32)
+    axis[size[2] >= np.maximum(size[0], size[1])] = 2
     radial = size[2] <= np.sqrt(unit[0] * unit[0] + unit[1] * unit[1])
     box = kind == BOX
     turned = np.stack([np.where(box, np.sign(unit[i]) * (axis == i), unit[i]) for i in range(3)])
     cylinder = kind == CYLINDER
     turned[:2] *= ~(cylinder & ~radial)
     turned[2] *= ~(cylinder & radial)
-    normals = np.stack([(matrix[i::3] * turned).sum(axis=0) for i in range(3)])
+    normals = np.stack([_dot(matrix[i::3], turned) for i in range(3)])
     facing = np.einsum("ij,ij->j", normals, rays)
     normals *= -np.sign(facing) / np.sqrt(np.maximum(np.einsum("ij,ij->j", normals, normals), 1e-20))
-    positive = np.take_along_axis(unit, axis[None], axis=0)[0] > 0
-    face = np.where(box, 2 * axis + positive, np.where(cylinder & ~radial, 4, 6)).astype(np.int32)
+    positive = np.choose(axis, unit > 0)
+    face = np.where(box, 2 * axis + positive, np.where(cylinder & ~radial, np.int32(4), np.int32(6)))
     return Surface(points, normals, unit, face)
 
 
@@ -202,8 +211,8 @@ def shade(
             lift = np.float32(1e-3) * np.maximum(depth, 1)
             seen = np.flatnonzero(towards > 0)
             dark = np.zeros(depth.shape, bool)
-            start = points[:, seen] + normals[:, seen] * lift[seen]
-            dark[seen] = geometry_of.blocked(geometry, start, np.ascontiguousarray(steps[:, seen]))
+            start = points.take(seen, axis=1) + normals.take(seen, axis=1) * lift.take(seen)
+            dark[seen] = geometry_of.blocked(geometry, start, steps.take(seen, axis=1))
             strength[dark] = 0
             shadow |= dark
             half = steps / np.sqrt(square) - rays / length

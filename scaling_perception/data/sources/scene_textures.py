@@ -97,11 +97,14 @@ def _discs(rng: np.random.Generator, count: int, low: float, high: float, tones:
     out = np.zeros((SIZE, SIZE)) + (0.5 if tones else 0)
     line = (np.arange(SIZE) + 0.5) / SIZE
     for _ in range(count):
-        dx = (line[None] - rng.random() + 0.5) % 1 - 0.5
-        dy = (line[:, None] - rng.random() + 0.5) % 1 - 0.5
+        dx = (line - rng.random() + 0.5) % 1 - 0.5
+        dy = (line - rng.random() + 0.5) % 1 - 0.5
+        columns, rows = np.flatnonzero(np.abs(dx) < high), np.flatnonzero(np.abs(dy) < high)
+        dx, dy = dx[columns][None], dy[rows][:, None]
         c, s = np.cos(a := rng.uniform(0, np.pi)), np.sin(a)
         inside = (dx * c + dy * s) ** 2 + ((dy * c - dx * s) * stretch) ** 2 < rng.uniform(low, high) ** 2
-        out[inside] = rng.random() if tones else 1
+        y, x = np.nonzero(inside)
+        out[rows[y], columns[x]] = rng.random() if tones else 1
     return out
 
 
