@@ -1,0 +1,68 @@
+"""Sharding rules: they cover every parameter, split what is large, and do not change the gradient."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from scaling_perception.models.dit import DiT, abstract_params
+from scaling_perception.models.presets import get_preset
+from scaling_perception.parallel.mesh import batch_sharding, make_mesh
+from scaling_perception.parallel.rules import DIT_RULES, spec_for, tree_shardings
+
+
+def test_each_rule_but_the_last_is_used_by_a_parameter():
+    leaves = jax.tree_util.tree_flatten_with_path(abstract_params(get_preset("XL/2")))[0]
+    names = ["/".join(part.key for part in path) for path, _ in leaves]
+    used = {spec for name in names for pattern, spec in DIT_RULES if spec_for(name) is spec}
+    assert len(used) == len({str(spec) for _, spec in DIT_RULES})
+    assert spec_for("blocks/mlp/fc1/kernel") == PartitionSpec(None, "fsdp", "tensor")
+    assert spec_for("ema/blocks/mlp/fc1/kernel") == PartitionSpec(None, "fsdp", "tensor")
+    assert spec_for("opt_state/0/mu/blocks/attn/proj/kernel") == PartitionSpec(None, "tensor", "fsdp")
+    assert spec_for("step") == spec_for("pos_embed") == PartitionSpec()
+    with pytest.raises(ValueError, match="no sharding rule"):
+        spec_for("step", DIT_RULES[:-1])
+
+
+@pytest.mark.parametrize("fsdp, tensor", [(8, 1), (1, 8), (4, 2)])
+def test_large_models_are_spread_over_the_devices(fsdp, tensor):
+    params = abstract_params(get_preset("XL/2"))
+    shardings = tree_shardings(params, make_mesh(fsdp=fsdp, tensor=tensor))
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)
+    each = sum(math.prod(sharding.shard_shape(leaf.shape)) for leaf, sharding in pairs)
+    assert each < 1.1 * 675129632 / 8
+
+
+def test_dimension_that_does_not_divide_stays_whole():
+    mesh = make_mesh(data=1, fsdp=8)
+    shapes = {"label_embed": jax.ShapeDtypeStruct((5, 12), jnp.float32), "x": jax.ShapeDtypeStruct((), jnp.int32)}
+    specs = {name: sharding.spec for name, sharding in tree_shardings(shapes, mesh).items()}
+    assert specs == {"label_embed": PartitionSpec(None, None), "x": PartitionSpec()}
+    factored = {"label_embed": jax.ShapeDtypeStruct((16,), jnp.float32)}  # an optimiser's row statistic
+    assert tree_shardings(factored, mesh)["label_embed"].spec == PartitionSpec()
+
+
+def test_split_over_three_axes_gives_the_gradient_of_one_device():
+    config = get_preset("nano")
+    rng = np.random.default_rng(0)  # drawn here, for at the start of training adaLN-Zero makes most gradients vanish
+    params = jax.tree.map(lambda leaf: 0.1 * rng.standard_normal(leaf.shape, np.float32), abstract_params(config))
+    x = rng.standard_normal((8, 16, 16, 12), np.float32)
+    t, label = np.arange(8) * 100, np.arange(8) % 4
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params, x, t, label):
+        return jnp.mean(jnp.square(DiT(config).apply({"params": params}, x, t, label) - x[..., 8:]))
+
+    expected_value, expected = loss(params, x, t, label)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    placed = jax.device_put(params, tree_shardings(params, mesh))
+    assert placed["blocks"]["mlp"]["fc1"]["kernel"].sharding.shard_shape((2, 32, 128)) == (2, 16, 64)
+    batch = [jax.device_put(array, batch_sharding(mesh)) for array in (x, t, label)]
+    value, gradient = loss(placed, *batch)
+    assert value == pytest.approx(float(expected_value), rel=1e-6)
+    for mine, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-6, rtol=1e-4)
