@@ -90,6 +90,7 @@ class DiTConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.dim // self.heads
 
     @property
