@@ -114,7 +114,7 @@ def find_model(name: str | os.PathLike[str]) -> Path:
         return SHIPPED / str(name)
     if _HUB_ID.fullmatch(str(name)):
         return _download(str(name))
-    near = did_you_mean(str(name), known)
+    near = did_you_mean(str(name), known) if known else ": check the name"
     raise UserError(f"model '{name}' is no folder, hub id (owner/name) or shipped model{near}")
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from scipy.ndimage import distance_transform_edt
 
 from scaling_perception.diffusion.sampler import SamplerTables, sampler_tables
 from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
@@ -219,8 +220,8 @@ class _Run:
         """The trivial answers, and the truth through the autoencoder and back."""
         predictor, task = self.predictor, self.task
         targets = [
-            np.stack([s["target"] for s in get_task(task).encode(raw, predictor.resolution, predictor.options)])
-            for raw in group
+            np.stack([s["target"] for s in get_task(task).encode(whole, predictor.resolution, predictor.options)])
+            for whole in (fill_invalid(raw) for raw in group)
         ]
         targets += [targets[0]] * (plan.images - len(group))
         pictures = predictor.round_trip(np.concatenate(targets))
@@ -265,6 +266,18 @@ class _Run:
             )
         baselines = {name: {"metrics": summarise(rows), "rows": rows} for name, rows in self.baselines.items()}
         return {"images": images, "cells": cells, "baselines": baselines, "skipped": self.skipped}
+
+
+def fill_invalid(raw: dict[str, Any]) -> dict[str, Any]:
+    """A sample whose depth or flow takes the nearest valid pixel's value wherever it is not valid.
+
+    The floor is asked what the autoencoder can carry of the truth; the holes of a sparse truth are not part of it.
+    """
+    if "valid" not in raw or raw["valid"].all():
+        return raw
+    nearest: Any = distance_transform_edt(~raw["valid"], return_distances=False, return_indices=True)
+    filled = {name: raw[name][nearest[0], nearest[1]] for name in ("depth", "flow") if name in raw}
+    return {**raw, **filled, "valid": np.ones_like(raw["valid"])}
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from scaling_perception.evaluation.protocols import get_protocol, measure, prepare_raw
-from scaling_perception.evaluation.sweep import summarise, sweep
+from scaling_perception.evaluation.sweep import fill_invalid, summarise, sweep
 from scaling_perception.support.errors import UserError
 
 pytest_plugins = ("nano",)
@@ -78,6 +78,16 @@ def test_floor_is_the_truth_through_the_autoencoder(predictor, source):
     found = [sweep(predictor, source, "depth", protocol, [2], [1], key=k, batch_size=4)[0] for k in (0, 1)]
     assert found[0]["baselines"] == found[1]["baselines"]
     assert found[0]["cells"][0]["rows"] != found[1]["cells"][0]["rows"]
+
+
+def test_holes_of_the_truth_are_filled_for_the_floor(make_raw):
+    depth = np.full((4, 6), 5.0, np.float32)
+    valid = np.zeros((4, 6), bool)
+    depth[:, 1], valid[:, 1] = 2.0, True
+    depth[:, 4], valid[:, 4] = 3.0, True
+    filled = fill_invalid(make_raw(4, 6, depth=depth, valid=valid))
+    np.testing.assert_array_equal(filled["depth"], np.tile(np.float32([2, 2, 2, 3, 3, 3]), (4, 1)))
+    assert filled["valid"].all() and filled["flow"].shape == (4, 6, 2)
 
 
 def test_each_graph_is_compiled_once(make_predictor, make_raw):
