@@ -250,8 +250,9 @@ def autoencoder_objective(config: Any) -> Objective:
 
     Reads ``config.phase`` ('encoder' | 'decoder'), ``config.teacher`` (folder or hub id with TAESD), ``config.vae``
     (fields of TinyVAEConfig), ``config.bank`` (number of pictures), ``config.data.cache`` (folder of the bank),
-    ``config.resolution``, ``config.seed``, ``config.train.batch_size``; in the decoder phase ``config.init`` is the
-    exported folder of the encoder run.
+    ``config.resolution``, ``config.seed``, ``config.train.batch_size``, and ``config.init``: an exported folder. The
+    encoder phase goes on from its encoder; the decoder phase freezes its encoder, and goes on from its decoder if there
+    is one.
 
     Raises:
         UserError: an unknown phase, a missing teacher or encoder.
@@ -259,16 +260,25 @@ def autoencoder_objective(config: Any) -> Objective:
     phase = str(config.phase)
     if phase not in PHASES:
         raise UserError(f"config.phase '{phase}'{did_you_mean(phase, PHASES)}")
-    batch_size = int(config.train.batch_size)
-    encoder, network = None, tiny_vae.TinyVAEConfig(**config.vae.to_dict())
-    if phase == "decoder":
-        if not config.init:
-            raise UserError("the decoder phase needs the trained encoder: give config.init=FOLDER of the encoder run")
+    batch_size, seed = int(config.train.batch_size), int(config.seed)
+    network, encoder, start = tiny_vae.TinyVAEConfig(**config.vae.to_dict()), None, None
+    if phase == "decoder" and not config.init:
+        raise UserError("the decoder phase needs the trained encoder: give config.init=FOLDER of the encoder run")
+    if config.init:
         network, encoder = load_part(config.init, "encoder")
+        if phase == "encoder":
+            start = encoder
+        elif (Path(config.init) / "decoder.safetensors").exists():
+            start = load_part(config.init, "decoder")[1]
     bank = open_bank(config.data.cache, str(config.teacher), int(config.bank), int(config.resolution))
 
     def init(key: jax.Array) -> Any:
         return tiny_vae.init_part(phase, network, key)
+
+    def told(info: Mapping[str, Any]) -> dict[str, Any]:
+        # Only what matters elsewhere: the whole config would carry the names of somebody's folders along.
+        kept = {name: info[name] for name in ("steps", "samples") if name in info}
+        return {**kept, "seed": seed, "optim": config.optim.to_dict(), "bank": dict(bank.description)}
 
     if phase == "encoder":
 
@@ -276,9 +286,10 @@ def autoencoder_objective(config: Any) -> Objective:
             return encoder_loss(network, params, batch)
 
         def export(params: Any, path: str, info: Mapping[str, Any]) -> None:
-            save_part(path, "encoder", network, params, {**info, "bank": dict(bank.description)})
+            save_part(path, "encoder", network, params, told(info))
 
-        return Objective(init, loss, BankBatches(bank, batch_size, int(config.seed)), export, batch_size)
+        batches = BankBatches(bank, batch_size, seed)
+        return Objective(init, loss, batches, export, batch_size, starting_params=start)
 
     own, own_id = _own_latents(Path(config.data.cache), bank, network, encoder)
 
@@ -286,14 +297,14 @@ def autoencoder_objective(config: Any) -> Objective:
         return decoder_loss(network, params, batch, key)
 
     def export_both(params: Any, path: str, info: Mapping[str, Any]) -> None:
-        save_part(path, "decoder", network, params, {**info, "bank": dict(bank.description), "encoder": own_id})
+        save_part(path, "decoder", network, params, {**told(info), "encoder": own_id})
         source, target = Path(config.init) / "encoder.safetensors", Path(path) / "encoder.safetensors"
         if source.resolve() != target.resolve():
             with atomic_path(target) as temporary:
                 temporary.write_bytes(source.read_bytes())
 
-    batches = BankBatches(bank, batch_size, int(config.seed), own, own_id)
-    return Objective(init, decoding_loss, batches, export_both, batch_size)
+    batches = BankBatches(bank, batch_size, seed, own, own_id)
+    return Objective(init, decoding_loss, batches, export_both, batch_size, starting_params=start)
 
 
 def _own_latents(folder: Path, bank: Bank, network: tiny_vae.TinyVAEConfig, encoder: Any) -> tuple[np.ndarray, str]:

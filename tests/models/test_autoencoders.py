@@ -1,0 +1,192 @@
+"""Loading autoencoders: shipped weights that work, folders of every layout, and one-line errors for what is wrong."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from scaling_perception.data.sources.scenes import render_scene
+from scaling_perception.models import tiny_vae
+from scaling_perception.models.autoencoders import (
+    TINY_FOLDER,
+    load_autoencoder,
+    load_part,
+    make_tiny,
+    save_part,
+    tree_hash,
+)
+from scaling_perception.support.errors import UserError
+from scaling_perception.training.round_trip import round_trip_report
+
+NARROW = tiny_vae.TinyVAEConfig(
+    encoder_widths=(4, 4, 4), encoder_blocks=(1, 1, 1), decoder_widths=(4, 4, 4), decoder_blocks=(1, 1, 1), patch=2
+)
+
+
+def narrow_params(seed=0):
+    keys = jax.random.split(jax.random.key(seed))
+    parts = {part: tiny_vae.init_part(part, NARROW, keys[i]) for i, part in enumerate(("encoder", "decoder"))}
+    # weights that float16 holds exactly, so that what is saved comes back bit for bit
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float16).astype(np.float32), parts)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    params = narrow_params()
+    for part in ("encoder", "decoder"):
+        save_part(tmp_path, part, NARROW, params[part], {"steps": 3})
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_autoencoder("tiny")
+
+
+def test_the_shipped_weights_carry_every_task_through_latents(shipped):
+    """Held-out scenes (test split). An untrained network gives about 6 dB, AbsRel 0.3 and masks that miss."""
+    report = round_trip_report(shipped, [render_scene(2_000_000_000 + index, 128) for index in range(6)])
+    print(report)
+    assert report["psnr"] > 24
+    assert report["depth_abs_rel"] < 0.05
+    assert report["flow_epe"] < 0.6
+    assert report["mask_iou"] > 0.93
+    assert report["visible_iou"] > 0.97
+
+
+def test_the_shipped_latents_are_scaled_as_stable_diffusion_s(shipped):
+    """Means and deviations of the target-free latents lie where TAESD's do (unit order, four distinct channels)."""
+    images = np.stack([render_scene(2_000_000_000 + index, 64)["image"] for index in range(4)]) / 127.5 - 1
+    mean, logvar = shipped.encode(shipped.params, images.astype(np.float32))
+    assert logvar is None and mean.shape == (4, 8, 8, 4) and mean.dtype == np.float32
+    assert (np.std(mean, axis=(0, 1, 2)) > 0.3).all() and (np.abs(mean) < 6).all()
+
+
+def test_the_shipped_files_are_small_and_keep_no_folder_names():
+    files = [TINY_FOLDER / f"{part}.safetensors" for part in ("encoder", "decoder")]
+    assert sum(file.stat().st_size for file in files) < 3 * 2**20
+    for file in files:
+        header = file.read_bytes()[:20_000].decode("latin1")
+        assert "/tmp" not in header and "/work" not in header and "teacher" in header
+
+
+def test_the_latents_of_taesd_are_met(shipped, shared_dir):
+    taesd = load_autoencoder(str(shared_dir / "data" / "weights" / "taesd_bf16"))
+    images = np.stack([render_scene(2_000_000_000 + index, 128)["image"] for index in range(3)]) / 127.5 - 1
+    ours = np.asarray(shipped.encode(shipped.params, images.astype(np.float32))[0])
+    theirs = np.asarray(taesd.encode(taesd.params, images.astype(np.float32))[0])
+    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.9
+
+
+def test_what_is_saved_comes_back(folder):
+    model = load_autoencoder(str(folder))
+    expected = narrow_params()
+    jax.tree.map(np.testing.assert_array_equal, model.params, expected)
+    assert model.config == NARROW and model.factor == 8 and model.latent_channels == 4
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
+    latents, _ = model.encode(model.params, images)
+    assert latents.shape == (2, 2, 3, 4)
+    np.testing.assert_array_equal(latents, tiny_vae.Encoder(NARROW).apply({"params": expected["encoder"]}, images))
+    assert model.decode(model.params, latents).shape == images.shape
+
+
+def test_the_id_names_the_encoder_alone(folder):
+    first = load_autoencoder(str(folder))
+    assert len(first.id) == 12 and first.id == tree_hash(narrow_params()["encoder"])
+    save_part(folder, "decoder", NARROW, narrow_params(1)["decoder"], {})
+    assert load_autoencoder(str(folder)).id == first.id  # latents made before stay valid
+    save_part(folder, "encoder", NARROW, narrow_params(1)["encoder"], {})
+    assert load_autoencoder(str(folder)).id != first.id
+
+
+def test_every_published_layout_gives_the_same_network(tmp_path, golden):
+    names = json.loads((golden / "tiny_ae" / "names.json").read_text())
+    rng = np.random.default_rng(0)
+    own, single = {}, {}
+    for part, shift in (("encoder", 0), ("decoder", 1)):
+        own[part] = {k: rng.normal(0, 0.05, s).astype(np.float32) for k, s in names[f"taesd_{part}"].items()}
+        for name, value in own[part].items():
+            position, rest = name.split(".", 1)
+            single[f"{part}.layers.{int(position) - shift}.{rest}"] = value
+        (tmp_path / "own").mkdir(exist_ok=True)
+        save_file(own[part], tmp_path / "own" / f"taesd_{part}.safetensors")
+    assert set(single) == set(names["diffusers"])
+    (tmp_path / "single").mkdir()
+    save_file(single, tmp_path / "single" / "diffusion_pytorch_model.safetensors")
+    first, second = (load_autoencoder(str(tmp_path / layout)) for layout in ("own", "single"))
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+    assert first.id == second.id and first.config == tiny_vae.TAESD
+
+
+def test_wrong_names_and_missing_files_are_told_in_one_line(tmp_path, folder, monkeypatch):
+    def message(name):
+        with pytest.raises(UserError) as caught:
+            load_autoencoder(str(name))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "neither 'tiny' nor a folder" in message("tinny")
+    assert "neither 'tiny' nor a folder" in message(folder / "encoder.safetensors")
+    (tmp_path / "empty").mkdir()
+    assert "taesd_encoder.safetensors does not exist" in message(tmp_path / "empty")
+    (folder / "decoder.safetensors").unlink()
+    assert "decoder.safetensors does not exist" in message(folder)
+
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise OSError("no route to host\nand more lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    text = message("madebyollin/taesd")
+    assert "could not be fetched" in text and "no route to host" in text
+
+
+def test_a_hub_id_is_fetched(folder, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(folder))
+    assert load_autoencoder("somebody/small-vae").id == tree_hash(narrow_params()["encoder"])
+    assert asked == ["somebody/small-vae"]
+
+
+def test_damaged_files_are_named(folder):
+    file = folder / "encoder.safetensors"
+    whole = file.read_bytes()
+    for length in (4, 100, len(whole) - 10):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"encoder\.safetensors is truncated"):
+            load_autoencoder(str(folder))
+    file.write_bytes(whole)
+    state = load_file(file)
+    shutil.copy(folder / "decoder.safetensors", file)
+    with pytest.raises(UserError, match="is no encoder written by"):
+        load_autoencoder(str(folder))
+    metadata = {"format": "scaling-perception tiny autoencoder 1", "part": "encoder"}
+    metadata["config"] = json.dumps(NARROW.to_dict())
+    save_file(state | {"stem/bias": np.zeros(9, np.float16)}, file, metadata)
+    with pytest.raises(UserError, match=r"'stem/bias' has shape \(9,\) but \(4,\) is expected"):
+        load_autoencoder(str(folder))
+    save_file({k: v for k, v in state.items() if k != "head/kernel"}, file, metadata)
+    with pytest.raises(UserError, match="'head/kernel' is missing"):
+        load_autoencoder(str(folder))
+    save_file(state | {"extra": np.zeros(2, np.float16)}, file, metadata)
+    with pytest.raises(UserError, match="'extra' does not belong"):
+        load_part(folder, "encoder")
+
+
+def test_halves_of_two_models_do_not_mix(folder):
+    other = tiny_vae.TinyVAEConfig((4, 4, 4), (1, 1, 1), (4, 4, 6), (1, 1, 1), 2)
+    save_part(folder, "decoder", other, tiny_vae.init_part("decoder", other, jax.random.key(0)), {})
+    with pytest.raises(UserError, match="different models"):
+        load_autoencoder(str(folder))
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    model = make_tiny("narrow", NARROW, narrow_params())
+    with pytest.raises(UserError, match="20x16 is no multiple of 8"):
+        model.encode(model.params, np.zeros((1, 16, 20, 3), np.float32))
