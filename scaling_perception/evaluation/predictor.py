@@ -278,7 +278,10 @@ class Predictor:
         plan: Plan,
     ) -> np.ndarray:
         """Decoded pixels (images of the group, passes, members, R, R, 3), about [-1, 1]."""
-        key = jax.random.key(key) if isinstance(key, (int, np.integer)) else key
+        if isinstance(key, (int, np.integer)):
+            if not 0 <= key < 2**32:
+                raise UserError(f"key {key}: give a whole number from 0 to {2**32 - 1}")
+            key = jax.random.key(int(key))
         passes = pass_indices(task)
         labels = np.asarray([self.config.task_label(i) for i in passes], np.int32)
         shift, scale = (self._norm_rows(name, passes) for name in ("shift", "scale"))

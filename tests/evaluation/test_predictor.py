@@ -9,6 +9,7 @@ from scaling_perception.evaluation.predictor import Predictor, image_id
 from scaling_perception.interop.model_folder import save_model
 from scaling_perception.models.autoencoders import save_part
 from scaling_perception.support.errors import UserError
+from scaling_perception.tasks import get_task
 
 # Padded to four rows, so that the whole module needs few graphs.
 FAST = {"steps": 2, "batch_size": 4}
@@ -109,6 +110,29 @@ def test_latent_norm_is_undone(make_predictor, make_image):
     np.testing.assert_allclose(pixels[0, 0], np.repeat(expected, 2, axis=0), atol=1e-5)
 
 
+@pytest.mark.parametrize(("channels", "field"), [(slice(0, 4), "image"), (slice(4, 8), "prompt")])
+def test_inputs_are_image_prompt_noisy(make_predictor, make_image, channels, field):
+    """A network that answers 'the clean latent is my input's channels' paints the image, or the prompt."""
+
+    class Echo:
+        def apply(self, variables, x, t, label):
+            return (x[..., channels] - 0.5) / 2
+
+    predictor = make_predictor(
+        diffusion={"schedule": "cosine", "prediction": "x0", "spacing": "trailing"},
+        latent_norm={"shift": [[0.5] * 4] * 4, "scale": [[2.0] * 4] * 4},
+    )
+    predictor._model = Echo()
+    visible = np.zeros((40, 56), bool)
+    visible[:, :20] = True
+    raws = predictor.raw_inputs([make_image()], "amodal", [visible])
+    plan = predictor.plan("amodal", 2, 1, 2)
+    tables = sampler_tables(predictor.diffusion, 2)
+    pixels = predictor.sample(predictor.encode(raws, "amodal", plan), raws, "amodal", 2, tables, 0, plan)
+    shown = get_task("amodal").conditions(raws[0], predictor.resolution, predictor.options)[field]
+    np.testing.assert_allclose(pixels[0, 0], predictor.round_trip(np.stack([shown, shown])), atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["grey", "rgba", "sixteen", "float", "pil", "pil16", "path"])
 def test_every_kind_of_picture(predictor, make_image, tmp_path, kind):
     image = make_image()
@@ -152,6 +176,7 @@ def test_refusals(predictor, make_predictor, make_image, tmp_path):
         (lambda: predictor(image, spacing="trailng"), "did you mean 'trailing'"),
         (lambda: predictor(image, reduce="lsqq"), "did you mean 'lsq'"),
         (lambda: predictor(image, task="flow", prompt=image, reduce="lsq"), "merge flow members"),
+        (lambda: predictor(image, key=-1), "key -1"),
         (lambda: predictor(image, steps=0), "0 sampling steps"),
         (lambda: predictor(image, ensemble=0), "ensemble 0"),
         (lambda: predictor(image, batch_size=0), "batch_size 0"),
