@@ -4,17 +4,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from scaling_perception.support.configs import convert
+from scaling_perception.support.configs import Config, convert
 from scaling_perception.support.errors import UserError, did_you_mean
 
 
-def parse_arg(arg: str, defaults: dict[str, Any]) -> ConfigDict:
+def parse_arg(arg: str, defaults: dict[str, Any]) -> Config:
     """``model=a1,res=256`` to values of the types of ``defaults``; a bare name turns a switch on.
 
     Raises:
         UserError: an unknown argument, or a value of another type.
     """
-    values = ConfigDict(defaults)
+    values: Config = ConfigDict(defaults)
     for part in filter(None, arg.split(",")):
         key, equals, text = part.partition("=")
         if key not in defaults:
@@ -25,13 +25,13 @@ def parse_arg(arg: str, defaults: dict[str, Any]) -> ConfigDict:
     return values
 
 
-def defaults() -> ConfigDict:
+def defaults() -> Config:
     """Every field of a training config.
 
     Optimiser values are those of facts 8 (paper, and Marigold where the paper is silent): AdamW (0.9, 0.999),
     eps 1e-8, no weight decay, no clipping, 100 steps of warm-up, exponential decay by 100, running average 0.9999.
     """
-    config = ConfigDict()
+    config: Config = ConfigDict()
     config.seed = 2024
     config.objective = "diffusion"  # or "autoencoder"
 
@@ -80,12 +80,12 @@ def defaults() -> ConfigDict:
 
 
 def source(name: str, task: str, root: str = "", count: int = 0, start: int = 0) -> ConfigDict:
-    """One entry of ``data.mixture``: ``count`` samples from ``start`` on (0 = all); ``weight`` is its relative share."""
-    entry = {"source": name, "root": root, "split": "train", "task": task, "count": count, "start": start, "weight": 1.0}
-    return ConfigDict(entry)
+    """One entry of ``data.mixture``: ``count`` samples (0 = all) from ``start`` on; ``weight`` is relative."""
+    where = {"source": name, "root": root, "split": "train", "count": count, "start": start}
+    return ConfigDict({**where, "task": task, "weight": 1.0})
 
 
-def apply(config: ConfigDict, args: ConfigDict) -> None:
+def apply(config: Config, args: Config) -> None:
     """Set the fields that every config takes from its arguments."""
     config.model = args.model
     config.resolution = args.res
@@ -95,7 +95,7 @@ def apply(config: ConfigDict, args: ConfigDict) -> None:
     config.data.cache = args.cache
 
 
-def apply_recipe(config: ConfigDict, args: ConfigDict) -> None:
+def apply_recipe(config: Config, args: Config) -> None:
     """``ablation``: the values of the paper's Figs. 3, 4 and 6 (batch 32 is Marigold's: the paper gives none).
 
     Raises:

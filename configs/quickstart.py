@@ -30,8 +30,8 @@ def get_config(arg: str = "") -> ConfigDict:
     args = common.parse_arg(arg, ARGS)
     config = common.defaults()
     common.apply(config, args)
-    tasks = ("depth", "flow", "amodal")
-    config.data.mixture = ConfigDict({task: common.source("scenes", task, count=args.count, start=NEW) for task in tasks})
+    for task in ("depth", "flow", "amodal"):
+        config.data.mixture[task] = common.source("scenes", task, count=args.count, start=NEW)
     config.latent_norm = "auto"  # the starting model's own, when there is one
     config.train.update({"steps": args.steps, "batch_size": args.batch, "log_every": 10, "checkpoint_every": 100})
     config.train.export_dtype = "float16"

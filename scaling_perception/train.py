@@ -142,7 +142,7 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
                     steps = min(number - start, (number - 1) % config.train.log_every + 1)
                     seconds = (time.monotonic() - clock) / steps
                     samples = number * objective.samples_per_step
-                    row = {**window.means(), "lr": float(schedule(number - 1)), "samples": samples}
+                    row = {**window.means(), "lr": float(np.asarray(schedule(number - 1))), "samples": samples}
                     row |= {"seconds_per_step": seconds, "samples_per_second": objective.samples_per_step / seconds}
                     row |= {"data_wait": waited / steps / seconds, "macs": samples * macs}
                     writer.report(number, row)
@@ -170,7 +170,9 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
                 if step % every == 0 or step == total or asked:  # before the next batch, and never unchecked weights
                     take(*late)
                     late = None
+                    before = time.monotonic()
                     checkpoints.save(state, identity)
+                    clock += time.monotonic() - before  # the pace of training is told without saving
             if late is not None:  # the signal came after the last look
                 take(*late)
             if asked and step < total:

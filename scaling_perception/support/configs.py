@@ -15,18 +15,20 @@ from ml_collections import ConfigDict
 
 from scaling_perception.support.errors import UserError, did_you_mean
 
+Config = Any  # an ml_collections.ConfigDict: its fields have no static types, so the whole has none
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED = (_PACKAGE.parent / "configs", _PACKAGE / "_configs")  # a checkout's, an installed wheel's
 
 
-def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
     """Run a config file and apply overrides.
 
     Args:
         spec: ``FILE.py`` or ``FILE.py:key=value,key=value``. A relative FILE is looked for in the working folder, then
             in the checkout, then among the configs that ship with the package.
-        overrides: ``some.key=value``; the value must have the type of what is there. Keys can be added only where the
-            config has an empty table (such as ``model_changes``).
+        overrides: ``some.key=value``; the value must have the type of what is there. Keys can be added to tables
+            that are empty or whose name ends in ``_changes`` (such as ``model_changes.depth=4``).
 
     Returns:
         The config, locked.
@@ -84,7 +86,7 @@ def _execute(path: Path) -> types.ModuleType:
     return module
 
 
-def _override(config: ConfigDict, text: str) -> None:
+def _override(config: Config, text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"override '{text}' has no value: write --config.some.key=value")
@@ -95,7 +97,7 @@ def _override(config: ConfigDict, text: str) -> None:
             raise UserError(f"config key '{key}': '{'.'.join(key.split('.')[:depth])}' holds one value, no keys")
         if part in place:
             place = place[part]
-        elif len(place) == 0 and depth == len(folders) and depth > 0:  # an open table takes any key
+        elif depth and depth == len(folders) and (len(place) == 0 or folders[-1].endswith("_changes")):
             place = _Absent
         else:
             raise UserError(f"unknown config key '{key}'{_nearest(config, key, depth)}")
@@ -116,7 +118,7 @@ class _Absent:
     """Marks a key that is about to be added."""
 
 
-def _nearest(config: ConfigDict, key: str, depth: int) -> str:
+def _nearest(config: Config, key: str, depth: int) -> str:
     names = flatten(config)
     ending = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     if ending:  # `lr` for `optim.lr`
@@ -164,10 +166,11 @@ def convert(field: str, current: Any, text: str) -> Any:
             return type(current)(value)
         return value
     except (ValueError, KeyError, SyntaxError, OverflowError):
-        raise UserError(f"{field} is '{text}': give a value of type {wanted} (now {current!r})") from None
+        now = current.to_dict() if isinstance(current, ConfigDict) else current
+        raise UserError(f"{field} is '{text}': give a value of type {wanted} (now {now!r})") from None
 
 
-def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any] | Config, prefix: str = "") -> dict[str, Any]:
     """Nested tables as ``{"optim.lr": 1e-4, ...}``; an empty table is kept as ``{}``."""
     flat: dict[str, Any] = {}
     for key in config.keys():

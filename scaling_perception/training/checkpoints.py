@@ -8,10 +8,14 @@ known at the step where it happened.
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import logging
 import shutil
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,7 +110,7 @@ class Checkpoints:
             try:
                 with _quiet():
                     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                    state = self._manager.restore(step, args=args).state
+                    state = self._manager.restore(step, args=args)["state"]
                 _same_hashes(state, meta["leaves"])
             except Exception as error:
                 self._set_aside(step, error, warn)
@@ -118,7 +122,7 @@ class Checkpoints:
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         with _quiet():
-            meta = dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+            meta = dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
         digest = meta.pop("digest", None)
         if digest != _digest(meta):
             raise ValueError("its description does not match its own hash")
@@ -147,7 +151,7 @@ def describe_leaves(tree: Any) -> dict[str, list[Any]]:
     def describe(leaf: Any) -> list[Any]:
         array = np.asarray(jax.device_get(leaf))
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        code = hashlib.blake2b(data, digest_size=16).hexdigest() if array.size else ""
+        code = hashlib.blake2b(data.data, digest_size=16).hexdigest() if array.size else ""
         return [str(array.dtype), list(array.shape), code]
 
     with ThreadPoolExecutor(4) as pool:
@@ -177,11 +181,31 @@ def _digest(meta: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax logs long tracebacks of what it also raises; one line from us says the same."""
-    logger = logging.getLogger("absl")
+    """Orbax logs long tracebacks of what it also raises; one line from us says the same.
+
+    After an error its other reads and writes finish behind its back, and complain that nobody waits for them any more.
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
+    failed = False
+
+    def unless_ours(told: Any) -> None:
+        if not failed and "Event loop is closed" not in str(told.exc_value):
+            hook(told)
+
     logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = unless_ours
     try:
         yield
+    except Exception as error:
+        failed = True
+        one: BaseException | None = error
+        while one is not None:
+            traceback.clear_frames(one.__traceback__)  # they hold the unfinished work alive
+            one = one.__context__
+        time.sleep(0.5)
+        gc.collect()
+        raise
     finally:
+        sys.unraisablehook = hook
         logger.setLevel(level)

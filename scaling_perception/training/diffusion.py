@@ -21,13 +21,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from scaling_perception.diffusion.noise import annealed_strength, pyramid_noise
 from scaling_perception.diffusion.schedules import TRAIN_STEPS, DiffusionPreset, get_diffusion
 from scaling_perception.diffusion.targets import add_noise, latent_mask, masked_mse, training_target
 from scaling_perception.models.dit import DiT, DiTConfig, abstract_params, frozen_paths, init_params
 from scaling_perception.models.presets import at_resolution, get_preset
+from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks import PASSES, TaskOptions, pass_indices
 from scaling_perception.training.objective import Batches, Metrics, Objective
@@ -65,7 +65,7 @@ def labels_of(task: jax.Array, dit: DiTConfig) -> jax.Array:
 
 
 def make_loss(
-    model: Any, preset: DiffusionPreset, config: ConfigDict, norm: Mapping[str, Any], encode: Callable[..., Any] | None
+    model: Any, preset: DiffusionPreset, config: Config, norm: Mapping[str, Any], encode: Callable[..., Any] | None
 ) -> Callable[[Any, Mapping[str, Any], jax.Array], tuple[jax.Array, Metrics]]:
     """The loss of equation (2) as (params, batch, key) -> (scalar, metrics).
 
@@ -86,7 +86,8 @@ def make_loss(
         key_t, key_noise = jax.random.split(key)
         t = sample_timesteps(key_t, clean.shape[0], config.timestep_sampling)
         if config.noise == "multires":
-            eps = pyramid_noise(key_noise, clean.shape, annealed_strength(t))
+            batch_size, height, width, channels = clean.shape
+            eps = pyramid_noise(key_noise, (batch_size, height, width, channels), annealed_strength(t))
         else:
             eps = jax.random.normal(key_noise, clean.shape)
         level = jnp.asarray(alpha_bar)[t]
@@ -151,7 +152,7 @@ def measure_latent_norm(
     return {"shift": np.round(mean, 6).tolist(), "scale": np.round(scale, 6).tolist()}
 
 
-def tasks_of(config: ConfigDict) -> list[str]:
+def tasks_of(config: Config) -> list[str]:
     """The tasks of ``data.mixture`` (those of weight 0 left out), in the order of their passes."""
     names = {entry.task for entry in config.data.mixture.values() if entry.get("weight", 1.0) > 0}
     return sorted(names, key=lambda name: pass_indices(name)[0])
@@ -195,7 +196,7 @@ def starting_point(init: str, dit: DiTConfig, frozen: tuple[str, ...]) -> tuple[
     return jax.tree_util.tree_map_with_path(choose, abstract_params(dit)), meta
 
 
-def diffusion_objective(config: ConfigDict, batches: Batches | None = None) -> Objective:
+def diffusion_objective(config: Config, batches: Batches | None = None) -> Objective:
     """The objective of a config with ``objective = "diffusion"``.
 
     Args:
@@ -218,7 +219,7 @@ def diffusion_objective(config: ConfigDict, batches: Batches | None = None) -> O
         from scaling_perception.data.pipeline import open_batches
 
         data = {**config.data.to_dict(), "resolution": config.resolution, "task_options": options.to_dict()}
-        batches = open_batches(ConfigDict(data), config.train.batch_size, config.seed)
+        batches = open_batches(data, config.train.batch_size, config.seed)
     encode, constants = _encoder(config, batches)
 
     frozen = tuple(frozen_paths(dit))
@@ -257,7 +258,7 @@ def diffusion_objective(config: ConfigDict, batches: Batches | None = None) -> O
     )
 
 
-def network_of(config: ConfigDict) -> DiTConfig:
+def network_of(config: Config) -> DiTConfig:
     """The DiTConfig of a config, for its resolution.
 
     Raises:
@@ -277,7 +278,7 @@ def network_of(config: ConfigDict) -> DiTConfig:
     return dit
 
 
-def _encoder(config: ConfigDict, batches: Batches) -> tuple[Callable[..., Any] | None, Any]:
+def _encoder(config: Config, batches: Batches) -> tuple[Callable[..., Any] | None, Any]:
     """(encode, its params) when batches are pixels, (None, None) when they are latents; and whether those fit."""
     from scaling_perception.models.autoencoders import load_autoencoder
 
@@ -302,7 +303,7 @@ def _encoder(config: ConfigDict, batches: Batches) -> tuple[Callable[..., Any] |
 
 
 def _latent_norm(
-    config: ConfigDict, batches: Batches, encode: Callable[..., Any] | None, constants: Any, start: Mapping[str, Any]
+    config: Config, batches: Batches, encode: Callable[..., Any] | None, constants: Any, start: Mapping[str, Any]
 ) -> dict[str, Any]:
     if start.get("latent_norm"):  # weights expect the normalisation that they were trained with
         return dict(start["latent_norm"])

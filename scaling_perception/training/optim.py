@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 from optax import contrib
 
+from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.training.state import path_name
 from scaling_perception.training.step import is_frozen
@@ -19,7 +19,7 @@ SCHEDULES = ("exponential", "cosine", "constant")
 _ENDS = ("embed", "final")
 
 
-def make_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
+def make_schedule(optim: Config, steps: int) -> optax.Schedule:
     """Learning rate by step n, for a run of ``steps`` steps with ``w = optim.warmup`` steps of linear warm-up.
 
     In a run shorter than 2 w, w is half the run.
@@ -94,7 +94,7 @@ def _muon_or_rest(params: Any) -> Any:
 
 
 def make_optimizer(
-    optim: ConfigDict, steps: int, frozen: tuple[str, ...] = ()
+    optim: Config, steps: int, frozen: tuple[str, ...] = ()
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimiser of ``config.optim`` and its schedule.
 
