@@ -172,7 +172,7 @@ def lettering(rng: np.random.Generator, resolution: int) -> Array:
     draw = ImageDraw.Draw(image)
     row = int(rng.integers(-4, 8))
     while row < resolution:
-        size = int(np.exp(rng.uniform(np.log(8), np.log(resolution / 3))))
+        size = int(np.exp(rng.uniform(np.log(8), np.log(max(resolution / 3, 9)))))
         text = "".join(chr(c) for c in rng.integers(33, 127, 2 + 2 * resolution // size))
         ink = tuple(int(c) for c in (_colour(rng) + 1) * 127.5)
         draw.text((int(rng.integers(-8, resolution // 3)), row), text, ink, font=ImageFont.load_default(size=size))
