@@ -115,7 +115,8 @@ def find_inputs(words: list[str], task: str, mask: str | None = None) -> list[tu
 
 
 def _mask_of(image: Path, folder: Path) -> Path:
-    for stem in (image.stem, f"{image.stem}_mask", f"{image.stem}_visible_mask"):
+    short = image.stem.removesuffix("_occlusion")  # pix2gestalt: ID_occlusion.png and ID_visible_mask.png
+    for stem in (image.stem, f"{image.stem}_mask", f"{short}_visible_mask"):
         for suffix in (image.suffix, *SUFFIXES):
             if (folder / (stem + suffix)).is_file():
                 return folder / (stem + suffix)

@@ -163,6 +163,13 @@ def test_globs_folders_and_order(pictures, tmp_path):
         find_inputs([f"{pictures}/*.jpg"], "flow")
 
 
+def test_masks_of_pix2gestalt_are_found(pictures, tmp_path):
+    image, mask = tmp_path / "7_occlusion.png", pictures / "7_visible_mask.png"
+    for path in (image, mask):
+        shutil.copy(pictures / "frame_1.png", path)
+    assert find_inputs([str(image)], "amodal", str(pictures)) == [(image, mask)]
+
+
 def test_names_are_short_until_they_collide(tmp_path):
     paths = ["a/x.png", "a/y.png", "b/x.png", "b/x.jpg", "c/a.b/z.png", "d/a.b/z.png"]
     names = [item.name for item in name_results([(tmp_path / path,) for path in paths], "depth")]
