@@ -141,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
         "autoencoder": {"name": predictor.autoencoder.name, "id": predictor.autoencoder.id},
         "resolution": predictor.resolution,
         "prediction_type": predictor.diffusion.prediction,
+        "task_options": predictor.options.to_dict(),
         "seed": args.seed,
         "version": __version__,
         "data": source.fingerprint(),
