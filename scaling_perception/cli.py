@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from scaling_perception.support.compilation import keep_compiled_programs
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.verbs import run_verb
 
@@ -52,6 +53,7 @@ def _run(words: Sequence[str]) -> int:
     verb, *rest = words
     if verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'{did_you_mean(verb, VERBS)}")
+    keep_compiled_programs()
     return run_verb(verb, rest)
 
 

@@ -1,0 +1,41 @@
+"""Where compiled programs are kept: the user's own choice first, and never a reason to fail."""
+
+import os
+import subprocess
+import sys
+
+from scaling_perception.support.compilation import keep_compiled_programs
+
+_CODE = """
+from scaling_perception.support.compilation import keep_compiled_programs
+keep_compiled_programs()
+import os
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+import jax, jax.numpy as jnp
+print(jax.jit(lambda x: jnp.tanh(x) @ x.T)(jnp.ones((4, 4)))[0, 0])
+"""
+
+
+def test_a_second_process_finds_what_the_first_compiled(tmp_path):
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    env |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    kept = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", _CODE], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        kept.append({path.name for path in tmp_path.rglob("*-cache")})
+    assert kept[0] and kept[0] == kept[1], "the second run compiled again"
+
+
+def test_the_users_own_folder_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
+    keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "mine")
+
+
+def test_a_folder_that_cannot_be_made_is_no_failure(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    keep_compiled_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
