@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def _machine() -> str:
-    """A short name of this kind of processor: a program compiled for one may not run on another that shares the home."""
+    """A short name of this kind of processor: what is compiled for one may not run on another that shares the home."""
     text = platform.machine() + platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
