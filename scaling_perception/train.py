@@ -175,9 +175,9 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
                     clock += time.monotonic() - before  # the pace of training is told without saving
             if late is not None:  # the signal came after the last look
                 take(*late)
+            writer.close()
             if asked and step < total:
                 checkpoints.save(state, identity)
-                writer.close()
                 _say(f"stopped at step {step} of {total}; to resume run: {command}")
                 raise Stopped(128 + asked[0])
 
@@ -186,8 +186,9 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
         if start == total and model.exists():
             _say(f"already finished: {model}")
             return model
-        info = {"steps": total, "samples": total * objective.samples_per_step, "config": identity["config"]}
-        info |= {"macs": total * objective.samples_per_step * macs, "data": identity["data"]}
+        samples = total * objective.samples_per_step
+        info = {"steps": total, "samples": samples, "macs": samples * macs, "data": identity["data"]}
+        info |= {"config": _without_places(identity["config"])}
         objective.export(jax.device_get(state.ema), str(model), info)
         _say(f"exported the averaged weights to {model}")
         return model
@@ -217,6 +218,16 @@ def _macs(objective: Any) -> float:
 def _plain(value: Any) -> Any:
     """``value`` as JSON reads it back (tuples become lists), so that it compares equal to what was saved."""
     return json.loads(json.dumps(value))
+
+
+def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` for a model's card, its folders by name alone: where they lay says something about a machine only."""
+    told = json.loads(json.dumps(config))
+    for table in (told, told["data"], *told["data"]["mixture"].values()):
+        for field in ("cache", "root", "init", "autoencoder", "teacher"):
+            if isinstance(table.get(field), str) and Path(table[field]).is_absolute():
+                table[field] = Path(table[field]).name
+    return told
 
 
 def _refuse_foreign(workdir: Path) -> None:

@@ -220,10 +220,15 @@ def diffusion_objective(config: Config, batches: Batches | None = None) -> Objec
 
         data = {**config.data.to_dict(), "resolution": config.resolution, "task_options": options.to_dict()}
         batches = open_batches(data, config.train.batch_size, config.seed)
-    encode, constants = _encoder(config, batches)
+    encode, constants, encoder_id = _encoder(config, batches)
 
     frozen = tuple(frozen_paths(dit))
     start, start_meta = starting_point(config.init, dit, frozen) if config.init else (None, {})
+    if encoder_id and start_meta.get("autoencoder_id", encoder_id) != encoder_id:
+        raise UserError(
+            f"init {config.init} was trained in the latents of autoencoder {start_meta['autoencoder']}, which is not "
+            f"'{config.autoencoder}' of this config: use the same"
+        )
     norm = _latent_norm(config, batches, encode, constants, start_meta)
     model = DiT(dit, dtype=DTYPES[config.train.dtype], remat=config.train.remat)
     meta = {
@@ -231,6 +236,7 @@ def diffusion_objective(config: Config, batches: Batches | None = None) -> Objec
         "model": dataclasses.asdict(dit),
         "resolution": config.resolution,
         "autoencoder": config.autoencoder,
+        "autoencoder_id": encoder_id,
         "diffusion": dataclasses.asdict(preset),
         "tasks": tasks_of(config),
         "task_options": options.to_dict(),
@@ -278,28 +284,29 @@ def network_of(config: Config) -> DiTConfig:
     return dit
 
 
-def _encoder(config: Config, batches: Batches) -> tuple[Callable[..., Any] | None, Any]:
-    """(encode, its params) when batches are pixels, (None, None) when they are latents; and whether those fit."""
+def _encoder(config: Config, batches: Batches) -> tuple[Callable[..., Any] | None, Any, str]:
+    """(encode, its params, its id) when batches are pixels, (None, None, id or "") when they are latents that fit."""
     from scaling_perception.models.autoencoders import load_autoencoder
 
     target = batches.at(0)["target"]
     if target.shape[-1] == 3:
         vae = load_autoencoder(config.autoencoder)
-        return (lambda params, images: vae.encode(params, images)[0]), vae.params
+        return (lambda params, images: vae.encode(params, images)[0]), vae.params, vae.id
     side = config.resolution // 8
     if target.shape[1:] != (side, side, LATENT):
         raise UserError(
             f"data.cache {config.data.cache} holds latents of {target.shape[1] * 8} pixels and resolution is "
             f"{config.resolution}: set resolution={target.shape[1] * 8} or prepare another cache"
         )
+    made = ""
     for cache in batches.fingerprint.get("caches", ()):
-        made = cache.get("settings", {}).get("autoencoder")
+        made = cache.get("settings", {}).get("autoencoder", "")
         if made and made != load_autoencoder(config.autoencoder).id:
             raise UserError(
                 f"data.cache {config.data.cache} was encoded by autoencoder {made}, which is not "
                 f"'{config.autoencoder}': set autoencoder to the one it was prepared with, or prepare another cache"
             )
-    return None, None
+    return None, None, made
 
 
 def _latent_norm(

@@ -10,7 +10,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
-_SHOWN = ("loss", "lr", "grad_norm", "samples_per_second")
+from scaling_perception.support.errors import UserError
+
+_SHOWN = {"loss": "loss", "lr": "lr", "grad_norm": "grad", "samples_per_second": "samples/s"}
 
 
 class Window:
@@ -67,12 +69,21 @@ class Writer:
             self._bar.update()
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
-        """Record ``values`` (finite floats) for ``step`` finished steps."""
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        """Record ``values`` (finite floats) for ``step`` finished steps.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        try:
+            self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            why = error.strerror or error
+            text = f"cannot write {self._file.name}: {why}; free space and run the same command again"
+            raise UserError(text) from error
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        shown = {name: f"{values[name]:.4g}" for name in _SHOWN if name in values}
+        shown = {label: f"{values[name]:.4g}" for name, label in _SHOWN.items() if name in values}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
         else:
@@ -90,7 +101,9 @@ class Writer:
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files; a second time does nothing."""
+        if self._file.closed:
+            return
         if self._bar is not None:
             self._bar.close()
         self._file.close()

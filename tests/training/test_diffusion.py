@@ -12,6 +12,7 @@ from scaling_perception.interop.model_folder import load_model
 from scaling_perception.models.presets import get_preset
 from scaling_perception.support.configs import load_config
 from scaling_perception.support.errors import UserError
+from scaling_perception.training import diffusion
 from scaling_perception.training.diffusion import (
     diffusion_objective,
     labels_of,
@@ -289,7 +290,10 @@ def test_latents_of_another_autoencoder_are_refused(monkeypatch):
     monkeypatch.setattr("scaling_perception.models.autoencoders.load_autoencoder", lambda name: Pool)
     batches = LatentBatches()
     batches.fingerprint["caches"] = [{"settings": {"autoencoder": Pool.id}}]
-    diffusion_objective(config_of(), batches)
+    assert diffusion_objective(config_of(), batches).meta["autoencoder_id"] == Pool.id
+    monkeypatch.setattr(diffusion, "starting_point", lambda *_: (None, {"autoencoder": "old", "autoencoder_id": "1"}))
+    with pytest.raises(UserError, match="init elsewhere was trained in the latents of autoencoder old"):
+        diffusion_objective(config_of("init=elsewhere"), batches)
     batches.fingerprint["caches"] = [{"settings": {"autoencoder": "000000000000"}}]
     with pytest.raises(UserError, match="encoded by autoencoder 000000000000, which is not 'tiny'"):
         diffusion_objective(config_of(), batches)

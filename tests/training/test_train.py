@@ -65,6 +65,13 @@ def test_the_average_is_what_is_exported(linear, tmp_path):
     assert np.abs(last["kernel"] - mean["kernel"]).max() > 1e-3
 
 
+def test_a_model_does_not_tell_where_its_data_lay(tmp_path):
+    config = config_of(f"data.cache={tmp_path / 'latents'}", f"init={tmp_path / 'start'}").to_dict()
+    told = verb._without_places(config)
+    assert told["data"]["cache"] == "latents" and told["init"] == "start" and str(tmp_path) not in json.dumps(told)
+    assert config["data"]["cache"] == str(tmp_path / "latents")
+
+
 def test_a_finished_run_does_nothing_again(linear, tmp_path, capsys):
     model = linear(tmp_path / "run")
     before = (model / "model.npz").stat().st_mtime_ns

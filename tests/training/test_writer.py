@@ -1,5 +1,9 @@
+import contextlib
 import json
 
+import pytest
+
+from scaling_perception.support.errors import UserError
 from scaling_perception.training.writer import Window, Writer, duration
 
 
@@ -53,6 +57,18 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     writer.close()
     told = capsys.readouterr().err
     assert "5/5" in told and "loss=0.25" in told and "a line" in told
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    writer = Writer(tmp_path, 0, 10)
+    full = open("/dev/full", "w")  # noqa: SIM115
+    monkeypatch.setattr(writer, "_file", full)
+    with pytest.raises(UserError, match="cannot write /dev/full: No space left on device; free space"):
+        writer.report(1, {"loss": 1.0})
+    monkeypatch.undo()
+    writer.close()
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 def test_duration():
