@@ -278,10 +278,8 @@ def _settings(args: argparse.Namespace, predictor: Any, diffusion: Any) -> dict[
     from scaling_perception.evaluation.protocols import reduce_mode
 
     return {
-        "model": args.model,
-        "model_id": predictor.id,
-        "autoencoder": predictor.autoencoder.name,
-        "autoencoder_id": predictor.autoencoder.id,
+        "weights": predictor.id,
+        "autoencoder_weights": predictor.autoencoder_id,
         "resolution": predictor.resolution,
         "steps": args.steps,
         "ensemble": args.ensemble,
@@ -323,7 +321,7 @@ def _predict(args: argparse.Namespace, predictor: Any, items: list[Item], out: P
 
     stream = predictor.stream(raws(), task, diffusion, args.steps, args.ensemble, args.seed, args.reduce, plan)
     done = 0
-    for index, estimate in enumerate(progress(stream, len(todo), f"predict {task}")):
+    for index, estimate in enumerate(progress(stream, len(todo), f"predict {task}") if todo else ()):
         item = readable[index]
         write_results(out, files[item], task, estimate)
         record = {
@@ -335,6 +333,8 @@ def _predict(args: argparse.Namespace, predictor: Any, items: list[Item], out: P
                 "sha256": [_digest(file) for file in item.inputs],
             },
             "size": {"height": estimate.size[0], "width": estimate.size[1]},
+            "model": args.model,
+            "autoencoder": predictor.autoencoder.name,
             "settings": settings,
             "macs": None if np.isnan(predictor.macs_per_forward) else predictor.macs(task, args.steps, args.ensemble),
             "largest_uncertainty": float(np.max(estimate.uncertainty)) if args.ensemble > 1 else None,

@@ -54,7 +54,7 @@ class Predictor:
         params: the DiT's parameters on the device; may be replaced by others of the same shapes (no recompilation).
         meta: the model folder's description.
         config, resolution, options, tasks: taken from it.
-        id: 12 hexadecimal digits of the weights it was made with.
+        id, autoencoder_id: 12 hexadecimal digits of the weights that it was made with (encoder and decoder together).
         autoencoder: the frozen autoencoder.
         traces: how often each graph was traced, by name.
         compile_seconds: spent compiling so far.
@@ -86,7 +86,7 @@ class Predictor:
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"unknown dtype '{dtype}'{did_you_mean(dtype, ('float32', 'bfloat16'))}")
         self.diffusion = _own_diffusion(meta["diffusion"])
-        self.id = tree_hash(params)
+        self.id, self.autoencoder_id = tree_hash(params), tree_hash(self.autoencoder.params)
         self.params = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params))
         self._autoencoder_params = jax.device_put(self.autoencoder.params)
         self._model = DiT(self.config, dtype=jnp.dtype(dtype))
