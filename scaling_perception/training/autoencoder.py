@@ -216,9 +216,11 @@ def decoder_loss(
     """Reconstruction from mixed, slightly noisy latents.
 
     Per picture: mean |d| + mean |d|^2 + half the mean |difference of neighbours of d| (both directions), with d the
-    difference of the decoded picture to the truth, weighted as in :func:`encoder_loss`. The squared term keeps flat
-    areas true (white must stay white), the last one keeps edges in place. One picture in four is decoded from the
-    teacher's latents; the noise has a deviation of 0.03, uniform in scale from zero.
+    difference of the decoded picture to the truth, weighted as in :func:`encoder_loss`. Where the truth is just black
+    or white (-1 or 1, as masks, the far plane and empty background are), going beyond it is no error: pictures are
+    clipped, and what lies beyond leaves room for a threshold close to white. The squared term keeps flat areas true,
+    the last one keeps edges in place. One picture in four is decoded from the teacher's latents; the noise has a
+    deviation of up to 0.03, uniform from picture to picture.
     """
     image = batch["image"].astype(jnp.float32)
     pick, scale, noise = jax.random.split(key, 3)
@@ -226,6 +228,7 @@ def decoder_loss(
     z = jnp.where(own, batch["own"], batch["latent"]).astype(jnp.float32)
     z = z + 0.03 * jax.random.uniform(scale, (len(image), 1, 1, 1)) * jax.random.normal(noise, z.shape)
     d = tiny_vae.Decoder(config).apply({"params": params}, z) - image  # type: ignore[operator]
+    d = jnp.where((jnp.abs(image) == 1) & (d * image > 0), 0, d)
     squares = jnp.square(d).mean(axis=(1, 2, 3))
     edges = jnp.abs(jnp.diff(d, axis=1)).mean(axis=(1, 2, 3)) + jnp.abs(jnp.diff(d, axis=2)).mean(axis=(1, 2, 3))
     error = jnp.abs(d).mean(axis=(1, 2, 3)) + squares + 0.5 * edges

@@ -178,6 +178,17 @@ def test_the_decoder_s_loss_falls_to_its_parts(monkeypatch):
     np.testing.assert_allclose(metrics["pixel_mse_rgb"], 0.125, rtol=1e-5)
 
 
+def test_beyond_white_is_no_error_and_below_it_is():
+    params = jax.tree.map(jnp.zeros_like, tiny_vae.init_part("decoder", NARROW, jax.random.key(0)))
+    latent = np.zeros((1, 2, 2, 4), np.float16)
+    for painted, truth, wrong in ((1.25, 1, 0), (0.75, 1, 0.25), (-1.25, -1, 0), (-0.5, -1, 0.5), (1.25, 0.75, 0.5)):
+        params["head"]["bias"] = jnp.full(12, (painted + 1) / 2)
+        picture = np.full((1, SIDE, SIDE, 3), truth, np.float16)
+        batch = {"image": picture, "latent": latent, "own": latent, "weight": np.ones(1, np.float32)}
+        loss = autoencoder.decoder_loss(NARROW, params, batch, jax.random.key(0))[0]
+        np.testing.assert_allclose(loss, wrong + wrong**2, atol=1e-6)
+
+
 def test_wrong_settings_are_told_in_one_line(config, tmp_path):
     config.phase = "encodr"
     with pytest.raises(UserError, match="did you mean 'encoder'"):
