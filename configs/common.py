@@ -63,16 +63,16 @@ def defaults() -> Config:
     )
     config.optim = ConfigDict(
         {
-            "name": "adamw",
+            "name": "adamw",  # adamw, adam or muon
             "lr": 1.2e-4,
             "lr_final": 1.2e-6,
             "warmup": 100,
-            "schedule": "exponential",
+            "schedule": "exponential",  # exponential, cosine or constant
             "b1": 0.9,
             "b2": 0.999,
             "eps": 1e-8,
             "weight_decay": 0.0,
-            "grad_clip": 0.0,
+            "grad_clip": 0.0,  # largest gradient norm; 0 = no clipping
             "ema": 0.9999,
         }
     )

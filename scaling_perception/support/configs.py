@@ -18,7 +18,9 @@ from scaling_perception.support.errors import UserError, did_you_mean
 Config = Any  # an ml_collections.ConfigDict: its fields have no static types, so the whole has none
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_SHIPPED = (_PACKAGE.parent / "configs", _PACKAGE / "_configs")  # a checkout's, an installed wheel's
+_CHECKOUT = _PACKAGE.parent
+# an installed wheel has its own copy; the folder beside it is ours only in a checkout
+_SHIPPED = (_CHECKOUT / "configs",) if (_CHECKOUT / "pyproject.toml").is_file() else (_PACKAGE / "_configs",)
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
@@ -26,7 +28,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         spec: ``FILE.py`` or ``FILE.py:key=value,key=value``. A relative FILE is looked for in the working folder, then
-            in the checkout, then among the configs that ship with the package.
+            among the configs of the checkout or of the installed package.
         overrides: ``some.key=value``; the value must have the type of what is there. Keys can be added to tables
             that are empty or whose name ends in ``_changes`` (such as ``model_changes.depth=4``).
 
@@ -52,9 +54,9 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
 def find_config(name: str) -> Path:
     """The file that ``name`` means; UserError lists the shipped configs when there is none."""
     path = Path(name)
-    places = [path] if path.is_absolute() else [path, _PACKAGE.parent / path]
-    if not path.is_absolute():
-        places += [folder / path.name for folder in _SHIPPED if path.parent.name in ("", "configs")]
+    places = [path]
+    if not path.is_absolute() and path.parent.name in ("", "configs"):
+        places += [folder / path.name for folder in _SHIPPED]
     for place in places:
         if place.is_file():
             return place.resolve()
