@@ -1,6 +1,7 @@
 """The shipped generalist: all three tasks on the procedural scenes at 128 pixels, small enough for two CPU cores.
 
-    scaling-perception prepare scenes --out runs/scenes128 --latents --vae tiny --resolution 128 --count 8000 --flips none
+    scaling-perception prepare scenes --out runs/scenes128 --latents --vae tiny --resolution 128 --count 8000 \\
+        --flips none
     scaling-perception train --config configs/mini.py --workdir runs/mini
 
 No counterpart in the paper; v-prediction and the trailing grid because they are near their best at one step, latents
