@@ -159,8 +159,8 @@ def init_part(part: str, config: TinyVAEConfig, key: jax.Array) -> dict[str, Any
     """Fresh float32 parameters of the ``"encoder"`` or the ``"decoder"``."""
     side = config.factor * 2
     if part == "encoder":
-        return Encoder(config).init(key, jnp.zeros((1, side, side, 3)))["params"]
-    return Decoder(config).init(key, jnp.zeros((1, 2, 2, config.latent_channels)))["params"]
+        return dict(Encoder(config).init(key, jnp.zeros((1, side, side, 3)))["params"])
+    return dict(Decoder(config).init(key, jnp.zeros((1, 2, 2, config.latent_channels)))["params"])
 
 
 def part_shapes(part: str, config: TinyVAEConfig) -> dict[str, tuple[int, ...]]:
