@@ -29,7 +29,8 @@ def read(name):
 
 
 def test_there_are_configs_for_every_task():
-    assert {"depth.py", "flow.py", "amodal.py", "generalist.py", "mini.py", "quickstart.py"} <= set(FILES)
+    named = {"depth.py", "flow.py", "amodal.py", "generalist.py", "mini.py", "quickstart.py", "finetune.py"}
+    assert named <= set(FILES)
 
 
 @pytest.mark.parametrize("name", DIFFUSION)
@@ -51,6 +52,7 @@ def test_every_argument_is_documented_accepted_and_used(name):
     plain = json.dumps(load_config(f"configs/{name}").to_dict())
     told = set(re.findall(r"``(\w+)``", doc))
     samples = {"model": "a2", "res": 64, "recipe": "ablation", "diffusion": "paper", "phase": "decoder"}
+    samples["flip"] = "false"
     for key, default in args.items():
         assert key in told, f"the docstring does not tell the argument {key}"
         value = samples.get(key, default + 16 if isinstance(default, int) else f"{default}x")

@@ -8,6 +8,7 @@ same whatever P is. Only then are samples read: from a latent cache, or rendered
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import Empty, Full, Queue
@@ -234,7 +235,7 @@ class Batches:
         options = TaskOptions.from_dict(dict(data.get("task_options") or {}))
         entries = _entries(dict(data.get("mixture") or {}))
         cache = data.get("cache") or []
-        paths = [cache] if isinstance(cache, str) else [str(path) for path in cache]
+        paths = cache.split(os.pathsep) if isinstance(cache, str) else [str(path) for path in cache]
         self.cached: _Cached | None = _Cached(paths, self._flip, in_memory) if paths else None
         self.online: _Online | None = None
         self._picked: list[np.ndarray] = []  # cached only: the records of each stream
@@ -337,9 +338,10 @@ def open_batches(
     """Open the batches that a config describes.
 
     Args:
-        data_config: mapping or ConfigDict: ``cache`` (folder, list of folders, or '' for online), ``mixture`` {name:
-            {source, root, split, task, count, start, weight, resolution}}, ``flip``, ``workers``, ``resolution``,
-            ``task_options``. With a cache the mixture selects by ``task`` and ``weight`` alone; when it is empty, all
+        data_config: mapping or ConfigDict: ``cache`` (a folder; several as a list or joined by ``os.pathsep``; '' for
+            online), ``mixture`` {name: {source, root, split, task, count, start, weight, resolution}},
+            ``flip``, ``workers``, ``resolution``, ``task_options``. With a cache the mixture selects by
+            ``task`` and ``weight`` alone; when it is empty, all
             tasks of the cache weigh the same. A task's passes share its weight equally.
         batch_size: global batch size B.
         seed: of order and flips.

@@ -1,6 +1,7 @@
 import collections
 import itertools
 import json
+import os
 import threading
 
 import numpy as np
@@ -155,6 +156,7 @@ def test_in_memory_or_not_and_several_folders(cache):
     twice = open_(cached([cache, cache]))
     assert [stream.length for stream in twice.streams] == [16] * 4
     assert_same(twice.at(1), open_(cached([cache, cache]), in_memory=False).at(1))
+    assert_same(twice.at(1), open_(cached(f"{cache}{os.pathsep}{cache}")).at(1))
     stats = twice.target_statistics()
     assert set(stats) == set(PASSES) and stats["depth"][0].shape == (4,)
 
