@@ -8,7 +8,7 @@ No counterpart in the paper, which uses Stable Diffusion's own autoencoder; see 
 
 Arguments: ``phase`` encoder or decoder; ``teacher`` folder with TAESD's files, or a hub id; ``init`` exported folder of
 the encoder run (decoder phase); ``cache`` folder of the bank of pictures and teacher latents (made when missing);
-``bank`` number of pictures; ``res`` pixels; ``steps`` and ``batch`` (0 steps = the shipped run's).
+``bank`` number of pictures; ``res`` pixels; ``steps`` and ``batch`` (0 steps = about what the shipped weights had).
 """
 
 from ml_collections import ConfigDict
@@ -23,12 +23,12 @@ ARGS = {
     "teacher": "madebyollin/taesd",
     "init": "",
     "cache": "runs/vae_bank",
-    "bank": 6000,
+    "bank": 3000,
     "res": 128,
     "steps": 0,
     "batch": 8,
 }
-STEPS = {"encoder": 4000, "decoder": 6000}
+STEPS = {"encoder": 2200, "decoder": 2500}
 
 
 def get_config(arg: str = "") -> ConfigDict:
