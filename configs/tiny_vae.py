@@ -28,7 +28,7 @@ ARGS = {
     "steps": 0,
     "batch": 8,
 }
-STEPS = {"encoder": 2200, "decoder": 2500}
+STEPS = {"encoder": 2200, "decoder": 3800}
 
 
 def get_config(arg: str = "") -> ConfigDict:
