@@ -61,8 +61,9 @@ def linear_objective(batches: LinearBatches | None = None, jitter: float = 0.01,
 
 
 def config_of(*overrides: str, spec: str = "configs/mini.py:model=nano,res=64,cache=,batch=8,steps=12") -> ConfigDict:
-    """A short run of the shipped recipe with the nano model."""
+    """A short run of the shipped recipe with the nano model, and AdamW."""
     short = ["train.log_every=4", "train.checkpoint_every=4", "optim.warmup=2", "optim.ema=0.9"]
+    short += ["optim.name=adamw", "optim.lr=1e-3"]
     return load_config(spec, [*short, *overrides])
 
 

@@ -1,0 +1,36 @@
+"""The shipped generalist beats the trivial answers on held-out scenes, for each task, by the paired difference."""
+
+import numpy as np
+import pytest
+
+import scaling_perception as sp
+from scaling_perception.data.sources.scenes import ScenesSource
+from scaling_perception.evaluation.baselines import bootstrap_ci
+from scaling_perception.evaluation.protocols import get_protocol
+from scaling_perception.evaluation.sweep import sweep
+
+IMAGES = 32
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return sp.Predictor.from_pretrained("mini")
+
+
+@pytest.mark.parametrize(
+    "task, metric, steps, sign, trivial",
+    [
+        ("depth", "abs_rel", 1, 1, ("constant", "row", "inverse_row")),
+        ("flow", "epe", 1, 1, ("zero", "oracle_mean")),
+        ("amodal", "iou", 5, -1, ("visible",)),
+    ],
+)
+def test_beats_every_trivial_answer(predictor, task, metric, steps, sign, trivial):
+    source = ScenesSource("val", IMAGES, 128)
+    found, _ = sweep(predictor, source, task, get_protocol(task, "scenes"), steps=(steps,), ensemble=(5,))
+    mine = np.asarray([row[metric] for row in found["cells"][0]["rows"]])
+    assert mine.shape == (IMAGES,) and set(trivial) <= set(found["baselines"])
+    for name in trivial:
+        theirs = np.asarray([row[metric] for row in found["baselines"][name]["rows"]])
+        low, _ = bootstrap_ci(sign * (theirs - mine), seed=0)
+        assert low > 0, f"{task}: {metric} {mine.mean():.3f} against {theirs.mean():.3f} of {name}"
