@@ -38,6 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     common.apply(config, args)
     config.data.mixture = ConfigDict({args.task: common.source(args.source, args.task, args.root)})
     config.data.flip = args.flip
+    common.shipped_masks(config)
     config.latent_norm = "auto"  # the starting model's own
     config.train.update({"steps": args.steps, "batch_size": args.batch, "log_every": 10, "checkpoint_every": 100})
     config.optim.update({"lr": 2e-4, "lr_final": 1e-6, "warmup": 20, "schedule": "cosine", "ema": 0.99})

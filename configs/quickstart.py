@@ -32,6 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     common.apply(config, args)
     for task in ("depth", "flow", "amodal"):
         config.data.mixture[task] = common.source("scenes", task, count=args.count, start=NEW)
+    common.shipped_masks(config)
     config.latent_norm = "auto"  # the starting model's own, when there is one
     config.train.update({"steps": args.steps, "batch_size": args.batch, "log_every": 10, "checkpoint_every": 100})
     config.train.export_dtype = "float16"

@@ -145,7 +145,7 @@ def _check_dataset(name: str, root: str) -> Finding:
 
     try:
         task = SOURCES[name][1][0] if name in SOURCES else "depth"
-        source = open_source(name, root, split="all", task=task)
+        source = open_source(name, root, split="val" if name == "scenes" else "all", task=task)
         sample = source[0]
     except UserError as error:
         return Finding("FAIL", f"dataset {name}", str(error))

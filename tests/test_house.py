@@ -50,7 +50,7 @@ def test_no_python_file_over_500_lines():
 
 def test_no_machine_paths_and_no_heavy_files():
     bound = re.compile(r"(?<![\w.])/(?:work|root|home/\w+)/\w")
-    for path in _tracked("*.py", "*.md", "*.toml", "*.sh", "*.yaml"):
+    for path in _tracked("*.py", "*.md", "*.toml", "*.sh", "*.yaml", "*.json"):
         if path != Path(__file__):
             assert not bound.search(path.read_text()), f"{path} names a path of one machine"
     for path in _tracked():

@@ -22,7 +22,7 @@ def predictor():
     [
         ("depth", "abs_rel", 1, 1, ("constant", "row", "inverse_row")),
         ("flow", "epe", 1, 1, ("zero", "oracle_mean")),
-        ("amodal", "iou", 5, -1, ("visible",)),
+        ("amodal", "iou", 1, -1, ("visible",)),
     ],
 )
 def test_beats_every_trivial_answer(predictor, task, metric, steps, sign, trivial):

@@ -172,7 +172,8 @@ class Predictor:
         while group := list(itertools.islice(samples, plan.images)):
             pixels = self.sample(self.encode(group, task, plan), group, task, ensemble, tables, key, plan)
             for raw, one in zip(group, pixels, strict=True):
-                yield self.merge(self.decode_members(one, task), task, raw["image"].shape[:2], mode)
+                members, visible = self.decode_members(one, task), raw.get("visible_mask")
+                yield self.merge(members, task, raw["image"].shape[:2], mode, visible)
 
     def macs(self, task: str, steps: int, ensemble: int) -> float:
         """Multiply-accumulates of the DiT for one image: a forward pass × passes × steps × members."""
@@ -310,14 +311,26 @@ class Predictor:
             raise UserError("the model's output is NaN or infinite: its weights are broken, or choose another preset")
         return get_task(task).decode_prediction(pixels, (self.resolution, self.resolution), self.options)
 
-    def merge(self, members: np.ndarray, task: str, size: tuple[int, int], mode: str) -> Estimate:
-        """Merge members (M, R, R[, C]) at the model's resolution, then resize to ``size`` (H, W), as Marigold does."""
+    def merge(
+        self,
+        members: np.ndarray,
+        task: str,
+        size: tuple[int, int],
+        mode: str,
+        visible: np.ndarray | None = None,
+    ) -> Estimate:
+        """Merge members (M, R, R[, C]) at the model's resolution, then resize to ``size`` (H, W), as Marigold does.
+
+        ``visible`` (H, W), the given mask, joins an amodal mask where the model's options say ``keep_visible``.
+        """
         size = (int(size[0]), int(size[1]))
         merged, spread = reduce_members(task, members, mode)
         prediction, uncertainty = to_native(task, merged, size), to_native(task, spread, size)
         if task != "amodal":
             return Estimate(prediction, uncertainty, members, None, size)
         mask = mask_from_whole(prediction, self.options.mask_threshold)
+        if self.options.keep_visible and visible is not None:
+            mask = mask | np.asarray(visible, bool)
         return Estimate(mask, uncertainty, members, prediction, size)
 
     def round_trip(self, pictures: np.ndarray) -> np.ndarray:

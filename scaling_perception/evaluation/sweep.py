@@ -180,7 +180,7 @@ class _Run:
                 for count in self.sizes:
                     share = count / self.sizes[-1]
                     begin = time.perf_counter()
-                    estimate = predictor.merge(members[:count], task, size, self.mode)
+                    estimate = predictor.merge(members[:count], task, size, self.mode, raw.get("visible_mask"))
                     merging = time.perf_counter() - begin
                     cell = (index, count)
                     self.seconds[cell] += (encoding + sampling * share) / len(group) + decoding * share + merging
@@ -231,7 +231,8 @@ class _Run:
                 self.baselines[name].append({"key": str(raw["key"]), **row})
             height, width = raw["image"].shape[:2]
             # Merged by "median", which leaves a single member as it is.
-            estimate = predictor.merge(predictor.decode_members(one, task), task, (height, width), "median")
+            members, visible = predictor.decode_members(one, task), raw.get("visible_mask")
+            estimate = predictor.merge(members, task, (height, width), "median", visible)
             self.baselines["autoencoder"].append({"key": str(raw["key"]), **self._measure(estimate, raw)})
 
     def _name(self, cell: tuple[int, int]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ class TaskOptions:
         flow_divisor: pixels of a 512-wide frame that stand for 1.0 in a flow picture (facts 5.2).
         depth_quantiles: the two quantiles of the valid depths that become -1 and +1 (facts 5.1).
         mask_threshold: a predicted object is where grey <= this, on 0..255 (facts 5.3).
+        keep_visible: the predicted mask also covers the given mask of the visible part. Off in pix2gestalt's rule,
+            which loses what is brighter than the threshold though the visible part is known.
 
     Raises:
         UserError: a value out of range.
@@ -31,6 +33,7 @@ class TaskOptions:
     flow_divisor: float = 75.0
     depth_quantiles: tuple[float, float] = (0.02, 0.98)
     mask_threshold: float = 250
+    keep_visible: bool = False
 
     def __post_init__(self) -> None:
         low, high = (float(q) for q in self.depth_quantiles)
@@ -41,6 +44,8 @@ class TaskOptions:
             raise UserError(f"flow_divisor {self.flow_divisor} must be above 0: the default is 75")
         if not 0 <= self.mask_threshold <= 255:
             raise UserError(f"mask_threshold {self.mask_threshold} must be in 0..255: the default is 250")
+        if not isinstance(self.keep_visible, bool):
+            raise UserError(f"keep_visible {self.keep_visible!r} must be true or false: the default is false")
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON values."""

@@ -1,5 +1,7 @@
 """The predictor: members and images do not depend on their company, nothing compiles in vain, refusals are clear."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -284,3 +286,15 @@ def test_hub_id_without_network_is_one_line(monkeypatch):
     with pytest.raises(UserError, match="could not be fetched from the hub") as caught:
         Predictor.from_pretrained("someone/model")
     assert "\n" not in str(caught.value)
+
+
+def test_the_visible_part_joins_the_mask_where_the_model_says_so(nano_folder):
+    predictor = Predictor.from_pretrained(nano_folder)
+    side = predictor.resolution
+    white = np.ones((1, side, side, 3), np.float32)  # nothing painted
+    visible = np.zeros((side, side), bool)
+    visible[2:5, 3:9] = True
+    for keep, expected in ((False, np.zeros_like(visible)), (True, visible)):
+        predictor.options = dataclasses.replace(predictor.options, keep_visible=keep)
+        found = predictor.merge(white, "amodal", (side, side), "median", visible)
+        np.testing.assert_array_equal(found.prediction, expected)
