@@ -8,6 +8,7 @@ not repeated when the command is run again.
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -37,7 +38,7 @@ def _stage(verb: str, *words: str) -> float:
     Raises:
         UserError: the command failed; its own line says why.
     """
-    print(f"\n$ scaling-perception {verb} {' '.join(words)}", flush=True)
+    print(f"\n$ {shlex.join(['scaling-perception', verb, *words])}", flush=True)
     begin = time.monotonic()
     if code := run_verb(verb, list(words)):
         raise UserError(f"`scaling-perception {verb}` ended with exit code {code}: see its message above")

@@ -154,11 +154,10 @@ def _curves(evaluation: dict, x: str) -> str:
                 axes.plot(xs, means, style, marker="o", ms=3.5, color=colour, label=name)
                 axes.fill_between(xs, low, high, color=colour, alpha=0.08, lw=0)
         for style, name in zip((":", "-."), _shown_baselines(evaluation), strict=False):
-            axes.axhline(evaluation["baselines"][name]["metrics"][metric]["mean"], ls=style, color="#777", lw=1)
             height = evaluation["baselines"][name]["metrics"][metric]["mean"]
-            axes.text(
-                axes.get_xlim()[0], height, " " + BASELINE_NAMES.get(name, name), fontsize=6, va="bottom", color="#555"
-            )
+            axes.axhline(height, ls=style, color="#777", lw=1)
+            words = BASELINE_NAMES.get(name, name)
+            axes.text(0.01, height, words, fontsize=6, va="bottom", color="#555", transform=axes.get_yaxis_transform())
         axes.set_xscale("log")
         ticks = sorted({cell[x] for cell in cells})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
