@@ -14,17 +14,7 @@ from ml_collections import ConfigDict
 
 from . import common
 
-ARGS = {
-    "model": "XL/2",
-    "res": 256,
-    "root": "",
-    "source": "pix2gestalt",
-    "cache": "",
-    "vae": "tiny",
-    "init": "",
-    "diffusion": "fixed",
-    "recipe": "auto",
-}
+ARGS = {**common.PAPER_ARGS, "res": 256, "source": "pix2gestalt"}
 
 
 def get_config(arg: str = "") -> ConfigDict:

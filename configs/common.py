@@ -7,6 +7,18 @@ from ml_collections import ConfigDict
 from scaling_perception.support.configs import Config, convert
 from scaling_perception.support.errors import UserError, did_you_mean
 
+# Arguments of the configs of the paper's fine-tuning; each adds where its data comes from.
+PAPER_ARGS = {
+    "model": "XL/2",
+    "res": 512,
+    "root": "",
+    "cache": "",
+    "vae": "tiny",
+    "init": "",
+    "diffusion": "fixed",
+    "recipe": "auto",
+}
+
 
 def parse_arg(arg: str, defaults: dict[str, Any]) -> Config:
     """``model=a1,res=256`` to values of the types of ``defaults``; a bare name turns a switch on.

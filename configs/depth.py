@@ -14,17 +14,7 @@ from ml_collections import ConfigDict
 
 from . import common
 
-ARGS = {
-    "model": "XL/2",
-    "res": 512,
-    "root": "",
-    "source": "hypersim",
-    "cache": "",
-    "vae": "tiny",
-    "init": "",
-    "diffusion": "fixed",
-    "recipe": "auto",
-}
+ARGS = {**common.PAPER_ARGS, "source": "hypersim"}
 
 
 def get_config(arg: str = "") -> ConfigDict:

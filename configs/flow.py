@@ -15,17 +15,7 @@ from ml_collections import ConfigDict
 
 from . import common
 
-ARGS = {
-    "model": "XL/2",
-    "res": 512,
-    "root": "",
-    "source": "flying_chairs",
-    "cache": "",
-    "vae": "tiny",
-    "init": "",
-    "diffusion": "fixed",
-    "recipe": "auto",
-}
+ARGS = {**common.PAPER_ARGS, "source": "flying_chairs"}
 
 
 def get_config(arg: str = "") -> ConfigDict:

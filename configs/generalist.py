@@ -19,16 +19,7 @@ from ml_collections import ConfigDict
 
 from . import common
 
-ARGS = {
-    "model": "XL/2",
-    "res": 512,
-    "root": "",
-    "cache": "",
-    "vae": "tiny",
-    "init": "",
-    "diffusion": "fixed",
-    "recipe": "auto",
-}
+ARGS = common.PAPER_ARGS
 
 
 def get_config(arg: str = "") -> ConfigDict:

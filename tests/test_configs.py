@@ -139,8 +139,8 @@ def test_places_where_a_config_is_looked_for(tmp_path, monkeypatch):
     assert find_config("configs/depth.py") == (ROOT / "configs" / "depth.py").resolve()
     assert find_config("depth.py").name == "depth.py"
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "depth.py").write_text((ROOT / "configs" / "depth.py").read_text().replace("512", "128"))
-    assert load_config("configs/depth.py").resolution == 128  # the working folder comes first, and finds our common.py
+    (tmp_path / "configs" / "amodal.py").write_text((ROOT / "configs" / "amodal.py").read_text().replace("256", "128"))
+    assert load_config("configs/amodal.py").resolution == 128  # the working folder comes first, and finds our common.py
     packaged = tmp_path / "packaged"
     packaged.mkdir()
     (packaged / "only.py").write_text(
