@@ -14,6 +14,7 @@ Words: B batch, h w latent sides, R pixels; latents are (B, h, w, 4) float32.
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -325,4 +326,6 @@ def _latent_norm(
         fields = {name: batch[name] for name in ("image", "target", "valid")}
         return encoded({**fields, "constants": constants}) if encode else (batch["target"], batch["valid"])
 
+    where = "" if encode is None else "; without data.cache they are read and encoded first"
+    print(f"measuring the latents of {_NORM_SAMPLES} samples{where}", file=sys.stderr, flush=True)
     return measure_latent_norm(batches, config.train.batch_size, latents)
