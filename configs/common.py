@@ -57,6 +57,7 @@ def defaults() -> Config:
     config.diffusion_changes = ConfigDict()
     config.timestep_sampling = "uniform"  # or "high_noise": half of the draws from the noisiest tenth
     config.noise = "gaussian"  # or "multires": annealed multi-resolution noise (Marigold)
+    config.balance_loss = 0.01  # alpha, for models with experts
     config.latent_norm = "none"  # or "auto": per task and channel, measured once
     config.task_options = ConfigDict({"flow_divisor": 75.0, "depth_quantiles": (0.02, 0.98)})
     config.task_options.update({"mask_threshold": 250.0, "keep_visible": False})

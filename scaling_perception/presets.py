@@ -22,18 +22,18 @@ def describe(name: str) -> dict[str, Any]:
     """
     import dataclasses
 
-    from scaling_perception.models.dit import count_params
+    from scaling_perception.models.dit import count_active_params, count_params
     from scaling_perception.models.presets import LATENT_FACTOR, get_preset
     from scaling_perception.scaling.compute import forward_macs
 
     config = get_preset(name)
     depth_model = dataclasses.replace(config, cond_channels=config.in_channels)
-    params = count_params(config)
     return {
         "name": name,
-        "params": params,
-        "active_params": params,  # no preset has experts yet, so all are active
+        "params": count_params(config),
+        "active_params": count_active_params(config),
         "params_8ch": count_params(depth_model),
+        "active_params_8ch": count_active_params(depth_model),
         "macs_256": forward_macs(config, 256),
         "macs_512": forward_macs(config, 512),
         "macs_256_8ch": forward_macs(depth_model, 256),
@@ -53,6 +53,11 @@ def describe(name: str) -> dict[str, Any]:
         "task_labels": config.task_labels,
         "routed": config.routed,
         "learn_sigma": config.learn_sigma,
+        "experts": config.experts,
+        "active_experts": config.active_experts if config.experts else 0,
+        "expert_mlp": config.expert_mlp if config.experts else "",
+        "shared_experts": config.shared_experts,
+        "gating": config.gating if config.experts else "",
     }
 
 
@@ -65,12 +70,12 @@ def _short(number: float) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as aligned text."""
-    head = ["name", "params", "GMAC 256", "GMAC 512", "layers", "dim", "heads", "head dim", "pixels", "input ch"]
+    head = ["name", "params", "active", "GMAC 256", "GMAC 512", "layers", "dim", "heads", "head dim", "pixels", "input ch"]
     lines = [head]
     for row in rows:
         macs = [f"{row[field] / 1e9:.2f}" for field in ("macs_256", "macs_512")]
         sizes = [str(row[f]) for f in ("layers", "dim", "heads", "head_dim", "resolution", "input_channels")]
-        lines.append([row["name"], _short(row["params"]), *macs, *sizes])
+        lines.append([row["name"], _short(row["params"]), _short(row["active_params"]), *macs, *sizes])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = []
     for line in lines:

@@ -1,4 +1,6 @@
-"""The diffusion transformer (DiT, Peebles & Xie 2023), dense: patch embedding, adaLN-Zero blocks, final layer.
+"""The diffusion transformer (DiT, Peebles & Xie 2023): patch embedding, adaLN-Zero blocks, final layer.
+
+A block's MLP may be a mixture of experts (``models/moe.py``).
 
 Conventions are those of the published checkpoints (facts 1.1), so that they convert by renaming and transposing alone.
 Layers are stacked: each parameter under ``blocks`` has a leading layer axis L, which keeps compile time and the number
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from scaling_perception.models.moe import EXPERT_MLPS, GATINGS, MoE
 from scaling_perception.ops.attention import attention
 from scaling_perception.support.errors import UserError, did_you_mean
 
@@ -46,6 +49,13 @@ class DiTConfig:
         task_labels: task rows after them; the null row is last.
         routed: one patch embedding per task label (PatchEmbedRouter, facts 2) instead of one for all.
         learn_sigma: whether as many output channels again are made for the learned variance.
+        experts: routed expert MLPs E in every block, in place of its MLP; 0 = dense.
+        active_experts: experts K that each token meets.
+        expert_mlp: ``gelu`` (as the dense MLP, upcycled models) or ``swiglu`` (without biases, DiT-MoE), facts 3.1.
+        shared_experts: 0, or width over D of one SwiGLU that every token meets besides (2 in DiT-MoE).
+        gating: ``paper``: the chosen experts' softmax weights as they are; ``renormalised``: divided by their sum.
+        qk_norm: LayerNorm of queries and keys in each head (DiT-MoE's other attention layout, facts 1.2).
+        context_dim: 0, or width of a fixed embedding of the task that is projected and added to the condition.
     """
 
     name: str
@@ -61,12 +71,19 @@ class DiTConfig:
     task_labels: int = 0
     routed: bool = False
     learn_sigma: bool = True
+    experts: int = 0
+    active_experts: int = 2
+    expert_mlp: str = "gelu"
+    shared_experts: int = 0
+    gating: str = "paper"
+    qk_norm: bool = False
+    context_dim: int = 0
 
     def __post_init__(self) -> None:
         for field in ("input_size", "dim", "depth", "heads", "patch_size", "in_channels"):
             if getattr(self, field) < 1:
                 raise UserError(f"model {field}={getattr(self, field)}: give a whole number of 1 or more")
-        for field in ("cond_channels", "num_classes", "task_labels"):
+        for field in ("cond_channels", "num_classes", "task_labels", "experts", "shared_experts", "context_dim"):
             if getattr(self, field) < 0:
                 raise UserError(f"model {field}={getattr(self, field)}: give 0 or more")
         if self.dim % self.heads:
@@ -77,6 +94,13 @@ class DiTConfig:
             raise UserError(f"model input_size={self.input_size} is not a multiple of patch_size={self.patch_size}")
         if self.routed and not self.task_labels:
             raise UserError("model routed=True needs task_labels above 0: one patch embedding is made per task label")
+        for field, options in (("expert_mlp", EXPERT_MLPS), ("gating", GATINGS)):
+            if getattr(self, field) not in options:
+                raise UserError(f"model {field}={getattr(self, field)!r}{did_you_mean(getattr(self, field), options)}")
+        if self.experts and not 1 <= self.active_experts <= self.experts:
+            raise UserError(f"model active_experts={self.active_experts}: give 1 to experts={self.experts}")
+        if self.shared_experts and not self.experts:
+            raise UserError("model shared_experts needs experts above 0: a dense block has no shared expert")
 
     @property
     def grid(self) -> int:
@@ -92,6 +116,11 @@ class DiTConfig:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.dim // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """F, hidden width of the MLP, and of each expert."""
+        return round(self.dim * self.mlp_ratio)
 
     @property
     def input_channels(self) -> int:
@@ -129,7 +158,8 @@ def config_from_dict(fields: Mapping[str, Any]) -> DiTConfig:
         UserError: a field is unknown, missing, or of the wrong kind.
     """
     known = {field.name: field for field in dataclasses.fields(DiTConfig)}
-    kinds = {"name": str, "routed": bool, "learn_sigma": bool, "mlp_ratio": float}
+    kinds = {field.name: type(field.default) for field in known.values() if field.default is not dataclasses.MISSING}
+    kinds["name"] = str
     given: dict[str, Any] = {}
     for name, value in fields.items():
         if name not in known:
@@ -243,11 +273,30 @@ class TimeEmbed(nn.Module):
         return nn.Dense(self.dim, kernel_init=_normal, name="fc2")(nn.silu(hidden))
 
 
+class TaskContext(nn.Module):
+    """Label (B,) to (B, D): a projection, zero at first, of a fixed embedding of the task (facts 5.3).
+
+    A model without task labels has one row, which every sample gets; else a label outside the task labels gets zeros.
+    """
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, label: jax.Array) -> jax.Array:
+        config = self.config
+        rows = max(config.task_labels, 1)
+        table = self.param("table", _zeros, (rows, config.context_dim))
+        kernel = self.param("kernel", _zeros, (config.context_dim, config.dim))
+        row = label - config.num_classes if config.task_labels else jnp.zeros_like(label)
+        return jax.nn.one_hot(row, rows) @ jax.lax.stop_gradient(table) @ kernel
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection whose output is laid out (3, heads, head_dim)."""
 
     heads: int
     dtype: Any = jnp.float32
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -255,6 +304,9 @@ class Attention(nn.Module):
         flat = x.reshape(-1, dim)  # on a CPU the gradient of a (B, T, D) matmul is far slower than of a (B T, D) one
         qkv = nn.Dense(3 * dim, kernel_init=_xavier, dtype=self.dtype, name="qkv")(flat)
         query, key, value = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, dim // self.heads), 2, 0)
+        if self.qk_norm:  # in float32, as all norms
+            query = nn.LayerNorm(NORM_EPSILON, name="q_norm")(query.astype(jnp.float32)).astype(self.dtype)
+            key = nn.LayerNorm(NORM_EPSILON, name="k_norm")(key.astype(jnp.float32)).astype(self.dtype)
         mixed = attention(query, key, value).reshape(-1, dim)
         return nn.Dense(dim, kernel_init=_xavier, dtype=self.dtype, name="proj")(mixed).reshape(x.shape)
 
@@ -276,23 +328,29 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """adaLN-Zero block: (B, T, D) tokens and (B, D) condition (already through SiLU) to tokens.
 
-    Returns (tokens, None): the pair that ``scan`` asks for. Norms, modulation and gates are float32; the tokens that
-    travel from block to block have the compute dtype.
+    Returns (tokens, statistics of the routing or None): the pair that ``scan`` asks for. Norms, modulation, router and
+    gates are float32; the tokens that travel from block to block have the compute dtype.
     """
 
     config: DiTConfig
     dtype: Any = jnp.float32
+    dispatch: str = "auto"
+    mesh: Any = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, condition: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, condition: jax.Array) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         config, dtype = self.config, self.dtype
         modulation = nn.Dense(6 * config.dim, kernel_init=_zeros, name="modulation")(condition)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
-        mixed = Attention(config.heads, dtype, name="attn")(modulate(layer_norm(x), shift_a, scale_a))
+        attend = Attention(config.heads, dtype, config.qk_norm, name="attn")
+        mixed = attend(modulate(layer_norm(x), shift_a, scale_a))
         x = (x + gate_a[:, None, :] * mixed).astype(dtype)
-        hidden = round(config.dim * config.mlp_ratio)
-        mixed = Mlp(hidden, dtype, name="mlp")(modulate(layer_norm(x), shift_m, scale_m))
-        return (x + gate_m[:, None, :] * mixed).astype(dtype), None
+        inner, stats = modulate(layer_norm(x), shift_m, scale_m), None
+        if config.experts:
+            mixed, stats = MoE(config, dtype, self.dispatch, self.mesh, name="moe")(inner)
+        else:
+            mixed = Mlp(config.hidden, dtype, name="mlp")(inner)
+        return (x + gate_m[:, None, :] * mixed).astype(dtype), stats
 
 
 class Final(nn.Module):
@@ -321,14 +379,21 @@ class DiT(nn.Module):
             norms, softmax, modulation and the final layer.
         remat: store only the tokens between blocks for the backward pass and recompute the rest; without it, the
             outputs of the linear layers are stored as well, and only what is cheap (and attention) is recomputed.
+        dispatch: where experts are computed (``models/dispatch.py``).
+        mesh: the mesh that the arrays live on, which models with experts need to know; None = one device.
+
+    With ``with_stats`` the result is (output, statistics): ``moe.routing_stats`` with a leading layer axis, or {} for a
+    dense model.
     """
 
     config: DiTConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    dispatch: str = "auto"
+    mesh: Any = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, t: jax.Array, label: jax.Array, with_stats: bool = False) -> Any:
         config = self.config
         x, t, label = jnp.asarray(x), jnp.asarray(t), jnp.asarray(label)
         expected = (config.input_size, config.input_size, config.input_channels)
@@ -342,11 +407,15 @@ class DiT(nn.Module):
         tokens = PatchEmbed(config, self.dtype, name="patch_embed")(x, label)
         tokens = tokens + jax.lax.stop_gradient(jnp.asarray(table, self.dtype))[None, :, :]
         condition = TimeEmbed(config.dim, name="time_embed")(t) + jnp.take(labels, label, axis=0)
+        if config.context_dim:
+            condition = condition + TaskContext(config, name="context")(label)
         condition = nn.silu(condition)
         # Storing every elementwise intermediate of every layer is slower than recomputing it (by a quarter of the
         # gradient's time on a CPU), and the attention logits would grow with T squared.
         policies = jax.checkpoint_policies
-        kept = policies.nothing_saveable if self.remat else policies.dots_with_no_batch_dims_saveable
+        named = policies.save_only_these_names("moe_hidden", "moe_out")  # grouped matmuls are not seen as dots
+        dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)
+        kept = policies.nothing_saveable if self.remat else dots
         stack = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=kept),
             variable_axes={"params": 0, "intermediates": 0},
@@ -354,8 +423,9 @@ class DiT(nn.Module):
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=config.depth,
         )
-        tokens, _ = stack(config, self.dtype, name="blocks")(tokens, condition)
-        return unpatchify(Final(config, name="final")(tokens, condition), config.patch_size, config.grid)
+        tokens, stats = stack(config, self.dtype, self.dispatch, self.mesh, name="blocks")(tokens, condition)
+        out = unpatchify(Final(config, name="final")(tokens, condition), config.patch_size, config.grid)
+        return (out, stats or {}) if with_stats else out
 
 
 def guide(conditional: jax.Array, unconditional: jax.Array, scale: float, channels: int = 3) -> jax.Array:
@@ -369,9 +439,9 @@ def guide(conditional: jax.Array, unconditional: jax.Array, scale: float, channe
 
 
 def frozen_paths(config: DiTConfig) -> tuple[str, ...]:
-    """Names of the leaves that are stored and counted but never trained: the position table (facts 1.1)."""
-    del config  # every size has the table
-    return ("pos_embed",)
+    """Names of the leaves that are stored and counted but never trained: the position table (facts 1.1) and, where
+    there is one, the table of task embeddings."""
+    return ("pos_embed", "context/table") if config.context_dim else ("pos_embed",)
 
 
 def _example(config: DiTConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -395,3 +465,13 @@ def abstract_params(config: DiTConfig) -> Params:
 def count_params(config: DiTConfig) -> int:
     """Number of parameters, position table included (as the paper counts, facts 1.2); no array is built."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def count_active_params(config: DiTConfig) -> int:
+    """Number of parameters that one token meets: all but those of the E - K experts it is not sent to (facts 1.2)."""
+    total = count_params(config)
+    if not config.experts:
+        return total
+    experts = abstract_params(config)["blocks"]["moe"]["experts"]
+    routed = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(experts))
+    return total - routed // config.experts * (config.experts - config.active_experts)

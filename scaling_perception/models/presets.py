@@ -1,4 +1,4 @@
-"""Every model size in one table (paper table 1, facts 1.2; DiT table 1), and two small ones of ours."""
+"""Every model size in one table (paper tables 1 and 2, facts 1.2; DiT table 1), and two small ones of ours."""
 
 import dataclasses
 from typing import Any
@@ -33,10 +33,36 @@ _GENERALIST = {
     "learn_sigma": False,
 }
 
-_TABLE = {
-    **{name: DiTConfig(name, 32, *size) for name, size in _SIZES.items()},
-    **{name: DiTConfig(name, dim=d, depth=n, heads=h, **_GENERALIST) for name, (d, n, h) in _SMALL.items()},
-}
+# From scratch (DiT-MoE, facts 1.2): SwiGLU experts and a shared one. 8E2A: 8 experts, of which 2 are active.
+_DIT_MOE = {"expert_mlp": "swiglu", "shared_experts": 2, "gating": "paper"}
+_SCRATCH = {"S/2-8E2A": ("S/2", 8), "S/2-16E2A": ("S/2", 16), "L/2-8E2A": ("L/2", 8)}
+
+# Upcycled from a dense model: its MLP copied (facts 3.2). The weights of the chosen experts are renormalised, which
+# keeps the dense model's function; the paper's own gating does not.
+_UPCYCLED = ("a2", "a3", "a4")
+_SPLITS = ((4, 2), (8, 1), (8, 2), (8, 4), (16, 2))  # experts, active
+
+# The authors' released generalist at 512 pixels, and the dense model it was upcycled from (facts 1.2, 2).
+_TASKS = {"input_size": 64, "cond_channels": 8, "task_labels": 4, "routed": True}
+
+
+def _all() -> dict[str, DiTConfig]:
+    table = {name: DiTConfig(name, 32, *size) for name, size in _SIZES.items()}
+    for name, (base, experts) in _SCRATCH.items():
+        table[name] = dataclasses.replace(table[base], name=name, experts=experts, **_DIT_MOE)
+    for base in _UPCYCLED:
+        for experts, active in _SPLITS:
+            split = {"experts": experts, "active_experts": active, "gating": "renormalised"}
+            name = f"{base}-{experts}E{active}A"
+            table[name] = dataclasses.replace(table[base], name=name, **split)
+    table["XL-generalist"] = dataclasses.replace(table["XL/2"], name="XL-generalist", **_TASKS)
+    table["XL-8E2A"] = dataclasses.replace(table["XL-generalist"], name="XL-8E2A", experts=8)
+    for name, (dim, depth, heads) in _SMALL.items():
+        table[name] = DiTConfig(name, dim=dim, depth=depth, heads=heads, **_GENERALIST)
+    return table
+
+
+_TABLE = _all()
 
 
 def preset_names() -> tuple[str, ...]:

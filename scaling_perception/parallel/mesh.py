@@ -11,7 +11,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from scaling_perception.support.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp")  # the batch is split over both; parameters over fsdp (and tensor)
+# The batch is split over all of these: what is not an expert is computed data-parallel over the expert axis too.
+# Parameters are split over fsdp (and tensor), experts over expert.
+BATCH_AXES = ("data", "fsdp", "expert")
 
 
 def make_mesh(
@@ -44,7 +46,7 @@ def make_mesh(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of arrays (B, ...): the batch over data and fsdp, the rest whole."""
+    """Sharding of arrays (B, ...): the batch over data, fsdp and expert, the rest whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 

@@ -18,11 +18,17 @@ DIT_RULES: Rules = (
     (r"blocks/attn/proj/kernel", PartitionSpec(None, "tensor", "fsdp")),
     (r"blocks/mlp/fc1/kernel", PartitionSpec(None, "fsdp", "tensor")),
     (r"blocks/mlp/fc2/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"blocks/moe/experts/(fc1|gate|up)/kernel", PartitionSpec(None, "expert", "fsdp", "tensor")),
+    (r"blocks/moe/experts/(fc2|down)/kernel", PartitionSpec(None, "expert", "tensor", "fsdp")),
+    (r"blocks/moe/experts/fc1/bias", PartitionSpec(None, "expert", "tensor")),
+    (r"blocks/moe/experts/fc2/bias", PartitionSpec(None, "expert")),
+    (r"blocks/moe/shared/(gate|up)/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"blocks/moe/shared/down/kernel", PartitionSpec(None, "tensor", "fsdp")),
     (r"blocks/modulation/kernel", PartitionSpec(None, "fsdp", "tensor")),
     (r"blocks/(attn/qkv|mlp/fc1|modulation)/bias", PartitionSpec(None, "tensor")),
     (r"label_embed", PartitionSpec(None, "fsdp")),
     (r"(time_embed/.*|final/.*)/kernel", PartitionSpec("fsdp", None)),
-    (r".*", PartitionSpec()),  # small: position table, patch kernels, remaining biases
+    (r".*", PartitionSpec()),  # small: position table, patch kernels, remaining biases, routers
 )
 
 

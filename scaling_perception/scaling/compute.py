@@ -13,8 +13,9 @@ TRAINING_FACTOR = 3  # one forward and one backward pass; the paper does not say
 def forward_macs(config: DiTConfig, resolution: int | None = None) -> int:
     """MACs of one forward pass over one sample (facts 1.4), every layer and the condition path included.
 
-    L [T (4 D^2 + 2 r D^2) + 2 T^2 D] + 6 L D^2 + 3 D^2 + 256 D + T (p^2 C_in D + p^2 C_out D), with r the MLP ratio and
-    p the patch side. Choosing a routed model's patch kernel is not counted: it is a look-up.
+    L [T (4 D^2 + M) + 2 T^2 D] + 6 L D^2 + 3 D^2 + 256 D + T (p^2 C_in D + p^2 C_out D), with p the patch side and M the
+    MLP's: 2 D F dense; with experts n K D F + E D + 3 D S, where n is 2 (GELU) or 3 (SwiGLU), E D the router and S the
+    shared expert's hidden width. Choosing a routed model's patch kernel is not counted: it is a look-up.
 
     Args:
         resolution: side of the picture in pixels; None = the config's own.
@@ -25,9 +26,13 @@ def forward_macs(config: DiTConfig, resolution: int | None = None) -> int:
     if resolution is not None:
         config = at_resolution(config, resolution)
     width, tokens = config.dim, config.tokens
-    mlp = 2 * width * round(width * config.mlp_ratio)
+    mlp = 2 * width * config.hidden
+    if config.experts:
+        matrices = 3 if config.expert_mlp == "swiglu" else 2
+        routed = matrices * width * config.hidden * config.active_experts + config.experts * width
+        mlp = routed + 3 * width * config.shared_experts * width
     block = tokens * (4 * width**2 + mlp) + 2 * tokens**2 * width + 6 * width**2
-    condition = 2 * TIME_FREQUENCIES * width + width**2
+    condition = 2 * TIME_FREQUENCIES * width + width**2 + config.context_dim * width
     ends = tokens * config.patch_size**2 * width * (config.input_channels + config.out_channels) + 2 * width**2
     return config.depth * block + condition + ends
 

@@ -5,6 +5,7 @@ Per sample, with z = (target latent - shift[task]) / scale[task] and alpha_bar o
     x_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps                               (1)
     input = [image latent, prompt latent, x_t] on the channel axis (no prompt when cond_channels is 4)
     loss = mean over valid latent cells of (network(input, t, label)[..., :4] - y)^2    (2)
+           + balance_loss * sum over layers of f P, for models with experts (models/moe.py, facts 3.1)
 
 where y is eps, z or v (``diffusion.targets``). Variance channels, if the network has them, are not trained here: they
 exist so that released checkpoints fit (facts 10, row 21). No label is ever dropped (row 23).
@@ -95,9 +96,18 @@ def make_loss(
         noisy = add_noise(clean, eps, level)
         wanted = training_target(preset.prediction, clean, eps, level)
         parts = [image, noisy] if dit.cond_channels == LATENT else [image, prompt, noisy]
-        got = model.apply({"params": params}, jnp.concatenate(parts, axis=-1), t, labels_of(task, dit))[..., :LATENT]
+        inputs, labels = jnp.concatenate(parts, axis=-1), labels_of(task, dit)
+        got, stats = model.apply({"params": params}, inputs, t, labels, with_stats=True)
+        got = got[..., :LATENT]
         value = masked_mse(got, wanted, valid)
         metrics = {"valid": jnp.mean(valid.astype(jnp.float32))}
+        if stats:
+            metrics["mse"] = value
+            metrics["balance"] = jnp.mean(stats["balance"])
+            metrics["expert_load_max"] = jnp.max(stats["load"]) * dit.experts  # 1: all experts get as much
+            metrics["expert_load_min"] = jnp.min(stats["load"]) * dit.experts
+            metrics["router_entropy"] = jnp.mean(stats["entropy"])
+            value = value + config.balance_loss * jnp.sum(stats["balance"])
         if len(passes) > 1:
             for index in passes:
                 cells = valid & (task == index)[:, None, None]

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from scaling_perception.models.dit import abstract_params, count_params
+from scaling_perception.models.dit import abstract_params, count_active_params, count_params
 from scaling_perception.models.presets import at_resolution, get_preset, preset_names
 from scaling_perception.support.errors import UserError
 
@@ -18,6 +18,40 @@ PAPER = {
     "XL/2": (675_129_632, 675_148_064),
 }
 
+# total, active (facts 1.2)
+EXPERTS = {
+    "S/2-8E2A": (199_307_552, 71_905_568),
+    "S/2-16E2A": (369_213_728, 71_942_432),
+    "L/2-8E2A": (2_823_764_000, 1_011_824_672),
+    "XL-8E2A": (2_758_511_264, 973_915_808),
+}
+# millions with 8 input channels, by split (facts 1.2)
+UPCYCLED = {
+    "a2": {"4E2A": (178.0, 110.8), "8E1A": (312.5, 77.3), "8E2A": (312.5, 110.9), "8E4A": (312.5, 178.1)},
+    "a3": {"4E2A": (499.0, 310.1), "8E1A": (876.8, 215.7), "8E2A": (876.8, 310.1), "8E4A": (876.8, 499.0)},
+    "a4": {"4E2A": (1062.6, 659.7), "8E1A": (1868.5, 458.3), "8E2A": (1868.5, 659.8), "8E4A": (1868.5, 1062.7)},
+}
+UPCYCLED["a2"]["16E2A"] = (581.3, 110.9)
+UPCYCLED["a3"]["16E2A"] = (1632.5, 310.2)
+UPCYCLED["a4"]["16E2A"] = (3480.3, 660.0)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_counts_of_models_with_experts_equal_the_papers(name):
+    assert (count_params(get_preset(name)), count_active_params(get_preset(name))) == EXPERTS[name]
+
+
+@pytest.mark.parametrize("name, split", [(name, split) for name, row in UPCYCLED.items() for split in row])
+def test_counts_of_upcycled_models(name, split):
+    config = get_preset(f"{name}-{split}", cond_channels=4)
+    counts = count_params(config), count_active_params(config)
+    assert tuple(round(count / 1e6, 1) for count in counts) == UPCYCLED[name][split]
+
+
+def test_layer_norms_of_queries_and_keys_are_counted():
+    config = get_preset("S/2-8E2A", qk_norm=True)
+    assert count_params(config) - EXPERTS["S/2-8E2A"][0] == 12 * 4 * config.head_dim
+
 
 @pytest.mark.parametrize("name", PAPER)
 def test_counts_equal_the_papers(name):
@@ -27,12 +61,14 @@ def test_counts_equal_the_papers(name):
 
 
 def test_dense_generalist_count():
-    config = at_resolution(get_preset("XL/2", cond_channels=8, task_labels=4, routed=True), 512)
-    assert count_params(config) == 676_225_184
+    assert count_params(get_preset("XL-generalist")) == 676_225_184
+    assert count_params(at_resolution(get_preset("XL-generalist"), 256)) == 676_225_184 - (1024 - 256) * 1152
 
 
 def test_every_preset_makes_a_model():
-    assert set(PAPER) | {"S/2", "B/2", "L/2", "mini", "nano"} == set(preset_names())
+    upcycled = {f"{name}-{split}" for name, row in UPCYCLED.items() for split in row}
+    ours = {"S/2", "B/2", "L/2", "XL-generalist", "mini", "nano"}
+    assert set(PAPER) | set(EXPERTS) | upcycled | ours == set(preset_names())
     for name in preset_names():
         assert get_preset(name).name == name and count_params(get_preset(name)) > 0
 

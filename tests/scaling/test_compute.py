@@ -21,12 +21,46 @@ GMAC = {
     "XL/2": (118.63, 524.56),
 }
 
+# models with experts: from scratch as they are, upcycled ones with 8 input channels; as many digits as the table has
+EXPERTS = {
+    "S/2-8E2A": ("16.03", "71.34"),
+    "S/2-16E2A": ("16.04", "71.38"),
+    "L/2-8E2A": ("222.48", "928.12"),
+    "a2-4E2A": ("22.59", "103.2"),
+    "a2-8E1A": ("14.01", "68.8"),  # 68.850 rounded once (the table rounds 68.85)
+    "a2-8E2A": ("22.60", "103.2"),
+    "a2-8E4A": ("39.78", "171.9"),
+    "a2-16E2A": ("22.62", "103.3"),
+    "a3-4E2A": ("62.51", "274.0"),
+    "a3-8E1A": ("38.37", "177.4"),
+    "a3-8E2A": ("62.53", "274.1"),
+    "a3-8E4A": ("110.85", "467.3"),
+    "a3-16E2A": ("62.56", "274.2"),
+    "a4-4E2A": ("132.3", "567.3"),
+    "a4-8E1A": ("80.75", "361.2"),
+    "a4-8E2A": ("132.3", "567.4"),
+    "a4-8E4A": ("235.4", "979.7"),
+    "a4-16E2A": ("132.3", "567.6"),
+}
+
 
 @pytest.mark.parametrize("name", GMAC)
 def test_equals_the_table(name):
     config = get_preset(name, cond_channels=4)
     for pixels, expected in zip((256, 512), GMAC[name], strict=True):
         assert round(forward_macs(config, pixels) / 1e9, 2) == expected
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_models_with_experts_equal_the_table(name):
+    config = get_preset(name, cond_channels=0 if "/" in name else 4)
+    for pixels, expected in zip((256, 512), EXPERTS[name], strict=True):
+        digits = len(expected.split(".")[1])
+        assert f"{forward_macs(config, pixels) / 1e9:.{digits}f}" == expected
+
+
+def test_released_generalist_equals_the_table():
+    assert f"{forward_macs(get_preset('XL-8E2A'), 512) / 1e9:.2f}" == "829.25"
 
 
 def test_equals_what_dit_published():
