@@ -35,6 +35,7 @@ from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks import TaskOptions, get_task, pass_indices
 from scaling_perception.tasks.amodal import mask_from_whole
 from scaling_perception.tasks.common import require
+from scaling_perception.tasks.depth import to_range
 
 _PIXELS_AT_ONCE = {"cpu": 2**20}  # decoded pixels in one batch: bounds memory (about 2 KiB a pixel while decoding)
 _PIXELS_AT_ONCE_ELSEWHERE = 2**22
@@ -324,6 +325,8 @@ class Predictor:
         ``visible`` (H, W), the given mask, joins an amodal mask where the model's options say ``keep_visible``.
         """
         size = (int(size[0]), int(size[1]))
+        if task == "depth" and mode == "median" and not self.options.clip_depth:
+            members = to_range(members)  # the one way of merging that stretches nothing
         merged, spread = reduce_members(task, members, mode)
         prediction, uncertainty = to_native(task, merged, size), to_native(task, spread, size)
         if task != "amodal":

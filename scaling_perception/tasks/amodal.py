@@ -25,7 +25,7 @@ def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> lis
     """
     inputs = conditions(raw, resolution, options)
     require(raw, "whole", like="image")
-    target = picture(raw, "whole", resolution)
+    target = picture(raw, "whole", resolution, options.nearest("amodal"))
     return [sample(raw, "amodal", inputs, target, np.ones((resolution, resolution), bool))]
 
 
@@ -33,7 +33,8 @@ def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) ->
     """The image, and the visible part's mask as three channels of -1 and +1."""
     mask = require(raw, "visible_mask", like="image").astype(bool)
     prompt = np.where(resize_nearest(mask, (resolution, resolution)), np.float32(1), np.float32(-1))
-    return {"image": picture(raw, "image", resolution), "prompt": np.repeat(prompt[..., None], 3, axis=-1)}
+    image = picture(raw, "image", resolution, options.nearest("amodal"))
+    return {"image": image, "prompt": np.repeat(prompt[..., None], 3, axis=-1)}
 
 
 def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOptions) -> np.ndarray:

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from scaling_perception.support.errors import UserError, did_you_mean
-from scaling_perception.tasks.resize import resize_bilinear
+from scaling_perception.tasks.resize import resize_bilinear, resize_nearest
 
 PASSES: tuple[str, ...] = ("depth", "amodal", "flow_x", "flow_y")
 """One diffusion pass each, in the order of the released generalist's labels 1000..1003 (facts 2). Flow takes two."""
+
+IMAGE_RESIZES = ("bilinear", "nearest", "nearest_depth")
+DEPTH_PROMPTS = ("ones", "valid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,14 @@ class TaskOptions:
         mask_threshold: a predicted object is where grey <= this, on 0..255 (facts 5.3).
         keep_visible: the predicted mask also covers the given mask of the visible part. Off in pix2gestalt's rule,
             which loses what is brighter than the threshold though the visible part is known.
+        image_resize: how pictures become square: ``bilinear`` (antialiased), ``nearest`` (torch's nearest-exact, of
+            everything), or ``nearest_depth`` (nearest for depth, bilinear for the others), which is what the released
+            generalist was fed (facts 5 and 10, row 26).
+        depth_prompt: what depth gets as its prompt: ``ones``, or ``valid``: the mask of valid depths, 0 or 1, where the
+            raw sample has depths, as the authors do. That mask is made of the ground truth and tells where it has none:
+            errors measured so are not those of a picture alone. Predicting from a picture, it is ones.
+        clip_depth: decoded depth is clipped to [-1, 1] and mapped to [0, 1] before members are merged, as Marigold
+            does. The authors merge what the decoder gives (facts 7.1); merging then brings it to [0, 1].
 
     Raises:
         UserError: a value out of range.
@@ -34,6 +45,9 @@ class TaskOptions:
     depth_quantiles: tuple[float, float] = (0.02, 0.98)
     mask_threshold: float = 250
     keep_visible: bool = False
+    image_resize: str = "bilinear"
+    depth_prompt: str = "ones"
+    clip_depth: bool = True
 
     def __post_init__(self) -> None:
         low, high = (float(q) for q in self.depth_quantiles)
@@ -44,8 +58,18 @@ class TaskOptions:
             raise UserError(f"flow_divisor {self.flow_divisor} must be above 0: the default is 75")
         if not 0 <= self.mask_threshold <= 255:
             raise UserError(f"mask_threshold {self.mask_threshold} must be in 0..255: the default is 250")
-        if not isinstance(self.keep_visible, bool):
-            raise UserError(f"keep_visible {self.keep_visible!r} must be true or false: the default is false")
+        for name, default in (("keep_visible", "false"), ("clip_depth", "true")):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} {getattr(self, name)!r} must be true or false: the default is {default}")
+        for name, options in (("image_resize", IMAGE_RESIZES), ("depth_prompt", DEPTH_PROMPTS)):
+            if getattr(self, name) not in options:
+                raise UserError(
+                    f"{name} {getattr(self, name)!r} is unknown{did_you_mean(getattr(self, name), options)}"
+                )
+
+    def nearest(self, task: str) -> bool:
+        """Whether ``task`` brings its pictures to the model's square by nearest."""
+        return self.image_resize == "nearest" or (self.image_resize == "nearest_depth" and task == "depth")
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON values."""
@@ -65,8 +89,10 @@ class TaskOptions:
         return cls(**dict(values))
 
 
-def picture(raw: Mapping[str, Any], field: str, resolution: int) -> np.ndarray:
+def picture(raw: Mapping[str, Any], field: str, resolution: int, nearest: bool = False) -> np.ndarray:
     """A uint8 RGB field of ``raw`` as float32 (resolution, resolution, 3) in [-1, 1], antialiased (facts 10, row 26).
+
+    ``nearest`` takes the nearest pixels instead, as the released generalist's depth does.
 
     Raises:
         UserError: the field is missing or is no uint8 (H, W, 3).
@@ -77,7 +103,8 @@ def picture(raw: Mapping[str, Any], field: str, resolution: int) -> np.ndarray:
             f"sample '{raw.get('key', '?')}': {field} has shape {pixels.shape} and type {pixels.dtype}: "
             "give an 8-bit RGB picture (H, W, 3)"
         )
-    return to_unit(resize_bilinear(pixels, (resolution, resolution)))
+    resize = resize_nearest if nearest else resize_bilinear
+    return to_unit(resize(pixels, (resolution, resolution)))
 
 
 def to_unit(values: np.ndarray) -> np.ndarray:

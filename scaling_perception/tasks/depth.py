@@ -57,10 +57,7 @@ def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> lis
     depth = require(raw, "depth", like="image")
     if depth.ndim != 2:
         raise UserError(f"sample '{raw.get('key', '?')}': depth has shape {depth.shape}: give one channel (H, W)")
-    with np.errstate(invalid="ignore"):
-        valid = np.isfinite(depth) & (depth > 0)
-    if raw.get("valid") is not None:
-        valid &= require(raw, "valid", like="image").astype(bool)
+    valid = _valid(raw, depth)
     try:
         target = normalise(depth, valid, options.depth_quantiles)
     except UserError as error:
@@ -70,13 +67,32 @@ def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> lis
 
 
 def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, np.ndarray]:
-    """The image, and a constant +1 prompt (the authors feed the true valid mask, which leaks; facts 10, row 8)."""
-    image = picture(raw, "image", resolution)
-    return {"image": image, "prompt": np.ones_like(image)}
+    """The image, and a constant +1 prompt.
+
+    With ``options.depth_prompt = "valid"`` the prompt is the mask of valid depths in {0, 1} where ``raw`` has depths,
+    as the authors feed it: it leaks where the ground truth is missing (facts 10, row 8).
+    """
+    image = picture(raw, "image", resolution, options.nearest("depth"))
+    if options.depth_prompt == "ones" or raw.get("depth") is None:
+        return {"image": image, "prompt": np.ones_like(image)}
+    valid = resize_nearest(_valid(raw, require(raw, "depth", like="image")), image.shape[:2])
+    return {"image": image, "prompt": np.repeat(valid[..., None].astype(np.float32), 3, axis=-1)}
+
+
+def _valid(raw: Mapping[str, Any], depth: np.ndarray) -> np.ndarray:
+    """Where depth is finite, above 0, and not excluded by the sample's own mask."""
+    with np.errstate(invalid="ignore"):
+        valid = np.isfinite(depth) & (depth > 0)
+    if raw.get("valid") is not None:
+        valid &= require(raw, "valid", like="image").astype(bool)
+    return valid
 
 
 def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOptions) -> np.ndarray:
     """Channel mean, clipped to [-1, 1], mapped to [0, 1] (0 near), then bilinear to ``size``.
+
+    With ``options.clip_depth`` off it is the channel mean as decoded, about [-1, 1] (-1 near): all that follows then
+    has to stretch it or to call ``to_range``.
 
     Args:
         pixels: (1, M, R, R, 3) about [-1, 1].
@@ -85,5 +101,12 @@ def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOp
     Returns:
         float32 (M, H, W) in [0, 1], affine-invariant.
     """
-    depth = (np.clip(check_pixels(pixels, 1)[0].mean(axis=-1), -1, 1) + 1) / 2
-    return np.clip(np.stack([resize_bilinear(member, size) for member in depth]), 0, 1)
+    depth = check_pixels(pixels, 1)[0].mean(axis=-1)
+    if not options.clip_depth:
+        return np.stack([resize_bilinear(member, size) for member in depth])
+    return np.clip(np.stack([resize_bilinear(member, size) for member in to_range(depth)]), 0, 1)
+
+
+def to_range(decoded: np.ndarray) -> np.ndarray:
+    """Decoded depth, about [-1, 1], to [0, 1]; what lies outside is clipped."""
+    return (np.clip(decoded, -1, 1) + 1) / 2

@@ -13,7 +13,7 @@ import numpy as np
 
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks.common import TaskOptions, check_pixels, picture, require, sample
-from scaling_perception.tasks.resize import resize_bilinear, resize_flow
+from scaling_perception.tasks.resize import resize_bilinear, resize_flow, resize_nearest
 
 PASSES = ("flow_x", "flow_y")
 REFERENCE_WIDTH = 512
@@ -34,7 +34,12 @@ def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> lis
         valid &= require(raw, "valid", like="image").astype(bool)
     if not valid.any():
         raise UserError(f"sample '{raw.get('key', '?')}': no flow pixel is valid: check the flow file")
-    scaled, valid = resize_flow(flow, valid, (resolution, resolution))
+    size = (resolution, resolution)
+    if options.nearest("flow"):
+        scaled = resize_nearest(np.where(valid[..., None], flow, 0).astype(np.float32), size)
+        valid = resize_nearest(valid, size)
+    else:
+        scaled, valid = resize_flow(flow, valid, size)
     scaled *= np.float32(REFERENCE_WIDTH / flow.shape[1] / options.flow_divisor)
     return [sample(raw, name, inputs, scaled[..., i], valid.copy()) for i, name in enumerate(PASSES)]
 
@@ -42,7 +47,8 @@ def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> lis
 def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, np.ndarray]:
     """The first frame, and the second as the prompt."""
     require(raw, "image2", like="image")
-    return {"image": picture(raw, "image", resolution), "prompt": picture(raw, "image2", resolution)}
+    nearest = options.nearest("flow")
+    return {"image": picture(raw, "image", resolution, nearest), "prompt": picture(raw, "image2", resolution, nearest)}
 
 
 def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOptions) -> np.ndarray:
