@@ -70,7 +70,7 @@ def _short(number: float) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as aligned text."""
-    head = ["name", "params", "active", "GMAC 256", "GMAC 512", "layers", "dim", "heads", "head dim", "pixels", "input ch"]
+    head = ["name", "params", "active", "GMAC 256", "GMAC 512", "layers", "dim", "heads", "head dim", "pixels", "in ch"]
     lines = [head]
     for row in rows:
         macs = [f"{row[field] / 1e9:.2f}" for field in ("macs_256", "macs_512")]

@@ -7,20 +7,20 @@ Layers are stacked: each parameter under ``blocks`` has a leading layer axis L, 
 of tensors independent of depth.
 """
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from scaling_perception.models.moe import EXPERT_MLPS, GATINGS, MoE
+from scaling_perception.models.config import DiTConfig as DiTConfig
+from scaling_perception.models.config import config_from_dict as config_from_dict
+from scaling_perception.models.moe import MoE
 from scaling_perception.ops.attention import attention
-from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.errors import UserError
 
 Params = dict[str, Any]  # nested dict of arrays
 
@@ -30,149 +30,6 @@ NORM_EPSILON = 1e-6
 _xavier = nn.initializers.xavier_uniform()
 _normal = nn.initializers.normal(0.02)
 _zeros = nn.initializers.zeros_init()
-
-
-@dataclasses.dataclass(frozen=True)
-class DiTConfig:
-    """Sizes of a DiT. All are plain numbers, so a config is JSON-able (``dataclasses.asdict``).
-
-    Attributes:
-        name: preset it came from.
-        input_size: side of the square latent grid, h = w (image side / 8).
-        patch_size: side of a patch in latent pixels.
-        in_channels: channels of the noisy latent.
-        cond_channels: channels of the latents put before it: 0 none, 4 image, 8 image and prompt. Order: [image,
-            prompt, noisy] (facts 2).
-        dim, depth, heads: width D, layers L, attention heads.
-        mlp_ratio: hidden width of the MLP over D.
-        num_classes: class rows of the label table.
-        task_labels: task rows after them; the null row is last.
-        routed: one patch embedding per task label (PatchEmbedRouter, facts 2) instead of one for all.
-        learn_sigma: whether as many output channels again are made for the learned variance.
-        experts: routed expert MLPs E in every block, in place of its MLP; 0 = dense.
-        active_experts: experts K that each token meets.
-        expert_mlp: ``gelu`` (as the dense MLP, upcycled models) or ``swiglu`` (without biases, DiT-MoE), facts 3.1.
-        shared_experts: 0, or width over D of one SwiGLU that every token meets besides (2 in DiT-MoE).
-        gating: ``paper``: the chosen experts' softmax weights as they are; ``renormalised``: divided by their sum.
-        qk_norm: LayerNorm of queries and keys in each head (DiT-MoE's other attention layout, facts 1.2).
-        context_dim: 0, or width of a fixed embedding of the task that is projected and added to the condition.
-    """
-
-    name: str
-    input_size: int
-    dim: int
-    depth: int
-    heads: int
-    patch_size: int = 2
-    in_channels: int = 4
-    cond_channels: int = 0
-    mlp_ratio: float = 4.0
-    num_classes: int = 1000
-    task_labels: int = 0
-    routed: bool = False
-    learn_sigma: bool = True
-    experts: int = 0
-    active_experts: int = 2
-    expert_mlp: str = "gelu"
-    shared_experts: int = 0
-    gating: str = "paper"
-    qk_norm: bool = False
-    context_dim: int = 0
-
-    def __post_init__(self) -> None:
-        for field in ("input_size", "dim", "depth", "heads", "patch_size", "in_channels"):
-            if getattr(self, field) < 1:
-                raise UserError(f"model {field}={getattr(self, field)}: give a whole number of 1 or more")
-        for field in ("cond_channels", "num_classes", "task_labels", "experts", "shared_experts", "context_dim"):
-            if getattr(self, field) < 0:
-                raise UserError(f"model {field}={getattr(self, field)}: give 0 or more")
-        if self.dim % self.heads:
-            raise UserError(f"model dim={self.dim} is not a multiple of heads={self.heads}: change one of them")
-        if self.dim % 4:
-            raise UserError(f"model dim={self.dim}: the position table needs a multiple of 4")
-        if self.input_size % self.patch_size:
-            raise UserError(f"model input_size={self.input_size} is not a multiple of patch_size={self.patch_size}")
-        if self.routed and not self.task_labels:
-            raise UserError("model routed=True needs task_labels above 0: one patch embedding is made per task label")
-        for field, options in (("expert_mlp", EXPERT_MLPS), ("gating", GATINGS)):
-            if getattr(self, field) not in options:
-                raise UserError(f"model {field}={getattr(self, field)!r}{did_you_mean(getattr(self, field), options)}")
-        if self.experts and not 1 <= self.active_experts <= self.experts:
-            raise UserError(f"model active_experts={self.active_experts}: give 1 to experts={self.experts}")
-        if self.shared_experts and not self.experts:
-            raise UserError("model shared_experts needs experts above 0: a dense block has no shared expert")
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.input_size // self.patch_size
-
-    @property
-    def tokens(self) -> int:
-        """T, patches in the picture."""
-        return self.grid**2
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.heads
-
-    @property
-    def hidden(self) -> int:
-        """F, hidden width of the MLP, and of each expert."""
-        return round(self.dim * self.mlp_ratio)
-
-    @property
-    def input_channels(self) -> int:
-        """Channels of the model's input: condition latents and the noisy latent."""
-        return self.cond_channels + self.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the model's output: the prediction, then the variance logits if learned."""
-        return self.in_channels * (2 if self.learn_sigma else 1)
-
-    @property
-    def label_rows(self) -> int:
-        """Rows of the label table: classes, tasks, null."""
-        return self.num_classes + self.task_labels + 1
-
-    @property
-    def null_label(self) -> int:
-        """The unconditional label, which is also what a single-task model is fed (facts 2)."""
-        return self.label_rows - 1
-
-    def task_label(self, index: int) -> int:
-        """Label of task ``index`` (a pass index of ``tasks.PASSES``) where the model has tasks, else the null label."""
-        if not self.task_labels:
-            return self.null_label
-        if not 0 <= index < self.task_labels:
-            raise UserError(f"task index {index}: model {self.name} knows {self.task_labels} tasks (0 is the first)")
-        return self.num_classes + index
-
-
-def config_from_dict(fields: Mapping[str, Any]) -> DiTConfig:
-    """A config from its JSON form.
-
-    Raises:
-        UserError: a field is unknown, missing, or of the wrong kind.
-    """
-    known = {field.name: field for field in dataclasses.fields(DiTConfig)}
-    kinds = {field.name: type(field.default) for field in known.values() if field.default is not dataclasses.MISSING}
-    kinds["name"] = str
-    given: dict[str, Any] = {}
-    for name, value in fields.items():
-        if name not in known:
-            raise UserError(f"model has no field '{name}'{did_you_mean(name, known)}")
-        kind = kinds.get(name, int)
-        accepted = (int, float) if kind is float else kind
-        if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
-            raise UserError(f"model {name}={value!r}: expected a value of type {kind.__name__}")
-        given[name] = kind(value)
-    missing = [n for n, field in known.items() if field.default is dataclasses.MISSING and n not in given]
-    if missing:
-        raise UserError(f"model field '{missing[0]}' is missing: add it to the model's description")
-    return DiTConfig(**given)
 
 
 def position_table(dim: int, grid: int) -> np.ndarray:
@@ -214,8 +71,9 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 def patchify(x: jax.Array, patch: int) -> jax.Array:
     """(B, h, w, C) -> (B, T, p * p * C): tokens row-major, inside a patch (row, column, channel)."""
     batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // patch, patch, width // patch, patch, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)
+    rows, columns = height // patch, width // patch
+    x = x.reshape(batch, rows, patch, columns, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, patch * patch * channels)
 
 
 def unpatchify(x: jax.Array, patch: int, grid: int) -> jax.Array:
@@ -238,20 +96,29 @@ class PatchEmbed(nn.Module):
 
     Routed, the kernel has a leading task axis and each sample uses the kernel and bias of its task label; a label
     outside the task labels gets zeros, without bias (facts 2).
+
+    Being linear, it is the sum of two parts: ``conditions``, the channels that stay the same while sampling, with the
+    bias; and ``noisy``, the last ``in_channels``, without it. x then has the channels of that part alone.
     """
 
     config: DiTConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, label: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, label: jax.Array, part: str = "all") -> jax.Array:
         config = self.config
         tasks = (config.task_labels,) if config.routed else ()
         patch, width = config.patch_size, config.dim
         kernel = self.param("kernel", _patch_init, (*tasks, patch, patch, config.input_channels, width))
         bias = self.param("bias", _zeros, (*tasks, width))
+        first, last = {
+            "all": (0, config.input_channels),
+            "conditions": (0, config.cond_channels),
+            "noisy": (config.cond_channels, config.input_channels),
+        }[part]
+        bias = jnp.zeros_like(bias) if part == "noisy" else bias
         patches = patchify(x, patch).astype(self.dtype)
-        kernel = kernel.reshape(*tasks, -1, width)
+        kernel = kernel[..., first:last, :].reshape(*tasks, patch * patch * (last - first), width)
         if not config.routed:
             return patches @ kernel.astype(self.dtype) + bias.astype(self.dtype)[None, None, :]
         chosen = jax.nn.one_hot(label - config.num_classes, config.task_labels, dtype=jnp.float32)
@@ -329,7 +196,8 @@ class Block(nn.Module):
     """adaLN-Zero block: (B, T, D) tokens and (B, D) condition (already through SiLU) to tokens.
 
     Returns (tokens, statistics of the routing or None): the pair that ``scan`` asks for. Norms, modulation, router and
-    gates are float32; the tokens that travel from block to block have the compute dtype.
+    gates are float32; the tokens that travel from block to block have the compute dtype. With ``modulation`` (B, 6 D)
+    given, the condition is not needed.
     """
 
     config: DiTConfig
@@ -338,9 +206,12 @@ class Block(nn.Module):
     mesh: Any = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, condition: jax.Array) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+    def __call__(
+        self, x: jax.Array, condition: jax.Array | None, modulation: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         config, dtype = self.config, self.dtype
-        modulation = nn.Dense(6 * config.dim, kernel_init=_zeros, name="modulation")(condition)
+        if modulation is None:
+            modulation = nn.Dense(6 * config.dim, kernel_init=_zeros, name="modulation")(condition)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
         attend = Attention(config.heads, dtype, config.qk_norm, name="attn")
         mixed = attend(modulate(layer_norm(x), shift_a, scale_a))
@@ -359,11 +230,27 @@ class Final(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, condition: jax.Array | None, modulation: jax.Array | None) -> jax.Array:
         config = self.config
-        shift, scale = jnp.split(nn.Dense(2 * config.dim, kernel_init=_zeros, name="modulation")(condition), 2, axis=-1)
+        if modulation is None:
+            modulation = nn.Dense(2 * config.dim, kernel_init=_zeros, name="modulation")(condition)
+        shift, scale = jnp.split(modulation, 2, axis=-1)
         width = config.patch_size**2 * config.out_channels
         return nn.Dense(width, kernel_init=_zeros, name="linear")(modulate(layer_norm(x), shift, scale))
+
+
+class Fixed(NamedTuple):
+    """What a denoising step needs besides the noisy latent, computed ahead by ``modulations`` and ``embed_conditions``.
+
+    Attributes:
+        tokens: (B, T, D), the patch embedding of the conditions, with bias and positions.
+        blocks: (L, B, 6 D) float32, the modulation of every block.
+        final: (B, 2 D) float32, that of the final layer.
+    """
+
+    tokens: jax.Array
+    blocks: jax.Array
+    final: jax.Array
 
 
 class DiT(nn.Module):
@@ -383,7 +270,8 @@ class DiT(nn.Module):
         mesh: the mesh that the arrays live on, which models with experts need to know; None = one device.
 
     With ``with_stats`` the result is (output, statistics): ``moe.routing_stats`` with a leading layer axis, or {} for a
-    dense model.
+    dense model. With ``fixed``, x holds the noisy latent's channels alone, t is not looked at, and label only chooses
+    the patch embedding of a routed model.
     """
 
     config: DiTConfig
@@ -393,23 +281,30 @@ class DiT(nn.Module):
     mesh: Any = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, label: jax.Array, with_stats: bool = False) -> Any:
+    def __call__(
+        self, x: jax.Array, t: jax.Array, label: jax.Array, with_stats: bool = False, fixed: Fixed | None = None
+    ) -> Any:
         config = self.config
         x, t, label = jnp.asarray(x), jnp.asarray(t), jnp.asarray(label)
-        expected = (config.input_size, config.input_size, config.input_channels)
+        channels = config.in_channels if fixed else config.input_channels
+        expected = (config.input_size, config.input_size, channels)
         if x.shape[1:] != expected:
             raise UserError(
                 f"model {config.name} takes latents (B, {expected[0]}, {expected[1]}, {expected[2]}), got {x.shape}: "
                 f"choose another resolution (at_resolution) or number of condition channels"
             )
-        table = self.param("pos_embed", lambda _: jnp.asarray(position_table(config.dim, config.grid)))
-        labels = self.param("label_embed", _normal, (config.label_rows, config.dim))
-        tokens = PatchEmbed(config, self.dtype, name="patch_embed")(x, label)
-        tokens = tokens + jax.lax.stop_gradient(jnp.asarray(table, self.dtype))[None, :, :]
-        condition = TimeEmbed(config.dim, name="time_embed")(t) + jnp.take(labels, label, axis=0)
-        if config.context_dim:
-            condition = condition + TaskContext(config, name="context")(label)
-        condition = nn.silu(condition)
+        patches, condition = PatchEmbed(config, self.dtype, name="patch_embed"), None
+        if fixed is None:
+            table = self.param("pos_embed", lambda _: jnp.asarray(position_table(config.dim, config.grid)))
+            tokens = patches(x, label) + jax.lax.stop_gradient(jnp.asarray(table, self.dtype))[None, :, :]
+            labels = self.param("label_embed", _normal, (config.label_rows, config.dim))
+            condition = TimeEmbed(config.dim, name="time_embed")(t) + jnp.take(labels, label, axis=0)
+            if config.context_dim:
+                condition = condition + TaskContext(config, name="context")(label)
+            condition = nn.silu(condition)
+        else:
+            tokens = fixed.tokens.astype(self.dtype) + patches(x, label, "noisy")
+        blocks, final = (None, None) if fixed is None else (fixed.blocks, fixed.final)
         # Storing every elementwise intermediate of every layer is slower than recomputing it (by a quarter of the
         # gradient's time on a CPU), and the attention logits would grow with T squared.
         policies = jax.checkpoint_policies
@@ -420,12 +315,41 @@ class DiT(nn.Module):
             nn.remat(Block, prevent_cse=False, policy=kept),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             length=config.depth,
         )
-        tokens, stats = stack(config, self.dtype, self.dispatch, self.mesh, name="blocks")(tokens, condition)
-        out = unpatchify(Final(config, name="final")(tokens, condition), config.patch_size, config.grid)
+        tokens, stats = stack(config, self.dtype, self.dispatch, self.mesh, name="blocks")(tokens, condition, blocks)
+        out = unpatchify(Final(config, name="final")(tokens, condition, final), config.patch_size, config.grid)
         return (out, stats or {}) if with_stats else out
+
+
+def modulations(config: DiTConfig, params: Params, t: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """All modulations of a run of the sampler, which depend on its timesteps and labels alone.
+
+    Args:
+        t: (S,) timesteps. label: (P,) rows of the label table.
+
+    Returns:
+        (S, L, P, 6 D) of the blocks and (S, P, 2 D) of the final layer, float32.
+    """
+    time: Any = TimeEmbed(config.dim).apply({"params": params["time_embed"]}, t)
+    known = jnp.take(params["label_embed"], label, axis=0)
+    if config.context_dim:
+        known = known + TaskContext(config).apply({"params": params["context"]}, label)
+    condition = nn.silu(time[:, None] + known[None])
+    blocks, final = params["blocks"]["modulation"], params["final"]["modulation"]
+    inner = jnp.einsum("spd,ldm->slpm", condition, blocks["kernel"]) + blocks["bias"][None, :, None]
+    return inner, condition @ final["kernel"] + final["bias"][None, None]
+
+
+def embed_conditions(
+    config: DiTConfig, params: Params, latents: jax.Array, label: jax.Array, dtype: Any = jnp.float32
+) -> jax.Array:
+    """The part of the tokens that stays the same while sampling: latents (B, h, w, cond_channels), label (B,), to
+    (B, T, D) in ``dtype``, with bias and positions."""
+    model = PatchEmbed(config, dtype)
+    tokens: Any = model.apply({"params": params["patch_embed"]}, latents, label, "conditions")
+    return tokens + jnp.asarray(params["pos_embed"], dtype)[None]
 
 
 def guide(conditional: jax.Array, unconditional: jax.Array, scale: float, channels: int = 3) -> jax.Array:

@@ -4,19 +4,14 @@ Source: DiT-MoE (Fei et al. 2024) and the paper's upcycled models (facts 3.1, 3.
 expert computes, and where, is ``models/dispatch.py``; here are the parameters, the routing and its statistics.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from scaling_perception.models.config import DiTConfig
 from scaling_perception.models.dispatch import expert_mlp
-
-if TYPE_CHECKING:
-    from scaling_perception.models.dit import DiTConfig
-
-EXPERT_MLPS = ("gelu", "swiglu")
-GATINGS = ("paper", "renormalised")
 
 _zeros = nn.initializers.zeros_init()
 _expert_init = nn.initializers.xavier_uniform(batch_axis=(0,))
@@ -85,7 +80,7 @@ class Weights(nn.Module):
 class Experts(nn.Module):
     """The experts' parameters: each kernel (E, in, out), each bias (E, out)."""
 
-    config: "DiTConfig"
+    config: DiTConfig
 
     @nn.compact
     def __call__(self) -> dict[str, dict[str, jax.Array]]:
@@ -128,7 +123,7 @@ class MoE(nn.Module):
         mesh: the mesh that the arrays live on, None = one device.
     """
 
-    config: "DiTConfig"
+    config: DiTConfig
     dtype: Any = jnp.float32
     dispatch: str = "auto"
     mesh: Any = None

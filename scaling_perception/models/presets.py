@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from scaling_perception.models.dit import DiTConfig, config_from_dict
+from scaling_perception.models.config import DiTConfig, config_from_dict
 from scaling_perception.support.errors import UserError, did_you_mean
 
 LATENT_FACTOR = 8  # image pixels along one side of a latent pixel, for every autoencoder we read

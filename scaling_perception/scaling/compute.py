@@ -4,7 +4,8 @@ MACs and FLOPs are different words: one MAC is two FLOPs. DiT's published "Gflop
 (facts 1.4). Biases, norms, softmax and modulation are left out, and so is the autoencoder.
 """
 
-from scaling_perception.models.dit import TIME_FREQUENCIES, DiTConfig
+from scaling_perception.models.config import DiTConfig
+from scaling_perception.models.dit import TIME_FREQUENCIES
 from scaling_perception.models.presets import at_resolution
 
 TRAINING_FACTOR = 3  # one forward and one backward pass; the paper does not say whether it counts the backward
@@ -13,8 +14,8 @@ TRAINING_FACTOR = 3  # one forward and one backward pass; the paper does not say
 def forward_macs(config: DiTConfig, resolution: int | None = None) -> int:
     """MACs of one forward pass over one sample (facts 1.4), every layer and the condition path included.
 
-    L [T (4 D^2 + M) + 2 T^2 D] + 6 L D^2 + 3 D^2 + 256 D + T (p^2 C_in D + p^2 C_out D), with p the patch side and M the
-    MLP's: 2 D F dense; with experts n K D F + E D + 3 D S, where n is 2 (GELU) or 3 (SwiGLU), E D the router and S the
+    L [T (4 D^2 + M) + 2 T^2 D] + 6 L D^2 + 3 D^2 + 256 D + T p^2 D (C_in + C_out), with p the patch side and M the MLP:
+    2 D F dense; with experts n K D F + E D + 3 D S, where n is 2 (GELU) or 3 (SwiGLU), E D the router and S the
     shared expert's hidden width. Choosing a routed model's patch kernel is not counted: it is a look-up.
 
     Args:

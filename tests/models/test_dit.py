@@ -12,13 +12,16 @@ from scaling_perception.interop.torch_dit import dit_from_torch, dit_to_torch
 from scaling_perception.models.dit import (
     DiT,
     DiTConfig,
+    Fixed,
     PatchEmbed,
     abstract_params,
     config_from_dict,
     count_params,
+    embed_conditions,
     frozen_paths,
     guide,
     init_params,
+    modulations,
     patchify,
     position_table,
     timestep_features,
@@ -299,3 +302,20 @@ def test_wrong_input_names_both_shapes():
     config = get_preset("nano")
     with pytest.raises(UserError, match=r"takes latents \(B, 16, 16, 12\), got \(2, 16, 16, 4\)"):
         DiT(config).apply({"params": {}}, jnp.zeros((2, 16, 16, 4)), jnp.zeros(2), jnp.zeros(2, jnp.int32))
+
+
+@pytest.mark.parametrize("changes", [{}, {"routed": False, "context_dim": 3}, {"experts": 4}, {"cond_channels": 0}])
+def test_what_does_not_change_while_sampling_can_be_computed_ahead(changes):
+    config = get_preset("nano", input_size=8, **changes)
+    params = jax.tree.map(lambda leaf: leaf + 0.05, init_params(config, jax.random.key(0)))
+    latents = jax.random.normal(jax.random.key(1), (3, 8, 8, config.input_channels))
+    t, label = jnp.asarray([999.0, 20.0]), jnp.asarray([0, 3])
+    rows = jnp.asarray([1, 0, 1])  # which label each sample has
+    blocks, final = modulations(config, params, t, label)
+    conditions = latents[..., : config.cond_channels]
+    tokens = embed_conditions(config, params, conditions, label[rows])
+    for step in range(2):
+        fixed = Fixed(tokens, blocks[step][:, rows], final[step][rows])
+        noisy = latents[..., config.cond_channels :]
+        ahead = DiT(config).apply({"params": params}, noisy, t[:1], label[rows], fixed=fixed)
+        close(ahead, DiT(config).apply({"params": params}, latents, t[step : step + 1], label[rows]), 1e-5)
