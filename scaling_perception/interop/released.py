@@ -30,7 +30,7 @@ _DIT_DIFFUSION = {
     "zero_snr": False,
 }
 
-# The scheduler file of Stable Diffusion 2, which the released pipeline loads whatever its config says (facts 10, row 1).
+# The scheduler file of Stable Diffusion 2: the released pipeline loads it whatever its config says (facts 10, row 1).
 _RELEASED_DIFFUSION = {
     "schedule": "scaled_linear",
     "prediction": "v",
@@ -40,7 +40,7 @@ _RELEASED_DIFFUSION = {
     "zero_snr": False,
 }
 
-# Facts 2, 5.1 to 5.3, 7.1 and 10 (rows 8, 11, 26). Mask and flow numbers are the defaults, told here because they count.
+# Facts 2, 5, 7.1 and 10 (rows 8, 11, 26). The numbers of flow, depth and mask are also the defaults of new models.
 _RELEASED_OPTIONS = {
     "flow_divisor": 75.0,
     "depth_quantiles": [0.02, 0.98],
