@@ -1,7 +1,8 @@
 """Parameter trees as safetensors files: nested names joined by '/', whole files or none, one-line errors."""
 
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,32 @@ from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path
 
 Tree = dict[str, Any]  # nested dict of arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSource:
+    """Named tensors that can be read one at a time, wherever they are.
+
+    Attributes:
+        shapes, dtypes: of every tensor, known before any is read; dtypes are numpy's (bfloat16 that of ``ml_dtypes``).
+        read: name -> array on the host. Where the file allows it is a read-only view of the mapped file, which costs
+            memory only while it is held and used.
+        origin: where they are from, for people.
+        metadata: text by name, as the file has it.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
+    read: Callable[[str], np.ndarray]
+    origin: str
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def source_of(tensors: Mapping[str, Any], origin: str) -> TensorSource:
+    """The source of arrays that are in memory (numpy or JAX)."""
+    shapes = {name: tuple(np.shape(array)) for name, array in tensors.items()}
+    dtypes = {name: np.asarray(array).dtype for name, array in tensors.items()}
+    return TensorSource(shapes, dtypes, lambda name: np.asarray(tensors[name]), origin)
 
 
 def flatten_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,9 +95,7 @@ def write_tensors(path: str | os.PathLike[str], tree: Mapping[str, Any], metadat
         raise UserError(f"cannot write {path}: {error}; free space or choose another folder, then run again") from error
 
 
-def save_tree(
-    path: str | os.PathLike[str], tree: Mapping[str, Any], metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tree(path: str | os.PathLike[str], tree: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Write a nested dict of arrays (numpy or JAX, any float, integer or bool dtype) as one safetensors file.
 
     The file is written beside ``path``, flushed and renamed, so that ``path`` is either whole or as it was before.

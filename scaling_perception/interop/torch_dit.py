@@ -1,180 +1,364 @@
 """Published DiT checkpoints to our parameter tree and back: names, transposes, stacking, nothing else.
 
-The layout is facts 1.3: Meta's DiT, and the routed patch embedding of the authors' generalist
-(``x_embedder.proj.conv_in_<n>``). Arrays are numpy on the host; nothing here needs torch.
+The layouts are facts 1.3: Meta's DiT, DiT-MoE with either of its attention layouts, and the authors' generalist. Arrays
+are numpy on the host; nothing here needs torch.
 """
 
+import itertools
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from scaling_perception.interop.safetensors_io import flatten_tree, unflatten_tree
+from scaling_perception.interop.safetensors_io import TensorSource, flatten_tree, source_of, unflatten_tree
 from scaling_perception.models.dit import DiTConfig, abstract_params
-from scaling_perception.support.errors import UserError
+from scaling_perception.models.presets import get_preset, preset_names
+from scaling_perception.support.errors import UserError, did_you_mean
 
 Array = np.ndarray
+Shapes = Mapping[str, tuple[int, ...]]
 
-# our layer -> its name in the checkpoint
-_ENDS = {
+# our layer -> its name in the checkpoint; what is in braces is an axis of our leaf, in this order
+_AXES = ("layer", "task", "expert")
+_LINEAR = {
     "time_embed/fc1": "t_embedder.mlp.0",
     "time_embed/fc2": "t_embedder.mlp.2",
     "final/linear": "final_layer.linear",
     "final/modulation": "final_layer.adaLN_modulation.1",
+    "blocks/modulation": "blocks.{layer}.adaLN_modulation.1",
 }
-_BLOCK = {
-    "attn/qkv": "attn.qkv",
-    "attn/proj": "attn.proj",
-    "mlp/fc1": "mlp.fc1",
-    "mlp/fc2": "mlp.fc2",
-    "modulation": "adaLN_modulation.1",
+_ATTENTION = {
+    "timm": {"blocks/attn/qkv": "blocks.{layer}.attn.qkv", "blocks/attn/proj": "blocks.{layer}.attn.proj"},
+    "flash": {"blocks/attn/qkv": "blocks.{layer}.attn.Wqkv", "blocks/attn/proj": "blocks.{layer}.attn.out_proj"},
+}
+_MLP = {"blocks/mlp/fc1": "blocks.{layer}.mlp.fc1", "blocks/mlp/fc2": "blocks.{layer}.mlp.fc2"}
+_GELU = {
+    "blocks/moe/experts/fc1": "blocks.{layer}.moe.experts.{expert}.fc1",
+    "blocks/moe/experts/fc2": "blocks.{layer}.moe.experts.{expert}.fc2",
+}
+# without biases
+_SWIGLU = {
+    f"blocks/moe/experts/{n}": f"blocks.{{layer}}.moe.experts.{{expert}}.{n}_proj" for n in ("gate", "up", "down")
+}
+_SHARED = {f"blocks/moe/shared/{n}": f"blocks.{{layer}}.moe.shared_experts.{n}_proj" for n in ("gate", "up", "down")}
+_ROUTER = {"blocks/moe/router": "blocks.{layer}.moe.gate"}
+
+# kind of tensor -> (torch -> ours, ours -> torch), both without a copy
+_TURNS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "same": (lambda a: a, lambda a: a),
+    "linear": (lambda a: a.T, lambda a: a.T),
+    "conv": (lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),  # (D, C, row, column)
+    "position": (lambda a: a[0], lambda a: a[None]),
 }
 
 
-def _same(array: Array) -> Array:
-    return array
+class Piece(NamedTuple):
+    """One tensor of a checkpoint and its place in a leaf of ours.
+
+    ``leaf[index] = to_ours(tensor)`` and ``tensor = to_torch(leaf[index])``; both give views, not copies.
+
+    Attributes:
+        tensor: its name in the checkpoint.
+        shape: its shape there.
+        index: (), (layer,), (task,) or (layer, expert).
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    index: tuple[int, ...]
+    to_ours: Callable[[Array], Array]
+    to_torch: Callable[[Array], Array]
 
 
-def _swap(array: Array) -> Array:
-    return array.T
+class LeafPlan(NamedTuple):
+    """A leaf of ours: its shape, and the tensors that it is made of."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
 
 
-def _conv_in(array: Array) -> Array:  # (D, C, row, column) -> (row, column, C, D)
-    return array.transpose(2, 3, 1, 0)
-
-
-def _conv_out(array: Array) -> Array:
-    return array.transpose(3, 2, 0, 1)
-
-
-# (torch name, torch -> ours, ours -> torch) of one tensor; a leaf of ours is one of them, or several on a new axis
-_Piece = tuple[str, Callable[[Array], Array], Callable[[Array], Array]]
-
-
-def _pieces(config: DiTConfig) -> dict[str, list[_Piece] | _Piece]:
-    """Our leaf name -> the checkpoint tensors it is made of; a list is stacked along a leading axis."""
-    table: dict[str, list[_Piece] | _Piece] = {
-        "pos_embed": ("pos_embed", lambda a: a[0], lambda a: a[None]),
-        "label_embed": ("y_embedder.embedding_table.weight", _same, _same),
-    }
-    convs = [f"x_embedder.proj.conv_in_{i + 1}" for i in range(config.task_labels)]
-    if config.routed:
-        table["patch_embed/kernel"] = [(f"{conv}.weight", _conv_in, _conv_out) for conv in convs]
-        table["patch_embed/bias"] = [(f"{conv}.bias", _same, _same) for conv in convs]
+def _table(config: DiTConfig, attention: str) -> dict[str, tuple[str, str]]:
+    """Our leaf -> (name of its tensors in the checkpoint, kind of turn)."""
+    table = {"pos_embed": ("pos_embed", "position"), "label_embed": ("y_embedder.embedding_table.weight", "same")}
+    patch = "x_embedder.proj.conv_in_{task}" if config.routed else "x_embedder.proj"
+    table["patch_embed/kernel"] = (f"{patch}.weight", "conv")
+    table["patch_embed/bias"] = (f"{patch}.bias", "same")
+    biased, plain = {**_LINEAR, **_ATTENTION[attention]}, {}
+    if not config.experts:
+        biased |= _MLP
     else:
-        table["patch_embed/kernel"] = ("x_embedder.proj.weight", _conv_in, _conv_out)
-        table["patch_embed/bias"] = ("x_embedder.proj.bias", _same, _same)
-    for ours, theirs in _ENDS.items():
-        table[f"{ours}/kernel"] = (f"{theirs}.weight", _swap, _swap)
-        table[f"{ours}/bias"] = (f"{theirs}.bias", _same, _same)
-    for ours, theirs in _BLOCK.items():
-        names = [f"blocks.{i}.{theirs}" for i in range(config.depth)]
-        table[f"blocks/{ours}/kernel"] = [(f"{name}.weight", _swap, _swap) for name in names]
-        table[f"blocks/{ours}/bias"] = [(f"{name}.bias", _same, _same) for name in names]
+        plain |= _ROUTER
+        if config.expert_mlp == "gelu":
+            biased |= _GELU
+        else:
+            plain |= _SWIGLU
+        if config.shared_experts:
+            plain |= _SHARED
+    for ours, theirs in {**biased, **plain}.items():
+        table[f"{ours}/kernel"] = (f"{theirs}.weight", "linear")
+    for ours, theirs in biased.items():
+        table[f"{ours}/bias"] = (f"{theirs}.bias", "same")
+    if config.qk_norm:
+        for norm in ("q_norm", "k_norm"):
+            for ours, theirs in (("scale", "weight"), ("bias", "bias")):
+                table[f"blocks/attn/{norm}/{ours}"] = (f"blocks.{{layer}}.attn.{norm}.{theirs}", "same")
     return table
 
 
-def config_from_torch(state: Mapping[str, Array], heads: int = 16, name: str = "converted") -> DiTConfig:
-    """The sizes that a state dict has. The number of heads leaves no trace in the shapes and must be known (16 for
-    every published DiT-XL and the paper's sizes).
+def leaf_pieces(config: DiTConfig, attention: str = "auto") -> dict[str, LeafPlan]:
+    """Every leaf of ours and the checkpoint tensors it is made of, so that either side can be filled piece by piece.
 
-    Classes and task labels cannot be told apart either: the routed form has one task label per patch convolution, the
-    plain form none.
+    Args:
+        attention: names of the attention layers: ``timm`` (qkv, proj), ``flash`` (Wqkv, out_proj; facts 1.3), or
+            ``auto``: flash for a model with QK-norm, as DiT-MoE has it, else timm.
 
     Raises:
-        UserError: a tensor that tells a size is missing or of the wrong rank.
+        UserError: the model has a part that no published layout holds.
+    """
+    if attention == "auto":
+        attention = "flash" if config.qk_norm else "timm"
+    if attention not in _ATTENTION:
+        raise UserError(f"attention layout {attention!r}{did_you_mean(attention, ('auto', *_ATTENTION))}")
+    if config.context_dim:
+        raise UserError(
+            f"model {config.name} has a task context (context_dim={config.context_dim}), for which published "
+            "checkpoints have no place: keep it as one of our folders"
+        )
+    table, plans = _table(config, attention), {}
+    sizes = {"layer": config.depth, "task": config.task_labels, "expert": config.experts}
+    for leaf, expected in flatten_tree(abstract_params(config)).items():
+        pattern, kind = table[leaf]
+        to_ours, to_torch = _TURNS[kind]
+        axes = [axis for axis in _AXES if f"{{{axis}}}" in pattern]
+        shape = to_torch(np.broadcast_to(np.float32(0), expected.shape[len(axes) :])).shape
+        pieces = []
+        for index in itertools.product(*(range(sizes[axis]) for axis in axes)):
+            numbers = dict(zip(axes, index, strict=True))
+            if "task" in numbers:
+                numbers["task"] += 1  # the released names count from 1
+            pieces.append(Piece(pattern.format(**numbers), shape, index, to_ours, to_torch))
+        plans[leaf] = LeafPlan(expected.shape, tuple(pieces))
+    return plans
+
+
+def attention_layout(names: Any) -> str:
+    """``flash`` or ``timm``: which of the two attention layouts the tensor ``names`` of a checkpoint follow."""
+    return "flash" if any(name.endswith(".attn.Wqkv.weight") for name in names) else "timm"
+
+
+def check_tensors(shapes: Shapes, config: DiTConfig) -> list[str]:
+    """What keeps a checkpoint with tensors of these names and shapes from being the model ``config``: one line for each
+    tensor that is missing, of another shape, or unexpected; [] if it fits. No data is read.
+    """
+    problems, known = [], set()
+    for leaf, plan in leaf_pieces(config, attention_layout(shapes)).items():
+        for piece in plan.pieces:
+            known.add(piece.tensor)
+            if piece.tensor not in shapes:
+                problems.append(
+                    f"checkpoint has no tensor {piece.tensor} {piece.shape}, which {config.name} needs for {leaf}"
+                )
+            elif tuple(shapes[piece.tensor]) != piece.shape:
+                problems.append(
+                    f"checkpoint tensor {piece.tensor} has shape {tuple(shapes[piece.tensor])}, model {config.name} "
+                    f"needs {piece.shape}: choose the preset and resolution that it was made with"
+                )
+    for name, shape in shapes.items():
+        if name not in known:
+            problems.append(f"checkpoint tensor {name} {tuple(shape)} has no place in {config.name}")
+    return problems
+
+
+def require_tensors(shapes: Shapes, config: DiTConfig) -> None:
+    """Refuse a checkpoint that does not fit.
+
+    Raises:
+        UserError: the first problem of ``check_tensors``, and how many more there are.
+    """
+    problems = check_tensors(shapes, config)
+    if problems:
+        more = f" (and {len(problems) - 1} more such tensors)" if len(problems) > 1 else ""
+        raise UserError(problems[0] + more)
+
+
+def config_from_shapes(
+    shapes: Shapes,
+    heads: int | None = None,
+    name: str = "converted",
+    active_experts: int = 2,
+    gating: str = "paper",
+) -> DiTConfig:
+    """The sizes of the model that tensors of these names and shapes make up (facts 1.3).
+
+    Args:
+        heads: None = as the norms of queries and keys tell; without those, as the preset of this width and depth has
+            them, else 16. Nothing else in a checkpoint tells them.
+        active_experts, gating: leave no trace either; the defaults are those of every published checkpoint.
+
+    Classes and task labels cannot be told apart: the routed form has one task label per patch convolution, the plain
+    form none.
+
+    Raises:
+        UserError: a tensor that tells a size is missing or of the wrong rank, or the sizes make no model.
     """
 
     def shape(tensor: str, rank: int) -> tuple[int, ...]:
-        if tensor not in state:
-            raise UserError(f"checkpoint has no tensor {tensor}: is it that of a dense DiT?")
-        if np.ndim(state[tensor]) != rank:
-            raise UserError(f"checkpoint tensor {tensor} has shape {np.shape(state[tensor])}, expected {rank} axes")
-        return np.shape(state[tensor])
+        if tensor not in shapes:
+            raise UserError(f"checkpoint has no tensor {tensor}: is it that of a DiT?")
+        if len(shapes[tensor]) != rank:
+            raise UserError(f"checkpoint tensor {tensor} has shape {tuple(shapes[tensor])}, expected {rank} axes")
+        return tuple(shapes[tensor])
 
-    convs = [key for key in state if re.fullmatch(r"x_embedder\.proj\.conv_in_\d+\.weight", key)]
+    def count(pattern: str) -> int:
+        return max((int(found[1]) for key in shapes if (found := re.match(pattern, key))), default=-1) + 1
+
+    convs = sum(re.fullmatch(r"x_embedder\.proj\.conv_in_\d+\.weight", key) is not None for key in shapes)
     dim, channels, patch, _ = shape("x_embedder.proj.conv_in_1.weight" if convs else "x_embedder.proj.weight", 4)
     tokens = shape("pos_embed", 3)[1]
     grid = round(tokens**0.5)
     if grid * grid != tokens:
         raise UserError(f"checkpoint tensor pos_embed has {tokens} rows, which is no square grid of patches")
-    layers = {int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key))}
-    outputs = shape("final_layer.linear.weight", 2)[0] // patch**2
+    depth, moe = count(r"blocks\.(\d+)\."), "blocks.0.moe."
+    fields: dict[str, Any] = {}
+    if f"{moe}gate.weight" in shapes:
+        swiglu = f"{moe}experts.0.gate_proj.weight" in shapes
+        first = f"{moe}experts.0.{'gate_proj' if swiglu else 'fc1'}.weight"
+        fields = {"experts": shape(f"{moe}gate.weight", 2)[0], "active_experts": active_experts, "gating": gating}
+        fields["expert_mlp"] = "swiglu" if swiglu else "gelu"
+        if f"{moe}shared_experts.gate_proj.weight" in shapes:
+            fields["shared_experts"] = max(1, shape(f"{moe}shared_experts.gate_proj.weight", 2)[0] // dim)
+    else:
+        first = "blocks.0.mlp.fc1.weight"
+    qk_norm = "blocks.0.attn.q_norm.weight" in shapes
+    if qk_norm:
+        head_dim = shape("blocks.0.attn.q_norm.weight", 1)[0]
+        if heads is not None and heads * head_dim != dim:
+            raise UserError(f"{heads} heads do not fit: the checkpoint's are {head_dim} wide, and the model {dim}")
+        heads = dim // head_dim
     return DiTConfig(
         name=name,
         input_size=grid * patch,
         dim=dim,
-        depth=max(layers, default=-1) + 1,
-        heads=heads,
+        depth=depth,
+        heads=heads or _usual_heads(dim, depth),
         patch_size=patch,
         in_channels=4,
         cond_channels=channels - 4,
-        mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / dim,
-        num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - len(convs) - 1,
-        task_labels=len(convs),
+        mlp_ratio=shape(first, 2)[0] / dim,
+        num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - convs - 1,
+        task_labels=convs,
         routed=bool(convs),
-        learn_sigma=outputs == 8,
+        learn_sigma=shape("final_layer.linear.weight", 2)[0] // patch**2 == 8,
+        qk_norm=qk_norm,
+        **fields,
     )
 
 
-def dit_from_torch(state: Mapping[str, Array], config: DiTConfig | None = None) -> dict[str, Any]:
-    """Our parameter tree (numpy, float32) from a checkpoint's state dict of numpy arrays.
+def _usual_heads(dim: int, depth: int) -> int:
+    sizes = (get_preset(name) for name in preset_names())
+    return next((preset.heads for preset in sizes if (preset.dim, preset.depth) == (dim, depth)), 16)
 
-    Args:
-        config: the model it must fit; None = whatever sizes the state dict has (``config_from_torch``).
+
+def config_from_torch(
+    state: Mapping[str, Array],
+    heads: int | None = None,
+    name: str = "converted",
+    active_experts: int = 2,
+    gating: str = "paper",
+) -> DiTConfig:
+    """``config_from_shapes`` of a state dict of arrays."""
+    shapes = {tensor: tuple(np.shape(array)) for tensor, array in state.items()}
+    return config_from_shapes(shapes, heads, name, active_experts, gating)
+
+
+def leaf_specs(source: TensorSource, config: DiTConfig, dtype: Any = np.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every leaf of ours that ``stream_from_torch`` with the same arguments fills.
 
     Raises:
         UserError: a tensor is missing, unexpected, or of another shape (named, with both shapes).
     """
-    config = config or config_from_torch(state)
-    shapes = flatten_tree(abstract_params(config))
-    flat: dict[str, Array] = {}
-    used: set[str] = set()
-
-    def read(leaf: str, piece: _Piece, shape: tuple[int, ...]) -> Array:
-        name, to_ours, to_torch = piece
-        expected = to_torch(np.broadcast_to(np.float32(0), shape)).shape
-        if name not in state:
-            raise UserError(f"checkpoint has no tensor {name} {expected}, which {config.name} needs for {leaf}")
-        if tuple(np.shape(state[name])) != expected:
-            raise UserError(
-                f"checkpoint tensor {name} has shape {tuple(np.shape(state[name]))}, model {config.name} needs "
-                f"{expected}: choose the preset and resolution that it was made with"
-            )
-        used.add(name)
-        return to_ours(np.asarray(state[name], np.float32))
-
-    for leaf, pieces in _pieces(config).items():
-        shape = shapes[leaf].shape
-        if isinstance(pieces, list):
-            flat[leaf] = np.stack([read(leaf, piece, shape[1:]) for piece in pieces])
-        else:
-            flat[leaf] = np.ascontiguousarray(read(leaf, pieces, shape))
-    for name in state:
-        if name not in used:
-            raise UserError(f"checkpoint tensor {name} {tuple(np.shape(state[name]))} has no place in {config.name}")
-    return unflatten_tree({leaf: flat[leaf] for leaf in shapes})
+    require_tensors(source.shapes, config)
+    specs = {}
+    for leaf, plan in leaf_pieces(config, attention_layout(source.shapes)).items():
+        kept = dtype or np.result_type(*{source.dtypes[piece.tensor] for piece in plan.pieces})
+        specs[leaf] = jax.ShapeDtypeStruct(plan.shape, kept)
+    return specs
 
 
-def dit_to_torch(params: Mapping[str, Any], config: DiTConfig) -> dict[str, Array]:
+def stream_from_torch(
+    source: TensorSource, config: DiTConfig, dtype: Any = np.float32
+) -> Iterator[tuple[str, tuple[int, ...], Array]]:
+    """Read a checkpoint tensor by tensor: yields (leaf, index, array) with ``leaf[index] = array``, leaf after leaf, and
+    inside a leaf in the order of its memory. One tensor is held at a time.
+
+    Args:
+        dtype: None = that of the source.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, or of another shape (named, with both shapes), before any is read.
+    """
+    specs = leaf_specs(source, config, dtype)
+    for leaf, plan in leaf_pieces(config, attention_layout(source.shapes)).items():
+        for piece in plan.pieces:
+            array = piece.to_ours(source.read(piece.tensor))
+            yield leaf, piece.index, np.ascontiguousarray(array, specs[leaf].dtype)
+
+
+def stream_to_torch(
+    source: TensorSource, config: DiTConfig, dtype: Any = None, attention: str = "auto"
+) -> Iterator[tuple[str, Array]]:
+    """Read parameters of ours tensor by tensor of the published layout: yields (name, contiguous array).
+
+    Args:
+        source: leaves of ours by their joined names (``blocks/attn/qkv/kernel``).
+        dtype: None = that of the source.
+        attention: see ``leaf_pieces``.
+
+    Raises:
+        UserError: a leaf is missing, unexpected, or of another shape (named, with both shapes), before any is read.
+    """
+    plans = leaf_pieces(config, attention)
+    for leaf in source.shapes:
+        if leaf not in plans:
+            raise UserError(f"parameter {leaf} has no place in {config.name}")
+    for leaf, plan in plans.items():
+        if leaf not in source.shapes:
+            raise UserError(f"parameter {leaf} {plan.shape} of {config.name} is missing")
+        if source.shapes[leaf] != plan.shape:
+            raise UserError(f"parameter {leaf} has shape {source.shapes[leaf]}, {config.name} needs {plan.shape}")
+    for leaf, plan in plans.items():
+        whole = source.read(leaf)
+        for piece in plan.pieces:
+            yield piece.tensor, np.ascontiguousarray(piece.to_torch(whole[piece.index]), dtype or whole.dtype)
+
+
+def dit_from_torch(
+    state: Mapping[str, Array], config: DiTConfig | None = None, dtype: Any = np.float32
+) -> dict[str, Any]:
+    """Our parameter tree (numpy) from a checkpoint's state dict of numpy arrays.
+
+    Args:
+        config: the model it must fit; None = whatever sizes the state dict has (``config_from_torch``).
+        dtype: None = that of the state dict, leaf by leaf.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, or of another shape (named, with both shapes).
+    """
+    source = source_of(state, "state dict")
+    config = config or config_from_shapes(source.shapes)
+    specs = leaf_specs(source, config, dtype)
+    flat = {leaf: np.empty(spec.shape, spec.dtype) for leaf, spec in specs.items()}
+    for leaf, index, array in stream_from_torch(source, config, dtype):
+        flat[leaf][index] = array
+    return unflatten_tree(flat)
+
+
+def dit_to_torch(params: Mapping[str, Any], config: DiTConfig, attention: str = "auto") -> dict[str, Array]:
     """The inverse of ``dit_from_torch``: a state dict of contiguous numpy arrays under the published names.
 
     Raises:
         UserError: a leaf is missing, unexpected, or of another shape (named, with both shapes).
     """
-    flat, shapes = flatten_tree(params), flatten_tree(abstract_params(config))
-    for leaf in flat:
-        if leaf not in shapes:
-            raise UserError(f"parameter {leaf} has no place in {config.name}")
-    state: dict[str, Array] = {}
-    for leaf, pieces in _pieces(config).items():
-        if leaf not in flat:
-            raise UserError(f"parameter {leaf} {shapes[leaf].shape} of {config.name} is missing")
-        array = np.asarray(flat[leaf])
-        if array.shape != shapes[leaf].shape:
-            raise UserError(f"parameter {leaf} has shape {array.shape}, {config.name} needs {shapes[leaf].shape}")
-        parts = zip(pieces, array, strict=True) if isinstance(pieces, list) else [(pieces, array)]
-        for (name, _, to_torch), part in parts:
-            state[name] = np.ascontiguousarray(to_torch(part))
-    return state
+    return dict(stream_to_torch(source_of(flatten_tree(params), "parameters"), config, attention=attention))
