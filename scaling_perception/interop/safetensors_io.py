@@ -1,11 +1,13 @@
 """Parameter trees as safetensors files: nested names joined by '/', whole files or none, one-line errors."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import ml_dtypes  # noqa: F401  gives numpy the names bfloat16 and float8
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -14,6 +16,26 @@ from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path
 
 Tree = dict[str, Any]  # nested dict of arrays
+
+# numpy's name -> the format's
+DTYPE_CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+_DTYPES = {code: np.dtype(name) for name, code in DTYPE_CODES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +104,76 @@ def unflatten_tree(flat: Mapping[str, Any]) -> Tree:
     return tree
 
 
+class Entry(NamedTuple):
+    """Where a tensor's bytes are: row-major, little-endian, from ``offset`` of the file on."""
+
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def view(self) -> np.ndarray:
+        """The tensor as a read-only view of the mapped file: only what is used of it is read."""
+        if 0 in self.shape:
+            return np.empty(self.shape, self.dtype)  # nothing can be mapped
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+
+
+def read_entries(path: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[str, str]]:
+    """(every tensor's place, metadata) of one safetensors file; no data is read.
+
+    Raises:
+        UserError: the file is missing, unreadable, truncated, no safetensors file, or of a dtype that numpy lacks.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: check the path")
+    try:
+        with safe_open(path, framework="numpy") as file:  # checks that the header is sound and the file whole
+            metadata = dict(file.metadata() or {})
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except SafetensorError as error:
+        why = foreign_content(path) or f"is no whole safetensors file ({error}): copy or download it again"
+        raise UserError(f"{path} {why}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    entries = {}
+    for name, fields in header.items():
+        if name == "__metadata__":
+            continue
+        if fields["dtype"] not in _DTYPES:
+            raise UserError(f"{path}: tensor {name} has dtype {fields['dtype']}, which numpy lacks: convert it to F32")
+        start = 8 + length + fields["data_offsets"][0]
+        entries[name] = Entry(path, _DTYPES[fields["dtype"]], tuple(fields["shape"]), start)
+    return entries, metadata
+
+
+def source_of_entries(entries: Mapping[str, Entry], origin: str, metadata: Mapping[str, str]) -> TensorSource:
+    """The source that maps each tensor from its file when it is asked for."""
+    return TensorSource(
+        {name: entry.shape for name, entry in entries.items()},
+        {name: entry.dtype for name, entry in entries.items()},
+        lambda name: entries[name].view(),
+        origin,
+        dict(metadata),
+    )
+
+
+def foreign_content(path: Path) -> str | None:
+    """What a file that should hold tensors holds instead, where that is easily told, and how to mend it."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        return "is empty: download it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "is only a Git LFS pointer: fetch the file itself (git lfs pull)"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, not a checkpoint: download the file itself"
+    return None
+
+
 def write_tensors(path: str | os.PathLike[str], tree: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """Write the tensors of ``tree`` to ``path`` as it stands (see ``save_tree`` for a whole file or none).
 
@@ -126,7 +218,8 @@ def load_tree(path: str | os.PathLike[str]) -> tuple[Tree, dict[str, str]]:
             flat = {name: file.get_tensor(name) for name in file.keys()}
         return unflatten_tree(flat), metadata
     except SafetensorError as error:
-        raise UserError(f"{path} is no whole safetensors file ({error}): copy or download it again") from error
+        why = foreign_content(path) or f"is no whole safetensors file ({error}): copy or download it again"
+        raise UserError(f"{path} {why}") from error
     except ValueError as error:
         raise UserError(f"{path} holds names that make no tree: {error}") from error
     except OSError as error:

@@ -290,7 +290,7 @@ def leaf_specs(source: TensorSource, config: DiTConfig, dtype: Any = np.float32)
 def stream_from_torch(
     source: TensorSource, config: DiTConfig, dtype: Any = np.float32
 ) -> Iterator[tuple[str, tuple[int, ...], Array]]:
-    """Read a checkpoint tensor by tensor: yields (leaf, index, array) with ``leaf[index] = array``, leaf after leaf, and
+    """Read a checkpoint tensor by tensor: yields (leaf, index, array) with ``leaf[index] = array``, leaf after leaf,
     inside a leaf in the order of its memory. One tensor is held at a time.
 
     Args:

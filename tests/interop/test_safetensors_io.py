@@ -48,7 +48,7 @@ def test_truncated_file_is_told(tmp_path, keep):
     path = tmp_path / "x.safetensors"
     save_tree(path, {"a": np.ones((10, 10), np.float32)})
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="x.safetensors is no whole safetensors file"):
+    with pytest.raises(UserError, match="x.safetensors is (no whole safetensors file|empty)"):
         load_tree(path)
 
 

@@ -1,0 +1,207 @@
+"""PyTorch checkpoint files: read without running anything that they hold, written as plain state dicts.
+
+torch is needed for these alone, and is imported when one is opened.
+"""
+
+import argparse
+import contextlib
+import importlib
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaling_perception.interop.safetensors_io import TensorSource, foreign_content
+from scaling_perception.interop.sharded import find_weights, open_sharded
+from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import atomic_path
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
+_ENTRIES = ("ema", "model", "state_dict")  # where training files keep the weights; the first that is there is taken
+_PREFIXES = ("module.", "_orig_mod.")  # what wrappers put before every name
+_REOPEN_BYTES = 2**30  # a mapped file counts as memory of this process once read: opened anew after so much
+_ALIGN = 64
+
+
+def open_tensors(path: str | os.PathLike[str]) -> TensorSource:
+    """The tensors of a checkpoint: a safetensors file, an index of several, a PyTorch file, or a folder with one of
+    these.
+
+    Raises:
+        UserError: none of these, or damaged; as ``open_sharded`` and ``open_torch``.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = find_weights(path) or _only_checkpoint(path)
+    elif path.is_file():
+        found = path
+    else:
+        raise UserError(f"{path} does not exist: check the path")
+    if found.suffix in SUFFIXES or (found.suffix not in (".safetensors", ".json") and _looks_like_torch(found)):
+        return open_torch(found)
+    return open_sharded(found)
+
+
+def _only_checkpoint(folder: Path) -> Path:
+    names = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *SUFFIXES) and path.is_file())
+    if len(names) == 1:
+        return names[0]
+    if names:
+        listed = ", ".join(path.name for path in names[:5])
+        raise UserError(f"{folder} has {len(names)} checkpoint files ({listed}): name the one to read")
+    raise UserError(f"{folder} has no checkpoint: expected a safetensors file, or one of {', '.join(SUFFIXES)}")
+
+
+def _looks_like_torch(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02")  # a zip, or a pickle of protocol 2
+
+
+def _torch(path: Path) -> Any:
+    try:
+        return importlib.import_module("torch")
+    except ImportError as error:
+        raise UserError(f"{path}: PyTorch files need torch: pip install 'scaling-perception[torch]'") from error
+
+
+def open_torch(path: str | os.PathLike[str]) -> TensorSource:
+    """The weights in a PyTorch file: its ``ema`` entry if it has one, else ``model`` or ``state_dict``, else the file
+    is a state dict itself. A prefix that all names share (``module.``) is dropped.
+
+    Nothing but tensors, plain containers and ``argparse.Namespace`` (which DiT's training files hold) is unpickled, and
+    the file is mapped, not read, where its form allows.
+
+    Raises:
+        UserError: torch is missing; the file is missing, damaged, holds other objects, or no weights.
+    """
+    path = Path(path)
+    torch = _torch(path)
+    state, entry, mapped = _open(torch, path)
+    prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), "")
+    shapes, dtypes = {}, {}
+    for name, tensor in state.items():
+        shapes[name.removeprefix(prefix)] = tuple(tensor.shape)
+        dtypes[name.removeprefix(prefix)] = _numpy_dtype(tensor, name, path)
+    seen = 0
+
+    def read(name: str) -> np.ndarray:
+        nonlocal state, seen
+        if mapped and seen > _REOPEN_BYTES:
+            state, seen = _open(torch, path)[0], 0
+        array = _to_numpy(torch, state[prefix + name])
+        seen += array.nbytes
+        return array
+
+    origin = f"{path} (its '{entry}' weights)" if entry else str(path)
+    return TensorSource(shapes, dtypes, read, origin)
+
+
+def _open(torch: Any, path: Path) -> tuple[dict[str, Any], str, bool]:
+    """(state dict, the entry that it is, whether the file is mapped)."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: check the path")
+    why = foreign_content(path)
+    if why:
+        raise UserError(f"{path} {why}")
+    with open(path, "rb") as file:
+        mapped = file.read(4) == b"PK\x03\x04"  # the older form cannot be mapped
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the file's age and pickle protocol
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # whatever a damaged or hostile file makes the reader raise
+        found = re.search(r"(?:GLOBAL|global:?|class) ([\w.]+\.\w+)", str(error))
+        if found:
+            raise UserError(
+                f"{path} holds objects other than tensors ({found[1]}), which could run code when read: "
+                "save its weights alone (torch.save of a state dict) where it was made"
+            ) from error
+        reason = str(error).strip().splitlines()
+        detail = f" ({reason[0][:120]})" if reason and "Weights only" not in reason[0] else ""
+        raise UserError(f"{path} is no whole PyTorch checkpoint{detail}: copy or download it again") from error
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"{path} holds {type(loaded).__name__} instead of a state dict: save a model's state_dict()")
+    entry = next((name for name in _ENTRIES if isinstance(loaded.get(name), Mapping)), "")
+    state = dict(loaded[entry] if entry else loaded)
+    other = [str(name) for name, value in state.items() if not isinstance(name, str) or not torch.is_tensor(value)]
+    if other or not state:
+        held = f"'{other[0]}' is no tensor" if other else "it is empty"
+        raise UserError(f"{path}{f' entry {entry}' if entry else ''} is no state dict ({held}): give weights alone")
+    return state, entry, mapped
+
+
+def _numpy_dtype(tensor: Any, name: str, path: Path) -> np.dtype:
+    try:
+        if str(tensor.layout) != "torch.strided":
+            raise TypeError(f"layout {tensor.layout}")
+        return np.dtype(str(tensor.dtype).removeprefix("torch."))
+    except TypeError as error:
+        raise UserError(f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}: store plain floats") from error
+
+
+def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
+    dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+    if dtype.kind == "V":  # bfloat16 and the like, which torch does not hand to numpy
+        tensor = tensor.view({1: torch.uint8, 2: torch.int16}[dtype.itemsize])
+    array = tensor.detach().numpy().view(dtype)
+    array.flags.writeable = False
+    return array
+
+
+def _to_torch(torch: Any, array: np.ndarray) -> Any:
+    if array.dtype.kind != "V":
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view({1: np.uint8, 2: np.int16}[array.dtype.itemsize])).view(
+        getattr(torch, array.dtype.name)
+    )
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"cannot write {path}: {reason}; free space or choose another folder, then run again"
+        ) from error
+
+
+def write_torch(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Write a plain state dict, a whole file or none. What is in memory at any time is one tensor: they are gathered in
+    an unnamed file beside ``path`` first, which takes as much disk again until the end.
+
+    Args:
+        tensors: (name, array) pairs, or a mapping; bfloat16 is that of ``ml_dtypes``.
+
+    Raises:
+        UserError: torch is missing, or the file cannot be written, such as on a full disk.
+    """
+    path = Path(path)
+    torch = _torch(path)
+    with atomic_path(path) as temporary, tempfile.TemporaryFile(dir=temporary.parent) as scratch:
+        places = []
+        for name, array in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            array = np.asarray(array, order="C")
+            with _told(path):
+                scratch.write(b"\0" * (-scratch.tell() % _ALIGN))
+                places.append((name, array.dtype, array.shape, scratch.tell()))
+                scratch.write(array.reshape(-1).view(np.uint8))
+        with _told(path):
+            scratch.flush()
+            state = {}
+            for name, dtype, shape, offset in places:
+                # private and writable, as torch wants it; nothing writes
+                view = np.memmap(scratch, dtype, "c", offset, shape) if 0 not in shape else np.empty(shape, dtype)
+                state[name] = _to_torch(torch, view)
+            torch.save(state, temporary)
