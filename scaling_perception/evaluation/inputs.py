@@ -8,10 +8,15 @@ from typing import Any
 import numpy as np
 
 from scaling_perception.data.formats import read_image, read_mask
+from scaling_perception.interop.layouts import INDEX_END, SUFFIXES, locate
 from scaling_perception.interop.model_folder import CONFIG, SHIPPED, WEIGHTS
+from scaling_perception.models.presets import preset_names
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.files import read_json
 
+INDEX = "model" + INDEX_END  # of weights in several files
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = [CONFIG, "README.md", "model*.safetensors", INDEX]
 
 
 def to_rgb(image: Any) -> np.ndarray:
@@ -96,40 +101,83 @@ def find_model(name: str | os.PathLike[str]) -> Path:
     """The folder of a model: a model folder, a training run (its ``model/``), a shipped name, or a hub id.
 
     Raises:
-        UserError: none of these; names the nearest shipped one.
+        UserError: none of these. A published checkpoint is told the command that converts it, a preset that it is a
+            size without weights, another name the nearest shipped one.
     """
     path = Path(name)
     if path.is_dir():
-        if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
-            return path
-        if (path / "model" / CONFIG).is_file():
-            return path / "model"
-        if (path / "checkpoints").is_dir():
-            raise UserError(f"training run {path} has no model/ yet: let `train` finish (run the same command again)")
-        raise UserError(f"folder {path} is no model ({CONFIG}, {WEIGHTS}) and no training run: check the path")
+        return _in_folder(path)
     if path.exists():
+        if path.name.endswith((*SUFFIXES, INDEX_END)):
+            raise _foreign(path)
         raise UserError(f"{path} is a file: give the model's folder, a training run, or a name")
     known = shipped_models()
     if str(name) in known:
         return SHIPPED / str(name)
+    if str(name) in preset_names():
+        raise UserError(
+            f"'{name}' is a size and comes without weights: train it (scaling-perception train --config "
+            f"configs/depth.py:model={name} …), convert a published checkpoint (scaling-perception convert FILE DIR), or "
+            f"give one of {', '.join(known) or 'your model folders'}"
+        )
     if _HUB_ID.fullmatch(str(name)):
-        return _download(str(name))
+        return _from_hub(str(name))
     near = did_you_mean(str(name), known) if known else ": check the name"
     raise UserError(f"model '{name}' is no folder, hub id (owner/name) or shipped model{near}")
 
 
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
+def _in_folder(path: Path) -> Path:
+    if _is_model(path):
+        return path
+    if _is_model(path / "model"):
+        return path / "model"
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"training run {path} has no model/ yet: let `train` finish (run the same command again)")
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=[CONFIG, WEIGHTS, "README.md"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        locate(path)
+    except UserError:
         raise UserError(
-            f"model '{hub_id}' is no folder here and could not be fetched from the hub ({lines[0].rstrip('.')}): "
-            "check the name and the network, or give a folder"
+            f"folder {path} is no model ({CONFIG}, {WEIGHTS}) and no training run: check the path"
         ) from None
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise UserError(f"hub model '{hub_id}' has no {CONFIG} with {WEIGHTS}: it is no model of this package")
+    raise _foreign(path)
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether this package wrote it: others name the same two files alike."""
+    if not (folder / CONFIG).is_file() or not any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
+        return False
+    try:
+        return "format" in read_json(folder / CONFIG)
+    except (UserError, TypeError):
+        return True  # damaged: loading it says how
+
+
+def _foreign(path: Path) -> UserError:
+    return UserError(
+        f"{path} is a checkpoint in another layout than ours: convert it first (scaling-perception convert {path} DIR) "
+        "and give DIR"
+    )
+
+
+def _from_hub(hub_id: str) -> Path:
+    """The snapshot of a hub model: brought up to date where the hub answers, else as the local cache holds it."""
+    from huggingface_hub import snapshot_download
+
+    reason = ""
+    for offline in (False, True):
+        try:
+            folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, local_files_only=offline))
+            break
+        except Exception as error:  # the client raises errors of the libraries that it is built on, too
+            reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    else:
+        raise UserError(
+            f"model '{hub_id}' is no folder here and could not be fetched from the hub ({reason}): "
+            "check the name and the network, or give a folder"
+        )
+    if not _is_model(folder):
+        raise UserError(
+            f"hub model '{hub_id}' has no {CONFIG} and {WEIGHTS} of this package: download it, convert it "
+            "(scaling-perception convert FILE DIR) and give DIR"
+        )
     return folder

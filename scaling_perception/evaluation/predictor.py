@@ -39,6 +39,10 @@ from scaling_perception.tasks.depth import to_range
 
 _PIXELS_AT_ONCE = {"cpu": 2**20}  # decoded pixels in one batch: bounds memory (about 2 KiB a pixel while decoding)
 _PIXELS_AT_ONCE_ELSEWHERE = 2**22
+_NO_TASK = (
+    "this model knows no task: it was made for classes of pictures (an imported DiT); fine-tune it first "
+    "(scaling-perception train --config configs/depth.py:init=FOLDER …)"
+)
 
 
 class Plan(NamedTuple):
@@ -78,7 +82,7 @@ class Predictor:
         self.resolution = int(meta["resolution"])
         self.tasks: tuple[str, ...] = tuple(meta["tasks"])
         self.options = TaskOptions.from_dict(meta.get("task_options", {}))
-        self.autoencoder = autoencoder if autoencoder is not None else load_autoencoder(meta["autoencoder"])
+        self.autoencoder = autoencoder if autoencoder is not None else _own_autoencoder(meta)
         if self.resolution != self.config.input_size * self.autoencoder.factor:
             raise UserError(
                 f"resolution {self.resolution} does not fit the model's latents of {self.config.input_size} and the "
@@ -210,6 +214,8 @@ class Predictor:
     def check_task(self, task: str) -> None:
         """UserError when there is no such task, or when this model does not serve it."""
         get_task(task)
+        if not self.tasks:
+            raise UserError(_NO_TASK)
         if task not in self.tasks:
             raise UserError(f"this model does not know {task}: it was trained for {', '.join(self.tasks)}")
         if self.config.cond_channels < (4 if task == "depth" else 8):
@@ -413,6 +419,17 @@ def image_id(raw: dict[str, Any]) -> int:
 
 def _name(image: Any, index: int) -> str:
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"image {index}"
+
+
+def _own_autoencoder(meta: dict[str, Any]) -> Autoencoder:
+    """The autoencoder that a model names. One without tasks needs none, and may name one that is not here."""
+    if meta["tasks"]:
+        return load_autoencoder(meta["autoencoder"])
+
+    def refuse(*_: Any) -> Any:
+        raise UserError(_NO_TASK)
+
+    return Autoencoder(meta["autoencoder"], "", {}, refuse, refuse)
 
 
 def _own_diffusion(fields: dict[str, Any]) -> DiffusionPreset:
