@@ -51,7 +51,10 @@ def defaults() -> Config:
     config.model_changes = ConfigDict()  # fields of DiTConfig to change
     config.resolution = 512  # pixels
     config.autoencoder = "tiny"  # shipped name, folder or hub id
-    config.init = ""  # model folder or shipped name to start from; "" = from scratch
+    config.init = ""  # model folder, training run or shipped name to start from; "" = from scratch
+    config.init_surgery = "auto"  # fit it to this model and tell each step (models/surgery.py), or "none"
+    config.init_gain = "exact"  # of an input that is widened on the way; or "released", the authors' 0.5 and 0.33
+    config.upcycle = ConfigDict({"noise": 0.0, "drop": 0.0})  # how experts differ from the MLP they are copied from
 
     config.diffusion = "fixed"  # cosine, v-prediction, trailing steps
     config.diffusion_changes = ConfigDict()

@@ -17,7 +17,6 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,14 +26,13 @@ import numpy as np
 from scaling_perception.diffusion.noise import annealed_strength, pyramid_noise
 from scaling_perception.diffusion.schedules import TRAIN_STEPS, DiffusionPreset, get_diffusion
 from scaling_perception.diffusion.targets import add_noise, latent_mask, masked_mse, training_target
-from scaling_perception.models.dit import DiT, DiTConfig, abstract_params, frozen_paths, init_params
+from scaling_perception.models.dit import DiT, DiTConfig, frozen_paths, init_params
 from scaling_perception.models.presets import at_resolution, get_preset
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks import PASSES, TaskOptions, pass_indices
 from scaling_perception.training.objective import Batches, Metrics, Objective
-from scaling_perception.training.state import named_leaves, path_name
-from scaling_perception.training.step import is_frozen
+from scaling_perception.training.start import starting_point
 
 LATENT = 4  # channels of every latent
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -169,44 +167,6 @@ def tasks_of(config: Config) -> list[str]:
     return sorted(names, key=lambda name: pass_indices(name)[0])
 
 
-def starting_point(init: str, dit: DiTConfig, frozen: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
-    """(params, meta) of the model folder or shipped name ``init``, checked against the network ``dit``.
-
-    Frozen leaves (the position table, which depends on the resolution) are made anew instead of read.
-
-    Raises:
-        UserError: no such model, or a tensor of another shape, naming it.
-    """
-    from scaling_perception.interop.model_folder import load_model
-
-    folder = Path(init) / "model"  # a training workdir keeps its model there
-    params, meta = load_model(folder if folder.is_dir() else init)
-    wanted, found = named_leaves(abstract_params(dit)), named_leaves(params)
-    for name in sorted(wanted.keys() | found.keys()):
-        if is_frozen(name, frozen) and name in wanted:
-            continue
-        shapes = [tuple(tree[name].shape) if name in tree else "absent" for tree in (found, wanted)]
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                f"init: {name} is {shapes[0]} in {init} and {shapes[1]} in this config's model: "
-                "choose the preset and model_changes that it was made with"
-            )
-    held = {name for name in wanted if is_frozen(name, frozen)}
-
-    @jax.jit
-    def fresh() -> dict[str, jax.Array]:  # jit drops what is not asked for
-        leaves = named_leaves(init_params(dit, jax.random.key(0)))
-        return {name: leaves[name] for name in held}
-
-    tables = fresh()
-
-    def choose(path: tuple[Any, ...], _: Any) -> np.ndarray:
-        name = path_name(path)
-        return np.asarray(tables[name] if name in held else found[name], np.float32)
-
-    return jax.tree_util.tree_map_with_path(choose, abstract_params(dit)), meta
-
-
 def diffusion_objective(config: Config, batches: Batches | None = None) -> Objective:
     """The objective of a config with ``objective = "diffusion"``.
 
@@ -234,7 +194,7 @@ def diffusion_objective(config: Config, batches: Batches | None = None) -> Objec
     encode, constants, encoder_id = _encoder(config, batches)
 
     frozen = tuple(frozen_paths(dit))
-    start, start_meta = starting_point(config.init, dit, frozen) if config.init else (None, {})
+    start, start_meta = starting_point(config, dit) if config.init else (None, {})
     if encoder_id and start_meta.get("autoencoder_id", encoder_id) != encoder_id:
         raise UserError(
             f"init {config.init} was trained in the latents of autoencoder {start_meta['autoencoder']}, which is not "
@@ -253,6 +213,8 @@ def diffusion_objective(config: Config, batches: Batches | None = None) -> Objec
         "task_options": options.to_dict(),
         "latent_norm": norm,
     }
+    if start_meta.get("surgery"):
+        meta["init"] = {"model": start_meta["model"]["name"], "steps": start_meta["surgery"]}
 
     def export(params: Any, path: str, info: Mapping[str, Any]) -> None:
         from scaling_perception.interop.model_folder import save_model
@@ -323,7 +285,7 @@ def _encoder(config: Config, batches: Batches) -> tuple[Callable[..., Any] | Non
 def _latent_norm(
     config: Config, batches: Batches, encode: Callable[..., Any] | None, constants: Any, start: Mapping[str, Any]
 ) -> dict[str, Any]:
-    if start.get("latent_norm"):  # weights expect the normalisation that they were trained with
+    if start.get("tasks") and start.get("latent_norm"):  # weights expect the normalisation they were trained with
         return dict(start["latent_norm"])
     if config.latent_norm == "none":
         return {"shift": [[0.0] * LATENT] * len(PASSES), "scale": [[1.0] * LATENT] * len(PASSES)}

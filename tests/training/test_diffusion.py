@@ -224,7 +224,8 @@ def test_init_takes_the_weights_and_the_normalisation_at_any_resolution(exported
 def test_init_of_another_shape_names_the_tensor(exported):
     folder, *_ = exported
     with pytest.raises(UserError, match=r"init: blocks/attn/proj/bias is \(2, 32\) in .* and \(3, 32\) in this config"):
-        diffusion_objective(config_of(f"init={folder}", "model_changes={'depth': 3}"), LatentBatches())
+        changes = ("init_surgery=none", "model_changes={'depth': 3}")
+        diffusion_objective(config_of(f"init={folder}", *changes), LatentBatches())
     with pytest.raises(UserError, match="nosuchmodel"):
         diffusion_objective(config_of("init=nosuchmodel"), LatentBatches())
 

@@ -1,0 +1,64 @@
+"""Where a run starts: another model's weights, fitted to the network that is to be trained (``models/surgery.py``)."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from scaling_perception.models.dit import DiTConfig, Params, abstract_params, config_from_dict, position_table
+from scaling_perception.models.surgery import adapt
+from scaling_perception.support.configs import Config
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.training.state import named_leaves
+
+SURGERIES = ("auto", "none")
+
+
+def starting_point(config: Config, dit: DiTConfig) -> tuple[Params, dict[str, Any]]:
+    """(params, meta) of the model folder, training run or shipped name ``config.init``, as weights of ``dit``.
+
+    ``config.init_surgery``: ``auto`` changes what can be changed without training, by ``config.init_gain`` and
+    ``config.upcycle``, and prints each step; ``none`` takes a model of the same shapes alone. The position table, which
+    depends on the resolution, is always made anew. Params are float32 on the host; copies of one array are views.
+
+    Returns:
+        (params, the folder's description with ``surgery``: the steps as text).
+
+    Raises:
+        UserError: no such model, or one that cannot become ``dit``, naming the field or tensor.
+    """
+    from scaling_perception.interop.model_folder import load_model
+
+    if config.init_surgery not in SURGERIES:
+        raise UserError(f"init_surgery is '{config.init_surgery}'{did_you_mean(config.init_surgery, SURGERIES)}")
+    folder = Path(config.init) / "model"  # a training workdir keeps its model there
+    found, meta = load_model(folder if folder.is_dir() else config.init)
+    found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), found)  # first: 1/3 of a half is rounded twice
+    if config.init_surgery == "none":
+        _refuse_other_shapes(config.init, found, dit)
+        params, steps = found, []
+    else:
+        key = jax.random.key(config.seed)
+        try:
+            params, steps = adapt(
+                found, config_from_dict(meta["model"]), dit, config.init_gain, **config.upcycle.to_dict(), key=key
+            )
+        except UserError as error:
+            raise UserError(f"init {config.init}: {error}") from None
+    for step in steps:
+        print(f"init {config.init}: {step}", file=sys.stderr, flush=True)
+    params = {**params, "pos_embed": position_table(dit.dim, dit.grid)}
+    return params, {**meta, "surgery": steps}
+
+
+def _refuse_other_shapes(init: str, found: Params, dit: DiTConfig) -> None:
+    trees = (named_leaves(found), named_leaves(abstract_params(dit)))
+    for name in sorted(trees[0].keys() | trees[1].keys()):
+        shapes = [tuple(tree[name].shape) if name in tree else "absent" for tree in trees]
+        if name != "pos_embed" and shapes[0] != shapes[1]:
+            raise UserError(
+                f"init: {name} is {shapes[0]} in {init} and {shapes[1]} in this config's model: "
+                "choose the preset and model_changes that it was made with, or init_surgery=auto"
+            )
