@@ -51,8 +51,8 @@ def test_every_argument_is_documented_accepted_and_used(name):
     doc, args = read(name)
     plain = json.dumps(load_config(f"configs/{name}").to_dict())
     told = set(re.findall(r"``(\w+)``", doc))
-    samples = {"model": "a2", "res": 64, "recipe": "ablation", "diffusion": "paper", "phase": "decoder"}
-    samples["flip"] = "false"
+    samples = {"model": "a2", "res": 64, "recipe": "ablation", "diffusion": "released", "phase": "decoder"}
+    samples |= {"flip": "false", "task": "flow"}
     for key, default in args.items():
         assert key in told, f"the docstring does not tell the argument {key}"
         value = samples.get(key, default + 16 if isinstance(default, int) else f"{default}x")
