@@ -27,7 +27,7 @@ def attention_einsum(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.
 
 
 def attention_by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """One head at a time: on a CPU, matmuls in memory order whose logits (B, T, T) stay in its caches. See ``attention``.
+    """One head at a time: on a CPU, matmuls in memory order whose logits (B, T, T) stay in its caches.
 
     At (B, T, heads, head_dim) = (8, 256, 16, 16) this took a tenth of the oracle's time forward, and a quarter to half
     of it with gradients; at 64 tokens they are equal (two AMD cores, float32).
