@@ -20,6 +20,7 @@ VERBS = {
     "train": "train or fine-tune from a config; resumes by itself",
     "evaluate": "error of a model on a dataset, by denoising steps and ensemble size",
     "predict": "images, folders or globs to depth, flow or amodal masks on disk",
+    "convert": "published checkpoints in, ours out: DiT, DiT-MoE, autoencoders, text encoders",
     "report": "pictures, curves and tables of evaluations as one self-contained HTML page",
     "doctor": "what is wrong with this machine: devices, versions, memory, weights, data",
 }

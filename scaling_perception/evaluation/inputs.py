@@ -117,8 +117,8 @@ def find_model(name: str | os.PathLike[str]) -> Path:
     if str(name) in preset_names():
         raise UserError(
             f"'{name}' is a size and comes without weights: train it (scaling-perception train --config "
-            f"configs/depth.py:model={name} …), convert a published checkpoint (scaling-perception convert FILE DIR), or "
-            f"give one of {', '.join(known) or 'your model folders'}"
+            f"configs/depth.py:model={name} …), convert a published checkpoint (scaling-perception convert FILE DIR), "
+            f"or give one of {', '.join(known) or 'your model folders'}"
         )
     if _HUB_ID.fullmatch(str(name)):
         return _from_hub(str(name))

@@ -1,8 +1,8 @@
 """Which layout a checkpoint has, told by the names of its tensors, and which files of a folder hold them.
 
 Layouts: ``dit`` (Meta's DiT), ``dit_moe`` (DiT-MoE), ``generalist`` (the authors' release: one patch convolution per
-task), ``sd_vae`` (AutoencoderKL), ``taesd`` (TAESD, as its own two files or as one ``AutoencoderTiny``), ``clip`` (a CLIP
-text encoder), ``ours`` (a folder that this package wrote). Nothing is read but names.
+task), ``sd_vae`` (AutoencoderKL), ``taesd`` (TAESD, as its own two files or as one ``AutoencoderTiny``), ``clip`` (a
+CLIP text encoder), ``ours`` (a folder that this package wrote). Nothing is read but names.
 """
 
 import re
@@ -71,16 +71,19 @@ def locate(path: str | Path, layout: str = "auto") -> Found:
         return _of_file(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give a checkpoint file or the folder of one")
+    wanted = {"clip": ("text_encoder",), "sd_vae": ("vae",), "auto": ("text_encoder", "vae"), "ours": ("model",)}
+    below = [path / name for name in wanted.get(layout, ()) if (path / name).is_dir() and _weights(path / name)]
+    # a whole Stable Diffusion repository may have weights of its own beside its parts
+    if below and (layout in ("clip", "sd_vae") or (path / "model_index.json").is_file() or not _weights(path)):
+        if len(below) > 1:
+            names = " and ".join(folder.name for folder in below)
+            raise UserError(
+                f"{path} holds {names}: choose one with --layout clip or --layout sd_vae, or give its folder"
+            )
+        return Found(_weights(below[0]), below[0])
     inside = _weights(path)
     if inside:
         return Found(inside, path)
-    wanted = {"clip": ("text_encoder",), "sd_vae": ("vae",), "auto": ("text_encoder", "vae"), "ours": ("model",)}
-    below = [path / name for name in wanted.get(layout, ()) if (path / name).is_dir() and _weights(path / name)]
-    if len(below) > 1:
-        names = " and ".join(folder.name for folder in below)
-        raise UserError(f"{path} holds {names}: choose one with --layout clip or --layout sd_vae, or give its folder")
-    if below:
-        return Found(_weights(below[0]), below[0])
     listed = sorted(file.name for file in path.iterdir())
     shown = f"{', '.join(listed[:5])}{', …' if len(listed) > 5 else ''}" if listed else "nothing"
     raise UserError(f"{path} holds no weights ({', '.join(SUFFIXES)}), only {shown}: give the folder that holds them")
