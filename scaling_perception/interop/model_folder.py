@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from scaling_perception.interop.safetensors_io import flatten_tree
+from scaling_perception.interop.safetensors_io import dtype_of, flatten_tree
 from scaling_perception.interop.sharded import (
     INDEX,
     MAX_SHARD_BYTES,
@@ -78,7 +78,7 @@ def save_model(
         UserError: ``meta`` lacks a field, the tensors do not fit the model, or the folder cannot be written.
     """
     flat = flatten_tree(params)
-    specs = {name: jax.ShapeDtypeStruct(np.shape(leaf), np.asarray(leaf).dtype) for name, leaf in flat.items()}
+    specs = {name: jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)) for name, leaf in flat.items()}
     save_streamed(folder, specs, ((name, (), leaf) for name, leaf in flat.items()), meta, max_shard_bytes)
 
 

@@ -57,10 +57,15 @@ class TensorSource:
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+def dtype_of(array: Any) -> np.dtype:
+    """The numpy dtype of an array; one on a device stays there."""
+    return np.dtype(array.dtype if hasattr(array, "dtype") else np.asarray(array).dtype)
+
+
 def source_of(tensors: Mapping[str, Any], origin: str) -> TensorSource:
     """The source of arrays that are in memory (numpy or JAX)."""
     shapes = {name: tuple(np.shape(array)) for name, array in tensors.items()}
-    dtypes = {name: np.asarray(array).dtype for name, array in tensors.items()}
+    dtypes = {name: dtype_of(array) for name, array in tensors.items()}
     return TensorSource(shapes, dtypes, lambda name: np.asarray(tensors[name]), origin)
 
 

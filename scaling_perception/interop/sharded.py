@@ -93,7 +93,9 @@ def save_sharded(
         if index:
             weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
             text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-            index.write_text(text + "\n", encoding="utf-8")
+            handles[index] = handle = os.open(index, os.O_WRONLY)
+            stack.callback(os.close, handle)
+            _write(handle, f"{text}\n".encode(), 0, folder / INDEX)
         for handle in handles.values():
             os.fsync(handle)  # all of them, before the first is renamed
         (folder / INDEX).unlink(missing_ok=True)  # from here on, old and new shards may mix

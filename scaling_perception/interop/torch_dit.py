@@ -329,9 +329,9 @@ def stream_to_torch(
         if source.shapes[leaf] != plan.shape:
             raise UserError(f"parameter {leaf} has shape {source.shapes[leaf]}, {config.name} needs {plan.shape}")
     for leaf, plan in plans.items():
-        whole = source.read(leaf)
         for piece in plan.pieces:
-            yield piece.tensor, np.ascontiguousarray(piece.to_torch(whole[piece.index]), dtype or whole.dtype)
+            part = source.read(leaf)[piece.index]  # asked for anew each time, so that a mapped file is let go of
+            yield piece.tensor, np.ascontiguousarray(piece.to_torch(part), dtype or part.dtype)
 
 
 def dit_from_torch(

@@ -125,6 +125,11 @@ def _open(torch: Any, path: Path) -> tuple[dict[str, Any], str, bool]:
                 "save its weights alone (torch.save of a state dict) where it was made"
             ) from error
         reason = str(error).strip().splitlines()
+        if "Cannot allocate memory" in str(error):
+            raise UserError(
+                f"{path} cannot be mapped: this machine has less memory than the file is long; "
+                "convert it on a larger one, or allow more (sysctl vm.overcommit_memory=1)"
+            ) from error
         detail = f" ({reason[0][:120]})" if reason and "Weights only" not in reason[0] else ""
         raise UserError(f"{path} is no whole PyTorch checkpoint{detail}: copy or download it again") from error
     if not isinstance(loaded, Mapping):
