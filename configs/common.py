@@ -56,6 +56,9 @@ def defaults() -> Config:
     config.init_gain = "exact"  # of an input that is widened on the way; or "released", the authors' 0.5 and 0.33
     config.upcycle = ConfigDict({"noise": 0.0, "drop": 0.0})  # how experts differ from the MLP they are copied from
 
+    config.task_prompts = ConfigDict()  # task -> text, such as amodal="the whole object"; a fixed embedding of it
+    config.text_encoder = ""  # CLIP text encoder of the prompts: folder or hub id
+
     config.diffusion = "fixed"  # cosine, v-prediction, trailing steps
     config.diffusion_changes = ConfigDict()
     config.timestep_sampling = "uniform"  # or "high_noise": half of the draws from the noisiest tenth

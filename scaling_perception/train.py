@@ -84,12 +84,12 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
             raise UserError(f"train.{name} is {config.train[name]}: give a whole number above 0")
     if not 0.0 <= config.optim.ema < 1.0:
         raise UserError(f"optim.ema is {config.optim.ema}: give a decay from 0 (no averaging) to below 1")
-    objective = _objective(config)
+    mesh = make_mesh()  # data-parallel over the devices; the state is whole on each
+    objective = _objective(config, mesh)
     tx, schedule = make_optimizer(config.optim, total, objective.frozen)
     identity = _plain({"config": config.to_dict(), "data": dict(objective.batches.fingerprint), "meta": objective.meta})
 
-    # ---- Mesh: data-parallel over the devices; the state is whole on each --------------------------------------------
-    mesh = make_mesh()
+    # ---- Devices -----------------------------------------------------------------------------------------------------
     devices = mesh.size
     if config.train.batch_size % devices:
         raise UserError(f"train.batch_size is {config.train.batch_size}: give a multiple of the {devices} devices")
@@ -194,11 +194,11 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
         return model
 
 
-def _objective(config: Any) -> Any:
+def _objective(config: Any, mesh: Any) -> Any:
     if config.objective == "diffusion":
         from scaling_perception.training.diffusion import diffusion_objective
 
-        return diffusion_objective(config)
+        return diffusion_objective(config, mesh=mesh)
     if config.objective == "autoencoder":
         from scaling_perception.training.autoencoder import autoencoder_objective
 

@@ -32,6 +32,7 @@ from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks import PASSES, TaskOptions, pass_indices
 from scaling_perception.training.objective import Batches, Metrics, Objective
+from scaling_perception.training.prompts import prompt_table, with_table
 from scaling_perception.training.start import starting_point
 
 LATENT = 4  # channels of every latent
@@ -167,11 +168,12 @@ def tasks_of(config: Config) -> list[str]:
     return sorted(names, key=lambda name: pass_indices(name)[0])
 
 
-def diffusion_objective(config: Config, batches: Batches | None = None) -> Objective:
+def diffusion_objective(config: Config, batches: Batches | None = None, mesh: Any = None) -> Objective:
     """The objective of a config with ``objective = "diffusion"``.
 
     Args:
         config: see ``configs/common.py``.
+        mesh: the mesh that the step runs on, which models with experts need to know; None = one device.
         batches: batches to use in place of those that ``config.data`` describes.
 
     Raises:
@@ -193,6 +195,7 @@ def diffusion_objective(config: Config, batches: Batches | None = None) -> Objec
         batches = open_batches(data, config.train.batch_size, config.seed)
     encode, constants, encoder_id = _encoder(config, batches)
 
+    dit, table = prompt_table(config, dit, tasks_of(config))
     frozen = tuple(frozen_paths(dit))
     start, start_meta = starting_point(config, dit) if config.init else (None, {})
     if encoder_id and start_meta.get("autoencoder_id", encoder_id) != encoder_id:
@@ -201,7 +204,8 @@ def diffusion_objective(config: Config, batches: Batches | None = None) -> Objec
             f"'{config.autoencoder}' of this config: use the same"
         )
     norm = _latent_norm(config, batches, encode, constants, start_meta)
-    model = DiT(dit, dtype=DTYPES[config.train.dtype], remat=config.train.remat)
+    mesh = mesh if mesh is not None and mesh.size > 1 else None
+    model = DiT(dit, dtype=DTYPES[config.train.dtype], remat=config.train.remat, mesh=mesh)
     meta = {
         "format": 1,
         "model": dataclasses.asdict(dit),
@@ -213,6 +217,8 @@ def diffusion_objective(config: Config, batches: Batches | None = None) -> Objec
         "task_options": options.to_dict(),
         "latent_norm": norm,
     }
+    if table is not None:
+        meta["task_prompts"] = {**config.task_prompts.to_dict(), "text_encoder": config.text_encoder}
     if start_meta.get("surgery"):
         meta["init"] = {"model": start_meta["model"]["name"], "steps": start_meta["surgery"]}
 
@@ -224,7 +230,7 @@ def diffusion_objective(config: Config, batches: Batches | None = None) -> Objec
         save_model(path, small, {**meta, "training": dict(info)})
 
     return Objective(
-        init=lambda key: init_params(dit, key),
+        init=lambda key: with_table(init_params(dit, key), table),
         loss=make_loss(model, preset, config, norm, encode),
         batches=batches,
         export=export,
@@ -232,7 +238,7 @@ def diffusion_objective(config: Config, batches: Batches | None = None) -> Objec
         constants=constants,
         model=dit,
         frozen=frozen,
-        starting_params=start,
+        starting_params=None if start is None else with_table(start, table),
         meta=meta,
     )
 

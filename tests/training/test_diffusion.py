@@ -35,12 +35,13 @@ SKEWED = {
 class StubModel:
     """Stands for a DiT: remembers what it is called with and returns a fixed map of it."""
 
-    def __init__(self, config):
-        self.config, self.seen = config, {}
+    def __init__(self, config, stats=None):
+        self.config, self.stats, self.seen = config, stats or {}, {}
 
-    def apply(self, variables, x, t, label):
+    def apply(self, variables, x, t, label, with_stats):
+        assert with_stats
         self.seen = {"x": x, "t": t, "label": label}
-        return jnp.concatenate([variables["params"] * x[..., -4:], jnp.full_like(x[..., :4], 7.0)], axis=-1)
+        return jnp.concatenate([variables["params"] * x[..., -4:], jnp.full_like(x[..., :4], 7.0)], axis=-1), self.stats
 
 
 def one_loss(config, prediction="v", norm=PLAIN, batch=None, cond=8, model_config=None):
@@ -67,6 +68,26 @@ def test_loss_is_the_masked_error_of_the_normalised_target(prediction):
     assert metrics["valid"] == pytest.approx(valid.mean())
     far = np.asarray(seen["t"]) > 500  # there the noise is recovered without loss of digits
     assert abs(eps[far].std() - 1) < 0.1 and abs(eps[far].mean()) < 0.1
+
+
+def test_balance_of_every_layer_joins_the_loss_and_is_told():
+    stats = {
+        "balance": jnp.asarray([1.5, 2.0]),
+        "load": jnp.asarray([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]]),
+        "entropy": jnp.asarray([1.0, 1.2]),
+    }
+    fields = {k: jnp.asarray(v) for k, v in LatentBatches().at(0).items() if k != "key"}
+    config, preset = config_of("balance_loss=0.1"), get_diffusion("fixed")
+    values = []
+    for model in (StubModel(get_preset("nano")), StubModel(get_preset("nano", experts=4), stats)):
+        loss = make_loss(model, preset, config, PLAIN, None)
+        values.append(loss(jnp.asarray(0.3), fields, jax.random.key(5)))
+    (plain, _), (balanced, metrics) = values
+    assert float(balanced - plain) == pytest.approx(0.1 * 3.5, rel=1e-5)
+    assert float(metrics["mse"]) == float(plain)
+    assert float(metrics["balance"]) == pytest.approx(1.75) and float(metrics["router_entropy"]) == pytest.approx(1.1)
+    assert float(metrics["expert_load_max"]) == pytest.approx(1.6)
+    assert float(metrics["expert_load_min"]) == pytest.approx(0.4)
 
 
 def test_input_is_image_prompt_noisy_and_the_task_label():
