@@ -225,7 +225,7 @@ def model_card(meta: Mapping[str, Any]) -> str:
             "point for fine-tuning on those.",
             "",
             "```",
-            "scaling-perception train --config configs/depth.py:init=. --workdir WORKDIR",
+            "scaling-perception train --config configs/from_dit.py:init=. --workdir WORKDIR",
             "```",
             "",
         ]

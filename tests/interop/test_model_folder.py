@@ -11,10 +11,21 @@ import numpy as np
 import pytest
 
 from scaling_perception.interop import model_folder
-from scaling_perception.interop.model_folder import find_model, load_model, save_model
-from scaling_perception.interop.safetensors_io import load_tree, save_tree
-from scaling_perception.models.dit import abstract_params
+from scaling_perception.interop.model_folder import (
+    SOURCE_LICENSE,
+    find_model,
+    load_model,
+    model_card,
+    read_meta,
+    save_model,
+    save_streamed,
+)
+from scaling_perception.interop.safetensors_io import flatten_tree, load_tree, save_tree, source_of
+from scaling_perception.interop.torch_dit import dit_to_torch, leaf_specs, stream_from_torch
+from scaling_perception.models.dit import abstract_params, count_active_params
 from scaling_perception.models.presets import get_preset
+from scaling_perception.parallel.mesh import make_mesh
+from scaling_perception.parallel.rules import tree_shardings
 from scaling_perception.support.errors import UserError
 
 CONFIG = get_preset("nano")
@@ -28,12 +39,19 @@ META = {
     "latent_norm": {"shift": [[0.1, 0.2, 0.3, 0.4]] * 4, "scale": [[1.0] * 4] * 4},
     "training": {"steps": 12, "samples": 384},
 }
+# as published: classes, learned variance, no task; of experts
+MOE = dataclasses.replace(get_preset("L/2-8E2A", dim=32, depth=2, heads=4, input_size=16, num_classes=11), experts=4)
+PUBLISHED = {**META, "model": dataclasses.asdict(MOE), "tasks": [], "training": {}, "license": SOURCE_LICENSE}
+
+
+def random_params(config):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), abstract_params(config))
 
 
 @pytest.fixture
 def params():
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), abstract_params(CONFIG))
+    return random_params(CONFIG)
 
 
 @pytest.fixture
@@ -59,6 +77,52 @@ def test_card_says_what_it_is_and_how_to_run_it(folder):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\n") and "58,224 parameters" in card and "- steps: 12" in card
     assert "scaling-perception predict --task depth --model ." in card
+
+
+def test_card_of_a_published_model_says_what_it_is_for():
+    card = model_card({**PUBLISHED, "source": {"file": "L.pt", "sha256": "0123abcd"}, "metrics": {"fid": 9.5}})
+    assert "license: other\n" in card and "the licence of the source weights applies" in card
+    assert "- file: L.pt\n- sha256: 0123abcd" in card and "- fid: 9.5" in card and "| experts | 4 |" in card
+    assert f"{count_active_params(MOE):,} of them active for a token" in card and "| preset | L/2-8E2A |" in card
+    assert "predict --task" not in card and "starting point for fine-tuning" in card and "init=." in card
+    own = model_card({**META, "fingerprint": "c0ffee"})
+    assert "license: apache-2.0\n" in own and "## Source" not in own and "- data fingerprint: c0ffee" in own
+    for text in (card, own):
+        _, front, body = text.split("---\n", 2)
+        assert all(": " in line for line in front.splitlines()) and "None" not in body and "\n\n\n" not in body
+
+
+def test_large_weights_are_several_files_which_are_one_model(tmp_path, params):
+    save_model(tmp_path / "model", params, META, max_shard_bytes=100_000)
+    names = sorted(os.listdir(tmp_path / "model"))
+    assert names[2] == "model-00001-of-00003.safetensors" and names[-1] == "model.safetensors.index.json"
+    assert find_model(tmp_path / "model") == tmp_path / "model" and read_meta(tmp_path / "model")["format"] == 1
+    back, meta = load_model(tmp_path / "model")
+    assert meta == {"format": 1, **META} and jax.tree.all(jax.tree.map(np.array_equal, params, back))
+    save_model(tmp_path / "model", params, META)  # what is left of the former is not in the way
+    assert sorted(os.listdir(tmp_path / "model")) == ["README.md", "config.json", "model.safetensors"]
+    save_model(tmp_path / "model", params, META, max_shard_bytes=100_000)
+    (tmp_path / "model" / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00002-of-00003.safetensors is missing"):
+        load_model(tmp_path / "model")
+
+
+def test_published_weights_stream_into_a_folder_which_each_device_reads_its_part_of(tmp_path):
+    params = random_params(MOE)
+    source = source_of(dit_to_torch(params, MOE), "test")
+    told = []
+    slices = stream_from_torch(source, MOE)
+    save_streamed(tmp_path, leaf_specs(source, MOE), slices, PUBLISHED, 200_000, lambda *size: told.append(size))
+    assert told[-1][0] == told[-1][1] and len(told) == len(source.shapes)
+    mesh = make_mesh(fsdp=2, expert=4, data=1)
+    found, _ = load_model(tmp_path, mesh)
+    host, _ = load_model(tmp_path, dtype=np.float16)
+    places = flatten_tree(tree_shardings(abstract_params(MOE), mesh))
+    for name, leaf in flatten_tree(found).items():
+        np.testing.assert_array_equal(leaf, flatten_tree(params)[name])
+        assert leaf.sharding == places[name] and flatten_tree(host)[name].dtype == np.float16
+    gate = found["blocks"]["moe"]["experts"]["gate"]["kernel"]
+    assert gate.addressable_shards[0].data.shape == (2, 1, 16, 128)
 
 
 def test_shipped_models_are_found_by_name(folder, monkeypatch):

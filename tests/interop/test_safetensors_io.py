@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scaling_perception.interop.safetensors_io import flatten_tree, load_tree, save_tree, unflatten_tree
+from scaling_perception.interop.safetensors_io import (
+    flatten_tree,
+    load_tree,
+    read_entries,
+    save_tree,
+    source_of,
+    source_of_entries,
+    unflatten_tree,
+)
 from scaling_perception.support.errors import UserError
 
 
@@ -58,6 +66,38 @@ def test_missing_file_and_foreign_file_are_told(tmp_path):
     (tmp_path / "y.safetensors").write_text("not tensors at all, but long enough to look like something")
     with pytest.raises(UserError, match="no whole safetensors file"):
         load_tree(tmp_path / "y.safetensors")
+
+
+def test_a_tensor_is_mapped_from_the_file_and_read_alone(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tree = {"a": {"kernel": np.arange(12, dtype=np.float32).reshape(3, 4)}, "b": np.ones(3, jnp.bfloat16)}
+    save_tree(path, {**tree, "none": np.zeros((0, 2), np.int8)}, {"made": "by hand"})
+    entries, metadata = read_entries(path)
+    source = source_of_entries(entries, "x", metadata)
+    assert source.shapes == {"a/kernel": (3, 4), "b": (3,), "none": (0, 2)} and source.metadata == {"made": "by hand"}
+    assert source.dtypes["b"] == jnp.bfloat16 and source.read("none").shape == (0, 2)
+    kernel = source.read("a/kernel")
+    assert isinstance(kernel, np.memmap) and not kernel.flags.writeable
+    np.testing.assert_array_equal(kernel[1:, 2], tree["a"]["kernel"][1:, 2])
+    memory = source_of(flatten_tree(tree), "memory")
+    assert memory.dtypes == {"a/kernel": np.float32, "b": jnp.bfloat16} and memory.read("b") is tree["b"]
+
+
+def test_what_is_no_tensor_file_is_told_by_what_it_is(tmp_path):
+    path = tmp_path / "x.safetensors"
+    for content, words in (
+        (b"", "is empty: download it again"),
+        (b"<html><head><title>404</title>", "is a web page, not a checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "only a Git LFS pointer"),
+    ):
+        path.write_bytes(content)
+        for read in (read_entries, load_tree):
+            with pytest.raises(UserError, match=words):
+                read(path)
+    header = b'{"a":{"dtype":"F8_E8M0","shape":[2],"data_offsets":[0,2]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+    with pytest.raises(UserError, match="tensor a has dtype F8_E8M0, which numpy lacks"):
+        read_entries(path)
 
 
 def test_full_disk_leaves_the_old_file_and_no_partial_one(tmp_path, monkeypatch):
