@@ -115,17 +115,21 @@ def _nbytes(spec: Any) -> int:
 
 
 def _split(specs: Mapping[str, Any], limit: int) -> list[list[str]]:
-    """Names of the tensors of each file, in their order."""
-    shards: list[list[str]] = [[]]
-    used = 0
+    """Names of the tensors of each file. A tensor beyond the limit is alone; those around it stay together."""
+    shards: list[list[str]] = []
+    current: list[str] | None = None
+    room = 0
     for name, spec in specs.items():
         size = _nbytes(spec)
-        if shards[-1] and used + size > limit:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    return shards
+        if size > limit:
+            shards.append([name])
+            continue
+        if current is None or size > room:
+            current, room = [], limit
+            shards.append(current)
+        current.append(name)
+        room -= size
+    return shards or [[]]
 
 
 def _require_space(folder: Path, total: int) -> None:
@@ -152,7 +156,7 @@ def _header(path: Path, specs: Mapping[str, Any], metadata: Mapping[str, str]) -
         offsets[name] = offset
         offset += size
     text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 64)
+    text += b" " * (-(8 + len(text)) % 64)
     start = 8 + len(text)
     places = {n: Entry(path, np.dtype(specs[n].dtype), tuple(specs[n].shape), start + offsets[n]) for n in specs}
     return len(text).to_bytes(8, "little") + text, places

@@ -79,6 +79,17 @@ def test_any_number_of_files_holds_the_same_bytes(tmp_path, tensors, limit, coun
         assert shards[0].name == f"model-00001-of-{count:05d}.safetensors"
 
 
+def test_a_large_tensor_is_alone_and_the_small_ones_stay_together(tmp_path):
+    sizes = {"a": 10, "large": 500, "b": 20, "huge": 900, "c": 30, "d": 60}
+    tensors = {name: np.full(size, 3, np.uint8) for name, size in sizes.items()}
+    save_sharded(tmp_path, tensors, whole(tensors), max_shard_bytes=100)
+    files = {}
+    for name, file in json.loads((tmp_path / INDEX).read_text())["weight_map"].items():
+        files.setdefault(file, []).append(name)
+    assert list(files.values()) == [["a", "b", "c"], ["large"], ["huge"], ["d"]]
+    same(open_sharded(tmp_path), tensors)
+
+
 def test_slices_may_come_in_any_order_and_dtype(tmp_path, tensors):
     kernel = tensors["blocks/kernel"]
     slices = [("blocks/kernel", (i, j), kernel[i, j].astype(np.float64)) for i in (2, 0, 1) for j in (3, 1, 0, 2)]
