@@ -11,13 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from scaling_perception.models import tiny_vae
+from scaling_perception.models import tiny_vae, vae
+from scaling_perception.models.vae_tiles import VAELimits, tiled_decode, tiled_encode
+from scaling_perception.models.vae_torch import CLASS, vae_config_from_json, vae_from_torch
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.files import atomic_path
+from scaling_perception.support.files import atomic_path, read_json
 
 PARTS = ("encoder", "decoder")
 TINY_FOLDER = Path(__file__).resolve().parent.parent / "weights" / "tiny_vae"
 _FORMAT = "scaling-perception tiny autoencoder 1"
+_KL_STEM = "diffusion_pytorch_model"
+_KL_FILES = (f"{_KL_STEM}.safetensors", f"{_KL_STEM}.fp16.safetensors")  # the second where the first is absent
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -31,10 +35,12 @@ class Autoencoder:
             when only the decoder is replaced.
         params: ``{"encoder": tree, "decoder": tree}``, float32.
         encode: (params, images (B, H, W, 3) in [-1, 1]) -> (mean (B, H/8, W/8, 4), log-variance or None); the mean is
-            already multiplied by Stable Diffusion's 0.18215.
+            already multiplied by Stable Diffusion's 0.18215, and the log-variance (of an AutoencoderKL) is that of the
+            latent so multiplied: ``vae.sample`` of the two is a scaled latent, also after a cache.
         decode: (params, latents (B, h, w, 4)) -> images (B, 8h, 8w, 3), about [-1, 1], not clipped.
         latent_channels: 4.
         factor: 8.
+        config: ``TinyVAEConfig`` or ``VAEConfig``.
     """
 
     name: str
@@ -73,6 +79,47 @@ def make_tiny(name: str, config: tiny_vae.TinyVAEConfig, params: Mapping[str, An
     )
 
 
+def make_kl(
+    name: str,
+    config: vae.VAEConfig,
+    params: Mapping[str, Any],
+    limits: VAELimits | None = None,
+    dtype: Any = "float32",
+) -> Autoencoder:
+    """An :class:`Autoencoder` of Stable Diffusion's family from its two parameter trees.
+
+    Args:
+        limits: what of a batch is in the network at once; None = ``VAELimits()``: few samples decoded together, no
+            tiles.
+        dtype: of the computation; latents and images are float32.
+    """
+    limits = limits or VAELimits()
+
+    def encode(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return vae.scale_moments(config, *tiled_encode(params, config, images, limits, dtype))
+
+    def decode(params: Any, latents: jax.Array) -> jax.Array:
+        return tiled_decode(params, config, latents / config.scaling_factor, limits, dtype)
+
+    return Autoencoder(
+        name=name,
+        id=tree_hash(params["encoder"]),
+        params=dict(params),
+        encode=encode,
+        decode=decode,
+        latent_channels=config.latent_channels,
+        factor=config.factor,
+        config=config,
+    )
+
+
+def part_size(model: Autoencoder, part: str, height: int, width: int) -> tuple[int, int]:
+    """(parameters, multiply-accumulates for one picture of ``height`` x ``width`` pixels) of encoder or decoder."""
+    family: Any = vae if isinstance(model.config, vae.VAEConfig) else tiny_vae
+    shapes = family.part_shapes(part, model.config)
+    return sum(int(np.prod(shape)) for shape in shapes.values()), family.macs(part, model.config, height, width)
+
+
 def tree_hash(tree: Mapping[str, Any]) -> str:
     """12 hex digits of the SHA-256 of names, shapes and float32 bytes, in the order of the names."""
     digest = hashlib.sha256()
@@ -82,17 +129,19 @@ def tree_hash(tree: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:12]
 
 
-def load_autoencoder(name_or_path: str) -> Autoencoder:
+def load_autoencoder(name_or_path: str, limits: VAELimits | None = None, dtype: Any = "float32") -> Autoencoder:
     """Load an autoencoder.
 
     Args:
         name_or_path: ``"tiny"`` (the weights shipped with this package), a folder, or a hub id ``owner/name``. A folder
             holds ``encoder.safetensors`` + ``decoder.safetensors`` (ours), ``taesd_encoder.safetensors`` +
-            ``taesd_decoder.safetensors`` (TAESD's own files), or ``diffusion_pytorch_model.safetensors`` (diffusers'
-            ``AutoencoderTiny``).
+            ``taesd_decoder.safetensors`` (TAESD's own files), ``diffusion_pytorch_model.safetensors`` (diffusers'
+            ``AutoencoderTiny``, or Stable Diffusion's ``AutoencoderKL`` with its ``config.json``; where that file is
+            absent its ``.fp16.`` variant is read), or a whole Stable Diffusion model with such a folder named ``vae``.
+        limits, dtype: bounds of memory and type of the computation, see :func:`make_kl`; an AutoencoderKL's only.
 
     Raises:
-        UserError: nothing there, an incomplete or foreign file, a missing tensor or one of another shape.
+        UserError: nothing there, an incomplete or foreign file, a missing or unexpected tensor or one of another shape.
     """
     if name_or_path == "tiny":
         config, encoder = load_part(TINY_FOLDER, "encoder")
@@ -111,21 +160,76 @@ def load_autoencoder(name_or_path: str) -> Autoencoder:
         if other != config:
             raise UserError(f"{folder}: encoder and decoder are of different models: take both from one run")
         return make_tiny(name_or_path, config, {"encoder": encoder, "decoder": decoder})
-    return make_tiny(name_or_path, tiny_vae.TAESD, _load_taesd(folder))
-
-
-def _load_taesd(folder: Path) -> dict[str, Any]:
-    single = folder / "diffusion_pytorch_model.safetensors"
     files = {part: folder / f"taesd_{part}.safetensors" for part in PARTS}
-    if not any(file.exists() for file in files.values()) and single.exists():
-        files = dict.fromkeys(PARTS, single)
-    params = {}
-    for part, file in files.items():
-        state = read_safetensors(file)[0]
-        if any(name.startswith(("quant_conv", "encoder.conv_in")) for name in state):
-            raise UserError(f"{file}: this is an AutoencoderKL, not an AutoencoderTiny: give a TAESD folder")
-        params[part] = tiny_vae.from_torch(part, tiny_vae.TAESD, state, str(file))
-    return params
+    if not any(file.exists() for file in files.values()):
+        file = _published_file(folder)
+        if file is not None:
+            state = read_safetensors(file)[0]
+            if _is_kl(file, state):
+                return make_kl(name_or_path, *_kl_of(file, state), limits, dtype)
+            return make_tiny(name_or_path, tiny_vae.TAESD, _taesd_of(dict.fromkeys(PARTS, (file, state))))
+    states = {part: (file, read_safetensors(file)[0]) for part, file in files.items()}
+    return make_tiny(name_or_path, tiny_vae.TAESD, _taesd_of(states))
+
+
+def load_kl(folder: str | Path) -> tuple[vae.VAEConfig, dict[str, Any]]:
+    """Config and float32 parameters (numpy) of an AutoencoderKL's folder, or of the ``vae`` folder in it.
+
+    Raises:
+        UserError: as :func:`load_autoencoder`, and where the folder holds another autoencoder.
+    """
+    file = _published_file(Path(folder))
+    if file is None:
+        raise UserError(f"{Path(folder) / _KL_FILES[0]} does not exist: give the folder of an {CLASS}")
+    state = read_safetensors(file)[0]
+    if not _is_kl(file, state):
+        raise UserError(f"{file}: this is no {CLASS}: give the folder of one")
+    return _kl_of(file, state)
+
+
+def _published_file(folder: Path) -> Path | None:
+    """diffusers' file of an autoencoder, in ``folder`` or in the ``vae`` of a whole model; None = there is none."""
+    places = [folder, folder / "vae"]
+    for place in places:
+        for name in _KL_FILES:
+            if (place / name).exists():
+                return place / name
+    for place in places:
+        for file in sorted(place.glob("*.bin")) + sorted(place.glob("*.ckpt")):
+            raise UserError(
+                f"{file} is a pickled checkpoint, which is not read because it may run code: convert it to "
+                f"{_KL_FILES[0]} (diffusers: save_pretrained with safe_serialization=True)"
+            )
+    return None
+
+
+def _is_kl(file: Path, state: Mapping[str, Any]) -> bool:
+    described = file.parent / "config.json"
+    name = _read_config(described).get("_class_name") if described.exists() else None
+    if name in (CLASS, "AutoencoderTiny"):
+        return name == CLASS
+    if name is not None:
+        raise UserError(f"{described}: _class_name is {name!r}: give an {CLASS} or an AutoencoderTiny")
+    return any(tensor.startswith(("quant_conv", "encoder.conv_in")) for tensor in state)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    fields = read_json(file)
+    if not isinstance(fields, dict):
+        raise UserError(f"{file} is no description of a model: copy or download it again")
+    return fields
+
+
+def _kl_of(file: Path, state: Mapping[str, Any]) -> tuple[vae.VAEConfig, dict[str, Any]]:
+    described = file.parent / "config.json"
+    config = vae.VAEConfig()
+    if described.exists():
+        config = vae_config_from_json(_read_config(described), str(described))
+    return config, vae_from_torch(state, config, str(file))
+
+
+def _taesd_of(files: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
+    return {part: tiny_vae.from_torch(part, tiny_vae.TAESD, state, str(file)) for part, (file, state) in files.items()}
 
 
 def load_part(folder: str | Path, part: str) -> tuple[tiny_vae.TinyVAEConfig, dict[str, Any]]:
@@ -196,12 +300,20 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    patterns = ["config.json", "taesd_*.safetensors", "*coder.safetensors", "vae/config.json"]
     try:
-        patterns = ["config.json", "taesd_*.safetensors", "diffusion_pytorch_model.safetensors", "*coder.safetensors"]
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        for name in _KL_FILES:  # one after the other: the second, a copy in half precision, is rarely needed
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*patterns, name, f"vae/{name}"]))
+            own = ("encoder.safetensors", "taesd_encoder.safetensors", name, f"vae/{name}")
+            if any((folder / file).exists() for file in own):
+                return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"autoencoder '{hub_id}' is no folder here and could not be fetched from the hub ({reason}): "
             "check the name and the network, or give a folder"
         ) from None
+    raise UserError(
+        f"autoencoder '{hub_id}' on the hub has no safetensors file of an autoencoder: convert its .bin file "
+        "(diffusers: save_pretrained with safe_serialization=True) and give the folder"
+    )

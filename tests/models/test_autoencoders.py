@@ -6,18 +6,22 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from scaling_perception.data.sources.scenes import render_scene
-from scaling_perception.models import tiny_vae
+from scaling_perception.models import tiny_vae, vae
 from scaling_perception.models.autoencoders import (
     TINY_FOLDER,
     load_autoencoder,
+    load_kl,
     load_part,
     make_tiny,
+    part_size,
     save_part,
     tree_hash,
 )
+from scaling_perception.models.vae_tiles import VAELimits
 from scaling_perception.support.errors import UserError
 from scaling_perception.training.round_trip import round_trip_report
 
@@ -192,3 +196,147 @@ def test_sizes_that_do_not_fit_are_refused():
     model = make_tiny("narrow", NARROW, narrow_params())
     with pytest.raises(UserError, match="20x16 is no multiple of 8"):
         model.encode(model.params, np.zeros((1, 16, 20, 3), np.float32))
+
+
+FILE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def reference(golden):
+    """(config.json, tensors, recorded arrays) of a small AutoencoderKL."""
+    file = golden / "vae" / "small_32x32.safetensors"
+    with safe_open(file, "np") as handle:
+        fields = {"_class_name": "AutoencoderKL", **json.loads(handle.metadata()["config"])}
+    arrays = load_file(file)
+    state = {k.removeprefix("weights/"): v for k, v in arrays.items() if k.startswith("weights/")}
+    return fields, state, {k: np.moveaxis(v, 1, -1) for k, v in arrays.items() if not k.startswith("weights/")}
+
+
+def write_kl(folder, reference, name=FILE, change=None, drop=""):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(reference[0]))
+    state = {k: v for k, v in (reference[1] | (change or {})).items() if k != drop}
+    save_file(state, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kl(reference, tmp_path_factory):
+    return load_autoencoder(str(write_kl(tmp_path_factory.mktemp("kl") / "published", reference)))
+
+
+def test_stable_diffusion_s_autoencoder_behind_the_same_interface(kl, reference):
+    arrays = reference[2]
+    assert kl.factor == 8 and kl.latent_channels == 4 and isinstance(kl.config, vae.VAEConfig)
+    assert kl.id == tree_hash(kl.params["encoder"]) and "quant_conv" in kl.params["encoder"]
+    mean, logvar = jax.jit(kl.encode)(kl.params, arrays["in/image"])
+    np.testing.assert_allclose(mean, arrays["out/latent_mode_scaled"], atol=1e-5)
+    np.testing.assert_allclose(np.exp(0.5 * logvar), 0.18215 * arrays["out/std"], rtol=1e-5)
+    decode = jax.jit(kl.decode)
+    np.testing.assert_allclose(decode(kl.params, mean), arrays["out/roundtrip_scaled"], atol=1e-5)
+    np.testing.assert_allclose(decode(kl.params, 0.18215 * arrays["in/z"]), arrays["out/decode_of_z"], atol=1e-5)
+    with pytest.raises(UserError, match="20x16 is no multiple of 8"):
+        kl.encode(kl.params, np.zeros((1, 16, 20, 3), np.float32))
+
+
+@pytest.mark.parametrize("names", ["vae_new_names", "vae_old_names"])
+def test_published_folders_of_both_generations(names, kl, shared_dir):
+    model = load_autoencoder(str(shared_dir / "golden" / "checkpoints" / names))
+    jax.tree.map(np.testing.assert_array_equal, model.params, kl.params)
+    assert model.id == kl.id and model.config == kl.config
+
+
+def test_where_an_autoencoder_may_lie(kl, reference, tmp_path):
+    for folder, name in (("repository/vae", FILE), ("half", "diffusion_pytorch_model.fp16.safetensors")):
+        write_kl(tmp_path / folder, reference, name)
+    model = load_autoencoder(str(tmp_path / "repository"))
+    assert model.id == kl.id and model.name == str(tmp_path / "repository")
+    assert load_autoencoder(str(tmp_path / "half")).id == kl.id
+    save_file(reference[1] | {"quant_conv.bias": np.ones(8, np.float32)}, tmp_path / "half" / FILE)
+    assert load_autoencoder(str(tmp_path / "half")).id != kl.id  # the plain file goes first, and quant_conv counts
+    config, params = load_kl(tmp_path / "repository")
+    assert config == kl.config and tree_hash(params) == tree_hash(kl.params)
+
+
+def test_limits_and_type_of_the_computation_are_the_caller_s(kl, reference, tmp_path):
+    folder = str(write_kl(tmp_path / "kl", reference))
+    z = np.tile(0.18215 * reference[2]["in/z"], (2, 1, 2, 1))
+    rows = (  # and what the network's first convolution makes at once
+        ({}, "f32[2,4,8,32]"),  # both fit in 64 x 64
+        ({"limits": VAELimits(decode_pixels=32)}, "f32[1,4,8,32]"),
+        ({"limits": VAELimits(tile=4, overlap=2)}, "f32[2,4,4,32]"),
+        ({"dtype": "bfloat16"}, "bf16[2,4,8,32]"),
+    )
+    for options, made in rows:
+        model = load_autoencoder(folder, **options)
+        traced = jax.make_jaxpr(model.decode)(model.params, z)
+        assert made in str(traced), options
+        assert ("f32[2,4,8,32]" in str(traced)) == ("limits" not in options)
+        assert traced.out_avals[0].shape == (2, 32, 64, 3) and traced.out_avals[0].dtype == np.float32
+
+
+def test_sizes_of_either_family(shipped, kl):
+    assert part_size(kl, "encoder", 32, 32) == (
+        sum(leaf.size for leaf in jax.tree.leaves(kl.params["encoder"])),
+        vae.macs("encoder", kl.config, 32, 32),
+    )
+    assert part_size(shipped, "decoder", 64, 64)[1] == tiny_vae.macs("decoder", shipped.config, 64, 64)
+
+
+def test_damaged_and_foreign_autoencoders_are_told_in_one_line(reference, tmp_path):
+    def message(folder):
+        with pytest.raises(UserError) as caught:
+            load_autoencoder(str(folder))
+        assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+        return str(caught.value)
+
+    query = "encoder.mid_block.attentions.0.to_q.weight"
+    whole = write_kl(tmp_path / "kl", reference)
+    data = (whole / FILE).read_bytes()
+    (whole / FILE).write_bytes(data[:-1000])
+    assert f"{FILE} is truncated" in message(whole)
+    assert f"'{query}' (32, 32) is missing" in message(write_kl(tmp_path / "less", reference, drop=query))
+    assert "'decoder.more' has no place" in message(
+        write_kl(tmp_path / "m", reference, change={"decoder.more": np.eye(2)})
+    )
+    assert "has shape (32, 31)" in message(write_kl(tmp_path / "shape", reference, change={query: np.zeros((32, 31))}))
+
+    (whole / FILE).write_bytes(data)
+    described = whole / "config.json"
+    for text, expected in (
+        ("[1]", "config.json is no description"),
+        ("{", "config.json is not valid JSON"),
+        ('{"_class_name": "VQModel"}', "_class_name is 'VQModel'"),
+        (json.dumps({**reference[0], "act_fn": "relu"}), "act_fn is 'relu'"),
+        (json.dumps({**reference[0], "layers_per_block": 2}), "resnets.1"),
+        (json.dumps({**reference[0], "_class_name": "AutoencoderTiny"}), "give a whole TAESD encoder file"),
+    ):
+        described.write_text(text)
+        assert expected in message(whole)
+    described.unlink()  # then the sizes are Stable Diffusion's
+    assert "has shape" in message(whole) and "(128," in message(whole)
+
+    pickled = tmp_path / "pickled"
+    for name in ("diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.bin"):
+        (pickled / name).parent.mkdir(parents=True, exist_ok=True)
+        (pickled / name).touch()
+        assert "pickled checkpoint" in message(pickled) and "convert it to" in message(pickled)
+        (pickled / name).unlink()
+
+
+def test_a_hub_id_may_be_a_whole_model_in_half_precision(reference, kl, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append(allow_patterns)
+        if "vae/diffusion_pytorch_model.fp16.safetensors" in allow_patterns and name == "somebody/half":
+            write_kl(tmp_path / "vae", reference, "diffusion_pytorch_model.fp16.safetensors")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(UserError, match="somebody/pickled' on the hub has no safetensors file"):
+        load_autoencoder("somebody/pickled")
+    assert "vae/config.json" in asked[0] and f"vae/{FILE}" in asked[0]
+    assert load_autoencoder("somebody/half").id == kl.id
