@@ -352,7 +352,7 @@ def check(checkpoint: Checkpoint) -> Problems:
 
 
 def mended(checkpoint: Checkpoint, problems: Problems) -> Checkpoint:
-    """The checkpoint without its unexpected tensors, and with fresh ones (a model initialised with key 0) for missing."""
+    """The checkpoint without its unexpected tensors; missing ones are those of a fresh model (key 0)."""
     source, missing = checkpoint.source, problems.missing
     fresh: dict[str, tuple[str, Piece | None]] = {}
     for leaf, plan in checkpoint.plans.items():

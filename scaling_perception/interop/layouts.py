@@ -91,7 +91,8 @@ def locate(path: str | Path, layout: str = "auto") -> Found:
 
 def _of_file(path: Path) -> Found:
     for part, other in (("encoder", "decoder"), ("decoder", "encoder")):
-        if path.suffix in SUFFIXES and path.stem.endswith(part):  # half an autoencoder: its other half is beside it
+        # half an autoencoder: its other half is beside it
+        if path.suffix in SUFFIXES and _is_half(path.name, part):
             beside = path.with_name(path.stem.removesuffix(part) + other + path.suffix)
             if not beside.is_file():
                 raise UserError(f"{path} is half an autoencoder and {beside.name} is not beside it: put it there")
@@ -99,6 +100,10 @@ def _of_file(path: Path) -> Found:
     if not path.name.endswith((*SUFFIXES, INDEX_END)):
         raise UserError(f"{path} is no checkpoint file: its name should end in {', '.join(SUFFIXES)} or {INDEX_END}")
     return Found((path,), None)
+
+
+def _is_half(name: str, part: str) -> bool:
+    return re.fullmatch(rf"(.*taesd.*)?{part}\.\w+", name) is not None
 
 
 def _weights(folder: Path) -> tuple[Path, ...]:
@@ -112,7 +117,7 @@ def _weights(folder: Path) -> tuple[Path, ...]:
         return tuple(indexes)
     for suffix in SUFFIXES:  # of a checkpoint in two forms the one that needs no torch comes first
         files = {file.name: file for file in sorted(folder.glob(f"*{suffix}")) if not file.name.startswith(".")}
-        pairs = [name for name in files if name.endswith(f"encoder{suffix}")]
+        pairs = [name for name in files if _is_half(name, "encoder")]
         for name in pairs:
             other = name.removesuffix(f"encoder{suffix}") + f"decoder{suffix}"
             if other in files and len(files) == 2:

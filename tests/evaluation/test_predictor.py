@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scaling_perception.cli import main
 from scaling_perception.diffusion.sampler import sampler_tables
 from scaling_perception.evaluation.predictor import Predictor, image_id
 from scaling_perception.interop.model_folder import save_model
+from scaling_perception.interop.released import RELEASED, describe
+from scaling_perception.interop.safetensors_io import save_tree
+from scaling_perception.interop.torch_dit import dit_to_torch
 from scaling_perception.models.autoencoders import save_part
+from scaling_perception.models.dit import config_from_dict
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import get_task
 
@@ -286,6 +291,85 @@ def test_hub_id_without_network_is_one_line(monkeypatch):
     with pytest.raises(UserError, match="could not be fetched from the hub") as caught:
         Predictor.from_pretrained("someone/model")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of the hub, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 20_000])
+def test_hub_model_loads_from_the_cache_without_network(predictor, nano_folder, hub, shard_bytes):
+    commit, repo = "c0ffee" + "0" * 34, hub / "models--someone--a-model"
+    snapshot = repo / "snapshots" / commit
+    meta = {**predictor.meta, "autoencoder": str(nano_folder.parent / "vae")}
+    save_model(snapshot, predictor.params, meta, max_shard_bytes=shard_bytes)
+    assert (snapshot / "model.safetensors.index.json").exists() == (shard_bytes == 20_000)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    assert Predictor.from_pretrained("someone/a-model").id == predictor.id
+    for weights in snapshot.glob("*.safetensors*"):
+        weights.unlink()
+    with pytest.raises(UserError, match="hub model 'someone/a-model' has no config.json and model.safetensors") as told:
+        Predictor.from_pretrained("someone/a-model")
+    assert "\n" not in str(told.value)
+
+
+def test_hub_model_that_is_not_cached_is_one_quick_line_without_network(hub):
+    with pytest.raises(UserError, match="'someone/other' .* could not be fetched from the hub") as told:
+        Predictor.from_pretrained("someone/other")
+    assert "\n" not in str(told.value)
+
+
+def test_what_is_no_model_of_ours_is_told_the_way_to_one(predictor, tmp_path):
+    for name in ("XL/2", "L/2-8E2A", "a4"):
+        with pytest.raises(UserError, match=f"'{name}' is a size and comes without weights: train it"):
+            Predictor.from_pretrained(name)
+    state = dit_to_torch(predictor.params, predictor.config)
+    save_tree(tmp_path / "published" / "model.safetensors", state)
+    (tmp_path / "published" / "config.json").write_text("{}")
+    (tmp_path / "dit.pt").write_bytes(b"PK")
+    for path in (tmp_path / "published", tmp_path / "published" / "model.safetensors", tmp_path / "dit.pt"):
+        with pytest.raises(UserError, match="another layout than ours: convert it first") as told:
+            Predictor.from_pretrained(str(path))
+        assert f"scaling-perception convert {path} DIR" in str(told.value) and "\n" not in str(told.value)
+
+
+def test_model_without_tasks_says_so_whatever_its_autoencoder(make_image, tmp_path):
+    from nano import nano_params
+
+    sizes = {"name": "x", "input_size": 4, "dim": 16, "depth": 1, "heads": 2, "num_classes": 3}
+    meta = describe(config_from_dict(sizes))
+    assert meta["autoencoder"] == "stabilityai/sd-vae-ft-ema"  # not here, and not asked for
+    save_model(tmp_path / "m", nano_params(meta), meta)
+    model = Predictor.from_pretrained(tmp_path / "m")
+    for task, prompt in (("depth", None), ("flow", make_image())):
+        with pytest.raises(UserError, match="knows no task: .* fine-tune it first"):
+            model(make_image(), task=task, prompt=prompt)
+
+
+def test_converted_model_with_experts_predicts(make_predictor, make_image, nano_folder, tmp_path):
+    made = make_predictor(model={"experts": 4, "learn_sigma": True})
+    save_tree(tmp_path / "published.safetensors", dit_to_torch(made.params, made.config))
+    assert main(["convert", str(tmp_path / "published.safetensors"), str(tmp_path / "ours"), "--heads", "2"]) == 0
+    loaded = Predictor.from_pretrained(tmp_path / "ours", autoencoder=str(nano_folder.parent / "vae"))
+    assert loaded.id == made.id and loaded.tasks == ("depth", "amodal", "flow")
+    assert loaded.meta["diffusion"] == RELEASED["diffusion"]
+    depth = loaded(make_image(), ensemble=2, steps=2, batch_size=4)
+    assert depth.prediction.shape == (40, 56) and 0 <= depth.prediction.min() < depth.prediction.max() <= 1
+    plain = loaded(make_image(), ensemble=2, steps=2, batch_size=4, reduce="median")
+    assert 0 <= plain.prediction.min() and plain.prediction.max() <= 1
+    again = make_predictor(
+        model={"experts": 4, "learn_sigma": True},
+        diffusion=RELEASED["diffusion"],
+        task_options=RELEASED["task_options"],
+    )(make_image(), ensemble=2, steps=2, batch_size=4)
+    np.testing.assert_allclose(depth.members, again.members, atol=0.05)  # the autoencoder was stored in float16
 
 
 def test_the_visible_part_joins_the_mask_where_the_model_says_so(nano_folder):
