@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,7 @@ def _open(torch: Any, path: Path) -> tuple[dict[str, Any], str, bool]:
     why = foreign_content(path)
     if why:
         raise UserError(f"{path} {why}")
-    with open(path, "rb") as file:
-        mapped = file.read(4) == b"PK\x03\x04"  # the older form cannot be mapped
+    mapped = _mappable(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the file's age and pickle protocol
@@ -141,6 +141,16 @@ def _open(torch: Any, path: Path) -> tuple[dict[str, Any], str, bool]:
         held = f"'{other[0]}' is no tensor" if other else "it is empty"
         raise UserError(f"{path}{f' entry {entry}' if entry else ''} is no state dict ({held}): give weights alone")
     return state, entry, mapped
+
+
+def _mappable(path: Path) -> bool:
+    """Whether the file is a zip of stored members: the older form is none, and mapped, packed members would be read as
+    if they were not packed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def _numpy_dtype(tensor: Any, name: str, path: Path) -> np.dtype:
@@ -201,7 +211,7 @@ def write_torch(
             with _told(path):
                 scratch.write(b"\0" * (-scratch.tell() % _ALIGN))
                 places.append((name, array.dtype, array.shape, scratch.tell()))
-                scratch.write(array.reshape(-1).view(np.uint8))
+                scratch.write(array.reshape(-1).view(np.uint8).data)
         with _told(path):
             scratch.flush()
             state = {}

@@ -52,6 +52,17 @@ def test_both_forms_of_file_are_read(tmp_path, zipped):
     assert source.origin == str(tmp_path / "a.pt") and not source.read("a.weight").flags.writeable
 
 
+def test_a_file_that_was_packed_again_is_read_right(tmp_path):
+    torch.save({"a": torch.ones(1000)}, tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as old,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    check(open_torch(tmp_path / "b.pt"), {"a": torch.ones(1000)})
+
+
 def test_every_dtype_comes_back_both_ways(tmp_path):
     rng = np.random.default_rng(0)
     kinds = ("float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "int64", "int8", "uint8", "bool")
