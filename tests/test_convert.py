@@ -10,6 +10,7 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -20,12 +21,12 @@ from scaling_perception.cli import main
 from scaling_perception.convert import size_of
 from scaling_perception.interop import exchange, outputs
 from scaling_perception.interop.hf_clip import load_clip
-from scaling_perception.interop.model_folder import load_model
-from scaling_perception.interop.released import RELEASED
+from scaling_perception.interop.model_folder import load_model, save_model
+from scaling_perception.interop.released import RELEASED, describe
 from scaling_perception.interop.torch_files import open_tensors
 from scaling_perception.models import tiny_vae
 from scaling_perception.models.autoencoders import load_autoencoder, load_part
-from scaling_perception.models.dit import DiT, config_from_dict
+from scaling_perception.models.dit import DiT, config_from_dict, init_params
 from scaling_perception.models.presets import at_resolution, get_preset
 from scaling_perception.support.errors import UserError
 
@@ -302,6 +303,17 @@ def test_shipped_models_go_out_and_come_back(tmp_path):
     for field in ("tasks", "task_options", "latent_norm", "diffusion", "autoencoder", "training"):
         assert ours[field] == theirs[field]
     assert config_from_dict(ours["model"]) == config_from_dict(theirs["model"])
+
+
+def test_a_model_that_no_layout_holds_stays_ours(tmp_path, capsys):
+    config = get_preset("nano", context_dim=6)
+    params = init_params(config, jax.random.key(0))
+    save_model(tmp_path / "in", params, describe(config))
+    convert(tmp_path / "in", tmp_path / "half", "--dtype", "float16")
+    assert tensors(tmp_path / "half")["context/table"].dtype == np.float16
+    assert meta_of(tmp_path / "half")["model"]["context_dim"] == 6
+    convert(tmp_path / "in", tmp_path / "out", "--to", "safetensors", code=2)
+    assert "task context" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_told_before_anything_is_written(file, tmp_path, monkeypatch, capsys):

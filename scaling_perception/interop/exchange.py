@@ -27,7 +27,7 @@ from scaling_perception.interop.torch_dit import (
 )
 from scaling_perception.interop.torch_files import open_tensors
 from scaling_perception.models import clip_text, tiny_vae, vae, vae_torch
-from scaling_perception.models.dit import config_from_dict, init_params
+from scaling_perception.models.dit import abstract_params, config_from_dict, init_params
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json
 
@@ -126,7 +126,10 @@ def open_checkpoint(
         family = "dit" if layout == "ours" else FAMILIES[layout]
     if family == "dit":
         config, guessed = _dit_config(layout, source, told, name, heads, active_experts, gating)
-        plans = leaf_pieces(config, "auto" if layout == "ours" else attention_layout(source.shapes))
+        if config.context_dim and layout == "ours":
+            plans = _own_plans(config)
+        else:
+            plans = leaf_pieces(config, "auto" if layout == "ours" else attention_layout(source.shapes))
     elif family == "kl":
         config = vae_torch.vae_config_from_json(told, f"{path}: config.json") if told else vae.VAEConfig()
         guessed = () if told else ("no config.json beside the weights: sizes are Stable Diffusion's",)
@@ -220,7 +223,7 @@ def _dit_config(
     """(DiTConfig, what of it was assumed)."""
     given = {"heads": heads, "active_experts": active, "gating": gating}
     changes = {field: value for field, value in given.items() if value is not None}
-    if isinstance(told.get("model"), Mapping):
+    if isinstance(told.get("model"), Mapping) and ("format" in told or "layout" in told):
         return dataclasses.replace(config_from_dict(told["model"]), **changes), ()
     if layout == "ours":
         raise UserError(f"{source.origin} has no config.json beside it: give the whole model folder")
@@ -246,6 +249,12 @@ def _turn(shape: tuple[int, ...]) -> tuple[tuple[int, ...], Callable[[Array], Ar
     if len(shape) == 4:
         return (shape[3], shape[2], *shape[:2]), *_CONV
     return (shape[::-1], *_MATRIX) if len(shape) == 2 else (shape, *_SAME)
+
+
+def _own_plans(config: Any) -> dict[str, LeafPlan]:
+    """For a model that no published layout holds: every leaf by its own name."""
+    leaves = flatten_tree(abstract_params(config))
+    return {n: LeafPlan(leaf.shape, (Piece(n, leaf.shape, (), *_SAME),)) for n, leaf in leaves.items()}
 
 
 @functools.lru_cache(maxsize=8)

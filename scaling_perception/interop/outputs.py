@@ -26,6 +26,7 @@ from scaling_perception.interop.exchange import Checkpoint
 from scaling_perception.interop.model_folder import CARD, CONFIG, SOURCE_LICENSE, model_card, save_streamed
 from scaling_perception.interop.released import describe
 from scaling_perception.interop.sharded import SINGLE, save_sharded
+from scaling_perception.interop.torch_dit import leaf_pieces
 from scaling_perception.models import tiny_vae, vae_torch
 from scaling_perception.models.dit import count_active_params, count_params
 from scaling_perception.models.presets import LATENT_FACTOR, get_preset, preset_names
@@ -84,6 +85,8 @@ def plan(checkpoint: Checkpoint, to: str, dtype: str, partial: dict[str, list[st
             f"{checkpoint.source.origin}: no published layout holds an autoencoder of these sizes "
             f"(TAESD's are fixed): keep it as a folder of ours"
         )
+    if to != "ours" and checkpoint.family == "dit":
+        leaf_pieces(checkpoint.config)  # refuses what no layout holds
     specs = _specs(checkpoint, to, kept)
     size = sum(prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs.values())
     source = {"file": checkpoint.opened, "layout": checkpoint.layout}
@@ -94,6 +97,8 @@ def plan(checkpoint: Checkpoint, to: str, dtype: str, partial: dict[str, list[st
         facts.append(("made up", ", ".join(partial["made_up"]) or "nothing"))
         facts.append(("left out", ", ".join(partial["left_out"]) or "nothing"))
     words = {"ours": "folder of ours", "torch": "one PyTorch file", "safetensors": "published names, safetensors"}
+    if checkpoint.family in ("kl", "clip"):
+        words["ours"] = "published folder, which is what this package reads"
     return Plan(to, words[to], kept, meta, facts, size)
 
 
@@ -108,7 +113,7 @@ def _specs(checkpoint: Checkpoint, to: str, dtype: Any) -> dict[str, Any]:
 def _about_dit(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     config, told = checkpoint.config, checkpoint.told
     preset = _preset(config)
-    if preset and not checkpoint.told:
+    if preset and "diffusion" not in told:
         config = dataclasses.replace(config, name=preset)
     meta = describe(config)
     if "diffusion" in told:  # a description of ours came with the tensors
@@ -328,8 +333,12 @@ def _write_dit(checkpoint: Checkpoint, plan: Plan, stage: Path, shard_bytes: int
         slices = ((name, (), array) for name, array in exchange.to_published(checkpoint))
         save_sharded(stage, specs, progress(slices, len(specs), "convert"), {"format": "pt"}, shard_bytes)
     meta = _described(plan, digests)
-    write_json(stage / CONFIG, meta if plan.to == "ours" else _published_meta(checkpoint, meta))
-    write_text(stage / CARD, model_card(meta))
+    if plan.to == "ours":
+        write_json(stage / CONFIG, meta)
+        write_text(stage / CARD, model_card(meta))
+    else:
+        write_json(stage / CONFIG, _published_meta(checkpoint, meta))
+        write_text(stage / CARD, _plain_card(f"{checkpoint.config.name}, published names", "convert . DIR", meta))
 
 
 def _write_kl(checkpoint: Checkpoint, plan: Plan, stage: Path, shard_bytes: int, digests: _Digests) -> None:

@@ -91,6 +91,7 @@ def make(folder, *names):
         (["decoder.safetensors", "encoder.safetensors"], ["encoder.safetensors", "decoder.safetensors"]),
         (["taesd_decoder.pth", "taesd_encoder.pth"], ["taesd_encoder.pth", "taesd_decoder.pth"]),
         (["text_encoder/model.safetensors", "tokenizer/vocab.json"], ["text_encoder/model.safetensors"]),
+        (["model/config.json", "model/model.safetensors", "checkpoints/1"], ["model/model.safetensors"]),
         (["vae/diffusion_pytorch_model.safetensors"], ["vae/diffusion_pytorch_model.safetensors"]),
     ],
 )
@@ -101,7 +102,7 @@ def test_weights_of_a_folder(tmp_path, files, found):
 
 def test_a_whole_repository_needs_a_choice(tmp_path):
     make(tmp_path, "model_index.json", "v1-5.safetensors", "vae/model.safetensors", "text_encoder/model.safetensors")
-    with pytest.raises(UserError, match="holds text_encoder and vae: choose one with --layout"):
+    with pytest.raises(UserError, match="holds text_encoder and vae: choose with --layout"):
         locate(tmp_path)
     assert locate(tmp_path, "clip").folder == tmp_path / "text_encoder"
     assert locate(tmp_path, "sd_vae").folder == tmp_path / "vae"
