@@ -1,152 +1,191 @@
-"""DDIM as one table and one scan (Song et al. 2021, equation 12).
+"""One scan over the rows of a sampler's table (see `solvers` for what the rows hold).
 
-Every prediction type, schedule and grid is folded on the host, in float64, into coefficients of one linear update. The
-traced code is therefore the same for all of them: it holds no schedule, takes no root and divides by nothing, so
-float32 meets neither 1 - alpha_bar nor the 2.4e-9 at which the cosine schedule ends. The only large number left is
-1 / sqrt(alpha_bar_999) = 2e4 of epsilon prediction on a trailing grid, which belongs to the method (see `schedules`).
+The traced code is the same for every schedule, prediction type, grid and noise level: it holds no schedule, takes no
+root and divides by nothing, so float32 meets neither 1 - alpha_bar nor the 2.4e-9 at which the cosine schedule ends.
+The only large number left is 1 / sqrt(alpha_bar_999) = 2e4 of epsilon prediction on a trailing grid, which belongs to
+the method (see `schedules`).
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaling_perception.diffusion.schedules import DiffusionPreset, timestep_grid
-from scaling_perception.support.errors import UserError
+from scaling_perception.diffusion.solvers import SamplerTables, sampler_tables
 
-Table = Any  # a numpy array on the host, a jax array inside jit
+__all__ = ["SamplerTables", "State", "advance", "ddim_sample", "sample", "sampler_tables", "start_state"]
+
+Denoise = Callable[[jax.Array, SamplerTables], jax.Array]
+Noise = jax.Array | Callable[[SamplerTables], jax.Array] | None
 
 
-class SamplerTables(NamedTuple):
-    """One row a step, (T,) each; int32 timesteps and float32 coefficients.
+class State(NamedTuple):
+    """What travels from step to step. Every array has the shape of x, so rows of a batch may be taken out of all alike.
 
-    With network output o at (x, t): x0 = x0_x x + x0_out o, eps = eps_x x + eps_out o, and
-    x <- next_x0 x0 + next_eps eps + sigma noise. ``t_next`` is -1 at the end.
+    Attributes:
+        x: the noisy sample; after the last step the result.
+        x0: the clean estimate of the last step; before the first one, and so for the two below, x.
+        older, start: x0 of the step before, and what the last step started from; None for tables without history.
     """
 
-    t: Table
-    t_next: Table
-    x0_x: Table
-    x0_out: Table
-    eps_x: Table
-    eps_out: Table
-    next_x0: Table
-    next_eps: Table
-    sigma: Table
-
-
-def sampler_tables(
-    preset: DiffusionPreset, steps: int, eta: float = 0.0, grid: tuple[np.ndarray, np.ndarray] | None = None
-) -> SamplerTables:
-    """The coefficients of a DDIM run of ``steps`` steps.
-
-    Args:
-        preset: schedule, prediction type and grid.
-        steps: 1..1000.
-        eta: 0 is deterministic, 1 has the variance of ancestral sampling.
-        grid: (t, t_next) integer arrays to use in place of the preset's grid; a negative t_next is the end of the
-            schedule. For reproducing another sampler's jumps.
-
-    Returns:
-        Host (numpy) arrays: closed over by a jitted function they are constants; passed as arguments they are not, and
-        one compilation then serves every preset of the same length.
-
-    Raises:
-        UserError: bad steps or eta.
-    """
-    if not 0.0 <= eta <= 1.0:
-        raise UserError(f"eta {eta}: choose between 0 (deterministic) and 1 (ancestral)")
-    t, t_next = timestep_grid(preset.spacing, steps, preset.steps_offset) if grid is None else map(np.asarray, grid)
-    table = preset.alphas_cumprod()
-    end = 1.0 if preset.final_alpha_one else table[0]
-    t_next = np.maximum(t_next, -1)
-    now = table[t]
-    after = np.where(t_next < 0, end, table[t_next])  # table[-1] is read and dropped
-    signal, noise = np.sqrt(now), np.sqrt(1 - now)
-    zero, one = np.zeros_like(now), np.ones_like(now)
-    if preset.prediction == "epsilon":
-        x0_x, x0_out, eps_x, eps_out = 1 / signal, -noise / signal, zero, one
-    elif preset.prediction == "x0":
-        x0_x, x0_out, eps_x, eps_out = zero, one, 1 / noise, -signal / noise
-    else:
-        x0_x, x0_out, eps_x, eps_out = signal, -noise, noise, signal
-    # A step that stays at its noise level (t = 0 to alpha_bar_0) has no variance; rounding must not make it negative.
-    sigma = eta * np.sqrt(np.maximum((1 - after) / (1 - now) * (1 - now / after), 0.0))
-    direction = np.sqrt(np.maximum(1 - after - sigma**2, 0.0))
-    reals = (x0_x, x0_out, eps_x, eps_out, np.sqrt(after), direction, sigma)
-    return SamplerTables(t.astype(np.int32), t_next.astype(np.int32), *(column.astype(np.float32) for column in reals))
-
-
-Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+    x: jax.Array
+    x0: jax.Array
+    older: jax.Array | None = None
+    start: jax.Array | None = None
 
 
 @overload
-def ddim_sample(
-    denoise: Denoise,
-    tables: SamplerTables,
-    x_T: jax.Array,
-    noise: jax.Array | None = None,
-    return_trajectory: Literal[False] = False,
+def sample(
+    denoise: Denoise, tables: SamplerTables, x_T: jax.Array, noise: Noise = None, keep: None = None
 ) -> jax.Array: ...
 
 
 @overload
-def ddim_sample(
-    denoise: Denoise,
-    tables: SamplerTables,
-    x_T: jax.Array,
-    noise: jax.Array | None = None,
-    *,
-    return_trajectory: Literal[True],
+def sample(
+    denoise: Denoise, tables: SamplerTables, x_T: jax.Array, noise: Noise = None, *, keep: Sequence[int]
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
-def ddim_sample(
+def sample(
     denoise: Denoise,
     tables: SamplerTables,
     x_T: jax.Array,
-    noise: jax.Array | None = None,
-    return_trajectory: bool = False,
+    noise: Noise = None,
+    keep: Sequence[int] | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Sample with one ``lax.scan`` over the tables.
 
-    Use it inside ``jax.jit`` with weights, images and keys as arguments (``denoise`` closing over the traced values):
-    changing them never compiles again; only the shapes and the number of steps do.
+    Use it inside ``jax.jit`` with tables, weights, images and keys as arguments (``denoise`` closing over the traced
+    values): changing them never compiles again; only the shapes, the number of steps, ``keep`` and whether the tables
+    have history do.
 
     Args:
-        denoise: (x float32 (...), t int32 ()) -> the network's output, of x's shape (any float dtype).
+        denoise: (x (...), row) -> the network's output, of x's shape (any float dtype). ``row`` is a `SamplerTables` of
+            scalars: ``row.t`` is the timestep, ``row.index`` the number of the step, for looking up what was computed
+            for each step ahead of the scan.
         tables: from `sampler_tables`.
-        x_T: (...) starting noise, any batch shape (members and images may share the leading axes).
-        noise: (T, ...) the noise of each step, needed when the tables were made with eta > 0.
-        return_trajectory: also return the clean estimate of every step.
+        x_T: (...) starting noise, any batch shape (members and images may share the leading axes). The sampler computes
+            in float32, or in float64 if x_T is.
+        noise: (T, ...) the noise of each step, or row -> (...) to draw it step by step; needed when the tables add
+            noise.
+        keep: the numbers of some steps, all different (-1 is the last one): their clean estimates are returned, too.
+            They alone take memory.
 
     Returns:
-        x, float32 (...); or (x, x0 estimates float32 (T, ...)).
+        x, (...); or (x, clean estimates (K, ...) in the order of ``keep``).
 
     Raises:
-        ValueError: eta > 0 without noise (seen when the tables are host arrays), or a noise of another shape.
+        ValueError: tables that add noise and none given (seen when they are host arrays), noise or network output of
+            another shape than x_T asks for, or steps to keep that are not there.
     """
-    steps = tables.t.shape[0]
+    state = start_state(tables, x_T)
+    if keep is None:
+        return _scan(denoise, tables, state, noise)[0].x
+    steps = len(tables.t)
+    wanted = [step + steps if step < 0 else step for step in map(int, keep)]
+    if len(set(wanted)) < len(wanted) or not set(wanted) <= set(range(steps)):
+        raise ValueError(f"cannot keep the estimates of steps {list(keep)}: give different steps in 0..{steps - 1}")
+    slots = np.full(steps, len(wanted), np.int32)  # one past the end: not kept
+    slots[wanted] = np.arange(len(wanted))
+    state, kept = _scan(denoise, tables, state, noise, slots, jnp.broadcast_to(state.x, (len(wanted), *state.x.shape)))
+    assert kept is not None
+    return state.x, kept
+
+
+def start_state(tables: SamplerTables, x_T: jax.Array) -> State:
+    """The state before the first step, from noise (...); ``tables`` only decide whether it has a history."""
+    x = jnp.asarray(x_T, jnp.result_type(x_T, jnp.float32))
+    return State(x, x) if tables.history is None else State(x, x, x, x)
+
+
+def advance(
+    denoise: Denoise, tables: SamplerTables, state: State, first: int | jax.Array, count: int, noise: Noise = None
+) -> State:
+    """Run steps ``first`` to ``first + count - 1``, so that a caller can look at the clean estimates in between.
+
+    A step's arithmetic does not depend on the piece it is in: pieces give what one run gives, bit for bit where the
+    compiler treats both alike (as it does on CPUs). ``denoise`` and ``tables`` as in `sample`.
+
+    Args:
+        state: from `start_state` or an earlier call; samples that need no more steps may have been dropped from it.
+        first: may be traced: one compilation serves every piece of ``count`` steps.
+        count: static.
+        noise: (count, ...) of these steps, or row -> (...).
+
+    Raises:
+        ValueError: as `sample`, or a host ``first`` and ``count`` outside the table.
+    """
+    steps = len(tables.t)
+    if isinstance(first, (int, np.integer)) and not 0 <= first <= first + count <= steps:
+        raise ValueError(f"steps {first}..{first + count - 1} are not in a table of {steps}")
+    _needs_noise(tables, noise)
+    rows = jax.tree.map(lambda column: jax.lax.dynamic_slice_in_dim(jnp.asarray(column), first, count), tables)
+    return _scan(denoise, rows, state, noise)[0]
+
+
+def ddim_sample(
+    denoise: Callable[[jax.Array, jax.Array], jax.Array],
+    tables: SamplerTables,
+    x_T: jax.Array,
+    noise: Noise = None,
+    return_trajectory: bool = False,
+) -> Any:
+    """`sample` for a network that wants the timestep alone: denoise (x, t int32 ()).
+
+    Returns:
+        x; with ``return_trajectory`` (x, clean estimates of all steps (T, ...)).
+    """
+    keep = range(len(tables.t)) if return_trajectory else None
+    whole: Any = sample  # its two forms
+    return whole(lambda x, row: denoise(x, row.t), tables, x_T, noise, keep=keep)
+
+
+def _needs_noise(tables: SamplerTables, noise: Noise) -> None:
     if noise is None and isinstance(tables.sigma, np.ndarray) and tables.sigma.any():
-        raise ValueError("the tables were made with eta > 0: give the noise of each step")
-    if noise is not None and noise.shape != (steps, *x_T.shape):
-        raise ValueError(f"noise has shape {noise.shape}; {steps} steps of {x_T.shape} need {(steps, *x_T.shape)}")
+        raise ValueError("the tables add noise (eta > 0, or ddpm): give the noise of each step")
 
-    def step(x: jax.Array, row: tuple[SamplerTables, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
-        at, fresh = row
-        out = denoise(x, at.t)
-        if out.shape != x.shape:
-            raise ValueError(f"the network returned {out.shape} for an input of {x.shape}")
-        out = out.astype(jnp.float32)
-        x0 = at.x0_x * x + at.x0_out * out
-        eps = at.eps_x * x + at.eps_out * out
-        x = at.next_x0 * x0 + at.next_eps * eps
+
+def _scan(
+    denoise: Denoise,
+    tables: SamplerTables,
+    state: State,
+    noise: Noise,
+    slots: np.ndarray | None = None,
+    kept: jax.Array | None = None,
+) -> tuple[State, jax.Array | None]:
+    """All rows of the tables; ``kept[slots[i]]`` becomes the clean estimate of row i, where there is such a slot."""
+    steps, shape, dtype = len(tables.t), state.x.shape, state.x.dtype
+    _needs_noise(tables, noise)
+    if (state.older is None) != (tables.history is None):
+        raise ValueError("the state was started for another kind of solver than the tables are for")
+    array = None if callable(noise) else noise
+    if array is not None and array.shape != (steps, *shape):
+        raise ValueError(f"noise has shape {array.shape}; {steps} steps of {shape} need {(steps, *shape)}")
+
+    def step(carry: Any, row: Any) -> tuple[Any, None]:
+        (state, kept), (at, fresh, slot) = carry, row
+        out = denoise(state.x, at)
+        if out.shape != shape:
+            raise ValueError(f"the network returned {out.shape} for an input of {shape}")
+        x0 = jnp.clip(at.x0_x * state.x + at.x0_out * out.astype(dtype), -at.limit, at.limit)
+        if at.history is None:
+            state = State(at.next_x * state.x + at.next_x0 * x0, x0)
+        else:
+            past, last = at.history, state.x0
+            y = past.now_x * state.x + past.now_start * state.start
+            y = y + past.now_x0 * x0 + past.now_last * last + past.now_older * state.older
+            state = State(at.next_x * y + at.next_x0 * x0 + past.next_last * last, x0, last, y)
+        fresh = noise(at) if callable(noise) else fresh
         if fresh is not None:
-            x = x + at.sigma * fresh.astype(jnp.float32)
-        return x, x0 if return_trajectory else None
+            state = state._replace(x=state.x + at.sigma * fresh.astype(dtype))
+        if kept is not None:
+            kept = kept.at[slot].set(x0, mode="drop")
+        return (state, kept), None
 
-    table = SamplerTables(*(jnp.asarray(column) for column in tables))
-    x, trajectory = jax.lax.scan(step, jnp.asarray(x_T, jnp.float32), (table, noise))
-    return x if trajectory is None else (x, trajectory)
+    def column(values: Any) -> jax.Array:
+        return jnp.asarray(values, dtype if jnp.issubdtype(values.dtype, jnp.floating) else jnp.int32)
+
+    rows = (jax.tree.map(column, tables), array, slots)
+    return jax.lax.scan(step, (state, kept), rows)[0]

@@ -36,7 +36,12 @@ _SCHEDULE_ALIASES = {"squaredcos_cap_v2": "cosine"}
 _PREDICTION_ALIASES = {"v_prediction": "v", "sample": "x0", "eps": "epsilon"}
 
 
-def _known(kind: str, word: Any, options: tuple[str, ...], aliases: dict[str, str]) -> str:
+def choose_name(kind: str, word: Any, options: tuple[str, ...], aliases: dict[str, str]) -> str:
+    """The option that ``word`` names, by itself or by an alias.
+
+    Raises:
+        UserError: it names none.
+    """
     found = aliases.get(str(word), str(word))
     if found not in options:
         raise UserError(f"unknown {kind} '{word}'{did_you_mean(str(word), (*options, *aliases))}")
@@ -57,7 +62,7 @@ def betas(name: str) -> np.ndarray:
     Raises:
         UserError: the name is unknown.
     """
-    name = _known("schedule", name, SCHEDULES, _SCHEDULE_ALIASES)
+    name = choose_name("schedule", name, SCHEDULES, _SCHEDULE_ALIASES)
     if name == "linear":
         return np.linspace(1e-4, 0.02, TRAIN_STEPS)
     if name == "scaled_linear":
@@ -111,7 +116,7 @@ def timestep_grid(spacing: str, steps: int, steps_offset: int = 0) -> tuple[np.n
     Raises:
         UserError: unknown spacing, steps outside 1..1000, or an offset that pushes the grid outside the schedule.
     """
-    spacing = _known("timestep spacing", spacing, SPACINGS, {})
+    spacing = choose_name("timestep spacing", spacing, SPACINGS, {})
     steps, steps_offset = int(steps), int(steps_offset)
     if not 1 <= steps <= TRAIN_STEPS:
         raise UserError(f"{steps} sampling steps: choose between 1 and {TRAIN_STEPS}")
@@ -156,9 +161,9 @@ class DiffusionPreset:
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen; aliases are replaced by the one name we use
-        set_field(self, "schedule", _known("schedule", self.schedule, SCHEDULES, _SCHEDULE_ALIASES))
-        set_field(self, "prediction", _known("prediction", self.prediction, PREDICTIONS, _PREDICTION_ALIASES))
-        set_field(self, "spacing", _known("timestep spacing", self.spacing, SPACINGS, {}))
+        set_field(self, "schedule", choose_name("schedule", self.schedule, SCHEDULES, _SCHEDULE_ALIASES))
+        set_field(self, "prediction", choose_name("prediction", self.prediction, PREDICTIONS, _PREDICTION_ALIASES))
+        set_field(self, "spacing", choose_name("timestep spacing", self.spacing, SPACINGS, {}))
         if self.zero_snr and self.prediction == "epsilon":
             raise UserError("prediction 'epsilon' cannot be used with zero_snr: use 'v' or 'x0', or zero_snr=False")
 

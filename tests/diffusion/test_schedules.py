@@ -110,6 +110,8 @@ def test_preset_changes_aliases_and_json():
     preset = get_diffusion("fixed", schedule="squaredcos_cap_v2", prediction="v_prediction", spacing="leading")
     assert preset == get_diffusion("fixed", spacing="leading")
     assert DiffusionPreset(**json.loads(json.dumps(dataclasses.asdict(preset)))) == preset
+    older = {name: value for name, value in dataclasses.asdict(preset).items() if name != "zero_snr"}
+    assert DiffusionPreset(**older) == preset  # model folders written before the field
     assert get_diffusion("fixed", zero_snr=True).alphas_cumprod()[-1] == 0
 
 

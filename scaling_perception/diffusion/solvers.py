@@ -1,0 +1,231 @@
+"""Samplers as tables: every solver, schedule, prediction type and grid folded into coefficients of one linear update.
+
+With alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(alpha / sigma) and h the step's rise in lambda,
+every solver here starts from the step that holds the clean estimate x0 constant,
+
+    x <- (sigma' / sigma) x + alpha' (1 - exp(-h)) x0        (primes: after the step)
+
+which is DDIM without noise (Song et al. 2021, equation 12, with eps written as (x - alpha x0) / sigma) and the first
+order of DPM-Solver++ (Lu et al. 2022, proposition 4.1 with x0 constant). It is computed without lambda, which is
+infinite at both ends: at alpha_bar = 1 (the step is then x <- x0 exactly) and, with zero_snr, at alpha_bar_999 = 0.
+
+* ``ddim``: this step; for eta > 0 equation 16 of Song et al. gives the variance, and x counts less.
+* ``ddpm``: draws from the exact posterior q(x' | x, x0) of a step of any length (Ho et al. 2020, equations 6 and 7,
+  with beta of the jump, 1 - alpha_bar / alpha_bar', in place of beta_t). Mean and ``small`` variance are those of ddim
+  with eta = 1; ``large`` takes beta of the jump itself (Ho et al., section 3.2), and nothing where the schedule ends.
+* ``dpm++2m``: DPM-Solver++(2M), algorithm 2 of Lu et al. 2022: x0 + h / (2 h_last) (x0 - x0_last) takes the place of
+  x0. With eta = 1 it is their SDE-DPM-Solver++(2M): the same in the step of ddim with eta.
+* ``unipc``: UniPC-2 with B(h) = exp(h) - 1, data prediction (Zhao et al. 2023). The predictor UniP-2 (algorithm 2) is
+  then the step of dpm++2m. The corrector UniC (algorithm 1) redoes the last step with the network's output at its end,
+  which the next step needs anyhow, and raises the order by one (theorem 3.1): no further call.
+* ``single``: one call at t = 999, whatever the preset's grid.
+
+The solvers of second order begin with a step of first order. They end with one where the last step goes to
+alpha_bar = 1 (lambda is infinite), and where there are fewer than 15 steps, as the authors of DPM-Solver++ advise.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scaling_perception.diffusion.schedules import TRAIN_STEPS, DiffusionPreset, choose_name, timestep_grid
+from scaling_perception.support.errors import UserError
+
+SOLVERS = ("ddim", "ddpm", "dpm++2m", "unipc", "single")
+VARIANCES = ("small", "large")
+
+_ALIASES = {"ancestral": "ddpm", "dpmpp_2m": "dpm++2m", "dpm++": "dpm++2m", "dpmsolver++": "dpm++2m"}
+_FEW_STEPS = 15  # below it, a last step of second order does harm
+
+Column = Any  # a numpy array on the host, a jax array inside jit
+
+
+class History(NamedTuple):
+    """Coefficients (T,) float32 of a step that looks back; see `SamplerTables`."""
+
+    now_x: Column
+    now_start: Column
+    now_x0: Column
+    now_last: Column
+    now_older: Column
+    next_last: Column
+
+
+class SamplerTables(NamedTuple):
+    """One row a step, (T,) each; int32 indices and timesteps, float32 coefficients.
+
+    With network output o at (x, t):
+
+        x0 = x0_x x + x0_out o, clipped to [-limit, limit]
+        x <- next_x x + next_x0 x0 + sigma noise
+
+    and with ``history``, where last and older are x0 of the step before and of the one before that, and start is what
+    the step before started from, corrected:
+
+        y = now_x x + now_start start + now_x0 x0 + now_last last + now_older older
+        x <- next_x y + next_x0 x0 + next_last last + sigma noise
+
+    ``t_next`` is -1 at the end. ``limit`` is infinite without clipping; the noise estimate is that of the clipped x0,
+    because it appears in no other way. One row of a table (this tuple, of scalars) is what `sampler.sample` calls the
+    denoising function with.
+    """
+
+    index: Column
+    t: Column
+    t_next: Column
+    x0_x: Column
+    x0_out: Column
+    limit: Column
+    next_x: Column
+    next_x0: Column
+    sigma: Column
+    history: History | None = None
+
+
+def sampler_tables(
+    preset: DiffusionPreset,
+    steps: int,
+    eta: float = 0.0,
+    grid: tuple[np.ndarray, np.ndarray] | None = None,
+    solver: str = "ddim",
+    clip: float | None = None,
+    variance: str = "small",
+    dtype: Any = np.float32,
+) -> SamplerTables:
+    """The coefficients of a run of ``steps`` steps.
+
+    Tables of the same length, with or without history (``dpm++2m`` and ``unipc`` have it), run in one compiled program.
+
+    Args:
+        preset: schedule, prediction type and grid.
+        steps: 1..1000.
+        eta: noise of ddim and dpm++2m: 0 is deterministic, 1 has the variance of ancestral sampling.
+        grid: (t, t_next) integer arrays to use in place of the preset's grid; a negative t_next is the end of the
+            schedule. For reproducing another sampler's jumps. A solver with history needs each step to start where the
+            last one ended.
+        solver: a name of `SOLVERS`, described at the top of this module.
+        clip: bound of the clean estimate, None for none.
+        variance: of ddpm: ``small`` or ``large``.
+        dtype: of the coefficients; float64 is for measuring the solvers themselves.
+
+    Returns:
+        Host (numpy) arrays: closed over by a jitted function they are constants; passed as arguments they are not, and
+        one compilation then serves every preset of the same length.
+
+    Raises:
+        UserError: an unknown name, bad steps, eta, clip or grid, or options that do not go together.
+    """
+    solver = choose_name("solver", solver, SOLVERS, _ALIASES)
+    _check(solver, steps, eta, grid, clip, choose_name("variance", variance, VARIANCES, {}))
+    if grid is None:
+        spacing = "trailing" if solver == "single" else preset.spacing
+        grid = timestep_grid(spacing, steps, preset.steps_offset)
+    t, t_next = np.asarray(grid[0], np.int64), np.maximum(grid[1], -1)
+    table = preset.alphas_cumprod()
+    end = 1.0 if preset.final_alpha_one else table[0]
+    now = table[t]
+    after = np.where(t_next < 0, end, table[t_next])  # table[-1] is read and dropped
+    signal, noise = np.sqrt(now), np.sqrt(1 - now)
+    zero, one = np.zeros_like(now), np.ones_like(now)
+    if preset.prediction == "epsilon":
+        x0_x, x0_out = 1 / signal, -noise / signal
+    else:
+        x0_x, x0_out = (zero, one) if preset.prediction == "x0" else (signal, -noise)
+    # A step that stays at its noise level (t = 0 to alpha_bar_0) has no variance; rounding must not make it negative.
+    jump = np.maximum(1 - now / after, 0.0)
+    sigma = (1.0 if solver == "ddpm" else eta) * np.sqrt((1 - after) / (1 - now) * jump)
+    next_x = np.sqrt(np.maximum(1 - after - sigma**2, 0.0)) / noise
+    next_x0 = np.sqrt(after) - next_x * signal
+    if variance == "large":
+        sigma = np.where(t_next < 0, 0.0, np.sqrt(jump))
+    history = None
+    if solver in ("dpm++2m", "unipc"):
+        rise = _rises(now, after)
+        same = History(one, zero, zero, zero, zero, zero)
+        history = _corrector(next_x, next_x0, rise) if solver == "unipc" else same
+        more = next_x0 * _second_order(rise)
+        next_x0, history = next_x0 + more, history._replace(next_last=-more)
+    real, whole = partial(np.asarray, dtype=dtype), partial(np.asarray, dtype=np.int32)
+    return SamplerTables(
+        index=whole(np.arange(len(t))),
+        t=whole(t),
+        t_next=whole(t_next),
+        x0_x=real(x0_x),
+        x0_out=real(x0_out),
+        limit=real(np.full_like(now, np.inf if clip is None else clip)),
+        next_x=real(next_x),
+        next_x0=real(next_x0),
+        sigma=real(sigma),
+        history=None if history is None else History._make(map(real, history)),
+    )
+
+
+def _check(solver: str, steps: int, eta: float, grid: Any, clip: float | None, variance: str) -> None:
+    if not 0.0 <= eta <= 1.0:
+        raise UserError(f"eta {eta}: choose between 0 (deterministic) and 1 (ancestral)")
+    if eta and solver not in ("ddim", "dpm++2m"):
+        raise UserError(f"eta {eta} does not go with solver '{solver}': leave it at 0, or choose ddim or dpm++2m")
+    if variance != "small" and solver != "ddpm":
+        raise UserError(f"variance '{variance}' does not go with solver '{solver}': leave it out, or choose ddpm")
+    if clip is not None and not clip > 0:
+        raise UserError(f"clip {clip}: give a bound above 0, or None")
+    if solver == "single" and (steps != 1 or grid is not None):
+        raise UserError(f"solver 'single' is one step at t = {TRAIN_STEPS - 1}: give 1 step and no grid, not {steps}")
+    if grid is None:
+        return
+    t, t_next = (np.asarray(part) for part in grid)
+    fits = t.shape == t_next.shape == (steps,) and steps > 0
+    if not (fits and t.min() >= 0 and t.max() < TRAIN_STEPS and (t_next < t).all()):
+        raise UserError(f"the grid must be {steps} timesteps t in 0..{TRAIN_STEPS - 1}, and for each t_next below it")
+    if solver in ("dpm++2m", "unipc") and not ((t_next[:-1] == t[1:]).all() and (np.diff(t) < 0).all()):
+        raise UserError(f"solver '{solver}' needs a falling grid whose steps start where the last one ended")
+
+
+def _rises(now: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """h of each step: the rise in lambda, infinite where alpha_bar is 0 before it or 1 after it."""
+    with np.errstate(divide="ignore"):
+        start, end = (0.5 * (np.log(level) - np.log1p(-level)) for level in (now, after))
+    return end - start
+
+
+def _second_order(rise: np.ndarray) -> np.ndarray:
+    """h / (2 h_last), the weight of x0 - x0_last; 0 on the steps that stay of first order.
+
+    (Lu et al. 2022, algorithm 2, where r = h_last / h; Zhao et al. 2023, UniP-2 with B(h) = exp(h) - 1 and a = 1 / 2.)
+    """
+    weight = np.zeros_like(rise)
+    last = len(rise) - (len(rise) < _FEW_STEPS or np.isinf(rise[-1]))
+    weight[1:last] = rise[1:last] / (2 * rise[: last - 1])
+    return weight
+
+
+def _corrector(next_x: np.ndarray, next_x0: np.ndarray, rise: np.ndarray) -> History:
+    """UniC-1 in the second row, UniC-2 after it (Zhao et al. 2023, algorithm 1); the first row has nothing to correct.
+
+    With the step of first order y = a start + b last from the row before, and m the new estimate, it is
+
+        y = a start + b (last + rho (older - last) / r + rho_m (m - last)),  r = -h_older / h
+
+    where rho and rho_m solve the two equations of theorem 3.1 (rho_m = 1/2, rho = 0 for UniC-1). The estimates may lie
+    infinitely far back (zero_snr): what they contribute is then 0.
+    """
+    a, b, h = next_x[:-1], next_x0[:-1], rise[:-1]
+    rho_m, rho_r = np.full_like(h, 0.5), np.zeros_like(h)  # rho_r = rho / r
+    z = -h[1:]
+    growth = np.expm1(z)
+    first = growth / z - 1  # z phi_2(z) and z phi_3(z), where z phi_1(z) = exp(z) - 1 = B
+    second = first / z - 1 / 2
+    conditions = first / growth, 2 * second / growth
+    r = h[:-1] / z
+    rho = (conditions[0] - conditions[1]) / (1 - r)
+    rho_m[1:], rho_r[1:] = conditions[0] - rho, rho / r
+    zero, one = np.zeros(1), np.ones(1)
+    return History(
+        now_x=np.concatenate([one, np.zeros_like(h)]),
+        now_start=np.concatenate([zero, a]),
+        now_x0=np.concatenate([zero, b * rho_m]),
+        now_last=np.concatenate([zero, b * (1 - rho_r - rho_m)]),
+        now_older=np.concatenate([zero, b * rho_r]),
+        next_last=np.zeros_like(rise),
+    )

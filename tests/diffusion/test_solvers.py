@@ -1,0 +1,282 @@
+"""The solvers against closed forms on Gaussian data, and against diffusers where the conventions are the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scaling_perception.diffusion.sampler import sample, sampler_tables
+from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion, timestep_grid
+from scaling_perception.diffusion.solvers import SOLVERS
+from scaling_perception.support.errors import UserError
+
+# Data N(MEAN, SPREAD^2), each coordinate by itself.
+MEAN, SPREAD = np.array([0.7, -0.3, 1.5]), np.array([0.5, 1.3, 0.2])
+COSINES = np.cos(np.arange(1000) / 1000.0).astype(np.float32)
+
+
+def gaussian_tables(preset):
+    """The exact denoiser of the Gaussian data, E[x0 | x], by timestep: its gain and offset, and the preset's output."""
+    alpha_bar = preset.alphas_cumprod()[:, None]
+    signal, noise = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    gain = signal * SPREAD**2 / (alpha_bar * SPREAD**2 + 1 - alpha_bar)
+    of_x0, of_eps = {"epsilon": (0, 1), "x0": (1, 0), "v": (-noise, signal)}[preset.prediction]
+    # out = of_x0 x0 + of_eps (x - signal x0) / noise with x0 = gain x + (1 - gain signal) MEAN
+    share = of_x0 - of_eps * signal / noise
+    return of_eps / noise + share * gain, share * (1 - gain * signal) * MEAN
+
+
+@jax.jit
+def gaussian_run(tables, network, x, key=None):
+    def draw(row):
+        return jax.random.normal(jax.random.fold_in(key, row.index), x.shape, x.dtype)
+
+    slope, offset = (jnp.asarray(part, x.dtype) for part in network)
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    denoise = lambda x, row: slope[row.t].reshape(shape) * x + offset[row.t].reshape(shape)  # noqa: E731
+    return sample(denoise, tables, x, None if key is None else draw)
+
+
+def on_the_path(alpha_bar, z):
+    """Where the probability-flow ODE is at alpha_bar: z, the deviations from the mean, stays."""
+    return np.sqrt(alpha_bar) * MEAN + np.sqrt(alpha_bar * SPREAD**2 + 1 - alpha_bar) * z
+
+
+@pytest.mark.parametrize("schedule, prediction", [("linear", "epsilon"), ("scaled_linear", "x0"), ("cosine", "v")])
+def test_the_order_of_convergence_is_1_2_and_3(schedule, prediction):
+    """From t = 900 to t = 100 in equal jumps, in float64. UniPC-2's corrector makes it third order."""
+    preset = DiffusionPreset(schedule, prediction)
+    begin, end = (on_the_path(preset.alphas_cumprod()[t], np.array([1.3, -0.8, 0.4])) for t in (900, 100))
+    errors = {solver: [] for solver in ("ddim", "dpm++2m", "unipc")}
+    with jax.enable_x64(True):
+        for steps in (10, 40, 80, 160):
+            t = np.arange(900, 100, -800 // steps)
+            for solver, found in errors.items():
+                tables = sampler_tables(preset, steps, grid=(t, t - 800 // steps), solver=solver, dtype=np.float64)
+                found.append(np.abs(gaussian_run(tables, gaussian_tables(preset), jnp.asarray(begin)) - end).max())
+    slopes = {solver: -np.polyfit([0, 1, 2], np.log2(found[1:]), 1)[0] for solver, found in errors.items()}
+    assert 0.95 < slopes["ddim"] < 1.05, errors
+    assert 1.85 < slopes["dpm++2m"] < 2.05, errors
+    assert 2.7 < slopes["unipc"] < 3.05, errors
+    assert all(third < second < first / 2 for first, second, third in zip(*errors.values(), strict=True)), errors
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"zero_snr": True}, {"zero_snr": True, "schedule": "linear"}, {"prediction": "x0"}]
+)
+def test_whole_runs_end_at_the_data_and_higher_order_gets_there_sooner(changes):
+    """In float32 from pure noise to alpha_bar = 1; with zero_snr lambda is infinite at both ends."""
+    preset = get_diffusion("fixed", **changes)
+    z = np.array([1.3, -0.8, 0.4])
+    begin = jnp.asarray(on_the_path(preset.alphas_cumprod()[999], z), jnp.float32)
+
+    def error(solver, steps):
+        x = gaussian_run(sampler_tables(preset, steps, solver=solver), gaussian_tables(preset), begin)
+        return np.abs(x - (MEAN + SPREAD * z)).max()
+
+    assert error("ddim", 50) < 0.05
+    for solver in ("dpm++2m", "unipc"):
+        assert error(solver, 2) <= 1.001 * error("ddim", 2)
+        assert error(solver, 3) <= 1.001 * error("ddim", 3)
+        assert error(solver, 50) < 0.15 * error("ddim", 50)
+
+
+def test_both_solvers_of_second_order_predict_alike():
+    """UniP-2 with B(h) = exp(h) - 1 is the step of DPM-Solver++(2M), so only the correction sets them apart."""
+    first, second = (sampler_tables(get_diffusion("fixed"), 20, solver=solver) for solver in ("dpm++2m", "unipc"))
+    for name in ("next_x", "next_x0"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+    np.testing.assert_array_equal(first.history.next_last, second.history.next_last)
+    assert (first.history.now_x == 1).all() and (second.history.now_x[1:] == 0).all()
+    # A correction of estimates that do not change is none: the weights of the estimates add up to those of one.
+    past = second.history
+    total = past.now_x0[1:] + past.now_last[1:] + past.now_older[1:]
+    np.testing.assert_allclose(total, sampler_tables(get_diffusion("fixed"), 20).next_x0[:-1], rtol=1e-5)
+
+
+def test_the_ends_of_the_schedule():
+    for solver in ("dpm++2m", "unipc"):
+        tables = sampler_tables(get_diffusion("fixed"), 20, solver=solver)
+        assert (tables.next_x[-1], tables.next_x0[-1], tables.history.next_last[-1]) == (0, 1, 0)  # x = x0 exactly
+        assert tables.history.next_last[0] == 0 and (tables.history.next_last[1:-1] < 0).all()
+        for steps, order in ((14, 0), (15, 1)):  # to alpha_bar_0: lambda is finite, and few steps end with first order
+            preset = get_diffusion("fixed", final_alpha_one=False)
+            assert np.count_nonzero(sampler_tables(preset, steps, solver=solver).history.next_last[-1]) == order
+        for steps in (1, 2, 3, 20, 1000):  # alpha_bar_999 = 0: what came before it is infinitely far back
+            tables = sampler_tables(get_diffusion("fixed", zero_snr=True), steps, solver=solver)
+            assert all(np.isfinite(column).all() for column in [*tables[:5], *tables[6:9], *tables.history])
+            assert tables.x0_x[0] == 0 and tables.x0_out[0] == -1
+            assert steps < 3 or tables.history.next_last[1] == 0
+        # The released grid ends with a step from t = 1 to alpha_bar_0; at offset 0 that step stands still.
+        still = sampler_tables(get_diffusion("released", steps_offset=0), 50, solver=solver)
+        assert (still.t[-1], still.next_x[-1], still.next_x0[-1], still.history.next_last[-1]) == (0, 1, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["fixed", "paper"])
+def test_one_step_of_every_solver_is_the_same(name):
+    preset, x = get_diffusion(name), jnp.linspace(-2, 2, 12).reshape(2, 6)
+    run = jax.jit(lambda tables: sample(lambda x, row: jnp.tanh(x), tables, x, noise=lambda row: jnp.ones_like(x)))
+    wanted = run(sampler_tables(preset, 1))
+    for solver in ("ddpm", "dpm++2m", "unipc"):
+        tables = sampler_tables(preset, 1, solver=solver)
+        assert all(np.array_equal(a, b) for a, b in zip(tables[:9], sampler_tables(preset, 1)[:9], strict=True))
+        np.testing.assert_allclose(run(tables), wanted, rtol=1e-6)
+
+
+def test_single_is_one_call_at_the_noisy_end_on_any_grid():
+    tables = sampler_tables(get_diffusion("released"), 1, solver="single")
+    assert tables.t == [999] and tables.t_next == [-1]
+    trailing = sampler_tables(get_diffusion("released", spacing="trailing"), 1)
+    assert all(np.array_equal(one, other) for one, other in zip(tables[:-1], trailing[:-1], strict=True))
+
+
+# Noise
+
+
+def test_ancestral_sampling_has_the_mean_and_variance_of_its_chain():
+    """Gaussian data and an exact denoiser make every step Gaussian: mean and variance follow by recursion."""
+    preset, steps, count = get_diffusion("fixed"), 10, 40_000
+    alpha_bar = np.append(preset.alphas_cumprod(), 1.0)  # the last element is the end, as t_next = -1
+    t, t_next = timestep_grid("trailing", steps)
+
+    begin = jax.random.normal(jax.random.key(0), (count, len(MEAN)))
+
+    for variance in ("small", "large"):
+        tables = sampler_tables(preset, steps, solver="ddpm", variance=variance)
+        mean, var = np.zeros(3), np.ones(3)
+        for now, after in zip(alpha_bar[t], alpha_bar[t_next], strict=True):
+            beta = 1 - now / after
+            of_x, of_x0 = np.sqrt(now / after) * (1 - after) / (1 - now), np.sqrt(after) * beta / (1 - now)
+            slope = np.sqrt(now) * SPREAD**2 / (now * SPREAD**2 + 1 - now)
+            added = beta * (1 - after) / (1 - now) if variance == "small" else beta * (after < 1)
+            mean = of_x * mean + of_x0 * (MEAN + slope * (mean - np.sqrt(now) * MEAN))
+            var = (of_x + of_x0 * slope) ** 2 * var + added
+        x = np.asarray(gaussian_run(tables, gaussian_tables(preset), begin, jax.random.key(1)), np.float64)
+        assert (np.abs(x.mean(0) - mean) < 5 * np.sqrt(var / count)).all()
+        assert (np.abs(x.var(0) / var - 1) < 5 * np.sqrt(2 / count)).all()
+        same = sampler_tables(preset, steps, eta=1.0)
+        assert all(np.array_equal(a, b) for a, b in zip(tables[:8], same[:8], strict=True))
+        assert np.array_equal(tables.sigma, same.sigma) == (variance == "small")
+
+
+def test_ancestral_variances_enclose_the_data_and_close_in_on_it():
+    """The small variance is exact for data of one point, the large one for N(0, 1) (Ho et al. 2020, section 3.2)."""
+    preset, spread = get_diffusion("fixed", prediction="x0"), 0.5
+    widths = {}
+    for steps in (50, 1000):
+        for variance in ("small", "large"):
+            tables = sampler_tables(preset, steps, solver="ddpm", variance=variance, dtype=np.float64)
+            now, var = preset.alphas_cumprod()[tables.t], 1.0
+            slopes = np.sqrt(now) * spread**2 / (now * spread**2 + 1 - now)
+            for of_x, of_x0, slope, sigma in zip(tables.next_x, tables.next_x0, slopes, tables.sigma, strict=True):
+                var = (of_x + of_x0 * slope) ** 2 * var + sigma**2
+            widths[variance, steps] = np.sqrt(var)
+    assert widths["small", 50] < widths["small", 1000] < spread < widths["large", 1000] < widths["large", 50]
+    assert widths["large", 1000] - widths["small", 1000] < 0.02
+
+
+# Diffusers
+
+
+@pytest.fixture(scope="module")
+def libraries():
+    return pytest.importorskip("torch"), pytest.importorskip("diffusers")
+
+
+@jax.jit
+def analytic_run(tables, x, noise):
+    cosines = jnp.asarray(COSINES)
+    return sample(lambda x, row: jnp.tanh(x) * cosines[row.t], tables, x, noise)
+
+
+def reference_run(torch, scheduler, steps, x, noise=None, **options):
+    """The reference loop with the same network; returns its timesteps and its result."""
+    scheduler.set_timesteps(steps)
+    x = torch.from_numpy(x)
+    for i, t in enumerate(scheduler.timesteps):
+        extra = dict(options) if noise is None else {**options, "variance_noise": torch.from_numpy(noise[i])}
+        x = scheduler.step(torch.tanh(x) * float(COSINES[int(t)]), t, x, **extra).prev_sample
+    return scheduler.timesteps.numpy(), x.numpy()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, in the reference's own code
+@pytest.mark.parametrize("solver", ["dpm++2m", "sde", "unipc"])
+def test_solvers_agree_with_diffusers_on_its_grids(libraries, solver):
+    torch, diffusers = libraries
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 4, 4, 3)).astype(np.float32)
+    cases = 0
+    for schedule in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        for prediction, spacing in (("epsilon", "leading"), ("v_prediction", "trailing"), ("sample", "linspace")):
+            for steps, end in ((1, "zero"), (2, "zero"), (5, "zero"), (20, "zero"), (20, "sigma_min")):
+                first, last = (1e-4, 0.02) if schedule == "linear" else (0.00085, 0.012)
+                common = {
+                    "beta_schedule": schedule,
+                    "beta_start": first,
+                    "beta_end": last,
+                    "prediction_type": prediction,
+                    "timestep_spacing": spacing,
+                    "final_sigmas_type": end,
+                    "solver_order": 2,
+                }
+                if solver == "unipc":  # there it always ends with first order, unless told not to
+                    common |= {"solver_type": "bh2", "lower_order_final": end == "zero"}
+                    scheduler = diffusers.UniPCMultistepScheduler(**common)
+                else:
+                    kind = "sde-dpmsolver++" if solver == "sde" else "dpmsolver++"
+                    scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type=kind, **common)
+                preset = DiffusionPreset(schedule, prediction, spacing, final_alpha_one=end == "zero")
+                scheduler.alphas_cumprod = torch.from_numpy(
+                    preset.alphas_cumprod()
+                )  # its own were cumulated in float32
+                noise = rng.standard_normal((steps, *x.shape)).astype(np.float32)
+                t, wanted = reference_run(torch, scheduler, steps, x, noise if solver == "sde" else None)
+                ours, eta = ("dpm++2m", 1.0) if solver == "sde" else (solver, 0.0)
+                tables = sampler_tables(preset, steps, eta, grid=(t, np.append(t[1:], -1)), solver=ours)
+                got = analytic_run(tables, x, noise)
+                scale = max(1, np.abs(wanted).max())
+                np.testing.assert_allclose(got, wanted, rtol=0, atol=5e-6 * scale, err_msg=str((common, steps)))
+                cases += 1
+    assert cases == 45
+
+
+def test_clipping_agrees_with_diffusers(libraries):
+    """There the noise estimate is made again from the clipped x0 only with ``use_clipped_model_output``."""
+    torch, diffusers = libraries
+    x = 2 * np.random.default_rng(0).standard_normal((1, 4, 4, 3)).astype(np.float32)
+    for prediction, eta in (("epsilon", 0.0), ("v_prediction", 0.0), ("v_prediction", 1.0)):
+        scheduler = diffusers.DDIMScheduler(
+            beta_schedule="linear",
+            beta_start=1e-4,
+            beta_end=0.02,
+            prediction_type=prediction,
+            timestep_spacing="trailing",
+            clip_sample_range=0.3,
+        )
+        noise = np.random.default_rng(1).standard_normal((10, *x.shape)).astype(np.float32)
+        options = {"use_clipped_model_output": True, "eta": eta}
+        _, wanted = reference_run(torch, scheduler, 10, x, noise if eta else None, **options)
+        preset = DiffusionPreset("linear", prediction, "trailing")
+        got = analytic_run(sampler_tables(preset, 10, eta, clip=0.3), x, noise)
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
+        assert np.abs(wanted - analytic_run(sampler_tables(preset, 10, eta), x, noise)).max() > 0.1
+
+
+def test_mistakes_are_named():
+    fixed = get_diffusion("fixed")
+    for hint, options in (
+        ("eta 1.5", {"eta": 1.5}),
+        ("unipc", {"solver": "unipc", "eta": 0.5}),
+        ("did you mean|unipc", {"solver": "unpic"}),
+        ("variance", {"solver": "ddim", "variance": "large"}),
+        ("small", {"solver": "ddpm", "variance": "smal"}),
+        ("clip", {"clip": 0.0}),
+        ("single", {"solver": "single"}),
+        ("grid", {"grid": (np.array([999]), np.array([-1]))}),
+        ("grid", {"grid": (np.array([1000, 500]), np.array([500, -1]))}),
+        ("start where", {"solver": "dpm++2m", "grid": (np.array([999, 500]), np.array([600, -1]))}),
+    ):
+        with pytest.raises(UserError, match=hint) as caught:
+            sampler_tables(fixed, 2, **options)
+        assert "\n" not in str(caught.value)
+    assert len(SOLVERS) == 5
