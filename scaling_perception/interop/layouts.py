@@ -71,9 +71,8 @@ def locate(path: str | Path, layout: str = "auto") -> Found:
         return _of_file(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give a checkpoint file or the folder of one")
-    wanted = {"clip": ("text_encoder",), "sd_vae": ("vae",), "ours": ("model",)}
-    wanted["auto"] = ("text_encoder", "vae", "model")
-    below = [path / name for name in wanted.get(layout, ()) if (path / name).is_dir() and _weights(path / name)]
+    wanted = {"clip": ["text_encoder"], "sd_vae": ["vae"], "ours": ["model"], "auto": ["text_encoder", "vae", "model"]}
+    below = [path / name for name in wanted.get(layout, []) if (path / name).is_dir() and _weights(path / name)]
     # a whole Stable Diffusion repository may have weights of its own beside its parts
     if below and (layout in ("clip", "sd_vae") or (path / "model_index.json").is_file() or not _weights(path)):
         if len(below) > 1:

@@ -314,8 +314,8 @@ def _write_torch(checkpoint: Checkpoint, plan: Plan, path: Path, digests: _Diges
 
 def _published_meta(checkpoint: Checkpoint, meta: dict[str, Any]) -> dict[str, Any]:
     """The description for published names: without the mark that our own folders have."""
-    if checkpoint.family != "dit":
-        return meta["config"]
+    if checkpoint.family != "dit":  # what begins with an underscore is no setting of the network
+        return {**meta["config"], **({"_partial": meta["partial"]} if "partial" in meta else {})}
     return {"layout": _dit_layout(checkpoint.config), **{n: value for n, value in meta.items() if n != "format"}}
 
 
@@ -376,7 +376,7 @@ def _write_clip(checkpoint: Checkpoint, plan: Plan, stage: Path, shard_bytes: in
     specs = _specs(checkpoint, plan.to, plan.dtype)
     slices = ((name, (), array) for name, array in exchange.to_published(checkpoint))
     save_sharded(stage / "text_encoder", specs, progress(slices, len(specs), "convert"), {"format": "pt"}, 2**40)
-    write_json(stage / "text_encoder" / CONFIG, plan.meta["config"])
+    write_json(stage / "text_encoder" / CONFIG, _published_meta(checkpoint, plan.meta))
     found = _tokenizer_of(checkpoint)
     for name in _TOKENIZER:
         if found and (found / name).is_file():
