@@ -293,11 +293,14 @@ def _settings(args: argparse.Namespace, predictor: Any, diffusion: Any) -> dict[
 
 def _predict(args: argparse.Namespace, predictor: Any, items: list[Item], out: Path) -> int:
     from scaling_perception import __version__
+    from scaling_perception.evaluation.settings import Settings
     from scaling_perception.support.progress import progress
 
     task = args.task
     predictor.check_task(task)
     diffusion = predictor.choose_diffusion(args.preset, args.spacing)
+    given = {"preset": args.preset, "spacing": args.spacing, "reduce": args.reduce}
+    chosen = Settings(steps=args.steps, ensemble=args.ensemble, **given)
     settings = _settings(args, predictor, diffusion)
     files = {item: output_files(task, item.name, args.ensemble, args.kitti) for item in items}
     failures: list[str] = []
@@ -305,7 +308,6 @@ def _predict(args: argparse.Namespace, predictor: Any, items: list[Item], out: P
         todo = items
     else:
         todo = [item for item in items if not _finished(out, item, task, settings, files[item])]
-    plan = predictor.plan(task, args.ensemble, max(len(todo), 1), args.batch_size)
     readable: list[Item] = []
 
     def raws() -> Iterator[dict[str, Any]]:
@@ -319,7 +321,7 @@ def _predict(args: argparse.Namespace, predictor: Any, items: list[Item], out: P
             readable.append(item)
             yield raw
 
-    stream = predictor.stream(raws(), task, diffusion, args.steps, args.ensemble, args.seed, args.reduce, plan)
+    stream = predictor.stream(raws(), task, chosen, args.seed, args.batch_size, len(todo))
     done = 0
     for index, estimate in enumerate(progress(stream, len(todo), f"predict {task}") if todo else ()):
         item = readable[index]

@@ -111,7 +111,7 @@ def _unpad(task: str, size: tuple[int, int], boxes: list[Box], estimates: list[E
     if task == "depth":
         prediction, uncertainty = _restretch(prediction, uncertainty)
     whole = None if estimate.whole is None else crop(estimate.whole)
-    return Estimate(prediction, uncertainty, estimate.members[:, rows, columns], whole, size)
+    return Estimate(prediction, uncertainty, estimate.members[:, rows, columns], whole, size, estimate.forwards)
 
 
 def _restretch(depth: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -190,12 +190,12 @@ def _blend_windows(task: str, size: tuple[int, int], boxes: list[Box], estimates
             scale = max(scale, 0.0)  # a window that disagrees so far tells nothing: the overview's mean is better
             shift = shift if scale else float(known.mean())
             predictions[index], spreads[index] = predictions[index] * scale + shift, spreads[index] * scale
-    uncertainty = blend(spreads, places, size)
+    uncertainty, forwards = blend(spreads, places, size), sum(estimate.forwards for estimate in estimates)
     if task == "amodal":  # votes of the windows, each of which saw a part of the object
         votes = blend([p.astype(np.float32) for p in predictions], places, size)
         whole = blend([p.whole for p in parts if p.whole is not None], places, size)
-        return Estimate(votes >= 0.5, uncertainty, overview.members, whole, size)
+        return Estimate(votes >= 0.5, uncertainty, overview.members, whole, size, forwards)
     prediction = blend(predictions, places, size)
     if task == "depth":
         prediction, uncertainty = _restretch(prediction, uncertainty)
-    return Estimate(prediction, uncertainty, overview.members, None, size)
+    return Estimate(prediction, uncertainty, overview.members, None, size, forwards)

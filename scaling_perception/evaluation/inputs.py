@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from scaling_perception.interop.model_folder import CONFIG, SHIPPED, WEIGHTS
 from scaling_perception.models.presets import preset_names
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import read_json
+from scaling_perception.tasks.common import require
 
 INDEX = "model" + INDEX_END  # of weights in several files
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -90,6 +92,37 @@ def to_mask(mask: Any) -> np.ndarray:
         return array
     top = array.max()
     return array > 0.5 if top <= 1 else array >= (32768 if top > 255 else 128)
+
+
+def raw_samples(images: Sequence[Any], task: str, prompt: Any = None) -> list[dict[str, Any]]:
+    """Pictures and prompts as raw samples (the fields that ``tasks.conditions`` reads).
+
+    Raises:
+        UserError: no or an unreadable picture, a missing, superfluous or misshapen prompt.
+    """
+    if not images:
+        raise UserError("no image was given: give one picture or more")
+    if task == "depth":
+        if prompt is not None and any(p is not None for p in prompt):
+            raise UserError("depth takes no prompt: leave it out, or choose the task flow or amodal")
+        return [{"key": _name(image, i), "image": to_rgb(image)} for i, image in enumerate(images)]
+    what = "the second frame" if task == "flow" else "the mask of the object's visible part"
+    prompts = [] if prompt is None else list(prompt)
+    if len(prompts) != len(images) or any(p is None for p in prompts):
+        given = sum(p is not None for p in prompts)
+        raise UserError(f"{task} needs a prompt for each image ({what}): got {given} for {len(images)} image(s)")
+    field, read = ("image2", to_rgb) if task == "flow" else ("visible_mask", to_mask)
+    raws = [
+        {"key": _name(image, i), "image": to_rgb(image), field: read(one)}
+        for i, (image, one) in enumerate(zip(images, prompts, strict=True))
+    ]
+    for raw in raws:
+        require(raw, field, like="image")  # told now, and not in the middle of a batch
+    return raws
+
+
+def _name(image: Any, index: int) -> str:
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"image {index}"
 
 
 def shipped_models() -> list[str]:

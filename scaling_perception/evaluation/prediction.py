@@ -23,6 +23,7 @@ class Estimate(NamedTuple):
     members: np.ndarray
     whole: np.ndarray | None  # native size, amodal only
     size: tuple[int, int]
+    forwards: int = 0  # network evaluations that each pass took, steps × members
 
 
 def reduce_members(task: str, members: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray]:
@@ -56,10 +57,12 @@ class Prediction:
         members: what was merged, resized to the image: (M, H, W), (M, H, W, 2), amodal (M, H, W, 3) RGB in [-1, 1].
             Computed when asked for.
         whole: amodal only: float32 (H, W, 3) in [-1, 1], the painted object on white.
+        forwards: network evaluations of each pass for each image: steps × members, which may differ between images.
         macs: float64, multiply-accumulates of the DiT for each image (NaN if nobody can count them).
     """
 
     def __init__(self, task: str, parts: Sequence[Estimate], macs: float, single: bool) -> None:
+        """Args: ``macs``: of one network evaluation of every pass."""
         self.task = task
         self._parts, self._macs, self._single = tuple(parts), float(macs), single
 
@@ -90,8 +93,13 @@ class Prediction:
         return self.task == "amodal"
 
     @property
+    def forwards(self) -> Any:
+        counts = np.asarray([part.forwards for part in self._parts])
+        return counts[0] if self._single else counts
+
+    @property
     def macs(self) -> Any:
-        return np.float64(self._macs) if self._single else np.full(len(self._parts), self._macs)
+        return self._macs * np.float64(self.forwards) if self._single else self._macs * self.forwards
 
     def __len__(self) -> int:
         return len(self._parts)

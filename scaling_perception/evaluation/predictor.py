@@ -1,8 +1,6 @@
 """From pictures to predictions: encode once, sample every member and pass in one batch, decode, ensemble.
 
-Two compiled graphs do the work: ``encode`` (pictures to latents, once an image) and ``sample`` (noise to pixels for all
-members and passes, one scan over the denoising steps, decoder included). Weights, pictures, keys and the sampler's
-coefficients are their arguments: only the batch shape and the number of steps make a new graph.
+The graphs are in ``engine``; what may be turned is in ``settings``; compute by image is in ``adaptive``.
 
 The noise of a member depends on the key, the image's own pixels and the member's number, and on nothing else: member 3
 of an image is the same in an ensemble of 5 or of 50, alone or in a batch, in any order.
@@ -11,45 +9,42 @@ of an image is the same in an ensemble of 5 or of 50, alone or in a batch, in an
 import dataclasses
 import itertools
 import math
-import os
-import time
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from scaling_perception.diffusion.sampler import SamplerTables, ddim_sample, sampler_tables
+from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion
-from scaling_perception.evaluation.inputs import find_model, to_mask, to_rgb
+from scaling_perception.evaluation.adaptive import adaptive_stream
+from scaling_perception.evaluation.aspect import with_aspect
+from scaling_perception.evaluation.batches import Plan, free_bytes, shrink, split
+from scaling_perception.evaluation.engine import Engine, Passes, draw_members
+from scaling_perception.evaluation.inputs import find_model, raw_samples
 from scaling_perception.evaluation.prediction import Estimate, Prediction, reduce_members, to_native
 from scaling_perception.evaluation.protocols import reduce_mode
+from scaling_perception.evaluation.settings import Settings
 from scaling_perception.interop.model_folder import load_model
 from scaling_perception.models.autoencoders import Autoencoder, load_autoencoder, tree_hash
-from scaling_perception.models.dit import DiT, config_from_dict
+from scaling_perception.models.config import config_from_dict
+from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks import TaskOptions, get_task, pass_indices
 from scaling_perception.tasks.amodal import mask_from_whole
-from scaling_perception.tasks.common import require
 from scaling_perception.tasks.depth import to_range
 
-_PIXELS_AT_ONCE = {"cpu": 2**20}  # decoded pixels in one batch: bounds memory (about 2 KiB a pixel while decoding)
-_PIXELS_AT_ONCE_ELSEWHERE = 2**22
+# Decoded pixels in one batch where no larger batch is faster; then memory decides (see ``Predictor.plan``).
+_PIXELS_AT_ONCE = {"cpu": 2**20}
+_PIXELS_AT_ONCE_ELSEWHERE = 2**24
 _NO_TASK = (
     "this model knows no task: it was made for classes of pictures (an imported DiT); fine-tune it first "
-    "(scaling-perception train --config configs/from_dit.py:init=FOLDER …)"
+    "(scaling-perception train --config configs/depth.py:init=FOLDER …)"
 )
-
-
-class Plan(NamedTuple):
-    """Shape of the sampling batch: ``images`` × ``members`` at a time (times the task's passes)."""
-
-    images: int
-    members: int
 
 
 class Predictor:
@@ -61,8 +56,7 @@ class Predictor:
         config, resolution, options, tasks: taken from it.
         id, autoencoder_id: 12 hexadecimal digits of the weights that it was made with (encoder and decoder together).
         autoencoder: the frozen autoencoder.
-        traces: how often each graph was traced, by name.
-        compile_seconds: spent compiling so far.
+        engine: the compiled graphs.
         macs_per_forward: multiply-accumulates of one forward pass of the DiT on one image, NaN if unknown.
     """
 
@@ -70,9 +64,15 @@ class Predictor:
     """Counts one forward pass of a DiTConfig. Set by the package's root: this layer may not import ``scaling``."""
 
     def __init__(
-        self, params: Any, meta: dict[str, Any], autoencoder: Autoencoder | None = None, dtype: str = "float32"
+        self,
+        params: Any,
+        meta: dict[str, Any],
+        autoencoder: Autoencoder | None = None,
+        dtype: str = "float32",
+        mesh: Any = None,
     ) -> None:
-        """Args: the tree and description that ``load_model`` returns; an autoencoder other than the description's.
+        """Args: the tree and description that ``load_model`` returns; an autoencoder other than the description's; the
+        devices to use (None: all accelerators of this machine, or one CPU device).
 
         Raises:
             UserError: the description does not fit together.
@@ -92,29 +92,46 @@ class Predictor:
             raise UserError(f"unknown dtype '{dtype}'{did_you_mean(dtype, ('float32', 'bfloat16'))}")
         self.diffusion = _own_diffusion(meta["diffusion"])
         self.id, self.autoencoder_id = tree_hash(params), tree_hash(self.autoencoder.params)
-        self.params = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params))
-        self._autoencoder_params = jax.device_put(self.autoencoder.params)
-        self._model = DiT(self.config, dtype=jnp.dtype(dtype))
-        self.traces: Counter[str] = Counter()
-        self.compile_seconds = 0.0
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        if mesh is None and jax.default_backend() != "cpu":
+            mesh = make_mesh(devices=jax.local_devices())
+        self.engine = Engine(self.config, self.autoencoder, dtype, mesh)
+        self.params = self.engine.place(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params))
+        self._autoencoder_params = self.engine.place(self.autoencoder.params)
         count = type(self).count_macs
         self.macs_per_forward = math.nan if count is None else float(count(self.config))
 
     @classmethod
-    def from_pretrained(cls, name: str, autoencoder: str | None = None, dtype: str = "float32") -> "Predictor":
+    def from_pretrained(
+        cls, name: str, autoencoder: str | None = None, dtype: str = "float32", mesh: Any = None
+    ) -> "Predictor":
         """Load a model.
 
         Args:
             name: a model folder, a training run (its ``model/``), a shipped name such as ``mini``, or a hub id.
             autoencoder: another than the one the model names, by name, folder or hub id.
             dtype: of the DiT's matmuls: float32 or bfloat16.
+            mesh: devices to use, see ``Predictor``.
 
         Raises:
             UserError: nothing there, damaged files, or parts that do not fit together.
         """
         params, meta = load_model(find_model(name))
-        return cls(params, meta, load_autoencoder(autoencoder) if autoencoder else None, dtype)
+        return cls(params, meta, load_autoencoder(autoencoder) if autoencoder else None, dtype, mesh)
+
+    @property
+    def weights(self) -> tuple[Any, Any]:
+        """Parameters of the DiT and of the autoencoder, as the graphs take them."""
+        return self.params, self._autoencoder_params
+
+    @property
+    def traces(self) -> Counter[str]:
+        """How often each graph was traced, by name."""
+        return self.engine.traces
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent compiling so far."""
+        return self.engine.compile_seconds
 
     def __call__(
         self,
@@ -128,57 +145,119 @@ class Predictor:
         spacing: str | None = None,
         reduce: str | None = None,
         batch_size: int | None = None,
+        **more: Any,
     ) -> Prediction:
-        """Predict.
+        """Predict. Safe to call from several threads.
 
         Args:
             images: one picture or several (list, tuple, or an array (B, H, W, C)): paths, PIL pictures, or arrays
-                (H, W[, C]) of uint8, uint16 or float in [0, 1]. Sizes may differ; each is squashed to the model's
-                square and the result is brought back.
+                (H, W[, C]) of uint8, uint16 or float in [0, 1]. Sizes may differ; results are as large as the pictures.
             task: depth, flow or amodal, as far as the model knows them.
-            steps: denoising steps T, 1..1000.
-            ensemble: members N.
             key: integer or JAX key; the same key gives the same prediction.
             prompt: flow: the second frame of each image; amodal: the mask of the object's visible part.
-            preset: grid of timesteps: ``fixed`` (trailing), ``paper`` (leading), ``released`` (leading, offset 1); None
-                is the model's own. The schedule and the prediction type are always the model's own: at the same
-                timestep another schedule would mean another noise level than the model was trained on.
-            spacing: the grid's spacing alone: leading, trailing or linspace.
-            reduce: how members are merged: depth lsq (default), median, minmax, marigold; flow mean (default), median;
-                amodal median.
+            steps, ensemble, preset, spacing, reduce, more: see ``evaluation.settings.Settings``; ``more`` may be solver,
+                eta, clip, antithetic, aspect, tolerance, first, step_tolerance or step_chunk.
             batch_size: images × members sampled at once; None chooses by memory. When given, short batches are padded
                 to it, so that calls of any length share one graph.
 
         Raises:
-            UserError: an unreadable picture, a missing prompt, or an unknown task, preset or mode.
+            UserError: an unreadable picture, a missing prompt, or an unknown or impossible setting.
         """
+        fields = [field.name for field in dataclasses.fields(Settings)]
+        for name in more:
+            if name not in fields:
+                raise TypeError(f"unknown setting '{name}'{did_you_mean(name, fields)}")
+        given = {"preset": preset, "spacing": spacing, "reduce": reduce}
+        settings = Settings(steps=steps, ensemble=ensemble, **given, **more)
         several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
         raws = self.raw_inputs(list(images) if several else [images], task, prompt if several else [prompt])
-        diffusion = self.choose_diffusion(preset, spacing)
-        plan = self.plan(task, ensemble, len(raws), batch_size)
-        parts = list(self.stream(raws, task, diffusion, steps, ensemble, key, reduce, plan))
-        return Prediction(task, parts, self.macs(task, steps, ensemble), single=not several)
+        parts = list(self.stream(raws, task, settings, key, batch_size, len(raws)))
+        return Prediction(task, parts, self.macs(task, 1, 1), single=not several)
+
+    def intermediates(
+        self,
+        image: Any,
+        task: str = "depth",
+        at: Sequence[int] = (0, -1),
+        key: int | jax.Array = 0,
+        prompt: Any = None,
+        **settings: Any,
+    ) -> list[Prediction]:
+        """The prediction as it would be if sampling stopped after each of the steps ``at`` (supplement Fig. 1).
+
+        Args:
+            at: numbers of steps, 0 is the first; negative ones count from the end. All come from one run.
+            settings: as for calling the predictor (steps, ensemble, …), squashing and without tolerances.
+
+        Raises:
+            UserError: as calling; a step that is not there.
+        """
+        chosen = Settings(**settings)
+        if chosen.adaptive or chosen.aspect != "squash":
+            raise UserError("intermediates go with neither tolerance nor aspect: leave them out")
+        steps = [step + chosen.steps if step < 0 else step for step in at]
+        if not steps or len(set(steps)) < len(steps) or not set(steps) <= set(range(chosen.steps)):
+            raise UserError(f"steps {list(at)} to look at: give different ones in 0..{chosen.steps - 1}")
+        (raw,) = raws = self.raw_inputs([image], task, [prompt])
+        diffusion, mode = self.choose_diffusion(chosen.preset, chosen.spacing), reduce_mode(task, chosen.reduce)
+        tables = chosen.tables(diffusion)
+        plan = Plan(1, chosen.ensemble)
+        draw = draw_members(_key(key), self.image_ids(raws, 1), 0, chosen.ensemble, chosen.antithetic)
+        latents = self.encode(raws, task, plan)
+        kept = np.asarray(self.engine.sample(*self.weights, latents, draw, self.passes(task), tables, tuple(steps)))
+        found, size = [], (raw["image"].shape[0], raw["image"].shape[1])
+        for step, pixels in zip(steps, kept, strict=True):
+            members = self.decode_members(pixels[0], task)
+            forwards = (step + 1) * chosen.ensemble
+            estimate = self.merge(members, task, size, mode, raw.get("visible_mask"), forwards)
+            found.append(Prediction(task, [estimate], self.macs(task, 1, 1), single=True))
+        return found
 
     def stream(
         self,
         raws: Iterable[dict[str, Any]],
         task: str,
-        diffusion: DiffusionPreset,
-        steps: int,
-        ensemble: int,
-        key: int | jax.Array,
-        reduce: str | None,
+        settings: Settings,
+        key: int | jax.Array = 0,
+        batch_size: int | None = None,
+        count: int | None = None,
+    ) -> Iterator[Estimate]:
+        """One result for each raw sample, in order; holds few batches of samples at a time.
+
+        Args:
+            count: how many samples there are, if that is known: short runs then take smaller batches.
+        """
+        key, mode = _key(key), reduce_mode(task, settings.reduce)
+        tables = settings.tables(self.choose_diffusion(settings.preset, settings.spacing))
+        if settings.aspect == "tile":
+            count = None  # windows: more than there are samples
+        members = min(settings.first, settings.ensemble) if settings.tolerance is not None else settings.ensemble
+        plan = self.plan(task, members, count or 10**9, batch_size, tables)
+        if settings.adaptive:
+            run = partial(
+                adaptive_stream, self, task=task, settings=settings, tables=tables, key=key, mode=mode, plan=plan
+            )
+        else:
+            run = partial(self._stream, task=task, settings=settings, tables=tables, key=key, mode=mode, plan=plan)
+        yield from with_aspect(run, raws, task, settings.aspect, self.resolution)
+
+    def _stream(
+        self,
+        raws: Iterable[dict[str, Any]],
+        task: str,
+        settings: Settings,
+        tables: SamplerTables,
+        key: jax.Array,
+        mode: str,
         plan: Plan,
     ) -> Iterator[Estimate]:
-        """One result for each raw sample, in order; holds ``plan.images`` samples at a time."""
-        mode = reduce_mode(task, reduce)
-        tables = sampler_tables(diffusion, steps)
-        samples = iter(raws)
+        samples, forwards = iter(raws), settings.steps * settings.ensemble
         while group := list(itertools.islice(samples, plan.images)):
-            pixels = self.sample(self.encode(group, task, plan), group, task, ensemble, tables, key, plan)
+            latents = self.encode(group, task, plan)
+            pixels = self.sample(latents, group, task, settings.ensemble, tables, key, plan, settings.antithetic)
             for raw, one in zip(group, pixels, strict=True):
                 members, visible = self.decode_members(one, task), raw.get("visible_mask")
-                yield self.merge(members, task, raw["image"].shape[:2], mode, visible)
+                yield self.merge(members, task, raw["image"].shape[:2], mode, visible, forwards)
 
     def macs(self, task: str, steps: int, ensemble: int) -> float:
         """Multiply-accumulates of the DiT for one image: a forward pass × passes × steps × members."""
@@ -191,25 +270,7 @@ class Predictor:
             UserError: as ``__call__``.
         """
         self.check_task(task)
-        if not images:
-            raise UserError("no image was given: give one picture or more")
-        if task == "depth":
-            if prompt is not None and any(p is not None for p in prompt):
-                raise UserError("depth takes no prompt: leave it out, or choose the task flow or amodal")
-            return [{"key": _name(image, i), "image": to_rgb(image)} for i, image in enumerate(images)]
-        what = "the second frame" if task == "flow" else "the mask of the object's visible part"
-        prompts = [] if prompt is None else list(prompt)
-        if len(prompts) != len(images) or any(p is None for p in prompts):
-            given = sum(p is not None for p in prompts)
-            raise UserError(f"{task} needs a prompt for each image ({what}): got {given} for {len(images)} image(s)")
-        field, read = ("image2", to_rgb) if task == "flow" else ("visible_mask", to_mask)
-        raws = [
-            {"key": _name(image, i), "image": to_rgb(image), field: read(one)}
-            for i, (image, one) in enumerate(zip(images, prompts, strict=True))
-        ]
-        for raw in raws:
-            require(raw, field, like="image")  # told now, and not in the middle of a batch
-        return raws
+        return raw_samples(images, task, prompt)
 
     def check_task(self, task: str) -> None:
         """UserError when there is no such task, or when this model does not serve it."""
@@ -250,8 +311,18 @@ class Predictor:
             )
         return own
 
-    def plan(self, task: str, ensemble: int, images: int, batch_size: int | None = None) -> Plan:
-        """How many images and members go into one batch, so that memory stays bounded and no batch is mostly padding.
+    def plan(
+        self,
+        task: str,
+        ensemble: int,
+        images: int,
+        batch_size: int | None = None,
+        tables: SamplerTables | None = None,
+    ) -> Plan:
+        """How many images and members go into one batch, so that no batch is mostly padding and memory is enough.
+
+        Without ``batch_size`` the largest batch that is any faster is tried, and with ``tables`` made smaller until the
+        compiler's account of it fits the memory that is free.
 
         Raises:
             UserError: ensemble or batch_size below 1.
@@ -259,13 +330,24 @@ class Predictor:
         for name, value in (("ensemble", ensemble), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise UserError(f"{name} {value}: give a whole number above 0")
-        rows = batch_size
-        if rows is None:
-            at_once = _PIXELS_AT_ONCE.get(jax.default_backend(), _PIXELS_AT_ONCE_ELSEWHERE)
-            rows = max(1, at_once // (self.resolution**2 * len(pass_indices(task))))
-        if ensemble > rows:
-            return Plan(1, math.ceil(ensemble / math.ceil(ensemble / rows)))
-        return Plan(rows // ensemble if batch_size is not None else min(images, rows // ensemble), ensemble)
+        if batch_size is not None:
+            return split(ensemble, batch_size, batch_size, self.engine.devices)
+        at_once = _PIXELS_AT_ONCE.get(jax.default_backend(), _PIXELS_AT_ONCE_ELSEWHERE) * self.engine.devices
+        rows = max(1, at_once // (self.resolution**2 * len(pass_indices(task))))
+        plan = split(ensemble, rows, images, self.engine.devices)
+        while tables is not None and plan.images * plan.members > 1:
+            needed, free = self._sampling_bytes(task, plan, tables), free_bytes()
+            if needed <= free:
+                break
+            rows = shrink(plan.images * plan.members, needed, free)
+            plan = split(ensemble, rows, images, self.engine.devices)
+        return plan
+
+    def _sampling_bytes(self, task: str, plan: Plan, tables: SamplerTables) -> int:
+        size = self.config.input_size
+        latents = jax.ShapeDtypeStruct((plan.images, size, size, self.config.cond_channels), np.float32)
+        draw = draw_members(jax.random.key(0), np.zeros(plan.images, np.uint32), 0, plan.members, False)
+        return self.engine.sampling_bytes(*self.weights, latents, draw, self.passes(task), tables)
 
     def encode(self, group: Sequence[dict[str, Any]], task: str, plan: Plan) -> jax.Array:
         """Latents (plan.images, h, w, cond_channels) of a group of raw samples; missing ones repeat the first."""
@@ -273,35 +355,36 @@ class Predictor:
         conditions += [conditions[0]] * (plan.images - len(group))
         fields = ("image", "prompt") if self.config.cond_channels >= 8 else ("image",)
         pictures = np.stack([np.stack([c[field] for c in conditions]) for field in fields])
-        return self._run("encode", self._encode, self._autoencoder_params, pictures)
+        return self.engine.encode(self._autoencoder_params, pictures)
 
     def sample(
         self,
-        latents: jax.Array,
+        latents: Any,
         group: Sequence[dict[str, Any]],
         task: str,
         ensemble: int,
         tables: SamplerTables,
         key: int | jax.Array,
         plan: Plan,
+        antithetic: bool = False,
     ) -> np.ndarray:
         """Decoded pixels (images of the group, passes, members, R, R, 3), about [-1, 1]."""
-        if isinstance(key, (int, np.integer)):
-            if not 0 <= key < 2**32:
-                raise UserError(f"key {key}: give a whole number from 0 to {2**32 - 1}")
-            key = jax.random.key(int(key))
-        passes = pass_indices(task)
-        labels = np.asarray([self.config.task_label(i) for i in passes], np.int32)
-        shift, scale = (self._norm_rows(name, passes) for name in ("shift", "scale"))
-        ids = np.asarray([image_id(raw) for raw in group] + [0] * (plan.images - len(group)), np.uint32)
+        key, ids, passes = _key(key), self.image_ids(group, plan.images), self.passes(task)
         chunks = []
         for first in range(0, ensemble, plan.members):
-            members = np.arange(first, first + plan.members, dtype=np.uint32)
-            noise, norm = (key, ids, members), (labels, shift, scale)
-            weights = (self.params, self._autoencoder_params)
-            chunks.append(self._run("sample", self._sample, *weights, latents, *noise, *norm, tables))
-        pixels = np.concatenate([np.asarray(chunk) for chunk in chunks], axis=2)
-        return pixels[: len(group), :, :ensemble]
+            draw = draw_members(key, ids, first, plan.members, antithetic)
+            chunks.append(np.asarray(self.engine.sample(*self.weights, latents, draw, passes, tables)))
+        return np.concatenate(chunks, axis=2)[: len(group), :, :ensemble]
+
+    def image_ids(self, group: Sequence[dict[str, Any]], images: int) -> np.ndarray:
+        """(images,) uint32, each image's share of the noise key; what only fills the batch gets 0."""
+        return np.asarray([image_id(raw) for raw in group] + [0] * (images - len(group)), np.uint32)
+
+    def passes(self, task: str) -> Passes:
+        """Labels and latent normalisation of the task's passes."""
+        indices = pass_indices(task)
+        labels = np.asarray([self.config.task_label(i) for i in indices], np.int32)
+        return Passes(labels, self._norm_rows("shift", indices), self._norm_rows("scale", indices))
 
     def _norm_rows(self, name: str, passes: tuple[int, ...]) -> np.ndarray:
         """(P, channels) float32; a model of one task may store that task's rows alone."""
@@ -325,91 +408,32 @@ class Predictor:
         size: tuple[int, int],
         mode: str,
         visible: np.ndarray | None = None,
+        forwards: int = 0,
     ) -> Estimate:
         """Merge members (M, R, R[, C]) at the model's resolution, then resize to ``size`` (H, W), as Marigold does.
 
         ``visible`` (H, W), the given mask, joins an amodal mask where the model's options say ``keep_visible``.
+        ``forwards``: network evaluations that were spent on each pass.
         """
         size = (int(size[0]), int(size[1]))
-        if task == "depth" and mode == "median" and not self.options.clip_depth:
-            members = to_range(members)  # the one way of merging that stretches nothing
-        merged, spread = reduce_members(task, members, mode)
+        merged, spread = self.reduce(task, members, mode)
         prediction, uncertainty = to_native(task, merged, size), to_native(task, spread, size)
         if task != "amodal":
-            return Estimate(prediction, uncertainty, members, None, size)
+            return Estimate(prediction, uncertainty, members, None, size, forwards)
         mask = mask_from_whole(prediction, self.options.mask_threshold)
         if self.options.keep_visible and visible is not None:
             mask = mask | np.asarray(visible, bool)
-        return Estimate(mask, uncertainty, members, prediction, size)
+        return Estimate(mask, uncertainty, members, prediction, size, forwards)
+
+    def reduce(self, task: str, members: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray]:
+        """Members (M, R, R[, C]) to (prediction, uncertainty) at the model's resolution."""
+        if task == "depth" and mode == "median" and not self.options.clip_depth:
+            members = to_range(members)  # the one way of merging that stretches nothing
+        return reduce_members(task, members, mode)
 
     def round_trip(self, pictures: np.ndarray) -> np.ndarray:
         """Pictures (B, R, R, 3) through the autoencoder and back: what no prediction can be better than."""
-        return np.asarray(self._run("round_trip", self._round_trip, self._autoencoder_params, pictures))
-
-    # The graphs
-
-    def _encode(self, autoencoder: Any, pictures: jax.Array) -> jax.Array:
-        fields, images, *shape = pictures.shape
-        mean, _ = self.autoencoder.encode(autoencoder, pictures.reshape(fields * images, *shape))
-        mean = mean.astype(jnp.float32).reshape(fields, images, *mean.shape[1:])
-        return jnp.concatenate(list(mean), axis=-1)
-
-    def _sample(
-        self,
-        params: Any,
-        autoencoder: Any,
-        latents: jax.Array,
-        key: jax.Array,
-        ids: jax.Array,
-        members: jax.Array,
-        labels: jax.Array,
-        shift: jax.Array,
-        scale: jax.Array,
-        tables: SamplerTables,
-    ) -> jax.Array:
-        """Latents (I, h, w, C), ids (I,), members (M,), labels (P,), shift and scale (P, 4) to (I, P, M, R, R, 3)."""
-        images, count, passes = latents.shape[0], members.shape[0], labels.shape[0]
-        latent = (*latents.shape[1:3], self.config.in_channels)
-
-        def draw(image: jax.Array, member: jax.Array) -> jax.Array:
-            return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, image), member), latent)
-
-        noise = jax.vmap(lambda image: jax.vmap(lambda member: draw(image, member))(members))(ids)
-        rows = (images, count, passes)
-        noise = jnp.broadcast_to(noise[:, :, None], (*rows, *latent)).reshape(-1, *latent)  # passes share their noise
-        inputs = jnp.broadcast_to(latents[:, None, None], (*rows, *latents.shape[1:])).reshape(-1, *latents.shape[1:])
-        label = jnp.broadcast_to(labels[None, None], rows).reshape(-1)
-
-        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-            out: Any = self._model.apply({"params": params}, jnp.concatenate([inputs, x], axis=-1), t[None], label)
-            return out[..., : self.config.in_channels]  # what follows is the learned variance
-
-        z = ddim_sample(denoise, tables, noise).reshape(images * count, passes, *latent)
-        z = z * scale[None, :, None, None, :] + shift[None, :, None, None, :]
-        pixels = self.autoencoder.decode(autoencoder, z.reshape(-1, *latent)).astype(jnp.float32)
-        return pixels.reshape(*rows, *pixels.shape[1:]).swapaxes(1, 2)
-
-    def _round_trip(self, autoencoder: Any, pictures: jax.Array) -> jax.Array:
-        mean, _ = self.autoencoder.encode(autoencoder, pictures)
-        return self.autoencoder.decode(autoencoder, mean)
-
-    def _run(self, name: str, function: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
-        """Run a graph, compiled once for each set of shapes; compiling apart lets `sweep` time running alone."""
-        return self.compiled(name, function, *arguments)(*arguments)
-
-    def compiled(self, name: str, function: Callable[..., jax.Array], *arguments: Any) -> Any:
-        """The executable of a graph for these shapes."""
-        shapes = (name, *[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments)])
-        if shapes not in self._compiled:
-
-            def counted(*values: Any) -> jax.Array:
-                self.traces[name] += 1  # runs while tracing only
-                return function(*values)
-
-            begin = time.perf_counter()
-            self._compiled[shapes] = jax.jit(counted).lower(*arguments).compile()
-            self.compile_seconds += time.perf_counter() - begin
-        return self._compiled[shapes]
+        return np.asarray(self.engine.round_trip(self._autoencoder_params, pictures))
 
 
 def image_id(raw: dict[str, Any]) -> int:
@@ -417,8 +441,12 @@ def image_id(raw: dict[str, Any]) -> int:
     return zlib.crc32(raw["image"].tobytes(), zlib.crc32(repr(raw["image"].shape).encode()))
 
 
-def _name(image: Any, index: int) -> str:
-    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"image {index}"
+def _key(key: int | jax.Array) -> jax.Array:
+    if not isinstance(key, (int, np.integer)):
+        return key
+    if not 0 <= key < 2**32:
+        raise UserError(f"key {key}: give a whole number from 0 to {2**32 - 1}")
+    return jax.random.key(int(key))
 
 
 def _own_autoencoder(meta: dict[str, Any]) -> Autoencoder:

@@ -18,8 +18,7 @@ import numpy as np
 from scaling_perception.data.sources import open_source
 from scaling_perception.evaluation.alignment import align
 from scaling_perception.evaluation.metrics import depth_metrics, flow_metrics, mask_iou
-from scaling_perception.models import tiny_vae
-from scaling_perception.models.autoencoders import Autoencoder, load_autoencoder
+from scaling_perception.models.autoencoders import Autoencoder, load_autoencoder, part_size
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import TaskOptions, amodal, depth, flow
 
@@ -112,9 +111,9 @@ def size_report(model: Autoencoder, resolution: int = 128) -> dict[str, float]:
     """Parameters and multiply-accumulates (one image of ``resolution``), encoder and decoder."""
     out: dict[str, float] = {}
     for part in ("encoder", "decoder"):
-        shapes = tiny_vae.part_shapes(part, model.config)
-        out[f"{part}_params"] = float(sum(np.prod(shape) for shape in shapes.values()))
-        out[f"{part}_mmacs"] = tiny_vae.macs(part, model.config, resolution, resolution) / 1e6
+        count, macs = part_size(model, part, resolution, resolution)
+        out[f"{part}_params"] = float(count)
+        out[f"{part}_mmacs"] = macs / 1e6
     return out
 
 

@@ -2,21 +2,25 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from scaling_perception.cli import main
-from scaling_perception.diffusion.sampler import sampler_tables
+from scaling_perception.diffusion.sampler import ddim_sample, sampler_tables
+from scaling_perception.evaluation.batches import Plan
 from scaling_perception.evaluation.predictor import Predictor, image_id
 from scaling_perception.interop.model_folder import save_model
 from scaling_perception.interop.released import RELEASED, describe
 from scaling_perception.interop.safetensors_io import save_tree
 from scaling_perception.interop.torch_dit import dit_to_torch
 from scaling_perception.models.autoencoders import save_part
-from scaling_perception.models.dit import config_from_dict
+from scaling_perception.models.config import config_from_dict
+from scaling_perception.models.dit import DiT
 from scaling_perception.support.errors import UserError
-from scaling_perception.tasks import get_task
+from scaling_perception.tasks import get_task, pass_indices
 
 # Padded to four rows, so that the whole module needs few graphs.
 FAST = {"steps": 2, "batch_size": 4}
@@ -117,27 +121,32 @@ def test_latent_norm_is_undone(make_predictor, make_image):
     np.testing.assert_allclose(pixels[0, 0], np.repeat(expected, 2, axis=0), atol=1e-5)
 
 
-@pytest.mark.parametrize(("channels", "field"), [(slice(0, 4), "image"), (slice(4, 8), "prompt")])
-def test_inputs_are_image_prompt_noisy(make_predictor, make_image, channels, field):
-    """A network that answers 'the clean latent is my input's channels' paints the image, or the prompt."""
-
-    class Echo:
-        def apply(self, variables, x, t, label):
-            return (x[..., channels] - 0.5) / 2
-
-    predictor = make_predictor(
-        diffusion={"schedule": "cosine", "prediction": "x0", "spacing": "trailing"},
-        latent_norm={"shift": [[0.5] * 4] * 4, "scale": [[2.0] * 4] * 4},
-    )
-    predictor._model = Echo()
-    visible = np.zeros((40, 56), bool)
-    visible[:, :20] = True
-    raws = predictor.raw_inputs([make_image()], "amodal", [visible])
-    plan = predictor.plan("amodal", 2, 1, 2)
+@pytest.mark.parametrize("task", ["depth", "flow"])
+def test_sampling_equals_the_plain_loop_over_whole_inputs(make_predictor, make_image, task):
+    """What is computed ahead of the scan changes nothing: [image, prompt, noisy] through the whole network, each step."""
+    predictor = make_predictor(latent_norm={"shift": [[0.5] * 4] * 4, "scale": [[2.0] * 4] * 4})
+    raws = predictor.raw_inputs([make_image()], task, None if task == "depth" else [make_image(seed=4)])
+    plan, key = Plan(1, 2), jax.random.key(3)
     tables = sampler_tables(predictor.diffusion, 2)
-    pixels = predictor.sample(predictor.encode(raws, "amodal", plan), raws, "amodal", 2, tables, 0, plan)
-    shown = get_task("amodal").conditions(raws[0], predictor.resolution, predictor.options)[field]
-    np.testing.assert_allclose(pixels[0, 0], predictor.round_trip(np.stack([shown, shown])), atol=1e-5)
+    latents = predictor.encode(raws, task, plan)
+    conditions = get_task(task).conditions(raws[0], predictor.resolution, predictor.options)
+    vae, size = predictor.autoencoder, predictor.config.input_size
+    shown = np.stack([conditions["image"], conditions["prompt"]])
+    encoded = np.concatenate(list(vae.encode(vae.params, shown)[0]), axis=-1)
+    np.testing.assert_allclose(latents[0], encoded, atol=1e-5)
+    found = predictor.sample(latents, raws, task, 2, tables, key, plan)[0]
+    model = DiT(predictor.config)
+    for member in range(2):
+        own = jax.random.fold_in(jax.random.fold_in(key, image_id(raws[0])), member)
+        noise = jax.random.normal(own, (1, size, size, 4))
+        for number, index in enumerate(pass_indices(task)):
+
+            def denoise(x, t, label=index):
+                whole = jnp.concatenate([encoded[None], x], axis=-1)
+                return model.apply({"params": predictor.params}, whole, t[None], jnp.asarray([label]))
+
+            pixels = vae.decode(vae.params, ddim_sample(denoise, tables, noise) * 2.0 + 0.5)
+            np.testing.assert_allclose(found[number, member], pixels[0], atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["grey", "rgba", "sixteen", "float", "pil", "pil16", "path"])

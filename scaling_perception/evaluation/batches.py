@@ -1,0 +1,45 @@
+"""How many images and members are computed at once."""
+
+import math
+from typing import NamedTuple
+
+import jax
+
+
+class Plan(NamedTuple):
+    """Shape of the sampling batch: ``images`` × ``members`` at a time (times the task's passes)."""
+
+    images: int
+    members: int
+
+
+def split(ensemble: int, rows: int, images: int, devices: int) -> Plan:
+    """Images and members of a batch of at most about ``rows``; on several devices filled up to a multiple of them."""
+    if ensemble > rows:
+        plan = Plan(1, math.ceil(ensemble / math.ceil(ensemble / rows)))
+    else:
+        plan = Plan(max(1, min(images, rows // ensemble)), ensemble)
+    if plan.images * plan.members % devices == 0:
+        return plan
+    if plan.images > 1:  # images that only fill the batch are dropped, and so are members beyond the ensemble
+        return plan._replace(images=_multiple(plan.images, devices // math.gcd(devices, plan.members)))
+    return plan._replace(members=_multiple(plan.members, devices))
+
+
+def _multiple(number: int, of: int) -> int:
+    return math.ceil(number / of) * of
+
+
+def free_bytes() -> int:
+    """Memory that a graph may take on a device: what the accelerator has left, or half of what the machine has."""
+    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(0.9 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
+    import psutil
+
+    return psutil.virtual_memory().available // 2
+
+
+def shrink(rows: int, needed: int, free: int) -> int:
+    """Rows that should fit, when ``rows`` of them need ``needed`` bytes: in proportion, and fewer in any case."""
+    return max(1, min(rows - 1, math.floor(rows * free / needed)))

@@ -1,0 +1,304 @@
+"""The compiled graphs of a model and its autoencoder: pictures to latents, noise to pixels, in one piece or in several.
+
+What does not change from step to step is computed once, outside the scan: the modulation of every step (it depends on
+timestep and label alone) and the tokens of the conditions (once for each image and pass, however many members).
+Weights, pictures, keys and the sampler's coefficients are arguments: only shapes and the number of steps make a new
+graph.
+
+Rows of the sampling batch are images × members × passes, in this order: I, M, P. On several devices the rows are split
+over them, and every device has the weights.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from scaling_perception.diffusion.sampler import SamplerTables, State, advance, sample, start_state
+from scaling_perception.models.autoencoders import Autoencoder
+from scaling_perception.models.config import DiTConfig
+from scaling_perception.models.dit import DiT, Fixed, embed_conditions, modulations
+from scaling_perception.parallel.mesh import BATCH_AXES, replicated
+
+_AHEAD = 2**30  # bytes of modulation that are kept for all steps together; beyond, each step computes its own
+
+
+class Draw(NamedTuple):
+    """What decides the noise of every row.
+
+    Attributes:
+        key: JAX key. ids: (I,) uint32, of the images. members: (M,) uint32. signs: (M,) float32, 1 or -1.
+    """
+
+    key: jax.Array
+    ids: Any
+    members: Any
+    signs: Any
+
+
+class Passes(NamedTuple):
+    """The task's passes: labels (P,) int32; shift and scale (P, C) float32 of the latents they were trained on."""
+
+    labels: Any
+    shift: Any
+    scale: Any
+
+
+def draw_members(key: jax.Array, ids: np.ndarray, first: int, count: int, antithetic: bool) -> Draw:
+    """The noise of members ``first`` to ``first + count - 1``; antithetic ones are pairs that differ in sign alone."""
+    numbers = np.arange(first, first + count)
+    signs = np.where(numbers % 2, -1.0, 1.0) if antithetic else np.ones(count)
+    members = numbers // 2 if antithetic else numbers
+    return Draw(key, ids, members.astype(np.uint32), signs.astype(np.float32))
+
+
+class Engine:
+    """Graphs of one model, compiled once for each set of shapes. Calls from several threads are safe.
+
+    Attributes:
+        traces: how often each graph was traced, by name.
+        compile_seconds: spent compiling so far.
+    """
+
+    def __init__(self, config: DiTConfig, autoencoder: Autoencoder, dtype: str, mesh: Any = None) -> None:
+        """Args: ``mesh``: devices to split the rows over; None is one device."""
+        self.config, self.autoencoder = config, autoencoder
+        self.mesh = mesh if mesh is not None and mesh.size > 1 else None
+        self.model = DiT(config, dtype=jnp.dtype(dtype), mesh=self.mesh)
+        self.traces: Counter[str] = Counter()
+        self.compile_seconds = 0.0
+        self._compiled: dict[Any, Any] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def devices(self) -> int:
+        """Devices that the rows are split over."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    def place(self, tree: Any) -> Any:
+        """A tree on every device of the engine."""
+        return jax.device_put(tree, None if self.mesh is None else replicated(self.mesh))
+
+    # The graphs
+
+    def encode(self, vae: Any, pictures: Any) -> jax.Array:
+        """Pictures (F, I, R, R, 3) of F fields to latents (I, h, w, F * 4)."""
+        return self.run("encode", self._encode, vae, pictures)
+
+    def sample(
+        self,
+        params: Any,
+        vae: Any,
+        latents: Any,
+        draw: Draw,
+        passes: Passes,
+        tables: SamplerTables,
+        keep: tuple[int, ...] | None = None,
+    ) -> jax.Array:
+        """Pixels (I, P, M, R, R, 3), about [-1, 1]; with ``keep`` (K, I, P, M, R, R, 3) of those steps' estimates."""
+        name, function, arguments = self._sampling(params, vae, latents, draw, passes, tables, keep)
+        return self.run(name, function, *arguments)
+
+    def _sampling(
+        self, params: Any, vae: Any, latents: Any, draw: Draw, passes: Passes, tables: SamplerTables, keep: Any = None
+    ) -> tuple[str, Callable[..., jax.Array], tuple[Any, ...]]:
+        noisy = bool(np.asarray(tables.sigma).any())  # the graph draws noise, or does not
+        name = "sample" + (" with noise" if noisy else "") + (f" keeping {keep}" if keep else "")
+        function = partial(self._sample, noisy=noisy, keep=keep)
+        return name, function, (params, vae, latents, draw, passes, tables)
+
+    def sampling_bytes(self, *arguments: Any) -> int:
+        """Memory that `sample` needs on a device besides its arguments, by the compiler's account (compiles it)."""
+        name, function, given = self._sampling(*arguments)
+        analysis = self.compiled(name, function, *given).memory_analysis()
+        return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
+
+    def begin(
+        self, params: Any, latents: Any, draw: Draw, passes: Passes, tables: SamplerTables
+    ) -> tuple[Any, Any, State]:
+        """What `go_on` needs: conditions (I, P, T, D), modulations of all steps, a state of arrays (I, M, P, ...)."""
+        return self.run("begin", self._begin, params, latents, draw, passes, tables)
+
+    def go_on(
+        self,
+        params: Any,
+        known: Any,
+        ahead: Any,
+        state: State,
+        labels: Any,
+        tables: SamplerTables,
+        first: int,
+        count: int,
+    ) -> State:
+        """Steps ``first`` to ``first + count - 1`` of a table without noise."""
+        function = partial(self._go_on, count=count)
+        return self.run(f"{count} steps", function, params, known, ahead, state, labels, tables, np.int32(first))
+
+    def finish(self, vae: Any, z: Any, passes: Passes) -> jax.Array:
+        """Clean latents (I, M, P, h, w, C) to pixels (I, P, M, R, R, 3)."""
+        return self.run("finish", self._decode, vae, z, passes)
+
+    def round_trip(self, vae: Any, pictures: Any) -> jax.Array:
+        """Pictures (B, R, R, 3) through the autoencoder and back."""
+        return self.run("round_trip", self._round_trip, vae, pictures)
+
+    # What they trace
+
+    def _encode(self, vae: Any, pictures: jax.Array) -> jax.Array:
+        fields, images, *shape = pictures.shape
+        mean, _ = self.autoencoder.encode(vae, pictures.reshape(fields * images, *shape))
+        mean = mean.astype(jnp.float32).reshape(fields, images, *mean.shape[1:])
+        return jnp.concatenate(list(mean), axis=-1)
+
+    def _noise(self, draw: Draw, shape: tuple[int, ...], step: jax.Array | None = None) -> jax.Array:
+        """(I, M, *shape): a member's noise depends on key, image and member alone; step None is the start's."""
+
+        def one(image: jax.Array, member: jax.Array, sign: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(jax.random.fold_in(draw.key, image), member)
+            key = key if step is None else jax.random.fold_in(key, step + 1)
+            return sign * jax.random.normal(key, shape)
+
+        return jax.vmap(lambda image: jax.vmap(partial(one, image))(draw.members, draw.signs))(draw.ids)
+
+    def _spread(self, rows: jax.Array) -> jax.Array:
+        """Rows (N, ...) split over the devices, where they divide."""
+        if self.mesh is None or rows.shape[0] % self.mesh.size:
+            return rows
+        return jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))
+
+    def _known(self, params: Any, latents: jax.Array, labels: jax.Array) -> jax.Array:
+        """Tokens of the conditions, (I, P, T, D)."""
+        images, passes = latents.shape[0], labels.shape[0]
+        each = jnp.broadcast_to(latents[:, None], (images, passes, *latents.shape[1:]))
+        label = jnp.broadcast_to(labels[None], (images, passes)).reshape(-1)
+        flat = each.reshape(-1, *latents.shape[1:])
+        tokens = embed_conditions(self.config, params, flat, label, self.model.dtype)
+        return tokens.reshape(images, passes, *tokens.shape[1:])
+
+    def _ahead(self, params: Any, labels: jax.Array, tables: SamplerTables) -> Any:
+        """Modulations of all steps, or None where they would take too much."""
+        per_step = 4 * labels.shape[0] * self.config.dim * (6 * self.config.depth + 2)
+        if per_step * len(tables.t) > _AHEAD:
+            return None
+        return modulations(self.config, params, jnp.asarray(tables.t, jnp.float32), labels)
+
+    def _denoise(
+        self, params: Any, known: jax.Array, ahead: Any, labels: jax.Array, members: int
+    ) -> Callable[[jax.Array, SamplerTables], jax.Array]:
+        images, passes = known.shape[:2]
+        rows = (images, members, passes)
+        tokens = jnp.broadcast_to(known[:, None], (*rows, *known.shape[2:])).reshape(-1, *known.shape[2:])
+        tokens = self._spread(tokens)
+        label = jnp.broadcast_to(labels[None, None], rows).reshape(-1)
+
+        def each_row(values: jax.Array) -> jax.Array:
+            """(..., P, W) to (..., rows, W)."""
+            lead, width = values.shape[:-2], values.shape[-1]
+            whole = jnp.broadcast_to(values[..., None, None, :, :], (*lead, *rows, width))
+            return whole.reshape(*lead, -1, width)
+
+        def denoise(x: jax.Array, row: SamplerTables) -> jax.Array:
+            if ahead is None:
+                blocks, final = (
+                    m[0] for m in modulations(self.config, params, row.t[None].astype(jnp.float32), labels)
+                )
+            else:
+                blocks, final = (jax.lax.dynamic_index_in_dim(m, row.index, keepdims=False) for m in ahead)
+            fixed = Fixed(tokens, each_row(blocks), each_row(final))
+            out: Any = self.model.apply({"params": params}, self._spread(x), row.t[None], label, fixed=fixed)
+            return out[..., : self.config.in_channels]  # what follows is the learned variance
+
+        return denoise
+
+    def _shapes(self, latents: jax.Array, draw: Draw, passes: Passes) -> tuple[tuple[int, int, int], tuple[int, ...]]:
+        rows = (latents.shape[0], draw.members.shape[0], passes.labels.shape[0])
+        return rows, (*latents.shape[1:3], self.config.in_channels)
+
+    def _sample(
+        self,
+        params: Any,
+        vae: Any,
+        latents: jax.Array,
+        draw: Draw,
+        passes: Passes,
+        tables: SamplerTables,
+        noisy: bool,
+        keep: tuple[int, ...] | None,
+    ) -> jax.Array:
+        rows, latent = self._shapes(latents, draw, passes)
+
+        def every_pass(noise: jax.Array) -> jax.Array:  # passes share their noise
+            return self._spread(jnp.broadcast_to(noise[:, :, None], (*rows, *latent)).reshape(-1, *latent))
+
+        known, ahead = self._known(params, latents, passes.labels), self._ahead(params, passes.labels, tables)
+        denoise = self._denoise(params, known, ahead, passes.labels, rows[1])
+        fresh = (lambda row: every_pass(self._noise(draw, latent, row.index))) if noisy else None
+        x = every_pass(self._noise(draw, latent))
+        if keep:
+            _, kept = sample(denoise, tables, x, fresh, keep=keep)
+            return jax.lax.map(lambda z: self._decode(vae, z.reshape(*rows, *latent), passes), kept)
+        z = sample(denoise, tables, x, fresh)
+        return self._decode(vae, z.reshape(*rows, *latent), passes)
+
+    def _begin(
+        self, params: Any, latents: jax.Array, draw: Draw, passes: Passes, tables: SamplerTables
+    ) -> tuple[Any, Any, State]:
+        rows, latent = self._shapes(latents, draw, passes)
+        noise = jnp.broadcast_to(self._noise(draw, latent)[:, :, None], (*rows, *latent))
+        known = self._known(params, latents, passes.labels)
+        return known, self._ahead(params, passes.labels, tables), start_state(tables, noise)
+
+    def _go_on(
+        self,
+        params: Any,
+        known: Any,
+        ahead: Any,
+        state: State,
+        labels: Any,
+        tables: SamplerTables,
+        first: Any,
+        count: int,
+    ) -> State:
+        shape = state.x.shape
+        denoise = self._denoise(params, known, ahead, labels, shape[1])
+        flat = jax.tree.map(lambda array: self._spread(array.reshape(-1, *shape[3:])), state)
+        return jax.tree.map(lambda array: array.reshape(shape), advance(denoise, tables, flat, first, count))
+
+    def _decode(self, vae: Any, z: jax.Array, passes: Passes) -> jax.Array:
+        rows, latent = z.shape[:3], z.shape[3:]
+        z = z * passes.scale[None, None, :, None, None, :] + passes.shift[None, None, :, None, None, :]
+        pixels = self.autoencoder.decode(vae, self._spread(z.reshape(-1, *latent))).astype(jnp.float32)
+        return pixels.reshape(*rows, *pixels.shape[1:]).swapaxes(1, 2)
+
+    def _round_trip(self, vae: Any, pictures: jax.Array) -> jax.Array:
+        mean, _ = self.autoencoder.encode(vae, pictures)
+        return self.autoencoder.decode(vae, mean)
+
+    # Compiling
+
+    def run(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a graph, compiled once for each set of shapes; compiling apart lets `sweep` time running alone."""
+        return self.compiled(name, function, *arguments)(*arguments)
+
+    def compiled(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The executable of a graph for these shapes (arrays, or ``ShapeDtypeStruct`` in their place)."""
+        leaves, tree = jax.tree.flatten(arguments)
+        signature = (name, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        with self._lock:
+            if signature not in self._compiled:
+
+                def counted(*values: Any) -> Any:
+                    self.traces[name] += 1  # runs while tracing only
+                    return function(*values)
+
+                begin = time.perf_counter()
+                self._compiled[signature] = jax.jit(counted).lower(*arguments).compile()
+                self.compile_seconds += time.perf_counter() - begin
+            return self._compiled[signature]
