@@ -18,6 +18,7 @@ place of the dataset; ``vae`` autoencoder, which should be the DiT's; ``gain`` o
 
 from ml_collections import ConfigDict
 
+from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError, did_you_mean
 
 from . import amodal, common, depth, flow, generalist
@@ -38,7 +39,7 @@ ARGS = {
 TASKS = {"depth": depth, "flow": flow, "amodal": amodal, "generalist": generalist}
 
 
-def of_task(args: ConfigDict) -> ConfigDict:
+def of_task(args: Config) -> Config:
     """The config of ``args.task``, with the arguments that it knows and the mixture of ``args.source``.
 
     Raises:

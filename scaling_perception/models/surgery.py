@@ -294,7 +294,7 @@ def adapt(
         steps.append("output channels of the learned variance dropped")
     if wanted.context_dim != config.context_dim:
         params, config = add_context(params, config, wanted.context_dim)
-        steps.append(f"task context of width {config.context_dim} added, its table empty and its projection zero")
+        steps.append(f"task context of width {config.context_dim} added, its projection zero")
     if wanted.experts and not config.experts:
         count, active = wanted.experts, wanted.active_experts
         params, config = upcycle(params, config, count, active, wanted.gating, noise, drop, key)
