@@ -27,6 +27,7 @@ from scaling_perception.models.config import DiTConfig
 from scaling_perception.models.dit import DiT, Fixed, embed_conditions, modulations
 from scaling_perception.parallel.mesh import BATCH_AXES, replicated
 
+_ENDS = ("in_shardings", "out_shardings")
 _AHEAD = 2**30  # bytes of modulation that are kept for all steps together; beyond, each step computes its own
 
 
@@ -298,7 +299,9 @@ class Engine:
                     self.traces[name] += 1  # runs while tracing only
                     return function(*values)
 
+                # what goes in and out is whole on every device; inside, rows are split
+                whole = {} if self.mesh is None else dict.fromkeys(_ENDS, replicated(self.mesh))
                 begin = time.perf_counter()
-                self._compiled[signature] = jax.jit(counted).lower(*arguments).compile()
+                self._compiled[signature] = jax.jit(counted, **whole).lower(*arguments).compile()
                 self.compile_seconds += time.perf_counter() - begin
             return self._compiled[signature]

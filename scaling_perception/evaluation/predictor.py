@@ -43,7 +43,7 @@ _PIXELS_AT_ONCE = {"cpu": 2**20}
 _PIXELS_AT_ONCE_ELSEWHERE = 2**24
 _NO_TASK = (
     "this model knows no task: it was made for classes of pictures (an imported DiT); fine-tune it first "
-    "(scaling-perception train --config configs/depth.py:init=FOLDER …)"
+    "(scaling-perception train --config configs/from_dit.py:init=FOLDER …)"
 )
 
 
@@ -155,7 +155,7 @@ class Predictor:
             task: depth, flow or amodal, as far as the model knows them.
             key: integer or JAX key; the same key gives the same prediction.
             prompt: flow: the second frame of each image; amodal: the mask of the object's visible part.
-            steps, ensemble, preset, spacing, reduce, more: see ``evaluation.settings.Settings``; ``more`` may be solver,
+            steps, ensemble, preset, spacing, reduce, more: see ``evaluation.settings.Settings``; ``more``: solver,
                 eta, clip, antithetic, aspect, tolerance, first, step_tolerance or step_chunk.
             batch_size: images × members sampled at once; None chooses by memory. When given, short batches are padded
                 to it, so that calls of any length share one graph.
