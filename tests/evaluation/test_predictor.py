@@ -123,7 +123,7 @@ def test_latent_norm_is_undone(make_predictor, make_image):
 
 @pytest.mark.parametrize("task", ["depth", "flow"])
 def test_sampling_equals_the_plain_loop_over_whole_inputs(make_predictor, make_image, task):
-    """What is computed ahead of the scan changes nothing: [image, prompt, noisy] through the whole network each time."""
+    """What is computed ahead of the scan changes nothing: the whole network on [image, prompt, noisy] each time."""
     predictor = make_predictor(latent_norm={"shift": [[0.5] * 4] * 4, "scale": [[2.0] * 4] * 4})
     raws = predictor.raw_inputs([make_image()], task, None if task == "depth" else [make_image(seed=4)])
     plan, key = Plan(1, 2), jax.random.key(3)
