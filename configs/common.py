@@ -67,6 +67,7 @@ def defaults() -> Config:
     config.latent_norm = "none"  # or "auto": per task and channel, measured once
     config.task_options = ConfigDict({"flow_divisor": 75.0, "depth_quantiles": (0.02, 0.98)})
     config.task_options.update({"mask_threshold": 250.0, "keep_visible": False})
+    config.task_options.update({"image_resize": "bilinear", "depth_prompt": "ones", "clip_depth": True})
 
     config.data = ConfigDict({"cache": "", "mixture": {}, "flip": True, "workers": 0})
     config.train = ConfigDict(

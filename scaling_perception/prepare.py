@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resolution", type=int, default=128, metavar="R", help="pixels (default %(default)s)")
     parser.add_argument("--flips", choices=("none", "both"), default="both", help="mirrored too (default %(default)s)")
     parser.add_argument("--flow-divisor", type=float, default=75.0, metavar="D", help="default %(default)s")
+    resizes = "bilinear, nearest or nearest_depth, as the released generalist (default %(default)s)"
+    parser.add_argument("--image-resize", default="bilinear", metavar="HOW", help=resizes)
+    parser.add_argument(
+        "--depth-prompt", default="ones", metavar="WHAT", help="ones, or valid: the mask of true depths (default ones)"
+    )
     parser.add_argument(
         "--shard-size", type=int, default=512, metavar="N", help="samples a shard (default %(default)s)"
     )
@@ -223,7 +228,9 @@ def _latents(args: argparse.Namespace) -> int:
 
     spec, out = _spec(args), Path(args.out)
     args.batch = args.batch or _BATCH.get(jax.default_backend(), _BATCH_ELSEWHERE)
-    options = TaskOptions(flow_divisor=args.flow_divisor).to_dict()
+    chosen = {"image_resize": args.image_resize, "depth_prompt": args.depth_prompt}
+    encoding = TaskOptions(flow_divisor=args.flow_divisor, **chosen)
+    options = encoding.to_dict()
     samples = RawSamples(*spec)
     autoencoder = load_autoencoder(args.vae)
     if args.resolution % autoencoder.factor:
@@ -235,7 +242,7 @@ def _latents(args: argparse.Namespace) -> int:
         "split": args.split,
         "tasks": samples.tasks,
         "sources": samples.fingerprint(),
-        "task_options": {name: options[name] for name in ("flow_divisor", "depth_quantiles")},  # those that encode
+        "task_options": encoding.encoding(),
         "resolution": args.resolution,
         "autoencoder": autoencoder.id,
         "latent": list(mean.shape[1:]),

@@ -67,6 +67,11 @@ class TaskOptions:
                     f"{name} {getattr(self, name)!r} is unknown{did_you_mean(getattr(self, name), options)}"
                 )
 
+    def encoding(self) -> dict[str, Any]:
+        """The options that decide what a sample is encoded to, as JSON values; the others matter afterwards alone."""
+        values = self.to_dict()
+        return {name: values[name] for name in ("flow_divisor", "depth_quantiles", "image_resize", "depth_prompt")}
+
     def nearest(self, task: str) -> bool:
         """Whether ``task`` brings its pictures to the model's square by nearest."""
         return self.image_resize == "nearest" or (self.image_resize == "nearest_depth" and task == "depth")
