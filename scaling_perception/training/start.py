@@ -1,12 +1,14 @@
 """Where a run starts: another model's weights, fitted to the network that is to be trained (``models/surgery.py``)."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from scaling_perception.diffusion.schedules import get_diffusion
 from scaling_perception.models.dit import DiTConfig, Params, abstract_params, config_from_dict, position_table
 from scaling_perception.models.surgery import adapt
 from scaling_perception.support.configs import Config
@@ -20,8 +22,9 @@ def starting_point(config: Config, dit: DiTConfig) -> tuple[Params, dict[str, An
     """(params, meta) of the model folder, training run or shipped name ``config.init``, as weights of ``dit``.
 
     ``config.init_surgery``: ``auto`` changes what can be changed without training, by ``config.init_gain`` and
-    ``config.upcycle``, and prints each step; ``none`` takes a model of the same shapes alone. The position table, which
-    depends on the resolution, is always made anew. Params are float32 on the host; copies of one array are views.
+    ``config.upcycle``, and prints each step; ``none`` takes a model of the same shapes alone. Where a perception model
+    was trained for another prediction or schedule, that is told as well. The position table, which depends on the
+    resolution, is always made anew. Params are float32 on the host; copies of one array are views.
 
     Returns:
         (params, the folder's description with ``surgery``: the steps as text).
@@ -47,10 +50,20 @@ def starting_point(config: Config, dit: DiTConfig) -> tuple[Params, dict[str, An
             )
         except UserError as error:
             raise UserError(f"init {config.init}: {error}") from None
-    for step in steps:
-        print(f"init {config.init}: {step}", file=sys.stderr, flush=True)
+    for line in [*steps, *_other_prediction(config, meta)]:
+        print(f"init {config.init}: {line}", file=sys.stderr, flush=True)
     params = {**params, "pos_embed": position_table(dit.dim, dit.grid)}
     return params, {**meta, "surgery": steps}
+
+
+def _other_prediction(config: Config, meta: Mapping[str, Any]) -> list[str]:
+    """A line, if a perception model starts anew under another schedule or prediction: its loss then starts high."""
+    now = get_diffusion(config.diffusion, **config.diffusion_changes.to_dict())
+    was = [meta["diffusion"].get("prediction"), meta["diffusion"].get("schedule")]
+    wanted = [now.prediction, now.schedule]
+    if not meta["tasks"] or was == wanted:
+        return []
+    return [f"it was trained to predict {was[0]} on {was[1]}, and this config says {wanted[0]} on {wanted[1]}"]
 
 
 def _refuse_other_shapes(init: str, found: Params, dit: DiTConfig) -> None:

@@ -183,7 +183,7 @@ def test_the_papers_gating_is_off_by_its_shrink(dense, scenes):
     assert first_loss(objective, scenes, params)[1]["mse"] == pytest.approx(shrunk, rel=1e-5)
 
 
-def test_what_the_config_says_of_surgery_is_used(converted, dense):
+def test_what_the_config_says_of_surgery_is_used(converted, dense, capsys):
     folder, params = converted
     kernel = starting_point(tuned(folder, "init_gain=released"), dataclasses.replace(DIT, cond_channels=8))[0]
     expected = params["patch_embed"]["kernel"] * np.float32(0.33)
@@ -195,9 +195,12 @@ def test_what_the_config_says_of_surgery_is_used(converted, dense):
     experts = start["blocks"]["moe"]["experts"]["fc1"]["kernel"]
     assert 0.09 < np.std(experts - exact[:, None]) / exact.std() < 0.11
     assert "noise 0.1" in meta["surgery"][0]
-    config = upcycled(dense[0], "seed=5")
+    assert "it was trained" not in capsys.readouterr().err
+    config = upcycled(dense[0], "seed=5", "diffusion=fixed")
     other = starting_point(config, network_of(config))[0]["blocks"]["moe"]["router"]["kernel"]
     assert np.all(other != start["blocks"]["moe"]["router"]["kernel"])
+    told = "it was trained to predict epsilon on cosine, and this config says v on cosine"
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
