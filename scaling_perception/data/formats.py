@@ -176,13 +176,13 @@ def write_pfm(path: FilePath, array: np.ndarray) -> None:
         temporary.write_bytes(header + np.ascontiguousarray(array[::-1], "<f4").tobytes())
 
 
-def _read_npy(path: FilePath) -> np.ndarray:
+def _read_npy(path: FilePath, kinds: str = "fiu") -> np.ndarray:
     with _file_errors(path):
         try:
             array = np.load(path, allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise UserError(f"{path} is no whole .npy file ({error}): save it again with numpy.save") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in kinds or not array.size:
         raise UserError(f"{path} holds no array of numbers: save it again with numpy.save")
     return array
 
@@ -268,6 +268,27 @@ def read_depth(path: FilePath, scale: float | None = None) -> np.ndarray:
     return stored.astype(np.float32) / np.float32(divisor)
 
 
+def read_raw_depth(path: FilePath, size: tuple[int, int]) -> np.ndarray:
+    """ETH3D's depth: float32 little-endian rows without a header, whatever the file's suffix; inf where unknown.
+
+    Args:
+        path: the file.
+        size: (H, W), which only the picture tells (4032 x 6048 in the release).
+
+    Returns:
+        float32 (H, W) metres, as stored.
+
+    Raises:
+        UserError: missing, or a length that does not fit the size.
+    """
+    data = _read_bytes(path)
+    height, width = size
+    if len(data) != 4 * height * width:
+        wanted = f"{len(data)} bytes where float32 of {width}x{height} needs {4 * height * width}"
+        raise UserError(f"{path} is no raw depth of its picture ({wanted}): {_AGAIN}")
+    return np.frombuffer(data, "<f4").reshape(height, width).astype(np.float32)
+
+
 def write_depth_png(path: FilePath, depth: np.ndarray, scale: float = 1000.0) -> None:
     """Write metres (H, W) as a 16-bit PNG of ``round(depth * scale)``; invalid (NaN, inf, <= 0) becomes 0.
 
@@ -304,11 +325,24 @@ def _open_image(path: FilePath, prepare: Any = None) -> Iterator[Image.Image]:
             yield image
 
 
-def read_image(path: FilePath) -> np.ndarray:
+def image_size(path: FilePath) -> tuple[int, int]:
+    """(H, W) of a picture as it is stored, from its header alone."""
+    with _file_errors(path):
+        try:
+            with Image.open(path) as image:
+                return image.height, image.width
+        except (FileNotFoundError, IsADirectoryError, PermissionError):
+            raise
+        except Exception:
+            raise UserError(f"{path} is no image, or a damaged one: {_AGAIN}") from None
+
+
+def read_image(path: FilePath, upright: bool = True) -> np.ndarray:
     """Any ordinary picture as uint8 RGB (H, W, 3).
 
     Grey is repeated, palettes and CMYK are converted, 16 bits keep their upper 8, transparency is laid on white (as
-    the whole-object pictures are), the EXIF orientation is applied, of an animation the first frame is taken.
+    the whole-object pictures are), of an animation the first frame is taken. The EXIF orientation is applied, unless
+    ``upright`` is False: pixels as they are stored, which is how the truth of a data set lies on them.
 
     Raises:
         UserError: missing, damaged, no picture, or of 32-bit pixels (whose range nobody can know).
@@ -317,7 +351,7 @@ def read_image(path: FilePath) -> np.ndarray:
         if image.mode in ("I", "F"):
             raise UserError(f"{path} has 32-bit pixels ({image.mode}): save it as an 8-bit or 16-bit picture")
         try:
-            image = ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(image) if upright else image
         except Exception:  # a damaged EXIF block must not cost a sound picture
             pass
         if image.mode.startswith("I;16"):
@@ -338,11 +372,17 @@ def write_image(path: FilePath, pixels: np.ndarray) -> None:
 def read_mask(path: FilePath) -> np.ndarray:
     """A mask as bool (H, W): from the middle of the range up, or above 0 where nothing exceeds 1 (0/1 masks).
 
-    Of a palette picture every colour but black is object.
+    Of a palette picture every colour but black is object. An ``.npy`` file holds (H, W) or (H, W, 1).
 
     Raises:
         UserError: missing, damaged, or with transparency (is the object in the alpha or in the colours?).
     """
+    if Path(path).suffix.lower() == ".npy":
+        array = _read_npy(path, "fiub")
+        array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+        if array.ndim != 2:
+            raise UserError(f"{path} holds {array.shape}: a mask needs one channel (H, W)")
+        return _object(array)
     with _open_image(path) as image:
         if image.mode == "P":
             return np.asarray(np.asarray(image.convert("RGB")).any(axis=-1))
@@ -353,6 +393,10 @@ def read_mask(path: FilePath) -> np.ndarray:
         array = np.asarray(image)
     if array.ndim == 3:
         array = array.max(axis=-1)
+    return _object(array)
+
+
+def _object(array: np.ndarray) -> np.ndarray:
     if array.dtype == bool or array.max() <= 1:
         return array > 0
     return array >= (32768 if array.max() > 255 else 128)

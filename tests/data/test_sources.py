@@ -6,31 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
+from small_sets import H, W, check_raw, picture, refuse, write, write_flow
 
 from scaling_perception.data import formats
-from scaling_perception.data.sources import SOURCES, open_source
+from scaling_perception.data.sources import SOURCES, open_source, source_options
 from scaling_perception.data.sources.base import file_sizes, list_files
-from scaling_perception.support.errors import UserError
-from scaling_perception.tasks import TaskOptions, get_task
 from scaling_perception.tasks.amodal import mask_from_whole
 from scaling_perception.tasks.common import to_unit
-
-H, W = 12, 16
-
-
-def picture(seed, height=H, width=W):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def write(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)  # plain: the careful writer flushes every file to the disk
-
-
-def write_flow(path, seed, height=H, width=W):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    formats.write_flo(path, np.random.default_rng(seed).normal(size=(height, width, 2)))
 
 
 def make_chairs(root, count=6, marks="112211"):
@@ -71,33 +53,6 @@ def make_pix2gestalt(root, count=3):
     return root
 
 
-def check_raw(raw, task):
-    height, width = raw["image"].shape[:2]
-    assert isinstance(raw["key"], str) and raw["image"].shape == (height, width, 3) and raw["image"].dtype == np.uint8
-    if task == "depth":
-        assert raw["depth"].shape == raw["valid"].shape == (height, width)
-        assert raw["depth"].dtype == np.float32 and np.isfinite(raw["depth"]).all()
-    if task == "flow":
-        assert raw["image2"].shape == raw["image"].shape and raw["flow"].shape == (height, width, 2)
-        assert raw["flow"].dtype == np.float32 and np.isfinite(raw["flow"]).all()
-    if task == "amodal":
-        assert raw["visible_mask"].dtype == raw["whole_mask"].dtype == bool
-        assert raw["visible_mask"].shape == raw["whole_mask"].shape == (height, width)
-        assert raw["whole"].shape == raw["image"].shape and raw["whole"].dtype == np.uint8
-    else:
-        assert raw["valid"].dtype == bool and raw["valid"].any()
-    for sample in get_task(task).encode(raw, 32, TaskOptions()):
-        assert np.isfinite(sample["target"]).all()
-
-
-def refuse(words, name, root, split="all", task=None, read=False, **options):
-    with pytest.raises(UserError, match=words) as error:
-        source = open_source(name, root, split, task or SOURCES[name].tasks[0], **options)
-        if read:
-            source[0]
-    assert "\n" not in str(error.value)
-
-
 # The table
 
 
@@ -109,6 +64,21 @@ def test_unknown_names_get_the_nearest(tmp_path):
     refuse("no option 'cuont'; did you mean 'count'", "hypersim", tmp_path, cuont=3)
     refuse("no split 'vall'; did you mean 'val'", "flying_chairs", tmp_path, split="vall")
     refuse("no split 'train'", "nyuv2", tmp_path, split="train")
+
+
+def test_options_are_told_and_taken_as_the_command_line_gives_them(tmp_path):
+    refuse("nyuv2 has no option 'depth'; .*known: count, depth_scale, list", "nyuv2", tmp_path, depth=3)
+    refuse("known: annotations, count, regions", "coco_amodal", tmp_path, file="x")
+    assert source_options("diode") == {"count": 0, "list": "", "depth_scale": 0.0, "scenes": "all"}
+    refuse("option 'depth_scale' of nyuv2 is 'much': give a number", "nyuv2", tmp_path, depth_scale="much")
+    refuse("option 'count' of nyuv2 is '2.5': give a whole number", "nyuv2", tmp_path, count="2.5")
+    refuse("depth_scale -1.0 must be above 0", "nyuv2", tmp_path, depth_scale="-1")
+    write(tmp_path / "rgb_0.png", picture(0))
+    formats.write_png16(tmp_path / "depth_0.png", np.full((H, W), 100, np.uint16))
+    for scale, metres in ((0, 0.1), ("12.5", 8.0), (50, 2.0)):
+        raw = open_source("nyuv2", tmp_path, "val", "depth", depth_scale=scale)[0]
+        np.testing.assert_allclose(raw["depth"], metres, rtol=1e-6)
+    refuse("kitti_flow has no year '2013'", "kitti_flow", tmp_path, year=2013)  # a number, as --option gives it
 
 
 @pytest.mark.parametrize("name", sorted(set(SOURCES) - {"scenes"}))
@@ -308,85 +278,6 @@ def test_real_pix2gestalt_reaches_the_ceiling_of_the_threshold(shared_dir):
         assert 0.90 <= overlap <= 0.985
         inside = (raw["visible_mask"] & raw["whole_mask"]).sum() / raw["visible_mask"].sum()
         assert inside > 0.95 and raw["visible_mask"].sum() < raw["whole_mask"].sum()
-
-
-# Benchmarks
-
-
-@pytest.mark.parametrize(
-    ("name", "folder", "count", "size", "depths", "share"),
-    [
-        ("nyuv2", "nyuv2", 1, (480, 640), (0.5, 10), 0.73),
-        ("kitti_depth", "kitti_depth", 1, (375, 1242), (1, 80), 0.19),
-        ("icl_nuim", "icl_nuim", 6, (480, 640), (0.1, 5), None),
-        ("tum_rgbd", "tum_rgbd", 1, (480, 640), (0.1, 10), None),
-    ],
-)
-def test_real_depth_benchmarks(shared_dir, name, folder, count, size, depths, share):
-    source = open_source(name, shared_dir / "data" / folder, "val", "depth")
-    assert len(source) == count
-    for i in range(count):
-        raw = source[i]
-        check_raw(raw, "depth")
-        known = raw["depth"][raw["valid"]]
-        assert raw["depth"].shape == size and depths[0] < known.min() and known.max() < depths[1]
-    if share:
-        assert abs(raw["valid"].mean() - share) < 0.01
-
-
-def test_real_flow_benchmarks(shared_dir):
-    source = open_source("middlebury_flow", shared_dir / "data" / "middlebury_flow", "val", "flow")
-    assert [e.key for e in source.entries] == ["RubberWhale/frame10", "Urban2/frame10"]
-    speeds = []
-    for i in range(2):
-        raw = source[i]
-        check_raw(raw, "flow")
-        assert not raw["flow"][~raw["valid"]].any()
-        speeds.append(np.linalg.norm(raw["flow"], axis=-1).max())
-    assert abs(speeds[0] - 4.6) < 0.1 and 20 < speeds[1] < 23
-    assert not source[0]["valid"].all()
-    for rendering in ("clean", "final"):
-        source = open_source("sintel", shared_dir / "data" / "sintel", "val", "flow", rendering=rendering)
-        assert [e.key for e in source.entries] == [f"alley_1/{rendering}/frame_0002"]
-        raw = source[0]
-        check_raw(raw, "flow")
-        assert raw["flow"].shape == (436, 1024, 2) and 0 < raw["occluded"].mean() < 0.2 and not raw["valid"].all()
-    refuse("no rendering 'finale'; did you mean 'final'", "sintel", shared_dir, rendering="finale")
-
-
-def test_released_sintel_and_kitti_layouts(tmp_path):
-    top = tmp_path / "sintel" / "training"
-    for frame in (1, 2, 3):
-        write(top / "clean" / "alley" / f"frame_{frame:04d}.png", picture(frame))
-        if frame < 3:
-            write_flow(top / "flow" / "alley" / f"frame_{frame:04d}.flo", frame)
-    wrong = np.zeros((H, W), np.uint8)
-    wrong[:3] = 255
-    write(top / "invalid" / "alley" / "frame_0001.png", wrong)
-    source = open_source("sintel", tmp_path / "sintel", "val", "flow")
-    assert len(source) == 2  # the last frame has no flow
-    np.testing.assert_array_equal(source[0]["valid"], wrong == 0)
-    np.testing.assert_array_equal(source[1]["image2"], picture(3))
-    assert source[1]["valid"].all()
-    (top / "flow" / "alley" / "frame_0001.flo").unlink()
-    refuse("frame_0001.flo is missing", "sintel", tmp_path / "sintel")
-
-    kitti = tmp_path / "kitti" / "training"
-    write(kitti / "image_2" / "000000_10.png", picture(0))
-    write(kitti / "image_2" / "000000_11.png", picture(1))
-    known = np.random.default_rng(0).random((H, W)) < 0.3
-    (kitti / "flow_occ").mkdir()
-    formats.write_kitti_flow(kitti / "flow_occ" / "000000_10.png", np.full((H, W, 2), 3.5), known)
-    raw = open_source("kitti_flow", tmp_path / "kitti", "all", "flow")[0]
-    np.testing.assert_array_equal(raw["valid"], known)
-    assert (raw["flow"][known] == 3.5).all() and not raw["flow"][~known].any()
-
-    crop = tmp_path / "crop"
-    name = "2011_09_26_drive_0002_sync_{}_0000000005_image_02.png"
-    write(crop / "image" / name.format("image"), picture(0))
-    (crop / "groundtruth_depth").mkdir()
-    formats.write_png16(crop / "groundtruth_depth" / name.format("groundtruth_depth"), np.full((H, W), 512, np.uint16))
-    assert (open_source("kitti_depth", crop, "val", "depth")[0]["depth"] == 2).all()
 
 
 # What all file sources share

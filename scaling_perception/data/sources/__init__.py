@@ -7,6 +7,8 @@ A raw sample is a dict of numpy arrays at native size:
     flow   image2 uint8 (H, W, 3), flow float32 (H, W, 2) pixels (u right, v down) first to second frame, valid bool
     amodal visible_mask, whole_mask bool (H, W), whole uint8 (H, W, 3) the whole object on white
     optional: label int, intrinsics float32 (3, 3), occluded bool (H, W)
+
+Evaluation sets of photographs have no ``whole``: nobody has the picture of what is hidden.
 """
 
 from __future__ import annotations
@@ -43,13 +45,18 @@ SOURCES: dict[str, SourceEntry] = {
     "flying_chairs": SourceEntry("flying_chairs", ("flow",), "FlyingChairs"),
     "hypersim": SourceEntry("hypersim", ("depth",), "Hypersim"),
     "pix2gestalt": SourceEntry("pix2gestalt", ("amodal",), "Pix2Gestalt"),
-    "nyuv2": SourceEntry("benchmarks", ("depth",), "NYUv2"),
-    "kitti_depth": SourceEntry("benchmarks", ("depth",), "KittiDepth"),
-    "icl_nuim": SourceEntry("benchmarks", ("depth",), "IclNuim"),
-    "tum_rgbd": SourceEntry("benchmarks", ("depth",), "TumRgbd"),
-    "middlebury_flow": SourceEntry("benchmarks", ("flow",), "MiddleburyFlow"),
-    "sintel": SourceEntry("benchmarks", ("flow",), "Sintel"),
-    "kitti_flow": SourceEntry("benchmarks", ("flow",), "KittiFlow"),
+    "coco_amodal": SourceEntry("cocoa", ("amodal",), "CocoAmodal"),
+    "mp3d_amodal": SourceEntry("cocoa", ("amodal",), "Mp3dAmodal"),
+    "nyuv2": SourceEntry("depth_benchmarks", ("depth",), "NYUv2"),
+    "kitti_depth": SourceEntry("depth_benchmarks", ("depth",), "KittiDepth"),
+    "eth3d": SourceEntry("depth_benchmarks", ("depth",), "Eth3d"),
+    "scannet": SourceEntry("depth_benchmarks", ("depth",), "ScanNet"),
+    "diode": SourceEntry("depth_benchmarks", ("depth",), "Diode"),
+    "icl_nuim": SourceEntry("depth_benchmarks", ("depth",), "IclNuim"),
+    "tum_rgbd": SourceEntry("depth_benchmarks", ("depth",), "TumRgbd"),
+    "middlebury_flow": SourceEntry("flow_benchmarks", ("flow",), "MiddleburyFlow"),
+    "sintel": SourceEntry("flow_benchmarks", ("flow",), "Sintel"),
+    "kitti_flow": SourceEntry("flow_benchmarks", ("flow",), "KittiFlow"),
 }
 
 
@@ -77,13 +84,35 @@ def open_source(name: str, root: str | os.PathLike[str], split: str, task: str, 
         serves = ", ".join(entry.tasks)
         raise UserError(f"{name} has no {task}, it serves {serves}: for {task} take {', '.join(others)}")
     make = getattr(importlib.import_module(f"{__name__}.{entry.module}"), entry.member)
-    parameters = inspect.signature(make).parameters
-    given = {"root": root, "split": split, "task": task}
-    known_options = [parameter for parameter in parameters if parameter not in given]
-    for option in options:
-        if option not in known_options:
-            raise UserError(f"{name} has no option '{option}'{did_you_mean(option, known_options)}")
-    for option in known_options:
-        if parameters[option].default is inspect.Parameter.empty and option not in options:
+    defaults = source_options(name)
+    for option, value in options.items():
+        if option not in defaults:
+            raise UserError(f"{name} has no option '{option}'{did_you_mean(option, defaults)}")
+        options[option] = _convert(value, defaults[option], f"option '{option}' of {name}")
+    for option, default in defaults.items():
+        if default is inspect.Parameter.empty and option not in options:
             raise UserError(f"{name} needs the option '{option}': give it")
+    given = {"root": root, "split": split, "task": task}
+    parameters = inspect.signature(make).parameters
     return make(**{key: value for key, value in given.items() if key in parameters}, **options)
+
+
+def source_options(name: str) -> dict[str, Any]:
+    """The options of a source and their defaults (``inspect.Parameter.empty`` for one that must be given)."""
+    entry = SOURCES[name]
+    make = getattr(importlib.import_module(f"{__name__}.{entry.module}"), entry.member)
+    parameters = inspect.signature(make).parameters
+    return {key: one.default for key, one in parameters.items() if key not in ("root", "split", "task")}
+
+
+def _convert(value: Any, default: Any, what: str) -> Any:
+    """A value from a command line as the type of the option's default."""
+    try:
+        if isinstance(default, bool) and not isinstance(value, bool):
+            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+        if isinstance(default, (int, float)) and isinstance(value, str):
+            return type(default)(value)
+        return str(value) if isinstance(default, str) and isinstance(value, (int, float)) else value
+    except (KeyError, ValueError):
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
+        raise UserError(f"{what} is '{value}': give {kind}") from None

@@ -78,6 +78,8 @@ class FileSource:
         if not self.root.is_dir():
             self.root = self._root_of_file(self.root)
         self.count = count
+        self.notes: list[str] = []
+        """What a person should know of the samples: what was left out, and why."""
         entries = self.find()
         if not entries:
             raise UserError(f"{self.root} holds no samples of {self.NAME}: it should hold {self.LAYOUT}")

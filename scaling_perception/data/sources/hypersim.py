@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from scaling_perception.data.sources.base import Entry, FileSource, file_sizes
+from scaling_perception.data.sources.lists import list_path, read_list
 from scaling_perception.support.errors import UserError
 
 FOCAL = 886.81
@@ -18,7 +19,7 @@ FOCAL = 886.81
 class Hypersim(FileSource):
     """A list of ``rgb depth`` lines, and the PNG files that it names.
 
-    The list is ``list_file`` if given, else the first of ``filename_list_<split>_filtered.txt``,
+    The list is ``list`` (or ``list_file``) if given, else the first of ``filename_list_<split>_filtered.txt``,
     ``filename_list_<split>.txt`` (Marigold's names) and ``filename_list.txt``, in ``root`` or in ``root/<split>``. A
     plain ``filename_list.txt`` is what its folder holds, whichever split is asked for: keep one folder a split. Its
     names are relative to the list's folder or to ``root``.
@@ -38,9 +39,10 @@ class Hypersim(FileSource):
         task: str = "depth",
         *,
         count: int = 0,
+        list: str = "",
         list_file: str = "",
     ) -> None:
-        self.list_file = list_file
+        self.list_file = list or list_file
         super().__init__(root, split, task, count=count)
 
     def options(self) -> dict[str, Any]:
@@ -48,20 +50,7 @@ class Hypersim(FileSource):
 
     def find(self) -> list[Entry]:
         path = self._list_path()
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read ({error}): it must be text, lines 'rgb.png depth.png'") from None
-        pairs = []
-        for number, line in enumerate(lines, 1):
-            names = line.split()
-            if not names:
-                continue
-            if len(names) < 2:
-                raise UserError(f"{path} line {number} is '{line}': it must be 'rgb.png depth.png'")
-            pairs.append((names[0], names[1]))
-        if not pairs:
-            raise UserError(f"{path} is empty: write one line 'rgb.png depth.png' a sample")
+        pairs = [(words[0], words[1]) for words in read_list(path, ("rgb.png", "depth.png"))]
         prefix = self._prefix(path, pairs[0][0])
         return [
             Entry(image.removesuffix(".png"), {"image": prefix + image, "depth": prefix + depth})
@@ -70,15 +59,14 @@ class Hypersim(FileSource):
 
     def _list_path(self) -> Path:
         if self.list_file:
-            path = Path(self.list_file).expanduser()
-            return path if path.is_absolute() or path.exists() else self.root / path
+            return list_path(self.root, self.list_file)
         for kind in (f"_{self.split}_filtered", f"_{self.split}", ""):
             name = f"filename_list{kind}.txt"
             for folder in (self.root, self.root / self.split):
                 if (folder / name).is_file():
                     return folder / name
         path = self.root / "filename_list.txt"
-        raise UserError(f"{path} is missing: write it, one line 'rgb.png depth.png' a sample, or give list_file")
+        raise UserError(f"{path} is missing: write it, one line 'rgb.png depth.png' a sample, or give list")
 
     def _prefix(self, path: Path, first: str) -> str:
         """Where the listed names start, relative to root: the first place that holds the first file."""
