@@ -1,13 +1,18 @@
-"""Answers that need no model, to be beaten before a figure means anything, and the confidence interval of a mean.
+"""Answers that need no model, to be beaten before a figure means anything; ceilings; and means with their intervals.
 
 The depth answers are fitted to the truth itself (as the metric's own alignment would), so they are the best of their
 kind: what looking at the picture must improve upon.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from scaling_perception.evaluation.metrics import mask_iou
+from scaling_perception.tasks.amodal import mask_from_whole
+from scaling_perception.tasks.common import to_unit
+from scaling_perception.tasks.resize import resize_bilinear, resize_nearest
 
 
 def depth_baselines(gt: Any, valid: Any | None = None) -> dict[str, np.ndarray]:
@@ -68,6 +73,66 @@ def flow_baselines(gt: Any, valid: Any | None = None) -> dict[str, np.ndarray]:
 def amodal_baselines(visible_mask: Any) -> dict[str, np.ndarray]:
     """The amodal mask without completion: ``visible``, the mask that was given. (H, W) bool -> {name: (H, W) bool}."""
     return {"visible": np.asarray(visible_mask, bool)}
+
+
+def painted_whole(image: Any, whole_mask: Any) -> np.ndarray:
+    """What is seen inside the true mask, on white: uint8 (H, W, 3), where nobody has the whole object's picture."""
+    return np.where(np.asarray(whole_mask, bool)[..., None], np.asarray(image, np.uint8), np.uint8(255))
+
+
+def amodal_ceiling(
+    raw: Mapping[str, Any],
+    resolution: int,
+    threshold: float = 250,
+    round_trip: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> dict[str, float]:
+    """IoU that a perfect painter of one object would get: the protocol's rule applied to the true picture.
+
+    A threshold finds a painted object on white only where the object is darker than the threshold, and its blurred
+    border is white (facts 5.3: 0.90 to 0.98 on pix2gestalt's own pictures). What a model reaches is to be read against
+    this, not against 1.
+
+    Args:
+        raw: an amodal sample; without a ``whole`` picture, what is seen inside the true mask takes its place.
+        resolution: side R of the model's square, to which the picture goes and from which the mask comes back by
+            nearest.
+        threshold: on 0..255.
+        round_trip: pictures (1, R, R, 3) in [-1, 1] through an autoencoder and back; None leaves that ceiling out.
+
+    Returns:
+        ``threshold``: IoU of the mask from the true picture; ``autoencoder``: the same after the round trip.
+    """
+    truth = np.asarray(raw["whole_mask"], bool)
+    whole = raw.get("whole")
+    whole = painted_whole(raw["image"], truth) if whole is None else whole
+    picture = to_unit(resize_bilinear(whole, (resolution, resolution)))
+
+    def score(pixels: np.ndarray) -> float:
+        return mask_iou(resize_nearest(mask_from_whole(pixels, threshold), truth.shape), truth)
+
+    ceilings = {"threshold": score(picture)}
+    if round_trip is not None:
+        ceilings["autoencoder"] = score(np.asarray(round_trip(picture[None]), np.float32)[0])
+    return ceilings
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean over images of every metric, with its 95 % bootstrap interval: {metric: {"mean", "ci95"}}.
+
+    A metric that some images lack (an image without occluded pixels has no ``epe_occ``) is averaged over the others,
+    and their number is told as "images".
+
+    Args:
+        rows: one an image: {"key": name, metric: value}.
+    """
+    names = dict.fromkeys(name for row in rows for name in row if name != "key")
+    summary: dict[str, dict[str, Any]] = {}
+    for name in names:
+        values = np.asarray([row[name] for row in rows if name in row], np.float64)
+        summary[name] = {"mean": float(values.mean()), "ci95": list(bootstrap_ci(values, seed=0))}
+        if values.size < len(rows):
+            summary[name]["images"] = int(values.size)
+    return summary
 
 
 def bootstrap_ci(

@@ -3,8 +3,8 @@
 Depth (facts 6.1; Marigold's protocol): prediction resized bilinearly to the truth's size → least-squares scale and
 shift over the valid pixels, in depth → clipped to the data set's range → AbsRel and δ1 on the valid pixels. Flow (facts
 6.2): end-point error at native size in pixels, raw and after a fit of scale and shift per component (the paper's
-pictures use the fitted one; FlyingChairs' table does not say). Amodal (facts 6.3): threshold → IoU at native size.
-Every figure is the mean over images of the image's figure.
+pictures use the fitted one; FlyingChairs' table does not say). Amodal (facts 6.3): whole image to the model's square →
+threshold → mask back to native size by nearest → IoU there. Every figure is the mean over images of the image's figure.
 
 A protocol is a plain dictionary with a fingerprint, which is stored with every result: figures compare only where the
 fingerprints are equal.
@@ -12,13 +12,22 @@ fingerprints are equal.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from scaling_perception.evaluation.alignment import align
-from scaling_perception.evaluation.baselines import amodal_baselines, depth_baselines, flow_baselines
-from scaling_perception.evaluation.metrics import depth_metrics, flow_metrics, mask_metrics
+from scaling_perception.evaluation.baselines import amodal_baselines, depth_baselines, flow_baselines, painted_whole
+from scaling_perception.evaluation.metrics import (
+    DEPTH_METRICS,
+    FLOW_METRICS,
+    MASK_METRICS,
+    OCCLUSION_METRICS,
+    depth_metrics,
+    flow_metrics,
+    mask_metrics,
+)
 from scaling_perception.support.errors import UserError, did_you_mean
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -28,7 +37,15 @@ TASKS: dict[str, dict[str, Any]] = {
         "baselines": ["constant", "row", "inverse_row"],
     },
     "flow": {"metrics": ["epe", "epe_fitted"], "alignment": "none", "baselines": ["zero", "oracle_mean"]},
-    "amodal": {"metrics": ["iou"], "alignment": "none", "baselines": ["visible"]},
+    "amodal": {"metrics": ["iou"], "alignment": "none", "baselines": ["visible"], "threshold": 250},
+}
+METRICS: dict[str, tuple[str, ...]] = {"depth": DEPTH_METRICS, "flow": FLOW_METRICS, "amodal": MASK_METRICS}
+"""What can be asked for; a task's own ``metrics`` are what is shown unasked."""
+
+RESOLUTION = {
+    "depth": "image squashed to the model's square, prediction bilinear to the truth's size",
+    "flow": "frames squashed to the model's square, prediction bilinear to the truth's size, in its pixels",
+    "amodal": "whole image squashed to the model's square, mask back to its size by nearest",
 }
 
 REDUCE: dict[str, tuple[str, ...]] = {
@@ -43,7 +60,7 @@ DEPTH_SETS: dict[str, dict[str, Any]] = {
     "hypersim": {"minimum": 1e-5, "maximum": 65.0},
     "nyuv2": {"minimum": 1e-3, "maximum": 10.0, "crop": "eigen_nyu"},
     "kitti_depth": {"minimum": 1e-5, "maximum": 80.0, "image_crop": "kitti_benchmark", "crop": "eigen_kitti"},
-    "eth3d": {"minimum": 1e-5, "maximum": None},
+    "eth3d": {"minimum": 1e-5, "maximum": None, "alignment_resolution": 1024},
     "scannet": {"minimum": 1e-3, "maximum": 10.0},
     # The mask of the data set decides what is valid; the range only clips.
     "diode": {"minimum": 0.6, "maximum": 350.0, "mask_by_range": False},
@@ -52,6 +69,77 @@ DEPTH_SETS: dict[str, dict[str, Any]] = {
     "scenes": {"minimum": 1e-3, "maximum": None},
 }
 _ANY_DEPTH = {"minimum": 1e-5, "maximum": None}
+
+# What is on record of each set. It describes a figure and does not decide it, so it is no part of the fingerprint.
+# ``samples``: how many a split has (of KITTI's flow, 2015 or 2012); ``published_resolution``: the long side at which
+# Marigold's published figures were predicted, 0 the picture's own (amodal: the square of pix2gestalt).
+_RECORD = {"split": "val", "samples": {}, "decode": "", "published_resolution": None, "rule": ""}
+RECORDS: dict[str, dict[str, Any]] = {
+    "hypersim": {
+        "samples": {"train": 53885, "val": 7370, "test": 7682},
+        "decode": "16-bit PNG / 1000",
+        "published_resolution": 0,
+        "rule": "facts 6.1",
+    },
+    "nyuv2": {
+        "split": "test",
+        "samples": {"val": 654, "test": 654},
+        "decode": "16-bit PNG / 1000, the raw map",
+        "published_resolution": 0,
+        "rule": "facts 6.1",
+    },
+    "kitti_depth": {
+        "split": "test",
+        "samples": {"val": 652, "test": 652},
+        "decode": "16-bit PNG / 256",
+        "published_resolution": 0,
+        "rule": "facts 6.1; Eigen test files with ground truth, 697 listed - 45 without",
+    },
+    "eth3d": {
+        "split": "all",
+        "samples": dict.fromkeys(("val", "test", "all"), 454),
+        "decode": "raw float32, inf unknown",
+        "published_resolution": 756,
+        "rule": "facts 6.1",
+    },
+    "scannet": {
+        "samples": {"val": 800},
+        "decode": "16-bit PNG / 1000",
+        "published_resolution": 0,
+        "rule": "facts 6.1; Marigold's sample of the validation scenes",
+    },
+    "diode": {
+        "samples": {"val": 771},
+        "decode": "npy, valid by its mask",
+        "published_resolution": 640,
+        "rule": "facts 6.1",
+    },
+    "flying_chairs": {"samples": {"train": 22232, "val": 640}, "decode": ".flo", "rule": "facts 6.2"},
+    "sintel": {"samples": {"val": 1041}, "decode": ".flo", "rule": "facts 6.2; the training part, as RAFT validates"},
+    "kitti_flow": {
+        "samples": {"val": [200, 194]},
+        "decode": "16-bit PNG, (v - 32768) / 64",
+        "rule": "facts 6.2; the training part, as RAFT validates",
+    },
+    "middlebury_flow": {"samples": {"val": 8}, "decode": ".flo, unknown above 1e9", "rule": "facts 6.2"},
+    "pix2gestalt": {
+        "decode": "PNG, masks from 128",
+        "published_resolution": 256,
+        "rule": "facts 5.3 and 6.3; the last 1 % by name",
+    },
+    "coco_amodal": {
+        "samples": {"val": 12753},
+        "decode": "polygons and run lengths as COCO's tool fills them",
+        "published_resolution": 256,
+        "rule": "facts 6.3; every region of 1323 images",
+    },
+    "mp3d_amodal": {
+        "split": "test",
+        "decode": "run lengths",
+        "published_resolution": 256,
+        "rule": "facts 6.3; every region",
+    },
+}
 
 # Rectangles as fractions (top, bottom, left, right) of the height and width, rounded down to pixels.
 CROPS = {
@@ -74,27 +162,58 @@ def reduce_mode(task: str, mode: str | None) -> str:
     return mode
 
 
-def get_protocol(task: str, dataset: str, **changes: Any) -> dict[str, Any]:
+def get_protocol(task: str, dataset: str, metrics: Iterable[str] | None = None, **changes: Any) -> dict[str, Any]:
     """The protocol of a task on a data set; a data set that is not in the tables gets no range, crop or clipping.
 
     Args:
+        metrics: names of ``METRICS[task]`` to measure instead of the task's own; "all" takes every one.
         changes: fields to change, such as ``image_crop=None`` for KITTI at full size; they show in the fingerprint.
 
     Returns:
-        JSON-able dictionary with ``fingerprint``, 12 hexadecimal digits of the SHA-256 of the rest.
+        JSON-able dictionary. What decides a figure: ``task``, ``dataset``, ``mean``, ``alignment``, ``metrics``,
+        ``baselines``; depth: the valid range ``minimum``, ``maximum`` in metres (unless ``mask_by_range`` is false),
+        ``image_crop`` of every map, ``crop`` of the valid mask, ``clip`` of the prediction, ``alignment_resolution``;
+        amodal: ``threshold``. What describes it: ``resolution``, ``split``, ``samples``, ``decode``,
+        ``published_resolution`` and ``rule``, the source of all this. And ``fingerprint``, 12 hexadecimal digits of the
+        SHA-256 of what decides; it is the same whichever metrics are asked for.
+
+    Raises:
+        UserError: an unknown metric or field.
     """
     protocol = {"task": task, "dataset": dataset, "mean": "over images", **TASKS[task]}
     if task == "depth":
         protocol |= {"crop": None, "image_crop": None, "mask_by_range": True}
         protocol |= DEPTH_SETS.get(dataset, _ANY_DEPTH)
+    if metrics is not None:
+        protocol["metrics"] = list(METRICS[task] if metrics == "all" else metrics)
+        for name in protocol["metrics"]:
+            if name not in METRICS[task]:
+                raise UserError(f"{task} has no metric '{name}'{did_you_mean(name, METRICS[task])}")
+    for name in changes:
+        if name not in (*protocol, "alignment_resolution"):
+            raise UserError(f"the protocol of {task} has no field '{name}'{did_you_mean(name, protocol)}")
     protocol |= changes
-    return {**protocol, "fingerprint": fingerprint(protocol)}
+    if task == "depth":
+        protocol["clip"] = [protocol["minimum"], protocol["maximum"]]
+    described = {**_RECORD, **RECORDS.get(dataset, {}), "resolution": RESOLUTION[task]}
+    return {**protocol, **described, "fingerprint": fingerprint(protocol)}
 
 
 def fingerprint(protocol: dict[str, Any]) -> str:
-    """12 hexadecimal digits of the SHA-256 of a protocol (its own fingerprint left out)."""
-    rest = {name: value for name, value in protocol.items() if name != "fingerprint"}
+    """12 hexadecimal digits of the SHA-256 of the fields that decide a figure; not of how many metrics are shown."""
+    left_out = {*_RECORD, "fingerprint", "resolution", "clip"}  # clip is the range
+    rest = {name: value for name, value in protocol.items() if name not in left_out}
+    rest["metrics"] = TASKS[protocol["task"]]["metrics"]
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def count_note(protocol: dict[str, Any], split: str, found: int) -> str:
+    """What to tell where a set has another number of samples than on record; empty where it fits or none is known."""
+    known = protocol["samples"].get(split)
+    expected = known if isinstance(known, list) else [known]
+    if known is None or found in expected:
+        return ""
+    return f"{protocol['dataset']} {split}: {' or '.join(map(str, expected))} samples expected, {found} found"
 
 
 def crop_mask(name: str | None, size: tuple[int, int]) -> np.ndarray:
@@ -118,7 +237,8 @@ def prepare_raw(raw: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]
         raw: a raw sample; not changed.
 
     Returns:
-        A sample whose ``valid`` (depth, flow) is what is measured. Without a valid pixel the image has no figure.
+        A sample whose ``valid`` (depth, flow) is what is measured. Without a valid pixel the image has no figure. An
+        amodal sample without a ``whole`` picture gets what is seen inside the true mask: for the floor, not for IoU.
     """
     raw = dict(raw)
     if protocol.get("image_crop") == "kitti_benchmark":
@@ -139,25 +259,35 @@ def prepare_raw(raw: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]
         raw["valid"] = valid & crop_mask(protocol["crop"], depth.shape)
     elif protocol["task"] == "flow":
         raw["valid"] = np.asarray(raw["valid"], bool) & np.isfinite(raw["flow"]).all(axis=-1)
+    elif raw.get("whole") is None:
+        raw["whole"] = painted_whole(raw["image"], raw["whole_mask"])
     return raw
 
 
 def unmeasurable(raw: dict[str, Any], protocol: dict[str, Any]) -> str:
     """Why a prepared sample has no figure; empty if it has one. Does not depend on any prediction."""
     if protocol["task"] == "amodal":
-        return "" if raw["whole_mask"].any() else "the true mask is empty"
+        if not raw["whole_mask"].any():
+            return "the true mask is empty"
+        return "" if np.any(raw["visible_mask"]) else "no part of the object is visible: nothing asks for it"
+    lacking = [name for name in protocol["metrics"] if name in OCCLUSION_METRICS and raw.get("occluded") is None]
+    if lacking:
+        return f"it has no mask of occlusions, which {lacking[0]} needs"
     return "" if raw["valid"].any() else "no valid pixel within range and crop"
 
 
 def aligned_depth(prediction: np.ndarray, raw: dict[str, Any], protocol: dict[str, Any]) -> np.ndarray:
     """A depth prediction (H, W) in metres: least-squares scale and shift to the truth, clipped to the range."""
-    return align(prediction, raw["depth"], raw["valid"], protocol["minimum"], protocol["maximum"])
+    low, high = protocol["clip"]
+    return align(prediction, raw["depth"], raw["valid"], low, high, protocol.get("alignment_resolution"))
 
 
 def measure(
     prediction: np.ndarray, raw: dict[str, Any], protocol: dict[str, Any], fitted: bool = False
 ) -> dict[str, float]:
     """The protocol's metrics of one prediction at native size.
+
+    Of ``epe_noc`` and the like those that the image has pixels for (see ``flow_metrics``).
 
     Args:
         prediction: depth (H, W) affine-invariant (metres with ``fitted``), flow (H, W, 2) pixels, amodal bool (H, W).
@@ -170,15 +300,15 @@ def measure(
     task = protocol["task"]
     if task == "depth":
         if fitted:
-            metres = np.clip(prediction, protocol["minimum"], protocol["maximum"])
+            metres = np.clip(prediction, *protocol["clip"])
         else:
             metres = aligned_depth(prediction, raw, protocol)
-        found = depth_metrics(metres, raw["depth"], raw["valid"])
+        found = depth_metrics(metres, raw["depth"], raw["valid"], protocol["metrics"])
     elif task == "flow":
-        found = flow_metrics(prediction, raw["flow"], raw["valid"])
+        found = flow_metrics(prediction, raw["flow"], raw["valid"], raw.get("occluded"))
     else:
         found = mask_metrics(np.asarray(prediction, bool), np.asarray(raw["whole_mask"], bool))
-    return {name: found[name] for name in protocol["metrics"]}
+    return {name: found[name] for name in protocol["metrics"] if name in found}
 
 
 def baseline_rows(raw: dict[str, Any], protocol: dict[str, Any]) -> dict[str, dict[str, float]]:
