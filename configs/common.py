@@ -100,7 +100,7 @@ def defaults() -> Config:
     return config
 
 
-def shipped_masks(config: ConfigDict) -> None:
+def shipped_masks(config: Config) -> None:
     """How the shipped model's painted objects become masks.
 
     225 was best on 40 training scenes, for what was white comes back a little grey; the visible part is known anyway.

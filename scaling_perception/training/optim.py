@@ -16,7 +16,7 @@ OPTIMIZERS = ("adamw", "adam", "muon")
 SCHEDULES = ("exponential", "cosine", "constant")
 
 # Layers that read pixels or write them stay with AdamW under Muon, as Muon's authors advise for a network's two ends.
-_ENDS = ("embed", "final")
+_ENDS = ("embed", "final", "context")
 
 
 def make_schedule(optim: Config, steps: int) -> optax.Schedule:
@@ -69,15 +69,17 @@ def decay_mask(params: Any) -> Any:
 def muon_axes(params: Any) -> Any:
     """Which axes of each leaf Muon orthogonalises; None = the leaf belongs to AdamW.
 
-    Kernels inside ``blocks`` are stacked (L, in, out): the layer axis is left out of both lists, and optax then treats
-    each layer by itself (``MuonDimensionNumbers``: unlisted axes are batch axes). Other kernels (in, out) are
-    taken whole. Kernels at the network's ends, convolutions, biases, norms and tables get AdamW.
+    Kernels inside ``blocks`` are stacked (L, in, out), experts' (L, E, in, out): the leading axes are left out of both
+    lists, and optax then treats each matrix by itself (``MuonDimensionNumbers``: unlisted axes are batch axes). Other
+    kernels (in, out) are taken whole. Kernels at the network's ends, routers, convolutions, biases, norms and tables get
+    AdamW.
     """
 
     def axes(path: tuple[Any, ...], leaf: Any) -> contrib.MuonDimensionNumbers | None:
         name = path_name(path)
-        stacked = 1 if "blocks" in name.split("/") else 0
-        if not is_matrix(name) or leaf.ndim != stacked + 2:
+        parts = name.split("/")
+        stacked = 1 + ("experts" in parts) if "blocks" in parts else 0
+        if not is_matrix(name) or leaf.ndim != stacked + 2 or "router" in parts:
             return None
         if not stacked and any(end in name for end in _ENDS):
             return None

@@ -8,7 +8,7 @@ import pytest
 from optax import contrib
 from toys import config_of
 
-from scaling_perception.models.dit import abstract_params
+from scaling_perception.models.dit import abstract_params, init_params
 from scaling_perception.models.presets import get_preset
 from scaling_perception.support.errors import UserError
 from scaling_perception.training.optim import decay_mask, make_optimizer, make_schedule, muon_axes
@@ -98,6 +98,25 @@ def test_muon_treats_each_layer_of_a_stack_by_itself():
         np.testing.assert_allclose(updates["blocks"]["mlp"]["kernel"][layer], expected["kernel"], rtol=1e-4, atol=1e-6)
         values = np.linalg.svd(np.asarray(updates["blocks"]["mlp"]["kernel"][layer]), compute_uv=False)
         assert values.max() / values.min() < 2.5  # close to orthogonal, although the gradient is not
+
+
+def test_muon_treats_each_expert_by_itself_and_leaves_the_router_to_adamw():
+    config = get_preset("nano", experts=3, context_dim=5)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf), init_params(config, jax.random.key(0)))
+    gradient = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
+    muon, _ = make_optimizer(optim(name="muon", lr=0.01), 10)
+    adamw, _ = make_optimizer(optim(name="adamw", lr=0.01), 10)
+    ours, theirs = (named_leaves(jax.jit(tx.update)(gradient, tx.init(params), params)[0]) for tx in (muon, adamw))
+    for name in ("blocks/moe/router/kernel", "context/kernel", "blocks/moe/experts/fc1/bias"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6)
+    name = "blocks/moe/experts/fc1/kernel"
+    one = jax.tree.map(lambda leaf: leaf[1, 2], {"w": named_leaves(gradient)[name]})
+    alone = contrib.muon(0.01, consistent_rms=0.2)
+    expected = alone.update(one, alone.init(one), one)[0]["w"]
+    got = np.asarray(ours[name][1, 2])
+    assert np.abs(got - np.asarray(theirs[name][1, 2])).max() > 1e-4
+    cosine = np.sum(got * expected) / np.linalg.norm(got) / np.linalg.norm(expected)
+    assert cosine > 0.999
 
 
 def test_muon_leaves_the_ends_biases_and_tables_to_adamw():

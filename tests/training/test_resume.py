@@ -26,7 +26,7 @@ from scaling_perception.training.state import abstract_state, named_leaves
 
 def linear_run(monkeypatch, workdir, batches=None, optimizer="adamw"):
     objective = linear_objective(batches)
-    monkeypatch.setattr(verb, "_objective", lambda config: objective)
+    monkeypatch.setattr(verb, "_objective", lambda config, *_: objective)
     fields = ("optim.lr=0.05", "optim.lr_final=0.01", "train.steps=20", f"optim.name={optimizer}")
     return verb.train(config_of(*fields), workdir)
 

@@ -21,7 +21,7 @@ def linear(monkeypatch):
 
     def run(workdir, *overrides, batches=None, command="resume me"):
         objective = linear_objective(batches)
-        monkeypatch.setattr(verb, "_objective", lambda config: objective)
+        monkeypatch.setattr(verb, "_objective", lambda config, *_: objective)
         return verb.train(config_of("optim.lr=0.05", "optim.lr_final=0.01", *overrides), workdir, command)
 
     return run
@@ -166,7 +166,7 @@ def test_help_is_instant():
 
 def test_diffusion_from_scratch_then_fine_tuned(tmp_path, monkeypatch):
     """The real objective end to end: nano DiT learns, its model folder loads, and another run starts from it."""
-    monkeypatch.setattr(verb, "_objective", lambda config: diffusion_objective(config, LatentBatches()))
+    monkeypatch.setattr(verb, "_objective", lambda config, *_: diffusion_objective(config, LatentBatches()))
     one = make_mesh(devices=jax.devices()[:1])  # compiles in half the time of eight
     monkeypatch.setattr("scaling_perception.parallel.mesh.make_mesh", lambda: one)
     fields = ("train.steps=40", "train.log_every=10", "train.checkpoint_every=40", "optim.lr=3e-3")
