@@ -17,7 +17,8 @@ from scaling_perception.models.dit import DiT, DiTConfig, position_table
 from scaling_perception.models.surgery import upcycle
 
 torch = pytest.importorskip("torch")
-from torch_reference import TorchDiT, randomise  # noqa: E402
+import torch_reference  # noqa: E402
+from torch_reference import TorchDiT, randomise, sincos_table  # noqa: E402
 
 OUTPUT, GRADIENT = 1e-5, 1e-4  # largest difference over the largest reference value, float32
 HALF_OUTPUT, HALF_GRADIENT = 2e-2, 3e-2  # norm of the difference over that of the reference, bfloat16
@@ -256,11 +257,11 @@ def differences(mine: Numbers, theirs: Numbers) -> list[str]:
 
 
 @lru_cache
-def both(case: Case) -> tuple[Any, dict[str, np.ndarray], dict[str, np.ndarray], Numbers, Numbers]:
-    """The torch model, its weights, inputs, and what torch and we make of them."""
+def both(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Numbers, Numbers]:
+    """The torch model's weights, inputs, and what torch and we make of them."""
     model, inputs = torch_model(case), inputs_of(case)
     state = state_of(model)
-    return model, state, inputs, run_torch(model, inputs), run_ours(case, state, inputs)
+    return state, inputs, run_torch(model, inputs), run_ours(case, state, inputs)
 
 
 def test_every_option_is_drawn():
@@ -283,24 +284,45 @@ def test_every_option_is_drawn():
 
 @by_name
 def test_output_routing_and_all_gradients_are_those_of_torch(case):
-    model, _, inputs, theirs, mine = both(case)
+    config, (_, inputs, theirs, mine) = case.config, both(case)
     assert not differences(mine, theirs)
-    np.testing.assert_allclose(
-        position_table(case.config.dim, case.config.grid), model.pos_embed[0].numpy(), rtol=0, atol=1e-6
-    )
-    if case.config.routed:  # ordinary classes and the null label were among them
-        assert set(inputs["label"]) >= {0, *range(case.config.num_classes, case.config.label_rows)}
+    table = sincos_table(config.dim, config.grid)[0].numpy()
+    np.testing.assert_allclose(position_table(config.dim, config.grid), table, rtol=0, atol=1e-6)
+    if config.routed:  # ordinary classes and the null label were among them
+        assert set(inputs["label"]) >= {0, *range(config.num_classes, config.label_rows)}
 
 
 @by_name
 def test_error_is_that_of_float32_itself(case):
-    _, _, inputs, single, mine = both(case)
+    _, inputs, single, mine = both(case)
     exact = run_torch(torch_model(case), inputs, torch.float64)
     assert exact.out.dtype == np.float64
     error, floor = largest(mine.out, exact.out), largest(single.out, exact.out)
     assert error <= 3 * floor + 1e-6
     error, floor = (np.max([*gradient_errors(numbers, exact).values()]) for numbers in (mine, single))
     assert error <= 3 * floor + 1e-6
+
+
+@pytest.mark.parametrize(
+    "case, quiet",
+    [(DENSE[2], ("pos_embed", "x_embedder")), (SCRATCH[1], ("blocks.0.attn.Wqkv",))],
+    ids=["tokens", "qk"],
+)
+def test_epsilon_of_the_norms_shows_where_they_get_little(case, quiet, monkeypatch):
+    inputs = inputs_of(case)
+
+    def outcome():
+        model = torch_model(case)
+        with torch.no_grad():
+            for name, leaf in model.named_parameters():
+                leaf.mul_(0.05 if name.startswith(quiet) else 1)
+        return state_of(model), run_torch(model, inputs)
+
+    state, theirs = outcome()
+    mine = run_ours(case, state, inputs)
+    assert not differences(mine, theirs)
+    monkeypatch.setattr(torch_reference, "EPSILON", 1e-5)
+    assert "output" in differences(mine, outcome()[1])
 
 
 @pytest.mark.parametrize("case", [DENSE[2], SCRATCH[1], GENERALIST[0]], ids=lambda case: case.config.name)
@@ -311,7 +333,7 @@ def test_bfloat16_is_near(case):
     def together(numbers):
         return np.concatenate([numbers.gradient[name].ravel() for name in sorted(numbers.gradient)])
 
-    _, state, inputs, theirs, _ = both(case)
+    state, inputs, theirs, _ = both(case)
     mine = run_ours(case, state, inputs, jnp.bfloat16)
     output, gradient = apart(mine.out, theirs.out), apart(together(mine), together(theirs))
     assert 1e-4 < output <= HALF_OUTPUT and gradient <= HALF_GRADIENT
@@ -343,7 +365,7 @@ def test_upcycled_and_renormalised(case):
 
 @pytest.mark.parametrize("case", [SCRATCH[1], GENERALIST[3]], ids=lambda case: case.config.name)
 def test_one_number_changed_in_any_tensor_is_noticed(case):
-    _, state, inputs, theirs, mine = both(case)
+    state, inputs, theirs, mine = both(case)
     assert not differences(mine, theirs)
     unnoticed = set()
     for name, value in state.items():
@@ -358,7 +380,7 @@ def test_one_number_changed_in_any_tensor_is_noticed(case):
 
 
 def test_a_scaled_balance_loss_is_noticed():
-    _, _, inputs, theirs, mine = both(SCRATCH[1])
+    _, inputs, theirs, mine = both(SCRATCH[1])
     model = torch_model(SCRATCH[1])
     for mixture in model.mixtures():
         mixture.alpha = SCALE * ALPHA
