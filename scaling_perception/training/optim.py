@@ -71,8 +71,8 @@ def muon_axes(params: Any) -> Any:
 
     Kernels inside ``blocks`` are stacked (L, in, out), experts' (L, E, in, out): the leading axes are left out of both
     lists, and optax then treats each matrix by itself (``MuonDimensionNumbers``: unlisted axes are batch axes). Other
-    kernels (in, out) are taken whole. Kernels at the network's ends, routers, convolutions, biases, norms and tables get
-    AdamW.
+    kernels (in, out) are taken whole. Kernels at the network's ends, routers, convolutions, biases, norms and tables
+    get AdamW.
     """
 
     def axes(path: tuple[Any, ...], leaf: Any) -> contrib.MuonDimensionNumbers | None:
