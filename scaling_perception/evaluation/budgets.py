@@ -1,0 +1,305 @@
+"""What a model's compute buys, as a table in its folder (``budgets.json``), and how a budget becomes steps and members.
+
+`evaluate --write-budgets FOLDER` writes the table: the error of every cell of an evaluation with its MACs and seconds.
+Choosing needs no dice and no fit. The **front** are the cells with less error than every cheaper one. On it
+
+* ``best`` is the cheapest that cannot be told from the lowest error: the 95 % interval of the per-image difference
+  reaches 0;
+* ``balanced`` is the cheapest that has gone nine tenths of the way from the cheapest cell's error to the lowest;
+* ``fast`` is the cheapest that has gone half of the way from the strongest trivial answer's error to the lowest (from
+  the cheapest cell's, where no cell beats that answer);
+* none of these is dearer than the next better one;
+* ``macs`` and ``seconds`` are limits: the lowest error of all cells within them.
+
+Errors fall as results get better: AbsRel, end-point error, 1 - IoU.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import nnls
+
+from scaling_perception.evaluation.baselines import bootstrap_ci
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.files import read_json, write_text
+
+if TYPE_CHECKING:
+    from scaling_perception.evaluation.predictor import Predictor
+
+FILE = "budgets.json"
+FORMAT = 1
+NAMES = ("fast", "balanced", "best")
+ERRORS = {"depth": ("abs_rel", "abs_rel"), "flow": ("epe", "epe"), "amodal": ("iou", "1-iou")}
+"""The metric that each task is judged by, and the error that is made of it."""
+
+OWN = "own"  # the preset's name where a model's own grid of timesteps is none of the presets'
+_BALANCED, _FAST = 0.9, 0.5
+_CELL = ("steps", "ensemble", "preset", "solver", "macs", "seconds", "error", "ci95")
+
+
+class Choice(NamedTuple):
+    """A cell of the table. ``preset`` None is the model's own grid; ``seconds`` are those of ``here`` if given."""
+
+    steps: int
+    ensemble: int
+    preset: str | None
+    solver: str
+    macs: float
+    seconds: float
+    error: float
+
+
+class Timing(NamedTuple):
+    """Seconds of one image: ``fixed`` (reading it into latents, decoding and merging one member), ``per_forward`` of
+    one network evaluation of every pass."""
+
+    fixed: float
+    per_forward: float
+
+
+def load_budgets(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The table of a model folder, checked, or None where it ships none.
+
+    Raises:
+        UserError: there is a file and it is damaged, or of another format.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    table = read_json(path)
+    wrong = f"{path} is no table of budgets: remove it, or make it again (`evaluate --write-budgets {folder}`)"
+    if not isinstance(table, dict) or not isinstance(table.get("tasks"), dict):
+        raise UserError(wrong)
+    if table.get("format") != FORMAT:
+        raise UserError(f"{path} has format {table.get('format')}, this version reads {FORMAT}: make it again")
+    for entry in table["tasks"].values():
+        cells = entry.get("cells") if isinstance(entry, dict) else None
+        if not cells or not all(isinstance(cell, dict) and set(_CELL) <= set(cell) for cell in cells):
+            raise UserError(wrong)
+    return table
+
+
+def choose(
+    table: Mapping[str, Any] | None,
+    task: str,
+    name: str | None = None,
+    macs: float | None = None,
+    seconds: float | None = None,
+    here: tuple[float, float] | None = None,
+) -> Choice:
+    """Steps and members for a budget. See the module for the rules.
+
+    Args:
+        table: of `load_budgets`.
+        name: fast, balanced or best; or else limits.
+        macs: multiply-accumulates of the DiT for one image, at most.
+        seconds: for one image, at most; with ``macs`` both hold.
+        here: `measure_timing` on this machine; None takes the seconds of the machine that made the table.
+
+    Raises:
+        UserError: no table for the task, an unknown name, neither name nor limit, or nothing within the limits.
+    """
+    if not table or task not in table["tasks"]:
+        known = f" (it has one for {', '.join(sorted(table['tasks']))})" if table and table["tasks"] else ""
+        raise UserError(
+            f"this model ships no table of budgets for {task}{known}: choose steps and ensemble yourself, or make one: "
+            f"`evaluate --task {task} … --steps 1,2,5,10 --ensemble 1,2,5 --write-budgets MODEL_FOLDER`"
+        )
+    entry = table["tasks"][task]
+    choices = [_choice(cell, entry, here) for cell in entry["cells"]]
+    tied = {one for one, cell in zip(choices, entry["cells"], strict=True) if _tied(cell, entry)}
+    if (name is None) == (macs is None and seconds is None):
+        raise UserError("give either the name of a budget (fast, balanced, best) or a limit of MACs or seconds")
+    if name is None:
+        return _within(choices, task, macs, seconds)
+    if name not in NAMES:
+        raise UserError(f"unknown budget '{name}'{did_you_mean(name, NAMES)}")
+    ahead = front(choices)
+    first, lowest = ahead[0].error, ahead[-1].error
+    trivial = entry.get("trivial", {}).get("error", -math.inf)
+    start = trivial if trivial > lowest else first
+    cheapest = {
+        "best": next(i for i, one in enumerate(ahead) if one in tied or one.error <= lowest),
+        "balanced": _reached(ahead, lowest + (1 - _BALANCED) * (first - lowest)),
+        "fast": _reached(ahead, lowest + (1 - _FAST) * (start - lowest)),
+    }
+    return ahead[min(cheapest[better] for better in NAMES[NAMES.index(name) :])]
+
+
+def _reached(ahead: list[Choice], error: float) -> int:
+    return next(i for i, one in enumerate(ahead) if one.error <= error or one is ahead[-1])
+
+
+def front(choices: list[Choice]) -> list[Choice]:
+    """Those with less error than every cheaper one, from the cheapest to the lowest error."""
+    ahead: list[Choice] = []
+    for one in sorted(choices, key=_by_cost):
+        if not ahead or one.error < ahead[-1].error:
+            ahead.append(one)
+    return ahead
+
+
+def _by_cost(one: Choice) -> tuple[float, float, float]:
+    return one.macs, one.error, one.seconds
+
+
+def _within(choices: list[Choice], task: str, macs: float | None, seconds: float | None) -> Choice:
+    most = math.inf if macs is None else macs, math.inf if seconds is None else seconds
+    fitting = [c for c in choices if c.macs <= most[0] and c.seconds <= most[1]]
+    if fitting:
+        return min(fitting, key=lambda c: (c.error, *_by_cost(c)))
+    least = min(choices, key=(lambda c: c.seconds) if macs is None else _by_cost)
+    asked = " and ".join(
+        [*([f"{macs:.3g} MACs"] if macs is not None else []), *([f"{seconds:.3g} s"] if seconds is not None else [])]
+    )
+    raise UserError(
+        f"no setting for {task} fits {asked}: the cheapest is {least.steps} step(s) × {least.ensemble} member(s) with "
+        f"{least.macs:.3g} MACs and {least.seconds:.3g} s an image"
+    )
+
+
+def _choice(cell: Mapping[str, Any], entry: Mapping[str, Any], here: tuple[float, float] | None) -> Choice:
+    seconds = float(cell["seconds"])
+    there = entry.get("timing")
+    if here is not None and there is not None:
+        forwards = cell["steps"] * cell["ensemble"]
+        # What is not network evaluations goes as the fixed cost does; evaluations go as themselves.
+        rest = max(seconds - there["per_forward"] * forwards, 0.0)
+        ratio = here[0] / there["fixed"] if there["fixed"] > 0 else 1.0
+        seconds = rest * ratio + here[1] * forwards
+    preset = None if cell["preset"] == OWN else cell["preset"]
+    numbers = float(cell["macs"]), seconds, float(cell["error"])
+    return Choice(int(cell["steps"]), int(cell["ensemble"]), preset, cell["solver"], *numbers)
+
+
+def _tied(cell: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    """Whether a cell cannot be told from the one with the lowest error."""
+    if "excess" in cell:
+        return cell["excess"]["ci95"][0] <= 0
+    return cell["error"] <= min(entry["cells"], key=lambda c: c["error"])["ci95"][1]
+
+
+# Making the table
+
+
+def error_rows(task: str, rows: list[dict[str, Any]]) -> np.ndarray:
+    """(images,) float64, each image's error, which falls as results get better."""
+    metric, _ = ERRORS[task]
+    values = np.asarray([row[metric] for row in rows], np.float64)
+    return 1 - values if metric == "iou" else values
+
+
+def budget_entry(result: Mapping[str, Any]) -> dict[str, Any]:
+    """One task's part of the table from an evaluation (`evaluate`'s JSON). Cells of adaptive compute are left out.
+
+    ``excess`` of a cell is how much larger its images' errors are than with the lowest cell, paired by image.
+
+    Raises:
+        UserError: no cell has a known number of MACs.
+    """
+    task = result["task"]
+    metric, error = ERRORS[task]
+    fixed = [cell for cell in result["cells"] if cell.get("kind", "fixed") == "fixed" and cell["macs"] is not None]
+    if not fixed:
+        raise UserError("this evaluation has no cell with a known number of MACs: no table of budgets can be made")
+    errors = [error_rows(task, cell["rows"]) for cell in fixed]
+    lowest = min(errors, key=lambda values: values.mean())
+    cells = []
+    for cell, values in zip(fixed, errors, strict=True):
+        excess = values - lowest
+        numbers = {"error": float(values.mean()), "ci95": list(bootstrap_ci(values))}
+        numbers["excess"] = {"mean": float(excess.mean()), "ci95": list(bootstrap_ci(excess))}
+        known = {name: cell.get(name, "ddim") if name == "solver" else cell[name] for name in _CELL[:6]}
+        cells.append({**known, **numbers})
+    trivial = {
+        name: float(error_rows(task, found["rows"]).mean())
+        for name, found in result["baselines"].items()
+        if name not in ("autoencoder", "threshold")
+    }
+    strongest = min(trivial, key=lambda name: trivial[name]) if trivial else None
+    return {
+        "dataset": result["dataset"],
+        "split": result.get("split"),
+        "images": result["images"],
+        "metric": error,
+        "weights": result.get("weights"),
+        "autoencoder": result.get("autoencoder", {}).get("weights"),
+        "reduce": fixed[0]["reduce"],
+        "protocol": result["protocol"].get("fingerprint"),
+        "timing": fit_timing(cells)._asdict(),
+        **({"trivial": {"name": strongest, "error": trivial[strongest]}} if strongest else {}),
+        "cells": sorted(cells, key=lambda c: (c["macs"], c["error"])),
+    }
+
+
+def write_budgets(folder: str | os.PathLike[str], task: str, entry: Mapping[str, Any]) -> Path:
+    """Put one task's entry into the folder's table, in place of an older one; other tasks' stay. Atomic.
+
+    Raises:
+        UserError: the folder cannot be written, or holds a damaged table.
+    """
+    table = load_budgets(folder) or {"format": FORMAT, "tasks": {}}
+    tasks = {**table["tasks"], task: dict(entry)}
+    path = Path(folder) / FILE
+    write_text(path, _lines({**table, "tasks": dict(sorted(tasks.items()))}))
+    return path
+
+
+def _lines(table: Mapping[str, Any]) -> str:
+    """JSON with a cell a line, which a person can read and git can compare."""
+    cells: list[str] = []
+
+    def mark(entry: Mapping[str, Any]) -> dict[str, Any]:
+        first = len(cells)
+        cells.extend(json.dumps(cell, allow_nan=False) for cell in entry["cells"])
+        return {**entry, "cells": [f"@{number}@" for number in range(first, len(cells))]}
+
+    marked = {**table, "tasks": {task: mark(entry) for task, entry in table["tasks"].items()}}
+    text = json.dumps(marked, indent=1, allow_nan=False) + "\n"
+    for number, cell in enumerate(cells):
+        text = text.replace(f'"@{number}@"', cell)
+    return text
+
+
+# Seconds
+
+
+def fit_timing(cells: list[dict[str, Any]]) -> Timing:
+    """`Timing` of the machine that measured the cells: seconds = a + b members + c evaluations, none negative.
+
+    Relative errors count, so that cheap cells do.
+    """
+    members = np.asarray([cell["ensemble"] for cell in cells], np.float64)
+    forwards = members * np.asarray([cell["steps"] for cell in cells], np.float64)
+    seconds = np.maximum(np.asarray([cell["seconds"] for cell in cells], np.float64), 1e-9)
+    columns = np.stack([np.ones_like(members), members, forwards], axis=1)
+    (whole, each, forward), _ = nnls(columns / seconds[:, None], np.ones_like(seconds))
+    return Timing(float(whole + each), float(forward))
+
+
+def measure_timing(predictor: "Predictor", task: str, preset: str | None = None, solver: str = "ddim") -> Timing:
+    """`Timing` of this machine, from two short runs of one member (1 and 5 steps) of a grey picture.
+
+    Takes the least of three runs each, so that what else the machine does counts little; compiling is not counted.
+    """
+    side = predictor.resolution
+    grey = np.full((side, side, 3), 127, np.uint8)
+    prompt = {"depth": None, "flow": grey, "amodal": np.ones((side, side), bool)}[task]
+    spent = {}
+    for steps in (1, 5):
+        options: dict[str, Any] = {"prompt": prompt, "preset": preset, "solver": solver, "batch_size": 1}
+        predictor(grey, task, steps, 1, **options)
+        runs = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            predictor(grey, task, steps, 1, **options)
+            runs.append(time.perf_counter() - begin)
+        spent[steps] = min(runs)
+    forward = max((spent[5] - spent[1]) / 4, 1e-9)
+    return Timing(max(spent[1] - forward, 0.0), forward)
