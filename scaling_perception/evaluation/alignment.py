@@ -72,7 +72,7 @@ def nearest_columns(size: tuple[int, int], max_resolution: int) -> np.ndarray:
     factor = min(max_resolution / height, max_resolution / width)
     if factor >= 1:
         return np.arange(width)
-    columns = np.floor(np.arange(int(np.float32(width) * factor), dtype=np.float32) * np.float32(1 / factor))
+    columns = np.floor(np.arange(int(width * factor), dtype=np.float32) * np.float32(1 / factor))
     return np.minimum(columns.astype(np.int64), width - 1)
 
 
@@ -100,8 +100,9 @@ def align(
     if max_resolution is None:
         scale, shift = fit_scale_shift(pred, gt, valid)
     else:
-        mask = np.ones(np.shape(gt), bool) if valid is None else np.asarray(valid, bool)
-        some = nearest_columns((mask.shape[0], mask.shape[1]), max_resolution)
-        scale, shift = fit_scale_shift(*(np.asarray(array)[:, some] for array in (pred, gt, mask)))
+        height, width = np.asarray(gt).shape
+        some = nearest_columns((height, width), max_resolution)
+        few = None if valid is None else np.asarray(valid)[:, some]
+        scale, shift = fit_scale_shift(np.asarray(pred)[:, some], np.asarray(gt)[:, some], few)
     aligned = scale * np.asarray(pred, np.float64) + shift
     return aligned if minimum is None and maximum is None else np.clip(aligned, minimum, maximum)

@@ -307,6 +307,23 @@ def test_orientation_is_applied(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif, quality=95)
     out = formats.read_image(tmp_path / "x.jpg")
     assert out.shape == (24, 8, 3) and out[:6].min() > 200 and out[10:].max() < 60
+    stored = formats.read_image(tmp_path / "x.jpg", upright=False)
+    assert stored.shape == (8, 24, 3) and stored[:, :6].min() > 200 and stored[:, 10:].max() < 60
+    assert formats.image_size(tmp_path / "x.jpg") == (8, 24)
+    (tmp_path / "y.jpg").write_bytes(b"none")
+    refuse(formats.image_size, tmp_path / "y.jpg", "is no image")
+    refuse(formats.image_size, tmp_path / "z.jpg", "does not exist")
+
+
+def test_raw_depth_is_as_long_as_its_picture(tmp_path):
+    depth = np.arange(12, dtype="<f4").reshape(3, 4)
+    depth[0, 0] = np.inf
+    (tmp_path / "a.JPG").write_bytes(depth.tobytes())
+    out = formats.read_raw_depth(tmp_path / "a.JPG", (3, 4))
+    np.testing.assert_array_equal(out, depth)
+    assert out.dtype == np.float32 and out.flags.writeable
+    with pytest.raises(UserError, match="48 bytes where float32 of 3x3 needs 36"):
+        formats.read_raw_depth(tmp_path / "a.JPG", (3, 3))
 
 
 def test_float_pictures_are_refused(tmp_path):
@@ -335,6 +352,11 @@ def test_masks_of_every_kind(tmp_path):
         np.testing.assert_array_equal(out, truth, err_msg=name)
     Image.new("RGBA", (4, 4), (255, 255, 255, 0)).save(tmp_path / "clear.png")
     refuse(formats.read_mask, tmp_path / "clear.png", "transparency")
+    for kind in (bool, np.uint8, np.float64):
+        np.save(tmp_path / "m.npy", truth[..., None].astype(kind))
+        np.testing.assert_array_equal(formats.read_mask(tmp_path / "m.npy"), truth)
+    np.save(tmp_path / "m.npy", np.zeros((4, 4, 2)))
+    refuse(formats.read_mask, tmp_path / "m.npy", "one channel")
     Image.new("L", (4, 4), 0).save(tmp_path / "empty.png")
     assert not formats.read_mask(tmp_path / "empty.png").any()
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from scaling_perception.evaluation.alignment import align, fit_scale_shift
+from scaling_perception.evaluation.alignment import align, fit_scale_shift, nearest_columns
 from scaling_perception.evaluation.metrics import depth_metrics
 
 
@@ -13,13 +13,13 @@ def test_fit_and_aligned_metrics_agree_with_the_reference(golden, i):
     data = load_file(golden / "metrics" / "depth.safetensors")
     pred, gt, mask = (data[f"in/{name}"][i] for name in ("affine_pred", "gt", "mask"))
     fit = fit_scale_shift(pred, gt, mask)
-    np.testing.assert_allclose(fit.scale, data[f"out/lsq/{i}/scale"][0], rtol=1e-4)
-    np.testing.assert_allclose(fit.shift, data[f"out/lsq/{i}/shift"][0], rtol=1e-4)
+    np.testing.assert_allclose(fit.scale, data[f"out/lsq/{i}/scale"][0], rtol=1e-6)
+    np.testing.assert_allclose(fit.shift, data[f"out/lsq/{i}/shift"][0], rtol=1e-6)
     aligned = align(pred, gt, mask)
-    np.testing.assert_allclose(aligned, data[f"out/lsq/{i}/aligned"], atol=1e-4)
-    np.testing.assert_allclose(depth_metrics(aligned, gt, mask)["abs_rel"], data[f"out/lsq/{i}/abs_rel"], rtol=1e-4)
+    np.testing.assert_allclose(aligned, data[f"out/lsq/{i}/aligned"], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(depth_metrics(aligned, gt, mask)["abs_rel"], data[f"out/lsq/{i}/abs_rel"], rtol=1e-6)
     clipped = align(pred, gt, mask, minimum=1e-3)
-    np.testing.assert_allclose(depth_metrics(clipped, gt, mask)["delta1"], data[f"out/lsq/{i}/delta1"], rtol=1e-5)
+    np.testing.assert_allclose(depth_metrics(clipped, gt, mask)["delta1"], data[f"out/lsq/{i}/delta1"], rtol=1e-6)
 
 
 @settings(max_examples=40, deadline=None)
@@ -84,3 +84,23 @@ def test_clipping_to_the_range_of_the_data_set():
     gt = np.array([1.0, 2.0, 3.0, 100.0])
     valid = gt < 50
     np.testing.assert_allclose(align(gt, gt, valid, 1.5, 10), [1.5, 2, 3, 10])
+
+
+def test_a_fit_of_large_maps_looks_at_some_columns_only():
+    """ETH3D's rule: 1024 on the long side, which its filter applies to the width alone."""
+    torch = pytest.importorskip("torch")
+    for size, resolution in (((4032, 6048), 1024), ((40, 60), 25), ((75, 31), 20), ((37, 53), 7)):
+        ramp = torch.arange(size[1], dtype=torch.float64).repeat(2, 1)[None]
+        factor = min(resolution / size[0], resolution / size[1])
+        theirs = torch.nn.Upsample(scale_factor=factor, mode="nearest")(ramp)[0, 0].numpy()
+        np.testing.assert_array_equal(nearest_columns(size, resolution), theirs)
+
+
+def test_the_fit_of_some_columns_is_applied_to_all():
+    rng = np.random.default_rng(0)
+    gt, pred = rng.uniform(1, 9, (6, 40)), rng.standard_normal((6, 40))
+    some = nearest_columns((6, 40), 10)
+    assert len(some) == 10 and (np.diff(some) == 4).all()
+    scale, shift = fit_scale_shift(pred[:, some], gt[:, some])
+    np.testing.assert_allclose(align(pred, gt, max_resolution=10), scale * pred + shift)
+    np.testing.assert_array_equal(align(pred, gt, max_resolution=40), align(pred, gt))

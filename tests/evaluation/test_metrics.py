@@ -5,7 +5,15 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from scaling_perception.data.formats import read_kitti_flow
-from scaling_perception.evaluation.metrics import depth_metrics, flow_metrics, mask_iou, mask_metrics, mean_iou
+from scaling_perception.evaluation.metrics import (
+    DEPTH_METRICS,
+    FLOW_METRICS,
+    depth_metrics,
+    flow_metrics,
+    mask_iou,
+    mask_metrics,
+    mean_iou,
+)
 
 
 def test_depth_metrics_agree_with_the_reference(golden):
@@ -15,19 +23,27 @@ def test_depth_metrics_agree_with_the_reference(golden):
         "abs_rel": "abs_relative_difference",
         "sq_rel": "squared_relative_difference",
         "rmse": "rmse_linear",
+        "i_rmse": "i_rmse",
         "rmse_log": "rmse_log",
         "delta1": "delta1_acc",
         "delta2": "delta2_acc",
         "delta3": "delta3_acc",
     }
     for ours, theirs in names.items():
-        np.testing.assert_allclose(np.mean([row[ours] for row in rows]), data[f"out/depth/{theirs}"], rtol=1e-5)
+        np.testing.assert_allclose(np.mean([row[ours] for row in rows]), data[f"out/depth/{theirs}"], rtol=1e-6)
     # The reference pools these two over the pixels, or the squares, of the batch.
     pixels = data["in/mask"].sum(axis=(1, 2))
     pooled = np.average([row["log10"] for row in rows], weights=pixels)
-    np.testing.assert_allclose(pooled, data["out/depth/log10"], rtol=1e-5)
+    np.testing.assert_allclose(pooled, data["out/depth/log10"], rtol=1e-6)
     pooled = np.sqrt(np.mean([row["silog"] ** 2 for row in rows]))
-    np.testing.assert_allclose(pooled, data["out/depth/silog_rmse"], rtol=1e-5)
+    np.testing.assert_allclose(pooled, data["out/depth/silog_rmse"], rtol=1e-6)
+
+
+def test_only_what_is_asked_for_is_computed():
+    gt = np.random.default_rng(0).uniform(1, 9, (5, 6))
+    every = depth_metrics(gt**1.1, gt)
+    assert tuple(every) == DEPTH_METRICS
+    assert depth_metrics(gt**1.1, gt, names=["log10", "abs_rel"]) == {n: every[n] for n in ("log10", "abs_rel")}
 
 
 def test_delta_is_strict_and_two_negatives_do_not_agree():
@@ -60,12 +76,28 @@ def test_flow_metrics_agree_with_the_reference(golden):
     data = load_file(golden / "metrics" / "flow.safetensors")
     pred, gt = (np.stack([data[f"in/{name}_x"], data[f"in/{name}_y"]], -1) for name in ("pred", "gt"))
     every, valid = flow_metrics(pred, gt), flow_metrics(pred, gt, data["in/valid"])
-    np.testing.assert_allclose(every["epe"], data["out/epe_no_fit"], rtol=1e-5)
-    np.testing.assert_allclose(every["epe_fitted"], data["out/epe_with_fit"], rtol=1e-5)
+    np.testing.assert_allclose(every["epe"], data["out/epe_no_fit"], rtol=1e-6)
+    np.testing.assert_allclose(every["epe_fitted"], data["out/epe_with_fit"], rtol=1e-6)
     wanted = {"epe": "epe_valid", "f1_all": "f1_all"} | {f"within_{n}px": f"raft_{n}px" for n in (1, 3, 5)}
     for ours, theirs in wanted.items():
-        np.testing.assert_allclose(valid[ours], data[f"out/{theirs}"], rtol=1e-5)
+        np.testing.assert_allclose(valid[ours], data[f"out/{theirs}"], rtol=1e-6)
     assert valid["f1_all"] > 0
+    for n in (1, 3, 5):
+        assert valid[f"outlier_{n}px"] == pytest.approx(1 - valid[f"within_{n}px"])
+
+
+def test_occluded_pixels_have_rows_of_their_own():
+    gt = np.zeros((2, 3, 2))
+    pred = gt.copy()
+    pred[0, :, 0] = [1, 2, 10]
+    valid = np.array([[True, True, True], [True, False, False]])
+    hidden = np.array([[False, False, True], [False, True, True]])  # two of them have no truth
+    row = flow_metrics(pred, gt, valid, hidden)
+    assert row["epe"] == pytest.approx(13 / 4) and row["epe_noc"] == 1 and row["epe_occ"] == 10
+    assert (row["f1_all"], row["f1_noc"], row["f1_occ"], row["outlier_1px"]) == (0.25, 0, 1, 0.5)
+    assert set(row) == set(FLOW_METRICS)
+    assert set(flow_metrics(pred, gt, valid, hidden & False)) == set(FLOW_METRICS) - {"epe_occ", "f1_occ"}
+    assert not {"epe_noc", "epe_occ"} & set(flow_metrics(pred, gt, valid))
 
 
 def test_the_fitted_error_forgives_scale_and_shift_of_each_component_only():

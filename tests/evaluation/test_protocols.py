@@ -4,10 +4,16 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from scaling_perception.data.sources import SOURCES
 from scaling_perception.evaluation.protocols import (
+    DEPTH_SETS,
+    METRICS,
+    RECORDS,
     REDUCE,
     baseline_rows,
+    count_note,
     crop_mask,
     fingerprint,
     get_protocol,
@@ -81,6 +87,59 @@ def test_clipping_brings_a_wild_fit_back_into_range():
     assert found["abs_rel"] == pytest.approx(((1 - 1e-3) + 0.8 + 3.2 + 2.4 / 9) / 4)
 
 
+def test_marigolds_evaluation_on_the_reference_arrays(golden):
+    """Least squares in depth, clipping, strict thresholds, image means then their mean: equal to 1e-6."""
+    data = load_file(golden / "metrics" / "depth.safetensors")
+    protocol = get_protocol("depth", "unknown", minimum=1e-3)
+    for i in range(3):
+        pred, gt, mask = (data[f"in/{name}"][i] for name in ("affine_pred", "gt", "mask"))
+        raw = prepare_raw(_depth(gt, mask & (gt > 1e-3)), protocol)
+        np.testing.assert_array_equal(raw["valid"], mask)
+        found = measure(pred, raw, protocol)
+        assert found["delta1"] == pytest.approx(data[f"out/lsq/{i}/delta1"].item(), rel=1e-6)
+        free = measure(pred, raw, get_protocol("depth", "unknown", minimum=1e-3) | {"clip": [None, None]})
+        assert free["abs_rel"] == pytest.approx(data[f"out/lsq/{i}/abs_rel"].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dataset", ["hypersim", "nyuv2", "kitti_depth", "eth3d", "scannet", "diode"])
+def test_published_sets_step_by_step(dataset):
+    """The steps of the published evaluation written out once more, in float64."""
+    size = {"kitti_depth": (375, 1242), "nyuv2": (480, 640), "eth3d": (1200, 1300)}.get(dataset, (48, 64))
+    rng = np.random.default_rng(1)
+    low, high = {"hypersim": (1e-5, 65), "kitti_depth": (1e-5, 80), "eth3d": (1e-5, np.inf), "diode": (0.6, 350)}.get(
+        dataset, (1e-3, 10)
+    )
+    truth = np.where(rng.random(size) < 0.2, 0, rng.gamma(2, 5, size)).astype(np.float32)
+    mask = rng.random(size) < 0.7
+    pred = (0.1 * truth + 0.3 * rng.standard_normal(size)).astype(np.float32)
+    raw = {**_depth(truth), "valid": (truth > 0) & mask}
+    protocol = get_protocol("depth", dataset, metrics="all")
+    prepared = prepare_raw(raw, protocol)
+    if dataset == "kitti_depth":
+        window = np.s_[375 - 352 :, 13 : 13 + 1216]
+        truth, mask, pred = truth[window], mask[window], pred[window]
+    valid = (truth > 0) & mask if dataset == "diode" else (truth > low) & (truth < high) & mask
+    crop = np.ones_like(valid)
+    if dataset == "nyuv2":
+        crop[:] = False
+        crop[45:471, 41:601] = True
+    if dataset == "kitti_depth":
+        crop[:] = False
+        crop[int(0.3324324 * 352) : int(0.91351351 * 352), int(0.0359477 * 1216) : int(0.96405229 * 1216)] = True
+    valid &= crop
+    np.testing.assert_array_equal(prepared["valid"], valid)
+    some = np.s_[:, np.floor(np.arange(1024) * np.float32(1300 / 1024)).astype(int)] if dataset == "eth3d" else np.s_[:]
+    x, y = pred[some][valid[some]].astype(np.float64), truth[some][valid[some]].astype(np.float64)
+    (scale, shift), *_ = np.linalg.lstsq(np.stack([x, np.ones_like(x)], -1), y, rcond=None)
+    metres = np.clip(np.clip(pred.astype(np.float64) * scale + shift, low, high), 1e-6, None)[valid]
+    d = truth[valid].astype(np.float64)
+    found = measure(pred, prepared, protocol)
+    assert list(found) == list(METRICS["depth"])
+    assert found["abs_rel"] == pytest.approx(np.mean(np.abs(metres - d) / d), rel=1e-9)
+    assert found["delta1"] == pytest.approx(np.mean(np.maximum(metres / d, d / metres) < 1.25), abs=1e-12)
+    assert found["rmse_log"] == pytest.approx(np.sqrt(np.mean((np.log(metres) - np.log(d)) ** 2)), rel=1e-9)
+
+
 def test_flow_is_measured_in_native_pixels_raw_and_fitted(make_raw):
     protocol = get_protocol("flow", "middlebury_flow")
     raw = make_raw(4, 5)
@@ -94,6 +153,20 @@ def test_flow_is_measured_in_native_pixels_raw_and_fitted(make_raw):
     expected = np.linalg.norm(raw["flow"][keep] + np.float32([3, 4]), axis=-1).mean()
     assert found["epe"] == pytest.approx(expected, rel=1e-5)
     assert found["epe_fitted"] == pytest.approx(0, abs=1e-5)
+
+
+def test_occlusion_rows_are_measured_where_the_set_has_them(make_raw):
+    protocol = get_protocol("flow", "sintel", metrics=["epe", "epe_noc", "epe_occ"])
+    raw = prepare_raw(make_raw(4, 5), protocol)
+    assert unmeasurable(raw, protocol) == "it has no mask of occlusions, which epe_noc needs"
+    hidden = np.zeros((4, 5), bool)
+    raw = {**raw, "valid": np.ones((4, 5), bool), "occluded": hidden}
+    assert not unmeasurable(raw, protocol)
+    wrong = raw["flow"] + np.float32([3, 4])
+    assert measure(wrong, raw, protocol) == pytest.approx({"epe": 5, "epe_noc": 5}, rel=1e-5)
+    hidden[0] = True
+    assert list(measure(wrong, raw, protocol)) == ["epe", "epe_noc", "epe_occ"]
+    assert list(baseline_rows(raw, protocol)["zero"]) == ["epe", "epe_noc", "epe_occ"]
 
 
 def test_amodal_is_intersection_over_union(make_raw):
@@ -146,6 +219,45 @@ def test_fingerprint_notices_every_change():
     assert len(seen) == 4
     changed = get_protocol("depth", "nyuv2", maximum=80.0)
     assert changed["fingerprint"] not in seen and get_protocol("depth", "nyuv2")["fingerprint"] in seen
+    assert changed["clip"] == [1e-3, 80.0]
+    more = get_protocol("depth", "nyuv2", metrics="all")
+    assert more["metrics"] == list(METRICS["depth"]) and more["fingerprint"] in seen, "showing more changes no figure"
+    with pytest.raises(UserError, match="depth has no metric 'absrel'; did you mean 'abs_rel'"):
+        get_protocol("depth", "nyuv2", metrics=["absrel"])
+    with pytest.raises(UserError, match="no field 'maximun'; did you mean 'maximum'"):
+        get_protocol("depth", "nyuv2", maximun=80.0)
+
+
+def test_every_published_set_has_a_source_and_a_record():
+    for dataset, record in RECORDS.items():
+        task = SOURCES[dataset].tasks[0]
+        protocol = get_protocol(task, dataset)
+        assert protocol["rule"].startswith("facts") and protocol["decode"] and protocol["resolution"]
+        assert set(record) <= set(protocol)
+        assert task != "depth" or dataset in DEPTH_SETS
+    table = {
+        "hypersim": (1e-5, 65.0, 0, 7370),
+        "nyuv2": (1e-3, 10.0, 0, 654),
+        "kitti_depth": (1e-5, 80.0, 0, 652),
+        "eth3d": (1e-5, None, 756, 454),
+        "scannet": (1e-3, 10.0, 0, 800),
+        "diode": (0.6, 350.0, 640, 771),
+    }  # facts 6.1
+    for dataset, (low, high, side, samples) in table.items():
+        protocol = get_protocol("depth", dataset)
+        assert protocol["clip"] == [low, high] and protocol["published_resolution"] == side
+        assert protocol["samples"]["val"] == samples
+    assert get_protocol("depth", "eth3d")["alignment_resolution"] == 1024
+    assert get_protocol("amodal", "coco_amodal")["threshold"] == 250
+
+
+def test_a_set_of_another_size_is_told():
+    kitti, flow = get_protocol("depth", "kitti_depth"), get_protocol("flow", "kitti_flow")
+    assert count_note(kitti, "val", 652) == ""
+    assert count_note(kitti, "val", 651) == "kitti_depth val: 652 samples expected, 651 found"
+    assert count_note(flow, "val", 194) == count_note(flow, "val", 200) == count_note(flow, "all", 3) == ""
+    assert count_note(flow, "val", 1) == "kitti_flow val: 200 or 194 samples expected, 1 found"
+    assert count_note(get_protocol("depth", "folder"), "val", 5) == ""
 
 
 def test_merging_modes_have_defaults_and_names():

@@ -204,4 +204,4 @@ class _PlainUnpickler(pickle.Unpickler):
             return collections.OrderedDict
         if module.split(".")[0] == "numpy":
             return _Ignored
-        raise UserError(f"it asks for {module}.{name}, which could do harm and which no annotation needs: do not use it")
+        raise UserError(f"it asks for {module}.{name}, which could do harm and no annotation needs: do not use it")
