@@ -41,8 +41,8 @@ def route(x: jax.Array, kernel: jax.Array, active: int, gating: str) -> Routing:
     logits = jnp.dot(x.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     scores = jax.nn.softmax(logits, axis=-1)
     weight, index = jax.lax.top_k(scores, active)
-    if gating == "renormalised":
-        weight = weight / weight.sum(axis=-1, keepdims=True)
+    if gating == "renormalised":  # of one expert it is 1, and w / w would give the router rounding for a gradient
+        weight = weight / weight.sum(axis=-1, keepdims=True) if active > 1 else jnp.ones_like(weight)
     return Routing(index, weight, scores)
 
 
