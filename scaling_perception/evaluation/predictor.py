@@ -37,6 +37,7 @@ from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks import TaskOptions, get_task, pass_indices
 from scaling_perception.tasks.amodal import mask_from_whole
 from scaling_perception.tasks.depth import to_range
+from scaling_perception.tasks.resize import resize_nearest
 
 # Decoded pixels in one batch where no larger batch is faster; then memory decides (see ``Predictor.plan``).
 _PIXELS_AT_ONCE = {"cpu": 2**20}
@@ -420,7 +421,8 @@ class Predictor:
         prediction, uncertainty = to_native(task, merged, size), to_native(task, spread, size)
         if task != "amodal":
             return Estimate(prediction, uncertainty, members, None, size, forwards)
-        mask = mask_from_whole(prediction, self.options.mask_threshold)
+        # the published rule: a mask at the model's size, brought back by nearest (facts 6.3)
+        mask = resize_nearest(mask_from_whole(merged, self.options.mask_threshold), size)
         if self.options.keep_visible and visible is not None:
             mask = mask | np.asarray(visible, bool)
         return Estimate(mask, uncertainty, members, prediction, size, forwards)
