@@ -69,7 +69,7 @@ def expert_mlp(
     if short:  # tokens of nobody: no row is computed for them
         x, weight = (jnp.pad(array, ((0, short), (0, 0))) for array in (x, weight))
         index = jnp.pad(index, ((0, short), (0, 0)), constant_values=count)
-    out = _routed(plan, x, index, weight, dict(experts))
+    out: Any = _routed(plan, x, index, weight, dict(experts))
     return checkpoint_name(out[: out.shape[0] - short], "moe_out")
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -32,7 +33,7 @@ def by_platform(
 
     def abstract(*leaves: Any, tree: Any, options: Any) -> list[Any]:
         found = jax.tree.leaves(shapes(*tree.unflatten(leaves), **dict(options)))
-        return [jax.core.ShapedArray(leaf.shape, leaf.dtype) for leaf in found]
+        return [ShapedArray(leaf.shape, leaf.dtype) for leaf in found]
 
     def lowering(implementation: Callable[..., Any]) -> Any:
         def flat(*leaves: Any, tree: Any, options: Any) -> list[Any]:
