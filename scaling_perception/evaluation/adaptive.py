@@ -91,11 +91,28 @@ def adaptive_stream(
 
 
 def _settled(predictor: "Predictor", task: str, members: np.ndarray, mode: str, settings: Settings) -> bool:
-    if settings.tolerance is None or len(members) < 2:
+    if settings.tolerance is None:
         return False
+    return expected_change(predictor, task, members, mode, settings.ensemble) <= settings.tolerance
+
+
+def expected_change(predictor: "Predictor", task: str, members: np.ndarray, mode: str, most: int) -> float:
+    """`remaining_change` of the merged members (n, R, R[, C]): what an adaptive ensemble holds against its tolerance.
+
+    Infinite for one member, of which nothing is known.
+    """
+    if len(members) >= most:
+        return 0.0
+    if len(members) < 2:
+        return math.inf
     _, uncertainty = predictor.reduce(task, members, mode)
-    change = remaining_change(uncertainty, len(members), settings.ensemble, mode == "mean")
-    return change <= settings.tolerance
+    return remaining_change(uncertainty, len(members), most, mode == "mean")
+
+
+def estimate_change(now: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """(I, M) change of clean estimates (I, M, P, h, w, C), root mean square of the pass that changes most: what an
+    early exit holds against its tolerance."""
+    return np.sqrt(np.mean(np.square(now - last), axis=(3, 4, 5))).max(axis=2)
 
 
 def _sample(
@@ -140,7 +157,7 @@ def _until_settled(
         state = engine.go_on(params, known, ahead, state, passes.labels, tables, first, count)
         first += count
         now = np.asarray(state.x0)
-        change = None if last is None else np.sqrt(np.mean(np.square(now - last), axis=(3, 4, 5))).max(axis=(1, 2))
+        change = None if last is None else estimate_change(now, last).max(axis=1)
         at_end = first >= settings.steps
         tolerance = settings.step_tolerance or 0.0
         stops = [at_end or (change is not None and change[i] <= tolerance) for i in range(len(images))]
