@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", help="scenes, hypersim, flying_chairs, pix2gestalt, folder, …")
     parser.add_argument("--raw", default="", metavar="DIR", help="folder of the raw dataset (not for scenes)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument("--tasks", default="", help="depth,flow,amodal or a part of them (default: all it serves)")
+    what = "depth,flow,amodal or a part of them, or generation (default: all it serves)"
+    parser.add_argument("--tasks", default="", help=what)
     parser.add_argument("--split", default="train", help="default %(default)s")
     parser.add_argument("--count", type=int, default=0, metavar="N", help="samples to use (default: all it has)")
     parser.add_argument("--start", type=int, default=0, metavar="I", help="first sample (default %(default)s)")
@@ -97,7 +98,7 @@ def _manifest(args: argparse.Namespace) -> int:
 class SampleMaker:
     """``maker(index)`` -> the samples of a raw sample, each distinct picture once; made once in each process.
 
-    The result holds ``samples``: dictionaries whose image, prompt and target are digests; and ``pictures``: digest ->
+    The result holds ``samples``: dictionaries whose pictures (image, prompt, target) are digests; and ``pictures``: digest ->
     float32 (R, R, 3). The image of a scene is shared by its four passes and the prompt of depth is constant, so about a
     third of the encoding is saved. Or ``bad``: why the sample cannot be used.
     """
@@ -121,7 +122,7 @@ class SampleMaker:
             raw, tasks = self.samples.read(index)
             made = [one for task in tasks for one in get_task(task).encode(raw, self.resolution, self.options)]
             for sample in made:
-                for field in FIELDS:
+                for field in (name for name in FIELDS if name in sample):
                     picture = np.ascontiguousarray(sample[field], np.float32)
                     if not np.isfinite(picture).all():
                         raise UserError(f"sample '{sample['key']}': its {field} is not finite everywhere")
@@ -224,7 +225,7 @@ def _latents(args: argparse.Namespace) -> int:
     from scaling_perception.data.latents import FORMAT
     from scaling_perception.data.manifest import RawSamples
     from scaling_perception.models.autoencoders import load_autoencoder
-    from scaling_perception.tasks import TaskOptions
+    from scaling_perception.tasks import FIELDS, TaskOptions, fields_of
 
     spec, out = _spec(args), Path(args.out)
     args.batch = args.batch or _BATCH.get(jax.default_backend(), _BATCH_ELSEWHERE)
@@ -251,6 +252,11 @@ def _latents(args: argparse.Namespace) -> int:
         "shard_size": args.shard_size,
         "shards": -(-len(samples) // args.shard_size),
     }
+    kinds = {task: fields_of(task) for task in samples.tasks}
+    if len(set(kinds.values())) > 1:
+        raise UserError(f"a cache cannot hold {' and '.join(kinds)} together: prepare generation by itself")
+    if kinds[samples.tasks[0]] != FIELDS:
+        settings["fields"] = list(kinds[samples.tasks[0]])
     ledger = {"format": FORMAT, "autoencoder_name": args.vae, "settings": settings, "complete": False, "shards": []}
     with _alone(out):
         ledger["shards"] = _finished_shards(out, settings)
@@ -349,13 +355,13 @@ def _shard(
     encoder: _Encoder, results: Iterator[dict[str, Any]], count: int, args: argparse.Namespace
 ) -> tuple[list[bytes], dict[str, int], list[dict[str, Any]]]:
     """(records ordered by pass, records a pass, bad samples) of the next ``count`` raw samples."""
-    from scaling_perception.data.latents import FIELDS, encode_record
+    from scaling_perception.data.latents import encode_record
     from scaling_perception.diffusion.targets import latent_mask
-    from scaling_perception.tasks import PASSES
+    from scaling_perception.tasks import ALL_PASSES, FIELDS
 
     encoder.clear()
     views = (encoder.AS_IS,) if args.flips == "none" else (encoder.AS_IS, encoder.FLIPPED)
-    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in PASSES}
+    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in ALL_PASSES}
     bad = []
     for _ in range(count):
         result = next(results)
@@ -365,8 +371,8 @@ def _shard(
             bad.append({"index": result["index"], "reason": result["bad"]})
             continue
         for sample in result["samples"]:
-            samples[PASSES[sample["task"]]].append(sample)
-            for field in FIELDS:
+            samples[ALL_PASSES[sample["task"]]].append(sample)
+            for field in (name for name in FIELDS if name in sample):
                 for view in views:
                     encoder.add(sample[field], result["pictures"][sample[field]], _kind(encoder, sample, field, view))
     encoder.finish()
@@ -376,7 +382,7 @@ def _shard(
         for view in views:
             valid = sample["valid"] if view == encoder.AS_IS else sample["valid"][:, ::-1]
             fields = {"valid": latent_mask(valid, encoder.factor)}
-            for field in FIELDS:
+            for field in (name for name in FIELDS if name in sample):
                 fields[field], logvar = encoder.done[sample[field], _kind(encoder, sample, field, view)]
                 if logvar is not None:
                     fields[f"{field}_logvar"] = logvar
@@ -387,8 +393,8 @@ def _shard(
 
 def _kind(encoder: _Encoder, sample: dict[str, Any], field: str, view: int) -> int:
     """How this field of this sample is encoded for a view: mirroring turns the sign of horizontal motion."""
-    from scaling_perception.tasks import PASSES
+    from scaling_perception.tasks import ALL_PASSES
 
-    if view == encoder.FLIPPED and field == "target" and PASSES[sample["task"]] == "flow_x":
+    if view == encoder.FLIPPED and field == "target" and ALL_PASSES[sample["task"]] == "flow_x":
         return encoder.FLIPPED_NEGATED
     return view

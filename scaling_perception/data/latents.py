@@ -6,8 +6,9 @@ passes of some raw samples, pass by pass, so that the ledger's counts alone say 
 One ArrayRecord record is one pass of one sample, little-endian, without padding:
 
     4s   magic "SPL1"
-    B    flags: 1 = log-variances are stored, 2 = a second view, flipped left to right, is stored
-    B    task: index into ``tasks.PASSES``
+    B    flags: 1 = log-variances are stored, 2 = a second view, flipped left to right, is stored,
+         4 = the target alone: there is neither image nor prompt
+    B    task: index into ``tasks.ALL_PASSES``
     B    c   latent channels
     B    0
     H    h   latent height
@@ -16,8 +17,8 @@ One ArrayRecord record is one pass of one sample, little-endian, without padding
     H    n   bytes of the key
     n s  key, UTF-8
     then for each view (as it is[, flipped]):
-      3 x h*w*c float16        latent means of image, prompt, target; already times 0.18215
-      [3 x h*w*c float16       their log-variances]
+      3 x h*w*c float16        latent means of image, prompt, target (or 1 x); already times 0.18215
+      [3 x h*w*c float16       their log-variances (or 1 x)]
       ceil(h*w/8) bytes        valid mask, row by row, first cell in the highest bit: 1 where all 8x8 pixels are valid
 
 A flipped view is flipped in pixels and then encoded (a flipped latent is not the latent of the flipped picture); in the
@@ -40,14 +41,13 @@ import numpy as np
 
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path, read_json
-from scaling_perception.tasks import PASSES
+from scaling_perception.tasks import ALL_PASSES, FIELDS
 
 FORMAT = 1
 LEDGER = "ledger.json"
-FIELDS = ("image", "prompt", "target")
 _HEAD = struct.Struct("<4sBBBxHHiH")
 _MAGIC = b"SPL1"
-_LOGVAR, _FLIPPED = 1, 2
+_LOGVAR, _FLIPPED, _ALONE = 1, 2, 4
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # single records in any order
 
 
@@ -57,12 +57,14 @@ def encode_record(task: int, label: int, key: str, views: Sequence[Mapping[str, 
     Args:
         task: pass index. label: class or -1. key: stable sample id.
         views: one or two (the second flipped) of: image, prompt, target (h, w, c) float16; valid (h, w) bool; and
-            image_logvar, prompt_logvar, target_logvar (h, w, c) float16, all or none.
+            image_logvar, prompt_logvar, target_logvar (h, w, c) float16, all or none. Image and prompt may be absent.
     """
     name = key.encode()
-    h, w, c = views[0]["image"].shape
-    fields = FIELDS + tuple(f"{field}_logvar" for field in FIELDS if f"{field}_logvar" in views[0])
-    flags = (_LOGVAR if len(fields) > len(FIELDS) else 0) | (_FLIPPED if len(views) > 1 else 0)
+    h, w, c = views[0]["target"].shape
+    means = FIELDS if "image" in views[0] else ("target",)
+    fields = means + tuple(f"{field}_logvar" for field in means if f"{field}_logvar" in views[0])
+    flags = (_LOGVAR if len(fields) > len(means) else 0) | (_FLIPPED if len(views) > 1 else 0)
+    flags |= 0 if means == FIELDS else _ALONE
     parts = [_HEAD.pack(_MAGIC, flags, task, c, h, w, label, len(name)), name]
     for view in views:
         for field in fields:
@@ -81,7 +83,8 @@ def decode_record(data: bytes) -> dict[str, Any]:
     """
     head, key, body = split_record(data)
     flags, task, c, h, w, label = head
-    names = FIELDS + (tuple(f"{field}_logvar" for field in FIELDS) if flags & _LOGVAR else ())
+    means = stored_fields(flags)
+    names = means + (tuple(f"{field}_logvar" for field in means) if flags & _LOGVAR else ())
     size, mask = h * w * c * 2, (h * w + 7) // 8
     views: list[dict[str, Any]] = []
     at = 0
@@ -98,6 +101,11 @@ def decode_record(data: bytes) -> dict[str, Any]:
         raise ValueError(f"{len(body) - at} bytes are left over")
     common = {"task": np.int32(task), "label": np.int32(label), "key": key}
     return {**views[0], **common, "flipped": views[1] if len(views) > 1 else None}
+
+
+def stored_fields(flags: int) -> tuple[str, ...]:
+    """The pictures whose latents a record with these flags holds."""
+    return ("target",) if flags & _ALONE else FIELDS
 
 
 def split_record(data: bytes) -> tuple[tuple[int, int, int, int, int, int], str, memoryview]:
@@ -195,6 +203,11 @@ class CacheReader:
         return h, w, c
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        """The pictures whose latents the records hold."""
+        return tuple(self.settings.get("fields", FIELDS))
+
+    @property
     def flipped(self) -> bool:
         """Whether each record has a flipped view."""
         return self.settings["flips"] == "both"
@@ -287,7 +300,7 @@ class CacheReader:
         """int64 indices of the records of a pass, in the order of the source; empty when the cache has none."""
         ranges = []
         for start, shard in zip(self._starts, self.shards, strict=False):
-            for name in PASSES:  # the order in a shard
+            for name in ALL_PASSES:  # the order in a shard
                 count = shard["passes"].get(name, 0)
                 if name == pass_name:
                     ranges.append(np.arange(start, start + count, dtype=np.int64))

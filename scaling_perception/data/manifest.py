@@ -19,7 +19,7 @@ from scaling_perception.tasks import TaskOptions, get_task
 
 MANIFEST = "manifest.jsonl"
 SUMMARY = "summary.json"
-_PICTURES = {"depth": ("image",), "flow": ("image", "image2"), "amodal": ("image", "whole")}
+_PICTURES = {"depth": ("image",), "flow": ("image", "image2"), "amodal": ("image", "whole"), "generation": ("image",)}
 _CHECK_SIZE = 64  # pixels of the trial encoding: small, as only its errors matter
 _MOST_LISTED = 100  # bad samples that the summary repeats
 
@@ -101,7 +101,8 @@ def check_sample(raw: Mapping[str, Any], tasks: Iterable[str], options: TaskOpti
 
     Returns:
         JSON-able: key, size [H, W], and by task ``valid`` (fraction of valid pixels) and value ranges: ``depth``
-        [least, most] metres; ``flow`` [least, most] of either component in pixels; ``visible`` fraction of the picture.
+        [least, most] metres; ``flow`` [least, most] of either component in pixels; ``visible`` fraction of the picture;
+        ``label`` class.
 
     Raises:
         UserError: what is wrong with it.
@@ -169,7 +170,15 @@ def _amodal(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     return {"visible": float(visible.mean())}
 
 
+def _generation(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    label = int(raw.get("label", -1))
+    if label < 0:
+        raise UserError("the sample has no class")
+    return {"label": label}
+
+
 _RANGES: dict[str, Callable[..., dict[str, Any]]] = {"depth": _depth, "flow": _flow, "amodal": _amodal}
+_RANGES["generation"] = _generation
 
 
 class Checker:
@@ -210,7 +219,7 @@ def write_manifest(out: Path, lines: Iterable[dict[str, Any]], about: Mapping[st
             if line["ok"]:
                 size = f"{line['size'][1]}x{line['size'][0]}"
                 sizes[size] = sizes.get(size, 0) + 1
-                for field in ("depth", "flow", "depth_valid", "flow_valid", "visible"):
+                for field in ("depth", "flow", "depth_valid", "flow_valid", "visible", "label"):
                     if field in line:
                         values = np.atleast_1d(line[field])
                         low, high = ranges.get(field, [math.inf, -math.inf])

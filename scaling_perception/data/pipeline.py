@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scaling_perception.data.latents import FIELDS, CacheReader, split_record
+from scaling_perception.data.latents import CacheReader, split_record
 from scaling_perception.data.workers import ordered_map
 from scaling_perception.support.errors import UserError, did_you_mean
-from scaling_perception.tasks import PASSES, TaskOptions, get_task
+from scaling_perception.tasks import ALL_PASSES, FIELDS, TaskOptions, fields_of, get_task
 
 _KEYS = ("cache", "mixture", "flip", "workers", "resolution", "task_options")
 _ENTRY_KEYS = ("source", "root", "split", "task", "count", "weight", "resolution", "start")
@@ -52,8 +52,9 @@ def flip_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     """
     out = dict(sample)
     for field in (*FIELDS, "valid"):
-        out[field] = np.ascontiguousarray(sample[field][:, ::-1])
-    if PASSES[int(sample["task"])] == "flow_x":
+        if field in sample:
+            out[field] = np.ascontiguousarray(sample[field][:, ::-1])
+    if ALL_PASSES[int(sample["task"])] == "flow_x":
         out["target"] = -out["target"]
     return out
 
@@ -98,6 +99,8 @@ class _Cached:
                         f"caches {first.path} and {reader.path} differ in {name} ({first.settings[name]}, "
                         f"{reader.settings[name]}): prepare them alike"
                     )
+            if reader.fields != first.fields:
+                raise UserError(f"caches {first.path} and {reader.path} are of tasks that cannot be mixed")
             if flip and not reader.flipped:
                 raise UserError(
                     f"data.flip is on but {reader.path} has no flipped copies: set data.flip=false, or prepare with "
@@ -135,20 +138,23 @@ class _Cached:
     def batch(self, indices: np.ndarray, flips: np.ndarray) -> dict[str, Any]:
         """The records' fields, stacked: latents float32 (B, h, w, c), valid bool (B, h, w), task, label, key."""
         h, w, c = self.readers[0].shape
-        size, mask = h * w * c, (h * w + 7) // 8
-        latents = np.empty((len(indices), len(FIELDS) * size), "<f2")
+        names = list(self.readers[0].fields)
+        means, size, mask = len(names), h * w * c, (h * w + 7) // 8
+        if names == ["target"] and self.readers[0].settings["logvar"]:  # what a draw from the posterior needs
+            names.append("target_logvar")
+        latents = np.empty((len(indices), len(names) * size), "<f2")
         bits = np.empty((len(indices), mask), np.uint8)
         task, label = np.empty(len(indices), np.int32), np.empty(len(indices), np.int32)
         keys = []
         for row, record in enumerate(self._records(indices)):
             (flags, task[row], *_, label[row]), key, body = split_record(record)
-            view = len(FIELDS) * size * 2 * (2 if flags & 1 else 1) + mask
+            view = means * size * 2 * (2 if flags & 1 else 1) + mask
             at = view if flips[row] else 0
-            latents[row] = np.frombuffer(body, "<f2", len(FIELDS) * size, at)
+            latents[row] = np.frombuffer(body, "<f2", len(names) * size, at)
             bits[row] = np.frombuffer(body, np.uint8, mask, at + view - mask)
             keys.append(key)
-        fields = latents.astype(np.float32).reshape(len(indices), len(FIELDS), h, w, c)
-        out: dict[str, Any] = {name: np.ascontiguousarray(fields[:, i]) for i, name in enumerate(FIELDS)}
+        fields = latents.astype(np.float32).reshape(len(indices), len(names), h, w, c)
+        out: dict[str, Any] = {name: np.ascontiguousarray(fields[:, i]) for i, name in enumerate(names)}
         out["valid"] = np.unpackbits(bits, axis=1, count=h * w).reshape(-1, h, w).astype(bool)
         return {**out, "task": task, "label": label, "key": keys}
 
@@ -162,6 +168,10 @@ class _Online:
         if not entries:
             raise UserError("data has neither cache nor mixture: set data.cache, or data.mixture.NAME with its source")
         self.entries, self.resolution, self.options = entries, resolution, options
+        kinds = {entry["task"]: fields_of(entry["task"]) for _, entry in entries}
+        self.fields = next(iter(kinds.values()))
+        if set(kinds.values()) != {self.fields}:
+            raise UserError(f"data.mixture has {', '.join(kinds)}: generation has no conditions, so train it alone")
         self.opened: dict[str, tuple[Any, range, str]] = {}
         for name, entry in entries:
             source, chosen = open_subset(
@@ -198,7 +208,7 @@ class _Online:
             made = module.encode(source[chosen[index]], self.resolution, self.options)
             sample = made[module.PASSES.index(pass_name)]
             samples.append(flip_sample(sample) if flip else sample)
-        out: dict[str, Any] = {field: np.stack([s[field] for s in samples]) for field in (*FIELDS, "valid")}
+        out: dict[str, Any] = {field: np.stack([s[field] for s in samples]) for field in (*self.fields, "valid")}
         for field in ("task", "label"):
             out[field] = np.array([s[field] for s in samples], np.int32)
         return {**out, "key": [s["key"] for s in samples]}
@@ -209,6 +219,7 @@ class Batches:
 
     A batch holds image, prompt, target float32 (B, h, w, c) latents or (B, R, R, 3) pixels; valid bool (B, h, w) or
     (B, R, R); task and label int32 (B,); key, a list of B sample ids. B is this process's share of the global batch.
+    Of generation there is the target alone, and with a cache its ``target_logvar`` where the autoencoder has one.
     """
 
     def __init__(

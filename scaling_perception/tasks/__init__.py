@@ -5,9 +5,11 @@ goes in (see ``data.sources``), one training sample a pass comes out:
 
     image, prompt, target  float32 (R, R, 3), in [-1, 1] (flow targets may exceed it)
     valid                  bool (R, R)
-    task                   int32, index into ``PASSES``
+    task                   int32, index into ``ALL_PASSES``
     label                  int32, class or -1
     key                    str
+
+A task that has fewer pictures says so in ``FIELDS``: generation has the target alone.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ from __future__ import annotations
 from types import ModuleType
 
 from scaling_perception.support.errors import UserError, did_you_mean
-from scaling_perception.tasks import amodal, depth, flow
-from scaling_perception.tasks.common import PASSES, TaskOptions
+from scaling_perception.tasks import amodal, depth, flow, generation
+from scaling_perception.tasks.common import ALL_PASSES, FIELDS, PASSES, TaskOptions
 
-TASKS: dict[str, ModuleType] = {"depth": depth, "flow": flow, "amodal": amodal}
+TASKS: dict[str, ModuleType] = {"depth": depth, "flow": flow, "amodal": amodal, "generation": generation}
 
-__all__ = ["PASSES", "TASKS", "TaskOptions", "get_task", "pass_indices"]
+__all__ = ["ALL_PASSES", "FIELDS", "PASSES", "TASKS", "TaskOptions", "fields_of", "get_task", "pass_indices"]
 
 
 def get_task(name: str) -> ModuleType:
@@ -35,5 +37,10 @@ def get_task(name: str) -> ModuleType:
 
 
 def pass_indices(name: str) -> tuple[int, ...]:
-    """The indices into ``PASSES`` of the task's passes, in the order that ``decode_prediction`` expects."""
-    return tuple(PASSES.index(one) for one in get_task(name).PASSES)
+    """The indices into ``ALL_PASSES`` of the task's passes, in the order that ``decode_prediction`` expects."""
+    return tuple(ALL_PASSES.index(one) for one in get_task(name).PASSES)
+
+
+def fields_of(name: str) -> tuple[str, ...]:
+    """The pictures that a sample of the task has: image, prompt and target, or a part of them."""
+    return getattr(get_task(name), "FIELDS", FIELDS)

@@ -14,6 +14,12 @@ from scaling_perception.tasks.resize import resize_bilinear, resize_nearest
 PASSES: tuple[str, ...] = ("depth", "amodal", "flow_x", "flow_y")
 """One diffusion pass each, in the order of the released generalist's labels 1000..1003 (facts 2). Flow takes two."""
 
+ALL_PASSES: tuple[str, ...] = (*PASSES, "generation")
+"""With pre-training's, which shares no network with the others and has no label among the tasks'."""
+
+FIELDS: tuple[str, ...] = ("image", "prompt", "target")
+"""The pictures of a sample, for a task that does not name its own."""
+
 IMAGE_RESIZES = ("bilinear", "nearest", "nearest_depth")
 DEPTH_PROMPTS = ("ones", "valid")
 
@@ -102,14 +108,23 @@ def picture(raw: Mapping[str, Any], field: str, resolution: int, nearest: bool =
     Raises:
         UserError: the field is missing or is no uint8 (H, W, 3).
     """
+    resize = resize_nearest if nearest else resize_bilinear
+    return to_unit(resize(require_picture(raw, field), (resolution, resolution)))
+
+
+def require_picture(raw: Mapping[str, Any], field: str) -> np.ndarray:
+    """The uint8 (H, W, 3) field of ``raw``.
+
+    Raises:
+        UserError: it is missing, or something else, naming the sample.
+    """
     pixels = require(raw, field)
     if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
         raise UserError(
             f"sample '{raw.get('key', '?')}': {field} has shape {pixels.shape} and type {pixels.dtype}: "
             "give an 8-bit RGB picture (H, W, 3)"
         )
-    resize = resize_nearest if nearest else resize_bilinear
-    return to_unit(resize(pixels, (resolution, resolution)))
+    return pixels
 
 
 def to_unit(values: np.ndarray) -> np.ndarray:
@@ -147,15 +162,17 @@ def sample(
     target: np.ndarray,
     valid: np.ndarray,
 ) -> dict[str, Any]:
-    """One training sample; ``target`` (R, R) is repeated to 3 channels, (R, R, 3) is taken as it is."""
+    """One training sample with the pictures of ``conditions``.
+
+    ``target`` (R, R) is repeated to 3 channels, (R, R, 3) is taken as it is.
+    """
     if target.ndim == 2:
         target = np.repeat(target[..., None], 3, axis=-1)
     return {
-        "image": conditions["image"],
-        "prompt": conditions["prompt"],
+        **conditions,
         "target": np.ascontiguousarray(target, np.float32),
         "valid": valid,
-        "task": np.int32(PASSES.index(pass_name)),
+        "task": np.int32(ALL_PASSES.index(pass_name)),
         "label": np.int32(raw.get("label", -1)),
         "key": str(raw.get("key", "")),
     }

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from scaling_perception.support.errors import UserError
-from scaling_perception.tasks import PASSES, TASKS, TaskOptions, get_task, pass_indices
+from scaling_perception.tasks import ALL_PASSES, PASSES, TASKS, TaskOptions, fields_of, get_task, pass_indices
 
 OPTIONS = TaskOptions()
 
 
 def test_passes_are_the_released_labels():
     assert PASSES == ("depth", "amodal", "flow_x", "flow_y")
-    assert [pass_indices(name) for name in ("depth", "amodal", "flow")] == [(0,), (1,), (2, 3)]
+    assert [pass_indices(name) for name in ("depth", "amodal", "flow", "generation")] == [(0,), (1,), (2, 3), (4,)]
 
 
 def test_unknown_task_names_the_nearest():
@@ -36,13 +36,14 @@ def test_samples_have_the_promised_fields(task, size, make_raw):
     raw = make_raw(*size, label=7)
     before = {name: np.array(value, copy=True) for name, value in raw.items()}
     samples = module.encode(raw, 16, OPTIONS)
-    assert [PASSES[int(s["task"])] for s in samples] == list(module.PASSES)
+    assert [ALL_PASSES[int(s["task"])] for s in samples] == list(module.PASSES)
     inputs = module.conditions(raw, 16, OPTIONS)
+    assert sorted([*inputs, "target"]) == sorted(fields_of(task))
     for sample in samples:
-        assert sorted(sample) == ["image", "key", "label", "prompt", "target", "task", "valid"]
-        for field in ("image", "prompt", "target"):
+        assert sorted(sample) == sorted([*fields_of(task), "key", "label", "task", "valid"])
+        for field in fields_of(task):
             assert sample[field].shape == (16, 16, 3) and sample[field].dtype == np.float32
-        for field in ("image", "prompt"):
+        for field in inputs:
             np.testing.assert_array_equal(sample[field], inputs[field])
             assert np.abs(sample[field]).max() <= 1
         assert sample["valid"].shape == (16, 16) and sample["valid"].dtype == bool

@@ -6,6 +6,7 @@ A raw sample is a dict of numpy arrays at native size:
     depth  depth float32 (H, W) metres (planar z), valid bool (H, W)
     flow   image2 uint8 (H, W, 3), flow float32 (H, W, 2) pixels (u right, v down) first to second frame, valid bool
     amodal visible_mask, whole_mask bool (H, W), whole uint8 (H, W, 3) the whole object on white
+    generation label int
     optional: label int, intrinsics float32 (3, 3), occluded bool (H, W)
 
 Evaluation sets of photographs have no ``whole``: nobody has the picture of what is hidden.
@@ -44,6 +45,7 @@ SOURCES: dict[str, SourceEntry] = {
     "folder": SourceEntry("folder", ("depth", "flow", "amodal"), "Folder"),
     "flying_chairs": SourceEntry("flying_chairs", ("flow",), "FlyingChairs"),
     "hypersim": SourceEntry("hypersim", ("depth",), "Hypersim"),
+    "imagenet": SourceEntry("imagenet", ("generation",), "ImageNet"),
     "pix2gestalt": SourceEntry("pix2gestalt", ("amodal",), "Pix2Gestalt"),
     "coco_amodal": SourceEntry("cocoa", ("amodal",), "CocoAmodal"),
     "mp3d_amodal": SourceEntry("cocoa", ("amodal",), "Mp3dAmodal"),
@@ -67,7 +69,7 @@ def open_source(name: str, root: str | os.PathLike[str], split: str, task: str, 
         name: a name of ``SOURCES``.
         root: the data set's folder (for ``folder`` also a manifest file; ignored by ``scenes``).
         split: train, val, test or all, as far as the source has them; '' is all.
-        task: depth, flow or amodal.
+        task: depth, flow, amodal or generation.
         options: of the source's class, e.g. ``count``.
 
     Raises:
