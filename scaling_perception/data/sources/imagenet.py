@@ -33,12 +33,13 @@ class ImageNet:
     * a folder with ``CLASS/…`` alone, which is then the training split.
 
     In plain folders the classes are numbered as their names sort, as torchvision does and tensorflow-datasets agrees
-    with, or by ``labels``.
+    with, or by a list of them.
 
     Args:
         split: train or val.
         count: at most so many samples, the first ones; 0 takes all.
-        labels: a text file, one class folder a line, whose label is the line's number from 0 (or the number after it).
+        labels: a text file, one class folder a line, whose label is the line's number from 0 (or the number after it);
+            '' takes ``labels.txt`` in ``root`` if it is there.
 
     Raises:
         UserError: missing folder or files, no picture, a class that the labels file does not have. Reading a sample
@@ -68,6 +69,8 @@ class ImageNet:
         prepared = _prepared(self.root)
         if prepared and labels:
             raise UserError(f"labels {labels}: {prepared} has labels of its own; leave them out")
+        if not prepared and not labels and (self.root / "labels.txt").is_file():
+            labels = str(self.root / "labels.txt")
         self._held = _Prepared(prepared, split) if prepared else _Folders(self.root, split, labels)
         self.count = min(count or len(self._held), len(self._held))
 
