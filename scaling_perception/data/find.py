@@ -1,0 +1,279 @@
+"""Which pictures a person means: files, folders, globs, lists and videos, and a name for each of their results."""
+
+import glob
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scaling_perception.data.video import count_frames, is_video
+from scaling_perception.support.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+
+
+class Picture(NamedTuple):
+    """A picture file, or one frame of a video file."""
+
+    path: Path
+    frame: int | None = None  # of a video, from 0
+    folder: str = ""  # where it was found below the folder that was searched; its results go likewise below --out
+
+    @property
+    def stem(self) -> str:
+        """The file's name without suffix, with the frame's number."""
+        return self.path.stem if self.frame is None else f"{self.path.stem}_{self.frame:06d}"
+
+    @property
+    def place(self) -> tuple[str, int | None]:
+        """Absolute path and frame: what two pictures differ by."""
+        return os.path.abspath(self.path), self.frame
+
+    def __str__(self) -> str:
+        return str(self.path) if self.frame is None else f"{self.path} frame {self.frame}"
+
+
+class Item(NamedTuple):
+    """One prediction to make."""
+
+    name: str  # of its files, without suffix; with the folder below --out
+    inputs: tuple[Picture, ...]  # image, and for flow the second frame, for amodal the mask
+
+
+class Search(NamedTuple):
+    """How folders, globs and videos are gone through."""
+
+    recursive: bool = False
+    every: int = 1  # of the pictures of each folder, glob or video every so many,
+    start: int = 0  # from this one,
+    end: int | None = None  # up to and without this one
+    out: Path | None = None  # results are no inputs
+
+    def check(self) -> "Search":
+        """Itself.
+
+        Raises:
+            UserError: a number that chooses nothing.
+        """
+        if self.every < 1:
+            raise UserError(f"--every {self.every}: give 1 or more")
+        if self.start < 0 or (self.end is not None and self.end <= self.start):
+            raise UserError(f"--start {self.start} --end {self.end}: give 0 <= START < END, counted from 0")
+        return self
+
+
+def read_list(file: str, null: bool = False) -> list[str]:
+    """Paths of a list file (``-``: standard input), one a line, or with ``null`` each ended by a zero byte.
+
+    Blank lines and those that begin with # are left out; with ``null`` every path is taken as it is.
+
+    Raises:
+        UserError: no such file, or it names no path.
+    """
+    if file == "-":
+        data = sys.stdin.buffer.read()
+    else:
+        try:
+            data = Path(file).expanduser().read_bytes()
+        except OSError as error:
+            raise UserError(f"--list {file} cannot be read ({error.strerror}): check the path") from None
+    if null:
+        words = [os.fsdecode(word) for word in data.split(b"\0")]
+    else:
+        lines = [os.fsdecode(line.removesuffix(b"\r")) for line in data.split(b"\n")]
+        words = [line for line in lines if line.strip() and not line.startswith("#")]
+    if not any(words):
+        raise UserError(f"{'standard input' if file == '-' else file} names no path: write one a line")
+    return [word for word in words if word]
+
+
+# From words to pictures
+
+
+class _Found(NamedTuple):
+    """What one word stands for."""
+
+    sequences: list[list[Picture]]  # pictures that follow each other
+    single: bool  # the word is one picture's own path
+
+
+def _natural(path: Any) -> list[Any]:
+    """Sort key by which frame_2 comes before frame_10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def _in_folder(folder: Path, below: str = "") -> list[Picture]:
+    found = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != "."]
+    return [Picture(path, folder=below) for path in sorted(found, key=_natural)]
+
+
+def _folder(folder: Path, search: Search) -> list[list[Picture]]:
+    out = None if search.out is None else search.out.resolve()
+    if folder.resolve() == out:
+        raise UserError(f"--out {search.out} is an input folder: its results would become inputs; choose another")
+    if not search.recursive:
+        found = [_in_folder(folder)]
+    else:
+        found = []
+        for place, folders, _ in os.walk(folder):
+            inside = [name for name in folders if name[0] != "." and Path(place, name).resolve() != out]
+            folders[:] = sorted(inside, key=_natural)
+            below = os.path.relpath(place, folder)
+            found.append(_in_folder(Path(place), "" if below == "." else below))
+    found = [sequence for sequence in found if sequence]
+    if not found:
+        hint = "check the folder" if search.recursive else "check the folder, or give --recursive for those below it"
+        raise UserError(f"{folder} holds no picture ({', '.join(SUFFIXES)}): {hint}")
+    return found
+
+
+def _video(path: Path, search: Search) -> list[Picture]:
+    chosen = range(count_frames(path))[search.start : search.end : search.every]
+    return [Picture(path, index) for index in chosen]
+
+
+def _matches(word: str, search: Search) -> list[list[Picture]]:
+    paths = [Path(p) for p in glob.glob(os.path.expanduser(word), recursive=True)]
+    paths = sorted((p for p in paths if p.is_file()), key=_natural)
+    if not paths:
+        raise UserError(f"'{word}' matches no file: check the pattern")
+    if search.out is not None:
+        out = search.out.resolve()
+        paths = [path for path in paths if out not in path.resolve().parents]
+        if not paths:
+            raise UserError(f"--out {search.out} holds what '{word}' matches, as it will the results: choose another")
+    pictures = [Picture(path) for path in paths if not is_video(path)]
+    sequences = [pictures[search.start : search.end : search.every]] if pictures else []
+    return sequences + [_video(path, search) for path in paths if is_video(path)]
+
+
+def _expand(word: str, search: Search, literal: bool) -> _Found:
+    """A file, a folder's pictures, a video's frames, or what a glob matches (unless the word is ``literal``)."""
+    path = Path(word).expanduser() if not literal else Path(word)
+    if path.is_dir():
+        found = [s[search.start : search.end : search.every] for s in _folder(path, search)]
+    elif path.exists() and not is_video(path):
+        return _Found([[Picture(path)]], True)
+    elif path.exists():
+        found = [_video(path, search)]
+    elif not literal and glob.has_magic(word):
+        found = _matches(word, search)
+    else:
+        raise UserError(f"{word} does not exist: check the path")
+    if not any(found):
+        raise UserError(f"--start {search.start} leaves nothing of {word}: give a lower one")
+    return _Found(found, False)
+
+
+def find_inputs(
+    words: Sequence[str],
+    task: str,
+    mask: str | None = None,
+    search: Search | None = None,
+    listed: Sequence[str] = (),
+) -> list[tuple[Picture, ...]]:
+    """The inputs of every prediction: (image,), flow (first, second), amodal (image, mask).
+
+    For flow ``A,B`` is a pair; a folder, glob or video is a sequence of frames, and so are the plain files together. A
+    mask of a folder that is missing is named by the path it should have.
+
+    Args:
+        listed: more words, in which nothing is a glob and ~ is no home.
+
+    Raises:
+        UserError: an input that does not exist, fewer than two frames, or a --mask that does not fit.
+    """
+    search = (search or Search()).check()
+    marked = [(word, False) for word in words] + [(word, True) for word in listed]
+    if task == "flow":
+        return _find_pairs(marked, search)
+    found = [picture for word, literal in marked for s in _expand(word, search, literal).sequences for picture in s]
+    images = [image for (image,) in _unique([(picture,) for picture in found])]
+    if task == "depth":
+        return [(image,) for image in images]
+    if mask is None:
+        raise UserError("amodal needs --mask: the mask of the object's visible part, or a folder of masks")
+    place = Path(mask).expanduser()
+    if place.is_dir():
+        return [(image, _mask_of(image, place)) for image in images]
+    if not place.exists():
+        raise UserError(f"--mask {mask} does not exist: check the path")
+    if len(images) != 1:
+        raise UserError(f"--mask {mask} is one file but there are {len(images)} images: give a folder of masks")
+    return [(images[0], Picture(place))]
+
+
+def _unique(inputs: Iterable[tuple[Picture, ...]]) -> list[tuple[Picture, ...]]:
+    first: dict[tuple[tuple[str, int | None], ...], tuple[Picture, ...]] = {}
+    for pictures in inputs:
+        first.setdefault(tuple(picture.place for picture in pictures), pictures)
+    return list(first.values())
+
+
+def _mask_of(image: Picture, folder: Path) -> Picture:
+    short = image.stem.removesuffix("_occlusion")  # pix2gestalt: ID_occlusion.png and ID_visible_mask.png
+    suffixes = SUFFIXES if image.frame is not None else (image.path.suffix, *SUFFIXES)
+    for place in dict.fromkeys((folder / image.folder, folder)):
+        for stem in (image.stem, f"{image.stem}_mask", f"{short}_visible_mask"):
+            for suffix in suffixes:
+                if (place / (stem + suffix)).is_file():
+                    return Picture(place / (stem + suffix))
+    # missing: told when it is read, so that the other images go on
+    return Picture(folder / image.folder / f"{image.stem}.png")
+
+
+def _find_pairs(words: Iterable[tuple[str, bool]], search: Search) -> list[tuple[Picture, ...]]:
+    pairs: list[tuple[Picture, ...]] = []
+    frames: list[Picture] = []
+    for word, literal in words:
+        if "," in word and not os.path.exists(word if literal else os.path.expanduser(word)):
+            parts = word.split(",")
+            if len(parts) != 2 or not all(parts):
+                raise UserError(f"'{word}' is no pair of frames: write FIRST.png,SECOND.png")
+            pairs.append(tuple(Picture(Path(part) if literal else Path(part).expanduser()) for part in parts))
+            continue
+        found = _expand(word, search, literal)
+        if found.single:
+            frames += found.sequences[0]
+            continue
+        sequences = [sequence for sequence in found.sequences if len(sequence) > 1]
+        if not sequences:
+            raise UserError(f"{word} holds one frame: flow needs two or more")
+        pairs += [pair for sequence in sequences for pair in zip(sequence[:-1], sequence[1:], strict=True)]
+    if len(frames) == 1:
+        raise UserError(f"{frames[0]} is one frame: flow needs a pair FIRST.png,SECOND.png or a folder of frames")
+    pairs += zip(frames[:-1], frames[1:], strict=True)
+    return _unique(pairs)
+
+
+def name_results(inputs: Sequence[tuple[Picture, ...]], task: str) -> list[Item]:
+    """A name for every prediction: the image's stem, with its folder and suffix where two would collide."""
+
+    def candidates(files: tuple[Picture, ...]) -> list[str]:
+        first, parent = files[0], Path(os.path.abspath(files[0].path)).parent.name
+        number = "" if first.frame is None else f"_{first.frame:06d}"
+        whole = first.path.name.replace(".", "_") + number
+        names = [first.stem, f"{parent}_{first.stem}", f"{parent}_{whole}"]
+        if task == "flow":
+            names.insert(1, f"{first.stem}_{files[1].stem}")
+        digest = hashlib.sha256(repr([file.place for file in files]).encode()).hexdigest()
+        return [os.path.join(first.folder, name) for name in (*names, f"{names[-1]}_{digest[:6]}")]
+
+    proposed = [candidates(files) for files in inputs]
+    pending = list(range(len(inputs)))
+    names = [""] * len(inputs)
+    taken: set[str] = set()
+    for level in range(len(proposed[0]) if proposed else 0):
+        counts: dict[str, int] = {}
+        for i in pending:
+            counts[proposed[i][level]] = counts.get(proposed[i][level], 0) + 1
+        for i in pending:
+            name = proposed[i][level]
+            if counts[name] == 1 and name not in taken:
+                names[i] = name
+        taken |= set(filter(None, names))
+        pending = [i for i in pending if not names[i]]
+    return [Item(name, files) for name, files in zip(names, inputs, strict=True)]

@@ -1,0 +1,126 @@
+"""Inputs of predict: files, folders, globs, lists and pairs in order, and names that do not collide."""
+
+import io
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scaling_perception.data.find import Picture, Search, find_inputs, name_results, read_list
+from scaling_perception.support.errors import UserError
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("frame_1.png", "frame_2.jpg", "frame_10.png"):
+        Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(folder / name)
+    return folder
+
+
+def names(found):
+    return [files[0].path.name for files in found]
+
+
+def test_globs_folders_and_order(pictures):
+    found = find_inputs([f"{pictures}/*.png", str(pictures), f"{pictures}/../in/frame_1.png"], "depth")
+    assert names(found) == ["frame_1.png", "frame_10.png", "frame_2.jpg"]
+    frames = find_inputs([str(pictures / "frame_1.png"), str(pictures / "frame_10.png")], "flow")
+    assert [[f.path.name for f in pair] for pair in frames] == [["frame_1.png", "frame_10.png"]]
+    with pytest.raises(UserError, match="one frame"):
+        find_inputs([f"{pictures}/*.jpg"], "flow")
+
+
+def test_every_start_and_end_count_in_each_sequence(pictures):
+    (pictures / "b").mkdir()
+    for i in range(5):
+        (pictures / "b" / f"{i}.png").touch()
+    words = [str(pictures), f"{pictures}/b/*"]
+    assert names(find_inputs(words, "depth", search=Search(every=2))) == [
+        "frame_1.png",
+        "frame_10.png",
+        *("0.png", "2.png", "4.png"),
+    ]
+    assert names(find_inputs(words, "depth", search=Search(start=1, end=2))) == ["frame_2.jpg", "1.png"]
+    pairs = find_inputs([f"{pictures}/b"], "flow", search=Search(every=2))
+    assert [tuple(f.path.stem for f in pair) for pair in pairs] == [("0", "2"), ("2", "4")]
+    for search, message in ((Search(every=0), "--every 0"), (Search(start=3, end=3), "START < END")):
+        with pytest.raises(UserError, match=message):
+            find_inputs(words, "depth", search=search)
+    with pytest.raises(UserError, match="--start 9 leaves nothing"):
+        find_inputs([str(pictures)], "depth", search=Search(start=9))
+
+
+def test_recursive_keeps_the_folders_and_leaves_the_results_out(pictures, tmp_path):
+    for place in ("s1/rgb", "s2/rgb", "s2/.cache", "out"):
+        (pictures / place).mkdir(parents=True)
+        (pictures / place / "0.png").touch()
+    (pictures / "s2/rgb/1.png").touch()
+    search = Search(recursive=True, out=pictures / "out")
+    found = name_results(find_inputs([str(pictures)], "depth", search=search), "depth")
+    assert [item.name for item in found] == [
+        *("frame_1", "frame_2", "frame_10"),
+        *("s1/rgb/0", "s2/rgb/0", "s2/rgb/1"),
+    ]
+    pairs = find_inputs([str(pictures / "s2")], "flow", search=search)
+    assert [pair[1].path.name for pair in pairs] == ["1.png"]
+    with pytest.raises(UserError, match="is an input folder"):
+        find_inputs([str(pictures)], "depth", search=Search(out=pictures))
+    assert names(find_inputs([f"{pictures}/**/0.png"], "depth", search=search)) == ["0.png"] * 2
+    with pytest.raises(UserError, match="holds what"):
+        find_inputs([f"{pictures}/out/*"], "depth", search=search)
+    with pytest.raises(UserError, match="give --recursive"):
+        find_inputs([str(pictures / "s1")], "depth")
+
+
+def test_masks_are_found_by_name_and_folder(pictures, tmp_path):
+    image, mask = tmp_path / "7_occlusion.png", pictures / "7_visible_mask.png"
+    for path in (image, mask):
+        path.touch()
+    assert find_inputs([str(image)], "amodal", str(pictures)) == [(Picture(image), Picture(mask))]
+    (tmp_path / "all" / "a").mkdir(parents=True)
+    (tmp_path / "masks" / "a").mkdir(parents=True)
+    (tmp_path / "all" / "a" / "x.jpg").touch()
+    (tmp_path / "masks" / "a" / "x.png").touch()
+    ((_, found),) = find_inputs([str(tmp_path / "all")], "amodal", str(tmp_path / "masks"), Search(recursive=True))
+    assert found.path == tmp_path / "masks" / "a" / "x.png"
+
+
+def test_names_are_short_until_they_collide(tmp_path):
+    paths = ["a/x.png", "a/y.png", "b/x.png", "b/x.jpg", "c/a.b/z.png", "d/a.b/z.png"]
+    inputs = [(Picture(tmp_path / path),) for path in paths]
+    found = [item.name for item in name_results(inputs, "depth")]
+    assert found[:4] == ["a_x", "y", "b_x_png", "b_x_jpg"] and len(set(found)) == 6
+    again = [item.name for item in name_results(inputs[::-1], "depth")]
+    assert again[::-1] == found
+
+
+ODD = ["two words.png", " leading.png", "für 深度.png", "[1]*.png", "~.png", "a,b.png", os.fsdecode(b"\xff\xfe.png")]
+
+
+def test_lists_take_names_as_they_are(tmp_path, monkeypatch):
+    for name in (*ODD, "line\nbreak.png", "#7.png"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    lines = ["# a comment", "", *ODD, "  "]
+    (tmp_path / "list.txt").write_bytes(os.fsencode("\r\n".join(lines)))
+    listed = read_list("list.txt")
+    assert listed == ODD
+    assert names(find_inputs([], "depth", listed=listed)) == ODD
+    odd = [*ODD, "line\nbreak.png", "#7.png"]
+    data = b"\0".join(os.fsencode(name) for name in odd) + b"\0"
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    assert names(find_inputs([], "depth", listed=read_list("-", null=True))) == odd
+    pairs = find_inputs([], "flow", listed=["a,b.png", "#7.png", "two words.png,[1]*.png"])
+    assert [[f.path.name for f in p] for p in pairs] == [["two words.png", "[1]*.png"], ["a,b.png", "#7.png"]]
+    (tmp_path / "empty").write_text("# nothing\n\n")
+    with pytest.raises(UserError, match="empty names no path"):
+        read_list("empty")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_list("none")
+    with pytest.raises(UserError, match="does not exist"):
+        find_inputs([], "depth", listed=["*.png"])
