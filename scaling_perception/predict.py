@@ -1,357 +1,355 @@
-"""Images, folders or globs to depth, flow or amodal masks on disk, at the images' own size.
+"""Images, folders, globs, lists or videos to depth, flow or amodal masks on disk, at the images' own size.
 
-Depth is relative (0 near, 1 far). Flow takes pairs `A.png,B.png`, or a folder (or list) of consecutive frames. Amodal
-takes --mask, the visible part of the object: one file, or a folder of masks named as their images. Finished results are
-not made again; a file that cannot be read is named at the end and does not stop the others.
+Depth is relative (0 near, 1 far), and metric where --align gives points of known distance. Flow takes pairs
+`A.png,B.png`, or a folder, list or video of consecutive frames. Amodal takes --mask, the visible part of the object:
+one file, or a folder of masks named as their images. Finished results are not made again; a file that cannot be read
+is named at the end and does not stop the others.
 """
 
 import argparse
-import glob
-import hashlib
+import json
+import math
 import os
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.files import atomic_path, read_json, write_json
+
+if TYPE_CHECKING:
+    from scaling_perception.data.find import Item
+    from scaling_perception.evaluation.job import Request
+    from scaling_perception.evaluation.predictor import Predictor
 
 EXAMPLES = """
 scaling-perception predict --task depth --model mini --out out photo.jpg
 scaling-perception predict --task depth --model mini --steps 10 --ensemble 5 --out out photos/ 'more/*.png'
+scaling-perception predict --task depth --model mini --budget fast --recursive --out out dataset/
+scaling-perception predict --task depth --model mini --ply --fov 60 --align points.csv --out out photo.jpg
+scaling-perception predict --task depth --model mini --out out --list photos.txt
 scaling-perception predict --task flow --model mini --out out frame1.png,frame2.png video_frames/
+scaling-perception predict --task flow --model mini --every 2 --end 100 --out out clip.mp4
 scaling-perception predict --task amodal --model mini --mask masks/ --out out images/
+scaling-perception predict --repeat out/photo_depth.json --out again
 """
 
-_FORMAT = 1
-SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+SETTINGS: dict[str, tuple[type, str, str]] = {
+    "steps": (int, "T", "denoising steps (default 10)"),
+    "ensemble": (int, "N", "members that are merged (default 5)"),
+    "preset": (str, "NAME", "timestep grid: fixed, paper, released (default: the model's own)"),
+    "spacing": (str, "NAME", "timestep spacing alone: leading, trailing, linspace"),
+    "solver": (str, "NAME", "ddim (default), ddpm, dpm++2m, unipc, single"),
+    "eta": (float, "X", "noise of ddim and dpm++2m: 0 none (default), 1 as much as ancestral sampling"),
+    "clip": (float, "X", "bound of the clean latent's estimate in each step (default: none)"),
+    "reduce": (str, "NAME", "merging: depth lsq, median, minmax, marigold; flow mean, median"),
+    "antithetic": (bool, "", "members in pairs whose noise differs in sign alone"),
+    "aspect": (str, "NAME", "pictures that are not square: squash (default), letterbox, tile"),
+    "tolerance": (float, "X", "adaptive members: stop an image once it would move by less than this"),
+    "first": (int, "N", "members of each round of adaptive members (default 2)"),
+    "step_tolerance": (float, "X", "early exit: stop an image's steps once it changes by less than this"),
+    "step_chunk": (int, "T", "steps between two looks of the early exit (default 2)"),
+}
+"""Every field of ``evaluation.settings.Settings``: type, placeholder, help. Written out, for --help must not wait."""
 
-
-class Item(NamedTuple):
-    """One prediction to make."""
-
-    name: str  # of its files, without suffix
-    inputs: tuple[Path, ...]  # image, and for flow the second frame, for amodal the mask
+_USUAL = {"model": "mini", "dtype": "float32", "seed": 0, "every": 1, "start": 0}
+_BUDGETS = ("budget", "macs", "seconds")
+_CHOSEN_BY_BUDGET = ("steps", "ensemble", "preset", "spacing", "solver")
+_WITH_REPEAT = ("out", "overwrite", "json", "workers", "model", "autoencoder", "repeat")
+_OF_THE_RUN = ("inputs", "list", "null", "recursive", "every", "start", "end", "mask", "overwrite", "json", "repeat")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image, folder, glob; for flow also A,B")
-    parser.add_argument("--task", required=True, help="depth, flow or amodal")
-    parser.add_argument("--model", default="mini", help="model folder, training run, hub id or name (default mini)")
-    parser.add_argument("--autoencoder", help="another autoencoder than the model's: name, folder or hub id")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
-    parser.add_argument("--mask", metavar="FILE|DIR", help="amodal: the visible part's mask, or a folder of masks")
-    parser.add_argument("--steps", type=int, default=10, help="denoising steps (default 10)")
-    parser.add_argument("--ensemble", type=int, default=5, help="members that are merged (default 5)")
-    parser.add_argument("--preset", help="timestep grid: fixed, paper, released (default: the model's own)")
-    parser.add_argument("--spacing", help="timestep spacing alone: leading, trailing, linspace")
-    parser.add_argument("--reduce", help="merging: depth lsq, median, minmax, marigold; flow mean, median")
-    parser.add_argument("--seed", type=int, default=0, help="key of all noise (default 0)")
-    parser.add_argument("--batch-size", type=int, help="images × members at once (default: by memory)")
-    parser.add_argument("--dtype", default="float32", help="of the transformer's products: float32 or bfloat16")
-    parser.add_argument("--kitti", action="store_true", help="flow: also write KITTI's 16-bit PNG")
-    parser.add_argument("--overwrite", action="store_true", help="make existing results again")
-
-
-# Finding inputs
-
-
-def _natural(path: Path) -> list[Any]:
-    """Sort key by which frame_2 comes before frame_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
-
-
-def _pictures(folder: Path) -> list[Path]:
-    found = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != "."]
-    if not found:
-        raise UserError(f"{folder} holds no picture ({', '.join(SUFFIXES)}): check the folder")
-    return sorted(found, key=_natural)
-
-
-def _expand(word: str) -> list[Path]:
-    """The files of one input word: a file, a folder's pictures, or what a glob matches."""
-    path = Path(word).expanduser()
-    if path.is_dir():
-        return _pictures(path)
-    if path.exists():
-        return [path]
-    if glob.has_magic(word):
-        found = [Path(p) for p in glob.glob(os.path.expanduser(word), recursive=True)]
-        found = sorted((p for p in found if p.is_file()), key=_natural)
-        if not found:
-            raise UserError(f"'{word}' matches no file: check the pattern")
-        return found
-    raise UserError(f"{word} does not exist: check the path")
-
-
-def find_inputs(words: list[str], task: str, mask: str | None = None) -> list[tuple[Path, ...]]:
-    """The files of every prediction: (image,), flow (first, second), amodal (image, mask).
-
-    For flow ``A,B`` is a pair; a folder or glob is a sequence of frames, and so are the plain files together. A mask of
-    a folder that is missing is named by the path it should have.
-
-    Raises:
-        UserError: an input that does not exist, fewer than two frames, or a --mask that does not fit.
-    """
-    if task == "flow":
-        return _find_pairs(words)
-    images = list(dict.fromkeys(path for word in words for path in _expand(word)))
-    if task == "depth":
-        return [(image,) for image in images]
-    if mask is None:
-        raise UserError("amodal needs --mask: the mask of the object's visible part, or a folder of masks")
-    place = Path(mask).expanduser()
-    if place.is_dir():
-        return [(image, _mask_of(image, place)) for image in images]
-    if not place.exists():
-        raise UserError(f"--mask {mask} does not exist: check the path")
-    if len(images) != 1:
-        raise UserError(f"--mask {mask} is one file but there are {len(images)} images: give a folder of masks")
-    return [(images[0], place)]
-
-
-def _mask_of(image: Path, folder: Path) -> Path:
-    short = image.stem.removesuffix("_occlusion")  # pix2gestalt: ID_occlusion.png and ID_visible_mask.png
-    for stem in (image.stem, f"{image.stem}_mask", f"{short}_visible_mask"):
-        for suffix in (image.suffix, *SUFFIXES):
-            if (folder / (stem + suffix)).is_file():
-                return folder / (stem + suffix)
-    return folder / f"{image.stem}.png"  # missing: told when it is read, so that the other images go on
-
-
-def _find_pairs(words: list[str]) -> list[tuple[Path, ...]]:
-    pairs: list[tuple[Path, ...]] = []
-    frames: list[Path] = []
-    for word in words:
-        path = Path(word).expanduser()
-        if "," in word and not path.exists():
-            parts = word.split(",")
-            if len(parts) != 2 or not all(parts):
-                raise UserError(f"'{word}' is no pair of frames: write FIRST.png,SECOND.png")
-            pairs.append(tuple(Path(part).expanduser() for part in parts))
-        elif path.is_file():
-            frames.append(path)
+    # Every default is None, so that what was given is known; _USUAL and Settings hold the values.
+    group = parser.add_argument_group("inputs")
+    group.add_argument(
+        "inputs", nargs="*", metavar="INPUT", help="image, folder, glob, video; - is a list on stdin; flow: A,B"
+    )
+    group.add_argument("--list", metavar="FILE", help="file of paths, one a line (- is stdin); # begins a comment line")
+    group.add_argument("-0", "--null", action="store_true", default=None, help="paths of the list end with a zero byte")
+    group.add_argument("--recursive", action="store_true", default=None, help="also folders below; results likewise")
+    group.add_argument(
+        "--every", type=int, metavar="N", help="of each folder, glob and video every Nth picture (default 1)"
+    )
+    group.add_argument(
+        "--start", type=int, metavar="I", help="of each folder, glob and video from this picture (default 0)"
+    )
+    group.add_argument(
+        "--end", type=int, metavar="I", help="of each folder, glob and video up to, without, this picture"
+    )
+    group.add_argument("--mask", metavar="FILE|DIR", help="amodal: the visible part's mask, or a folder of masks")
+    group = parser.add_argument_group("model")
+    group.add_argument("--task", help="depth, flow or amodal")
+    group.add_argument("--model", help="model folder, training run, hub id or name (default mini)")
+    group.add_argument("--autoencoder", help="another autoencoder than the model's: name, folder or hub id")
+    group.add_argument("--dtype", help="of the transformer's products: float32 (default) or bfloat16")
+    group = parser.add_argument_group("compute")
+    for name, (kind, placeholder, text) in SETTINGS.items():
+        flag = f"--{name.replace('_', '-')}"
+        if kind is bool:
+            group.add_argument(flag, action="store_true", default=None, help=text)
         else:
-            sequence = _expand(word)
-            if len(sequence) < 2:
-                raise UserError(f"{word} holds one frame: flow needs two or more")
-            pairs += zip(sequence[:-1], sequence[1:], strict=True)
-    if len(frames) == 1:
-        raise UserError(f"{frames[0]} is one frame: flow needs a pair FIRST.png,SECOND.png or a folder of frames")
-    pairs += zip(frames[:-1], frames[1:], strict=True)
-    return list(dict.fromkeys(pairs))
-
-
-def name_results(inputs: list[tuple[Path, ...]], task: str) -> list[Item]:
-    """A name for every prediction: the image's stem, with its folder and suffix where two would collide."""
-
-    def candidates(files: tuple[Path, ...]) -> list[str]:
-        first = files[0].resolve()
-        short = first.stem
-        names = [short, f"{first.parent.name}_{short}", f"{first.parent.name}_{first.name.replace('.', '_')}"]
-        if task == "flow":
-            names.insert(1, f"{short}_{files[1].stem}")
-        return [*names, f"{names[-1]}_{hashlib.sha256(str(files).encode()).hexdigest()[:6]}"]
-
-    pending = list(range(len(inputs)))
-    names = [""] * len(inputs)
-    taken: set[str] = set()
-    for level in range(len(candidates(inputs[0]))):
-        proposals = {i: candidates(inputs[i])[level] for i in pending}
-        counts: dict[str, int] = {}
-        for name in proposals.values():
-            counts[name] = counts.get(name, 0) + 1
-        for i, name in proposals.items():
-            if counts[name] == 1 and name not in taken:
-                names[i] = name
-        taken |= set(filter(None, names))
-        pending = [i for i in pending if not names[i]]
-    return [Item(name, files) for name, files in zip(names, inputs, strict=True)]
-
-
-# Results
-
-
-def _digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from None
-
-
-def output_files(task: str, name: str, members: int, kitti: bool) -> dict[str, str]:
-    """What is written for one prediction: {kind: file name}. Of one member there is no uncertainty to write."""
-    files = {
-        "depth": {"png16": "depth_16bit.png", "npy": "depth.npy", "color": "depth_color.png"},
-        "flow": {"flo": "flow.flo", "color": "flow_color.png"} | ({"kitti": "flow_kitti.png"} if kitti else {}),
-        "amodal": {"mask": "amodal_mask.png", "whole": "amodal_whole.png"},
-    }[task]
-    if members > 1:
-        files |= {"uncertainty": f"{task}_uncertainty.npy", "uncertainty_picture": f"{task}_uncertainty.png"}
-    return {kind: f"{name}_{file}" for kind, file in files.items()}
-
-
-def write_results(out: Path, files: dict[str, str], task: str, estimate: Any) -> None:
-    """Write the files of ``output_files``; each is whole or absent.
-
-    Depth: 16-bit PNG (0..65535 for 0..1), float32 NPY, colours. Flow: .flo, colours, KITTI's PNG. Amodal: mask 0/255,
-    RGB of the whole object. Uncertainty: float32 NPY, and a picture whose brightest point is the largest value.
-    """
-    from scaling_perception.data import formats
-    from scaling_perception.evaluation.pictures import heat, whole_picture
-
-    value = estimate.prediction
-    if task == "depth":
-        formats.write_png16(out / files["png16"], np.round(np.clip(value, 0, 1) * 65535).astype(np.uint16))
-        _write_npy(out / files["npy"], value)
-        formats.write_image(out / files["color"], formats.depth_to_color(value))
-    elif task == "flow":
-        formats.write_flo(out / files["flo"], value)
-        formats.write_image(out / files["color"], formats.flow_to_color(value))
-        if "kitti" in files:
-            formats.write_kitti_flow(out / files["kitti"], value)
-    else:
-        formats.write_image(out / files["mask"], value.astype(np.uint8) * 255)
-        formats.write_image(out / files["whole"], whole_picture(estimate.whole))
-    if "uncertainty" in files:
-        _write_npy(out / files["uncertainty"], estimate.uncertainty)
-        formats.write_image(out / files["uncertainty_picture"], heat(estimate.uncertainty))
-
-
-def _write_npy(path: Path, array: np.ndarray) -> None:
-    with atomic_path(path) as temporary:
-        np.save(temporary, np.ascontiguousarray(array, np.float32))
-
-
-def sidecar_path(out: Path, item: Item, task: str) -> Path:
-    """The JSON that is written after everything else of a prediction: where it is, the prediction is finished."""
-    return out / f"{item.name}_{task}.json"
-
-
-def is_finished(out: Path, item: Item, task: str, settings: dict[str, Any], files: dict[str, str]) -> bool:
-    """Whether this prediction is there, of the same inputs.
-
-    Raises:
-        UserError: a result of other settings is there: neither keeping nor replacing it silently would be right.
-    """
-    path = sidecar_path(out, item, task)
-    if not path.is_file() or not all((out / file).is_file() for file in files.values()):
-        return False
-    found = read_json(path)
-    for name, value in settings.items():
-        if found.get("settings", {}).get(name) != value:
-            was = found.get("settings", {}).get(name)
-            raise UserError(
-                f"{path} was made with {name} {was}, not {value}: give --overwrite, or another --out to keep both"
-            )
-    return found.get("inputs", {}).get("sha256") == [_digest(file) for file in item.inputs]
+            group.add_argument(flag, type=kind, metavar=placeholder, help=text)
+    group.add_argument("--seed", type=int, help="key of all noise (default 0)")
+    group = parser.add_argument_group(
+        "budget", "instead of --steps and --ensemble, from the table that the model ships"
+    )
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--budget", metavar="NAME", help="fast, balanced or best")
+    one.add_argument("--macs", type=float, metavar="X", help="the best within so many multiply-accumulates an image")
+    one.add_argument("--seconds", type=float, metavar="X", help="the best within so many seconds an image")
+    group = parser.add_argument_group("outputs")
+    group.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    group.add_argument("--formats", metavar="A,B", help="depth png16,npy,color,metric,ply; flow flo,color,npy,kitti; …")
+    group.add_argument("--kitti", action="store_true", default=None, help="flow: also write KITTI's 16-bit PNG")
+    group.add_argument("--ply", action="store_true", default=None, help="depth: also write a point cloud")
+    group.add_argument(
+        "--intrinsics", metavar="FX,FY,CX,CY", help="camera of the point cloud, in pixels of the picture"
+    )
+    group.add_argument("--fov", type=float, metavar="DEG", help="or: degrees that it sees across the picture's width")
+    group.add_argument(
+        "--range", metavar="NEAR,FAR", help="point cloud: where relative depth 0 and 1 are put (default 0,1)"
+    )
+    group.add_argument(
+        "--align", metavar="CSV", help="depth: points x,y,depth[,image] in pixels and metres; writes metres"
+    )
+    group.add_argument("--align-space", metavar="NAME", help="fit in depth (default) or disparity")
+    group.add_argument(
+        "--align-fit", metavar="NAME", help="least-squares (default), or robust where points may be wrong"
+    )
+    group.add_argument("--overwrite", action="store_true", default=None, help="make existing results again")
+    group.add_argument("--json", action="store_true", default=None, help="a summary of the run on stdout, as JSON")
+    group.add_argument(
+        "--repeat", metavar="JSON", help="make the prediction again that this file beside a result tells of"
+    )
+    group = parser.add_argument_group("throughput")
+    group.add_argument("--batch-size", type=int, metavar="N", help="images × members at once (default: by memory)")
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="threads that read ahead (0: read, compute, write in turn)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.workers is not None and args.workers < 0:
+        raise UserError(f"--workers {args.workers}: give 0 or more")
+    out = Path(args.out)
+    if args.repeat is not None:
+        return _repeat(args, out)
+
+    from scaling_perception.data.find import Search, find_inputs, name_results, read_list
     from scaling_perception.tasks import get_task
 
+    if args.task is None:
+        raise UserError("--task is missing: give depth, flow or amodal")
     get_task(args.task)
-    if args.mask is not None and args.task != "amodal":
-        raise UserError(f"--mask belongs to amodal, not to {args.task}: leave it out")
-    if args.kitti and args.task != "flow":
-        raise UserError(f"--kitti belongs to flow, not to {args.task}: leave it out")
-    out = Path(args.out)
-    for word in args.inputs:
-        if Path(word).is_dir() and Path(word).resolve() == out.resolve():
-            raise UserError(f"--out {out} is an input folder: its results would become inputs; choose another")
-    items = name_results(find_inputs(args.inputs, args.task, args.mask), args.task)
-
-    from scaling_perception import Predictor
-
-    predictor = Predictor.from_pretrained(args.model, autoencoder=args.autoencoder, dtype=args.dtype)
-    return _predict(args, predictor, items, out)
+    _check_flags(args)
+    for name, value in _USUAL.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    lists = [file for file in ("-" if "-" in args.inputs else None, args.list) if file]
+    listed = [word for file in lists for word in read_list(file, bool(args.null))]
+    words = [word for word in args.inputs if word != "-"]
+    if not words and not listed:
+        raise UserError("no input was given: name an image, a folder, a glob, a video or a --list")
+    search = Search(bool(args.recursive), args.every, args.start, args.end, out)
+    items = name_results(find_inputs(words, args.task, args.mask, search, listed), args.task)
+    return _predict(_request(args), items, out, args)
 
 
-def _settings(args: argparse.Namespace, predictor: Any, diffusion: Any) -> dict[str, Any]:
-    """All that decides a result besides the inputs."""
-    import dataclasses
+# What is asked for
 
-    from scaling_perception.evaluation.protocols import reduce_mode
 
-    return {
-        "weights": predictor.id,
-        "autoencoder_weights": predictor.autoencoder_id,
-        "resolution": predictor.resolution,
-        "steps": args.steps,
-        "ensemble": args.ensemble,
-        "reduce": reduce_mode(args.task, args.reduce),
-        "diffusion": dataclasses.asdict(diffusion),
-        "seed": args.seed,
-        "dtype": args.dtype,
-        "task_options": predictor.options.to_dict(),
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """UserError for flags that belong to another task, or that miss or exclude each other."""
+    of_task = {
+        "amodal": ("mask",),
+        "flow": ("kitti",),
+        "depth": ("ply", "intrinsics", "fov", "range", "align", "align_space", "align_fit"),
     }
+    for task, names in of_task.items():
+        for name in names:
+            if task != args.task and getattr(args, name) is not None:
+                raise UserError(f"{_flag(name)} belongs to {task}, not to {args.task}: leave it out")
+    if args.null and args.list is None and "-" not in args.inputs:
+        raise UserError("-0 goes with a list: give --list FILE, or - as an input")
+    if args.list == "-" and "-" in args.inputs:
+        raise UserError("standard input is named twice: leave out - or --list -")
+    for name in _BUDGETS:
+        for other in _CHOSEN_BY_BUDGET:
+            if getattr(args, name) is not None and getattr(args, other) is not None:
+                raise UserError(f"{_flag(name)} chooses {other} from the model's table: leave out {_flag(name)} or {_flag(other)}")
+    for name in ("align_space", "align_fit"):
+        if getattr(args, name) is not None and args.align is None:
+            raise UserError(f"{_flag(name)} goes with --align: give the points, or leave it out")
 
 
-def _predict(args: argparse.Namespace, predictor: Any, items: list[Item], out: Path) -> int:
-    from scaling_perception import __version__
+def _request(args: argparse.Namespace, chosen: dict[str, Any] | None = None, budget: Any = None) -> "Request":
+    """Args: settings besides those that were given, and the budget that chose them."""
+    from scaling_perception.data.point_cloud import camera_of_fov, parse_camera
+    from scaling_perception.evaluation.job import Request
+    from scaling_perception.evaluation.metric_depth import FITS, SPACES, check_choice
+    from scaling_perception.evaluation.outputs import Extras, choose_formats
     from scaling_perception.evaluation.settings import Settings
-    from scaling_perception.support.progress import progress
 
-    task = args.task
-    predictor.check_task(task)
-    diffusion = predictor.choose_diffusion(args.preset, args.spacing)
-    given = {"preset": args.preset, "spacing": args.spacing, "reduce": args.reduce}
-    chosen = Settings(steps=args.steps, ensemble=args.ensemble, **given)
-    settings = _settings(args, predictor, diffusion)
-    files = {item: output_files(task, item.name, args.ensemble, args.kitti) for item in items}
-    failures: list[str] = []
-    if args.overwrite:
-        todo = items
-    else:
-        todo = [item for item in items if not _finished(out, item, task, settings, files[item])]
-    readable: list[Item] = []
-
-    def raws() -> Iterator[dict[str, Any]]:
-        for item in todo:
-            try:
-                prompt = item.inputs[1:] or None
-                raw = predictor.raw_inputs(item.inputs[:1], task, prompt)[0]
-            except UserError as error:
-                failures.append(str(error))
-                continue
-            readable.append(item)
-            yield raw
-
-    stream = predictor.stream(raws(), task, chosen, args.seed, args.batch_size, len(todo))
-    done = 0
-    for index, estimate in enumerate(progress(stream, len(todo), f"predict {task}") if todo else ()):
-        item = readable[index]
-        write_results(out, files[item], task, estimate)
-        record = {
-            "format": _FORMAT,
-            "version": __version__,
-            "task": task,
-            "inputs": {
-                "files": [str(file.resolve()) for file in item.inputs],
-                "sha256": [_digest(file) for file in item.inputs],
-            },
-            "size": {"height": estimate.size[0], "width": estimate.size[1]},
-            "model": args.model,
-            "autoencoder": predictor.autoencoder.name,
-            "settings": settings,
-            "macs": None if np.isnan(predictor.macs_per_forward) else predictor.macs(task, args.steps, args.ensemble),
-            "largest_uncertainty": float(np.max(estimate.uncertainty)) if args.ensemble > 1 else None,
-            "outputs": files[item],
-        }
-        write_json(sidecar_path(out, item, task), record)
-        done += 1
-    kept = f", {len(items) - len(todo)} already there" if len(todo) < len(items) else ""
-    print(f"{task}: {done} written to {out}{kept}" + (f", {len(failures)} failed" if failures else ""))
-    for line in failures:
-        print(f"failed: {line}", file=sys.stderr)
-    return 1 if failures else 0
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    settings = Settings(**given, **(chosen or {}))
+    more = [name for name in ("kitti", "ply") if getattr(args, name)] + (["metric"] if args.align else [])
+    formats = choose_formats(args.task, args.formats, settings.ensemble, more)
+    if "metric" in formats and args.align is None:
+        raise UserError("--formats metric: relative depth has no metres; give --align points.csv")
+    if "ply" in formats and (args.intrinsics is None) == (args.fov is None):
+        raise UserError("a point cloud needs its camera: give one of --intrinsics FX,FY,CX,CY and --fov DEG")
+    for name in ("intrinsics", "fov", "range"):
+        if "ply" not in formats and getattr(args, name) is not None:
+            raise UserError(f"--{name} is for a point cloud: give --ply too, or leave it out")
+    extras = Extras(
+        None if args.intrinsics is None else tuple(parse_camera(args.intrinsics)),
+        args.fov,
+        _distances(args.range),
+        check_choice("--align-space", args.align_space or "depth", SPACES),
+        check_choice("--align-fit", args.align_fit or "least-squares", FITS),
+    )
+    if args.fov is not None:
+        camera_of_fov(args.fov, (1, 1))  # told before anything is computed
+    align = None if args.align is None else os.path.abspath(os.path.expanduser(args.align))
+    names = [os.path.abspath(n) if n and os.path.isdir(n) else n for n in (args.model, args.autoencoder)]
+    rest = (args.dtype, settings, args.seed, args.batch_size, formats, extras, align, budget)
+    return Request(args.task, names[0], names[1], *rest)
 
 
-def _finished(out: Path, item: Item, task: str, settings: dict[str, Any], files: dict[str, str]) -> bool:
-    """As ``is_finished``; an input that has gone is left to be named among the failures."""
-    missing = not all(file.is_file() for file in item.inputs)
-    return False if missing else is_finished(out, item, task, settings, files)
+def _distances(text: str | None) -> tuple[float, float]:
+    if text is None:
+        return 0.0, 1.0
+    try:
+        near, far = (float(word) for word in text.split(","))
+    except ValueError:
+        near, far = 0.0, 0.0
+    if not 0 <= near < far < float("inf"):
+        raise UserError(f"--range {text}: give NEAR,FAR with 0 <= NEAR < FAR")
+    return near, far
+
+
+def _by_budget(
+    args: argparse.Namespace, predictor: "Predictor", items: Sequence["Item"], out: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings from the model's table, and what is recorded of the choice.
+
+    Seconds are those of this machine, measured now. So that a run that goes on, or another one into the same folder,
+    does not choose otherwise, results for the same budget are asked first.
+    """
+    from scaling_perception.evaluation.budgets import choose, load_budgets, measure_timing
+    from scaling_perception.evaluation.inputs import find_model
+    from scaling_perception.evaluation.outputs import chosen_before
+
+    names = ("steps", "ensemble", "preset", "solver")
+    asked = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
+    before = None if args.overwrite else chosen_before(out, items, args.task, asked, predictor.id)
+    if before is not None:
+        settings, budget = before
+        return {name: settings[name] for name in names if settings[name] is not None}, budget
+    table = load_budgets(find_model(args.model))
+    choose(
+        table, args.task, args.budget, args.macs, None if args.seconds is None else math.inf
+    )  # told before measuring
+    here = None if args.seconds is None else measure_timing(predictor, args.task)
+    choice = choose(table, args.task, args.budget, args.macs, args.seconds, here)
+    expected = {name: getattr(choice, name) for name in ("macs", "seconds", "error")}
+    chosen = {name: getattr(choice, name) for name in names if getattr(choice, name) is not None}
+    return chosen, {"asked": asked, "expected": expected}
+
+
+# Again
+
+
+def _repeat(args: argparse.Namespace, out: Path) -> int:
+    """Make the prediction of a record again, from the same inputs and weights or not at all."""
+    from scaling_perception.data.find import Item, Picture
+    from scaling_perception.evaluation.job import Request
+    from scaling_perception.evaluation.outputs import Extras, digest
+    from scaling_perception.evaluation.settings import Settings
+    from scaling_perception.support.files import read_json
+
+    for name, value in vars(args).items():
+        if name not in (*_WITH_REPEAT, "overrides") and value not in (None, []):
+            flag = "inputs" if name == "inputs" else _flag(name)
+            raise UserError(f"--repeat takes everything from {args.repeat}: leave out {flag}")
+    record = read_json(args.repeat)
+    try:
+        asked, inputs, name = dict(record["request"]), record["inputs"], str(record["name"])
+        pictures = tuple(
+            Picture(Path(file), frame) for file, frame in zip(inputs["files"], inputs["frames"], strict=True)
+        )
+        asked["settings"], asked["formats"] = Settings(**asked["settings"]), tuple(asked["formats"])
+        extras = Extras(**asked["extras"])
+        asked["extras"] = extras._replace(distances=tuple(extras.distances))
+        digests, _ = list(inputs["sha256"]), record["settings"]["weights"]
+        request = Request(**asked)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{args.repeat} is no record of `predict` that can be repeated: give the JSON beside a result"
+        ) from None
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise UserError(f"{args.repeat} would write outside of --out ('{name}'): mend its name")
+    for picture, known in zip(pictures, digests, strict=True):
+        if digest(picture.path) != known:
+            raise UserError(
+                f"{picture.path} is not the input that {args.repeat} was made of (sha256 {known[:12]}): bring that back"
+            )
+    request = request._replace(model=args.model or request.model, autoencoder=args.autoencoder or request.autoencoder)
+    return _predict(request, [Item(name, pictures)], out, args, (args.repeat, record))
+
+
+# The run
+
+
+def _command(args: argparse.Namespace, item: "Item") -> list[str]:
+    """Words that make this one prediction, whatever else the run made."""
+    words = ["scaling-perception", "predict"]
+    for name, value in vars(args).items():
+        if name not in (*_OF_THE_RUN, "overrides") and value is not None and value != _USUAL.get(name):
+            words += [_flag(name)] if value is True else [_flag(name), str(value)]
+    first, *more = item.inputs
+    if args.task == "amodal":
+        words += ["--mask", str(more[0].path)]
+    if first.frame is not None:
+        last = first.frame if args.task != "flow" or more[0].frame is None else more[0].frame
+        words += ["--start", str(first.frame), "--end", str(last + 1)]
+        words += ["--every", str(last - first.frame)] if last - first.frame > 1 else []
+    elif args.task == "flow":
+        return [*words, "--", f"{first.path},{more[0].path}"]
+    return [*words, "--", str(first.path)]
+
+
+def _predict(
+    request: "Request",
+    items: Sequence["Item"],
+    out: Path,
+    args: argparse.Namespace,
+    repeated: tuple[str, dict[str, Any]] | None = None,
+) -> int:
+    from scaling_perception import Predictor
+    from scaling_perception.evaluation.job import run_job
+
+    predictor = Predictor.from_pretrained(request.model, autoencoder=request.autoencoder, dtype=request.dtype)
+    predictor.check_task(request.task)
+    if any(getattr(args, name) is not None for name in _BUDGETS):
+        request = _request(args, *_by_budget(args, predictor, items, out))
+    workers = min(4, os.cpu_count() or 1) if args.workers is None else args.workers
+    summary = run_job(
+        predictor, request, items, out, bool(args.overwrite), workers, lambda item: _command(args, item), repeated
+    )
+    kept = f", {summary['kept']} already there" if summary["kept"] else ""
+    failed = f", {summary['failed']} failed" if summary["failed"] else ""
+    line = f"{request.task}: {summary['written']} written to {out}{kept}{failed}"
+    print(line, file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print(json.dumps(summary, indent=2, allow_nan=False))
+    for file in summary["files"]:
+        for word, name in (("failed", "error"), ("note", "note")):
+            if name in file:
+                print(f"{word}: {file[name]}", file=sys.stderr)
+    return 1 if summary["failed"] else 0

@@ -7,35 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scaling_perception.cli import main
 from scaling_perception.data.formats import read_flo, read_image, read_kitti_flow, read_mask, read_png16
-from scaling_perception.predict import find_inputs, name_results
-from scaling_perception.support.errors import UserError
 
-pytest_plugins = ("nano",)
-
-
-@pytest.fixture
-def pictures(tmp_path, make_image):
-    """A folder of three frames of one size, and one of another."""
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for i, name in enumerate(("frame_1.png", "frame_2.jpg", "frame_10.png")):
-        Image.fromarray(make_image(40, 56, i)).save(folder / name)
-    Image.fromarray(make_image(24, 30, 9)).save(tmp_path / "small.png")
-    return folder
-
-
-@pytest.fixture
-def predict(nano_folder, tmp_path, capsys):
-    def run(task, *words, code=0, out="out", ensemble=2):
-        options = ["--task", task, "--model", str(nano_folder), "--steps", "2", "--ensemble", str(ensemble)]
-        done = main(["predict", *options, "--batch-size", "4", "--out", str(tmp_path / out), *map(str, words)])
-        text = capsys.readouterr()
-        assert done == code, text.err
-        return text
-
-    return run
+pytest_plugins = ("nano", "predicting")
 
 
 def test_depth_files_agree_and_tell_how_to_repeat(predict, pictures, tmp_path):
@@ -56,6 +30,7 @@ def test_depth_files_agree_and_tell_how_to_repeat(predict, pictures, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "again" / "frame_1_depth.npy"), depth, atol=2e-5)
 
 
+@pytest.mark.usefixtures("loaded_once")
 def test_one_member_has_no_uncertainty_to_write(predict, tmp_path, pictures):
     predict("depth", tmp_path / "small.png", ensemble=1)
     assert not list((tmp_path / "out").glob("*uncertainty*"))
@@ -74,6 +49,7 @@ def test_flow_of_pairs_and_of_frames(predict, pictures, tmp_path):
     assert read_image(out / "frame_2_flow_color.png").shape == (40, 56, 3)
 
 
+@pytest.mark.usefixtures("loaded_once")
 def test_amodal_with_a_folder_of_masks(predict, pictures, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
@@ -115,6 +91,7 @@ def test_a_bad_file_does_not_stop_the_rest_and_finished_work_is_kept(predict, pi
     assert "2 written" in text.out and np.load(out / "small_depth.npy").shape == (40, 56)
 
 
+@pytest.mark.usefixtures("loaded_once")
 def test_other_settings_neither_keep_nor_replace_silently(predict, pictures, tmp_path):
     predict("depth", pictures / "frame_1.png")
     text = predict("depth", pictures / "frame_1.png", "--seed", "1", code=2)
@@ -122,6 +99,33 @@ def test_other_settings_neither_keep_nor_replace_silently(predict, pictures, tmp
     old = np.load(tmp_path / "out" / "frame_1_depth.npy")
     predict("depth", pictures / "frame_1.png", "--seed", "1", "--overwrite")
     assert np.abs(np.load(tmp_path / "out" / "frame_1_depth.npy") - old).max() > 1e-3
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_another_picture_of_the_same_name_does_not_take_its_place(predict, pictures, tmp_path):
+    predict("depth", pictures / "frame_1.png")
+    moved = tmp_path / "moved"
+    shutil.copytree(pictures, moved)
+    assert "1 already there" in predict("depth", moved / "frame_1.png").out, "the same content is the same picture"
+    shutil.copy(pictures / "frame_10.png", moved / "frame_1.png")
+    text = predict("depth", moved / "frame_1.png", code=2)
+    assert "is the result of" in text.err and "--overwrite" in text.err and text.err.count("\n") == 1
+    predict("depth", moved / "frame_1.png", "--overwrite")
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_formats_are_added_to_what_is_there_and_stale_ones_go(predict, pictures, tmp_path):
+    image, out = pictures / "frame_1.png", tmp_path / "out"
+    predict("depth", image, "--formats", "npy,uncertainty")
+    assert {p.name.removeprefix("frame_1_depth") for p in out.iterdir()} == {
+        *(".json", ".npy", "_uncertainty.npy", "_uncertainty.png"),
+    }
+    assert "1 written" in predict("depth", image, "--formats", "color").out
+    assert (out / "frame_1_depth.npy").is_file() and (out / "frame_1_depth_color.png").is_file()
+    for formats in ("npy", "color", "color,uncertainty"):
+        assert "1 already there" in predict("depth", image, "--formats", formats).out
+    predict("depth", image, "--formats", "npy", "--seed", 3, "--overwrite")
+    assert {p.name for p in out.iterdir()} == {"frame_1_depth.json", "frame_1_depth.npy"}, "nothing of the other seed"
 
 
 def test_mistakes_are_one_line(predict, pictures, tmp_path):
@@ -144,6 +148,22 @@ def test_mistakes_are_one_line(predict, pictures, tmp_path):
         (("amodal", image), "amodal needs --mask"),
         (("amodal", pictures, "--mask", image), "is one file but there are 3 images"),
         (("amodal", image, "--mask", tmp_path / "nomask"), "nomask does not exist"),
+        (("depth", image, "--formats", "pgn"), "known: color"),
+        (("depth", image, "--formats", "metric"), "give --align"),
+        (("depth", image, "--ply"), "give one of --intrinsics"),
+        (("depth", image, "--ply", "--fov", 60, "--intrinsics", "1,1,1,1"), "give one of --intrinsics"),
+        (("depth", image, "--ply", "--fov", 190), "--fov 190"),
+        (("depth", image, "--fov", 60), "give --ply"),
+        (("depth", image, "--ply", "--fov", 60, "--range", "2,1"), "NEAR < FAR"),
+        (("flow", pictures, "--ply"), "--ply belongs to depth"),
+        (("depth", image, "--align-fit", "robust"), "goes with --align"),
+        (("depth", image, "--align", tmp_path / "none.csv"), "none.csv cannot be read"),
+        (("depth", image, "--budget", "fast"), "leave out --budget or --steps"),
+        (("depth", image, "--solver", "dim"), "did you mean 'ddim'"),
+        (("depth", image, "--aspect", "tiles"), "did you mean 'tile'"),
+        (("depth", image, "--workers=-1"), "--workers -1"),
+        (("depth", image, "-0"), "goes with a list"),
+        (("depth",), "no input was given"),
     ):
         text = predict(*words, code=2)
         assert message in text.err and text.err.count("\n") == 1, text.err
@@ -152,27 +172,3 @@ def test_mistakes_are_one_line(predict, pictures, tmp_path):
     assert "cannot write" in text.err
     text = predict("depth", pictures, code=2, out="in")
     assert "is an input folder" in text.err
-
-
-def test_globs_folders_and_order(pictures, tmp_path):
-    found = find_inputs([f"{pictures}/*.png", str(pictures)], "depth")
-    assert [files[0].name for files in found] == ["frame_1.png", "frame_10.png", "frame_2.jpg"]
-    frames = find_inputs([str(pictures / "frame_1.png"), str(pictures / "frame_10.png")], "flow")
-    assert [[f.name for f in pair] for pair in frames] == [["frame_1.png", "frame_10.png"]]
-    with pytest.raises(UserError, match="one frame"):
-        find_inputs([f"{pictures}/*.jpg"], "flow")
-
-
-def test_masks_of_pix2gestalt_are_found(pictures, tmp_path):
-    image, mask = tmp_path / "7_occlusion.png", pictures / "7_visible_mask.png"
-    for path in (image, mask):
-        shutil.copy(pictures / "frame_1.png", path)
-    assert find_inputs([str(image)], "amodal", str(pictures)) == [(image, mask)]
-
-
-def test_names_are_short_until_they_collide(tmp_path):
-    paths = ["a/x.png", "a/y.png", "b/x.png", "b/x.jpg", "c/a.b/z.png", "d/a.b/z.png"]
-    names = [item.name for item in name_results([(tmp_path / path,) for path in paths], "depth")]
-    assert names[:4] == ["a_x", "y", "b_x_png", "b_x_jpg"] and len(set(names)) == 6
-    again = [item.name for item in name_results([(tmp_path / path,) for path in paths[::-1]], "depth")]
-    assert again[::-1] == names

@@ -1,0 +1,305 @@
+"""Predictions of many pictures into files: reading, computing and writing at the same time, what is there is kept.
+
+One bad picture is told and does not stop the rest. A full disk or Ctrl-C stops everything; what was computed by then is
+written, and the same command goes on from there.
+"""
+
+import dataclasses
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scaling_perception.data.find import Item
+from scaling_perception.data.video import VideoReader, is_video
+from scaling_perception.evaluation.metric_depth import Points, check_inside, fit_points, points_of, read_points
+from scaling_perception.evaluation.outputs import (
+    FORMAT,
+    Extras,
+    described,
+    difference,
+    digest,
+    is_finished,
+    output_files,
+    prepare_place,
+    software,
+    write_record,
+    write_results,
+)
+from scaling_perception.evaluation.prediction import Estimate
+from scaling_perception.evaluation.predictor import Predictor
+from scaling_perception.evaluation.protocols import reduce_mode
+from scaling_perception.evaluation.settings import Settings
+from scaling_perception.support.errors import UserError
+from scaling_perception.support.overlap import WriteBehind, read_ahead, stopped_by_sigterm
+from scaling_perception.support.progress import progress
+
+_AHEAD = 32  # pictures in memory before they are computed, at most
+_BEHIND = 4  # results in memory that wait to be written, at most
+_WRITERS = 1  # no more: ``atomic_path`` turns the umask of the whole process for a moment
+
+
+class Request(NamedTuple):
+    """What is asked for, whatever the inputs."""
+
+    task: str
+    model: str
+    autoencoder: str | None
+    dtype: str
+    settings: Settings
+    seed: int
+    batch_size: int | None
+    formats: tuple[str, ...]
+    extras: Extras
+    align: str | None = None  # file of points
+    budget: dict[str, Any] | None = None  # what it asked for, and what its table promises
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**self._asdict(), "settings": self.settings.to_dict(), "extras": self.extras._asdict()}
+
+
+class _Ready(NamedTuple):
+    """A picture that was read."""
+
+    item: Item
+    raw: dict[str, Any]
+    inputs: dict[str, Any]  # as they are recorded
+
+
+def run_job(
+    predictor: Predictor,
+    request: Request,
+    items: Sequence[Item],
+    out: Path,
+    overwrite: bool = False,
+    workers: int = 2,
+    command: Callable[[Item], list[str]] | None = None,
+    repeated: tuple[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Make the files of every item.
+
+    Args:
+        overwrite: also those that are there.
+        workers: threads that read; 0 reads, computes and writes in turn.
+        command: words that make one item's prediction, to be recorded.
+        repeated: name and content of a record, whose weights, settings and points these must be.
+
+    Returns:
+        JSON values: ``files`` (name, inputs, status written, kept or failed, outputs or error), how many of each,
+        ``seconds``, ``seconds_per_image``, ``compile_seconds``, ``macs_per_image``.
+
+    Raises:
+        UserError: an impossible setting, results of other settings in the way, a full disk.
+    """
+    task, begin = request.task, time.perf_counter()
+    predictor.check_task(task)
+    settings = _decided(request, predictor)
+    points = _points(request, items)
+    options = [_options(request, item, own) for item, own in zip(items, points, strict=True)]
+    if repeated is not None:
+        _check_same(*repeated, settings, options[0], request.model)
+    digest_of = _remember_videos()
+    results: dict[str, dict[str, Any]] = {}
+    known = {item.name: (own, choice) for item, own, choice in zip(items, points, options, strict=True)}
+
+    def missing(item: Item) -> bool:
+        files = output_files(task, item.name, request.formats)
+        return overwrite or not is_finished(out, item, task, settings, known[item.name][1], files, digest_of)
+
+    todo = []
+    for item, needed in zip(items, read_ahead(items, missing, workers, 64), strict=True):
+        if needed:
+            todo.append(item)
+        else:
+            results[item.name] = {"status": "kept", "outputs": output_files(task, item.name, request.formats)}
+
+    videos = VideoReader()
+    in_video = any(picture.frame is not None for item in todo for picture in item.inputs)
+    readers = min(workers, 1) if in_video else workers  # frames come one after the other
+
+    def read(item: Item) -> _Ready | str:
+        try:
+            paths = [p.path if p.frame is None else videos.read(p.path, p.frame) for p in item.inputs]
+            raw = predictor.raw_inputs(paths[:1], task, paths[1:] or None)[0]
+            if request.align is not None:
+                own = known[item.name][0]
+                if own is None:
+                    return f"{request.align} has no point of {item.inputs[0]}: add some"
+                check_inside(own, (raw["image"].shape[0], raw["image"].shape[1]))
+            return _Ready(item, raw, described(item.inputs, [digest_of(p.path) for p in item.inputs]))
+        except UserError as error:
+            return _told(item, error)
+
+    def finish(ready: _Ready, estimate: Estimate) -> None:
+        item, (own, choice) = ready.item, known[ready.item.name]
+        fit = None
+        try:
+            if own is not None:
+                fit = fit_points(estimate.prediction, own, request.extras.space, request.extras.fit)
+        except UserError as error:  # of this picture's points; a full disk stops everything instead
+            results[item.name] = {"status": "failed", "error": _told(item, error)}
+            return
+        files = output_files(task, item.name, request.formats)
+        macs = predictor.macs(task, 1, 1) * estimate.forwards
+        record = {
+            "format": FORMAT,
+            "name": item.name,
+            "task": task,
+            "inputs": ready.inputs,
+            "size": {"height": estimate.size[0], "width": estimate.size[1]},
+            "settings": settings,
+            "options": {kind: choice[kind] for kind in files},
+            "model": request.model,
+            "autoencoder": predictor.autoencoder.name,
+            "forwards": int(estimate.forwards),
+            "macs": None if math.isnan(macs) else macs,
+            "largest_uncertainty": float(np.max(estimate.uncertainty)) if request.settings.ensemble > 1 else None,
+            "metric": None if fit is None else {"file": request.align, **fit.to_dict()},
+            "request": request.to_dict(),
+            "versions": software(),
+            "command": None if command is None else command(item),
+            "outputs": dict(files),
+        }
+        prepare_place(out, item, task, record)
+        write_results(out, files, task, estimate, ready.raw["image"], request.extras, fit)
+        write_record(out, item, task, record)
+        results[item.name] = {"status": "written", "macs": record["macs"], "outputs": files}
+        if fit is not None and fit.inverted:
+            note = "by its points what the prediction has nearer is farther: check the columns x, y and depth"
+            results[item.name]["note"] = f"{item.inputs[0]}: {note}"
+
+    _compute(predictor, request, todo, readers, workers, read, finish, results)
+    videos.close()
+    return _summary(predictor, request, items, out, results, time.perf_counter() - begin)
+
+
+def _compute(
+    predictor: Predictor,
+    request: Request,
+    todo: Sequence[Item],
+    readers: int,
+    workers: int,
+    read: Callable[[Item], _Ready | str],
+    finish: Callable[[_Ready, Estimate], None],
+    results: dict[str, dict[str, Any]],
+) -> None:
+    task, settings = request.task, request.settings
+    if not todo:
+        return
+    plan = predictor.plan(task, settings.ensemble, len(todo), request.batch_size)
+    ahead = min(max(plan.images, 2 * readers), _AHEAD)
+    waiting: deque[_Ready] = deque()  # read, and on the way through the predictor, which keeps their order
+
+    with (
+        stopped_by_sigterm(),
+        WriteBehind(min(workers, _WRITERS), _BEHIND) as write,
+        closing(read_ahead(todo, read, readers, ahead)) as reading,
+    ):
+
+        def raws() -> Iterator[dict[str, Any]]:
+            for item, ready in zip(todo, reading, strict=True):
+                if isinstance(ready, str):
+                    results[item.name] = {"status": "failed", "error": ready}
+                else:
+                    waiting.append(ready)
+                    yield ready.raw
+
+        stream = predictor.stream(raws(), task, settings, request.seed, request.batch_size, len(todo))
+        for estimate in progress(stream, len(todo), f"predict {task}"):
+            write(finish, waiting.popleft(), estimate)
+
+
+def _told(item: Item, error: UserError) -> str:
+    """A reason that names its picture."""
+    name = str(item.inputs[0].path)
+    return str(error) if name in str(error) or len(item.inputs) > 1 else f"{name}: {error}"
+
+
+def _summary(
+    predictor: Predictor,
+    request: Request,
+    items: Sequence[Item],
+    out: Path,
+    results: dict[str, dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    files = [{"name": i.name, "inputs": [str(p) for p in i.inputs], **results[i.name]} for i in items]
+    count = {status: sum(file["status"] == status for file in files) for status in ("written", "kept", "failed")}
+    macs = [file["macs"] for file in files if file.get("macs") is not None]
+    return {
+        "task": request.task,
+        "model": request.model,
+        "out": str(out),
+        **count,
+        "seconds": seconds,
+        "seconds_per_image": seconds / count["written"] if count["written"] else None,
+        "compile_seconds": predictor.compile_seconds,
+        "macs_per_image": sum(macs) / len(macs) if macs else None,
+        "files": files,
+    }
+
+
+# What decides a result
+
+
+def _decided(request: Request, predictor: Predictor) -> dict[str, Any]:
+    """All that decides a result besides the inputs."""
+    settings = request.settings.to_dict()
+    diffusion = predictor.choose_diffusion(settings.pop("preset"), settings.pop("spacing"))
+    return {
+        "weights": predictor.id,
+        "autoencoder_weights": predictor.autoencoder_id,
+        "resolution": predictor.resolution,
+        **settings,
+        "reduce": reduce_mode(request.task, request.settings.reduce),
+        "diffusion": dataclasses.asdict(diffusion),
+        "seed": request.seed,
+        "dtype": request.dtype,
+        "task_options": predictor.options.to_dict(),
+    }
+
+
+def _points(request: Request, items: Sequence[Item]) -> list[Points | None]:
+    if request.align is None:
+        return [None] * len(items)
+    return points_of(request.align, read_points(request.align), [item.inputs[0] for item in items])
+
+
+def _options(request: Request, item: Item, points: Points | None) -> dict[str, Any]:
+    return {kind: request.extras.of(kind, points) for kind in output_files(request.task, item.name, request.formats)}
+
+
+def _check_same(
+    name: str, found: dict[str, Any], settings: dict[str, Any], options: dict[str, Any], model: str
+) -> None:
+    """UserError when a repetition would not compute what the record tells of."""
+    what = {"weights": f"weights of model {model}", "autoencoder_weights": "weights of the autoencoder"}
+    other = difference(found["settings"], settings)
+    if other is not None:
+        changed = what.get(other[0], f"{other[0]} of model {model}")
+        raise UserError(f"the {changed} are not those of {name} ({other[1]} then, {other[2]} now): bring those back")
+    for kind, own in options.items():
+        if found["options"].get(kind, own) != own:
+            raise UserError(f"the points of this picture are not those of {name}: bring the old file of points back")
+
+
+def _remember_videos() -> Callable[[Path], str]:
+    """``digest`` that reads a video once for all its frames."""
+    lock, seen = threading.Lock(), {}
+
+    def of(path: Path) -> str:
+        if not is_video(path):
+            return digest(path)
+        with lock:
+            if path not in seen:
+                seen[path] = digest(path)
+            return seen[path]
+
+    return of
