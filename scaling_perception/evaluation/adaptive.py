@@ -82,31 +82,26 @@ def adaptive_stream(
                     forwards[image] += taken * min(step, settings.ensemble - done)
             for image in list(open_images):
                 raw, found = pool[image], np.stack(members[image])
-                size = (raw["image"].shape[0], raw["image"].shape[1])
-                estimate = predictor.merge(found, task, size, mode, raw.get("visible_mask"), forwards[image])
-                if len(found) >= settings.ensemble or _settled(predictor, task, found, mode, settings):
-                    estimates[image] = estimate
+                reduced = predictor.reduce(task, found, mode)
+                if settled(reduced[1], len(found), settings.ensemble, mode, settings.tolerance):
+                    size, visible = (raw["image"].shape[0], raw["image"].shape[1]), raw.get("visible_mask")
+                    estimates[image] = predictor.merge(found, task, size, mode, visible, forwards[image], reduced)
                     open_images.remove(image)
         yield from (estimates[i] for i in range(len(pool)))
 
 
-def _settled(predictor: "Predictor", task: str, members: np.ndarray, mode: str, settings: Settings) -> bool:
-    if settings.tolerance is None:
-        return False
-    return expected_change(predictor, task, members, mode, settings.ensemble) <= settings.tolerance
+def settled(uncertainty: np.ndarray, members: int, most: int, mode: str, tolerance: float | None) -> bool:
+    """Whether an image needs no further members: it has all, or they would hardly move its prediction.
 
-
-def expected_change(predictor: "Predictor", task: str, members: np.ndarray, mode: str, most: int) -> float:
-    """`remaining_change` of the merged members (n, R, R[, C]): what an adaptive ensemble holds against its tolerance.
-
-    Infinite for one member, of which nothing is known.
+    Args:
+        uncertainty: of the merged members, (H, W). Of a single member nothing is known.
+        tolerance: None gives every image ``most``.
     """
-    if len(members) >= most:
-        return 0.0
-    if len(members) < 2:
-        return math.inf
-    _, uncertainty = predictor.reduce(task, members, mode)
-    return remaining_change(uncertainty, len(members), most, mode == "mean")
+    if members >= most:
+        return True
+    if tolerance is None or members < 2:
+        return False
+    return remaining_change(uncertainty, members, most, mode == "mean") <= tolerance
 
 
 def estimate_change(now: np.ndarray, last: np.ndarray) -> np.ndarray:

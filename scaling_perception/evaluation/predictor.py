@@ -410,14 +410,16 @@ class Predictor:
         mode: str,
         visible: np.ndarray | None = None,
         forwards: int = 0,
+        reduced: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Estimate:
         """Merge members (M, R, R[, C]) at the model's resolution, then resize to ``size`` (H, W), as Marigold does.
 
         ``visible`` (H, W), the given mask, joins an amodal mask where the model's options say ``keep_visible``.
-        ``forwards``: network evaluations that were spent on each pass.
+        ``forwards``: network evaluations that were spent on each pass. ``reduced``: what `reduce` made of the members,
+        if that is known.
         """
         size = (int(size[0]), int(size[1]))
-        merged, spread = self.reduce(task, members, mode)
+        merged, spread = self.reduce(task, members, mode) if reduced is None else reduced
         prediction, uncertainty = to_native(task, merged, size), to_native(task, spread, size)
         if task != "amodal":
             return Estimate(prediction, uncertainty, members, None, size, forwards)
