@@ -25,22 +25,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     moe.add_argument("--kind", choices=("gelu", "swiglu"), default="gelu", help="what an expert is")
     moe.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     for kind in (moe,):
-        kind.add_argument("--repeats", type=int, default=9, help="rounds; the median is told")
+        kind.add_argument("--repeats", type=int, default=7, help="rounds; the median is told")
         kind.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
 
 
 def in_turns(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each call, round by round, so that what else the machine does meets all of them alike.
 
-    Each function is called once before, for its compilation; its result is waited for.
+    Each timed call follows an untimed one of the same function, which pays for its compilation and for the memory and
+    caches that the function before it left behind.
     """
     import jax
 
-    for function in functions.values():
-        jax.block_until_ready(function())
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            jax.block_until_ready(function())
             start = time.perf_counter()
             jax.block_until_ready(function())
             seconds[name].append(time.perf_counter() - start)
