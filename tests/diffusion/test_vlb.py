@@ -17,6 +17,8 @@ from scaling_perception.diffusion.vlb import (
     variance_tables,
 )
 
+BITS = jax.jit(learned_range_bits, static_argnums=1)
+LIKELIHOOD = jax.jit(discretised_log_likelihood)
 TIMES = np.array([0, 0, 1, 2, 17, 250, 500, 998, 999, 3])
 SHAPE = (len(TIMES), 4, 4, 2)
 
@@ -68,7 +70,7 @@ def draw(prediction, schedule, error=0.1):
 def test_equals_the_definition(prediction, schedule):
     out, v, x0, x_t = draw(prediction, schedule)
     tables = variance_tables(preset(prediction, schedule))
-    bits = jax.jit(learned_range_bits, static_argnums=1)(tables, prediction, out, v, x0, x_t, jnp.asarray(TIMES))
+    bits = BITS(tables, prediction, out, v, x0, x_t, jnp.asarray(TIMES))
     wide = [np.asarray(array, np.float64) for array in (out, v, x0, x_t)]
     want = [by_definition(schedule, prediction, *(a[i] for a in wide), t) for i, t in enumerate(TIMES)]
     assert bits.shape == (len(TIMES),) and bits.dtype == jnp.float32
@@ -78,9 +80,9 @@ def test_equals_the_definition(prediction, schedule):
 def test_closed_forms():
     out, v, x0, x_t = draw("epsilon", "linear", error=0.0)
     tables, later = variance_tables(preset()), TIMES[2:]
-    bits = learned_range_bits(tables, "epsilon", out, jnp.full(SHAPE, -1.0), x0, x_t, jnp.asarray(TIMES))
+    bits = BITS(tables, "epsilon", out, jnp.full(SHAPE, -1.0), x0, x_t, jnp.asarray(TIMES))
     np.testing.assert_allclose(bits[2:], 0, atol=1e-3)  # the very posterior
-    bits = learned_range_bits(tables, "epsilon", out, jnp.full(SHAPE, 1.0), x0, x_t, jnp.asarray(TIMES))
+    bits = BITS(tables, "epsilon", out, jnp.full(SHAPE, 1.0), x0, x_t, jnp.asarray(TIMES))
     beta, alpha_bar = betas("linear"), np.cumprod(1 - betas("linear"))
     ratio = (1 - alpha_bar[later - 1]) / (1 - alpha_bar[later])
     np.testing.assert_allclose(bits[2:], 0.5 * (ratio - 1 - np.log(ratio)) / np.log(2), atol=1e-3)
@@ -93,11 +95,11 @@ def test_closed_forms():
 def test_likelihood_of_bins_is_that_of_a_normal():
     x = np.linspace(-0.9, 0.9, 41, dtype=np.float32).reshape(1, 1, -1, 1)
     for mean, scale in ((0.0, 0.3), (0.5, 0.05)):
-        got = np.exp(discretised_log_likelihood(x, jnp.full_like(x, mean), jnp.full_like(x, math.log(scale))))
+        got = np.exp(LIKELIHOOD(x, jnp.full_like(x, mean), jnp.full_like(x, math.log(scale))))
         want = norm.cdf(x + 1 / 255, mean, scale) - norm.cdf(x - 1 / 255, mean, scale)
         np.testing.assert_allclose(got, want, atol=4e-4)
     ends = np.array([-2.0, 2.0], np.float32).reshape(1, 1, 2, 1)  # the last bins have no end
-    tails = np.exp(discretised_log_likelihood(ends, jnp.zeros_like(ends), jnp.zeros_like(ends)))
+    tails = np.exp(LIKELIHOOD(ends, jnp.zeros_like(ends), jnp.zeros_like(ends)))
     np.testing.assert_allclose(tails, norm.cdf(-2 + 1 / 255), atol=1e-3)
 
 
