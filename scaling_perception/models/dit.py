@@ -20,6 +20,7 @@ from scaling_perception.models.config import DiTConfig as DiTConfig
 from scaling_perception.models.config import config_from_dict as config_from_dict
 from scaling_perception.models.moe import MoE
 from scaling_perception.ops.attention import attention
+from scaling_perception.parallel.mesh import split_batch
 from scaling_perception.support.errors import UserError
 
 Params = dict[str, Any]  # nested dict of arrays
@@ -212,6 +213,7 @@ class Block(nn.Module):
         config, dtype = self.config, self.dtype
         if modulation is None:
             modulation = nn.Dense(6 * config.dim, kernel_init=_zeros, name="modulation")(condition)
+        x, modulation = split_batch(x, self.mesh), split_batch(modulation, self.mesh)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
         attend = Attention(config.heads, dtype, config.qk_norm, name="attn")
         mixed = attend(modulate(layer_norm(x), shift_a, scale_a))
@@ -267,7 +269,8 @@ class DiT(nn.Module):
         remat: store only the tokens between blocks for the backward pass and recompute the rest; without it, the
             outputs of the linear layers are stored as well, and only what is cheap (and attention) is recomputed.
         dispatch: where experts are computed (``models/dispatch.py``).
-        mesh: the mesh that the arrays live on, which models with experts need to know; None = one device.
+        mesh: the mesh that the arrays live on: the batch stays split over it, and experts are found on it; None = one
+            device.
 
     With ``with_stats`` the result is (output, statistics): ``moe.routing_stats`` with a leading layer axis, or {} for a
     dense model. With ``fixed``, x holds the noisy latent's channels alone, t is not looked at, and label only chooses
@@ -285,7 +288,7 @@ class DiT(nn.Module):
         self, x: jax.Array, t: jax.Array, label: jax.Array, with_stats: bool = False, fixed: Fixed | None = None
     ) -> Any:
         config = self.config
-        x, t, label = jnp.asarray(x), jnp.asarray(t), jnp.asarray(label)
+        x, t, label = (split_batch(jnp.asarray(array), self.mesh) for array in (x, t, label))
         channels = config.in_channels if fixed else config.input_channels
         expected = (config.input_size, config.input_size, channels)
         if x.shape[1:] != expected:
@@ -301,7 +304,7 @@ class DiT(nn.Module):
             condition = TimeEmbed(config.dim, name="time_embed")(t) + jnp.take(labels, label, axis=0)
             if config.context_dim:
                 condition = condition + TaskContext(config, name="context")(label)
-            condition = nn.silu(condition)
+            condition = split_batch(nn.silu(condition), self.mesh)
         else:
             tokens = fixed.tokens.astype(self.dtype) + patches(x, label, "noisy")
         blocks, final = (None, None) if fixed is None else (fixed.blocks, fixed.final)

@@ -53,3 +53,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def split_batch(x: Any, mesh: Mesh | None) -> Any:
+    """x (B, ...) with its batch split over the devices, which the compiler then keeps to; x as it is where B does not
+    divide, or without a mesh.
+
+    Left alone, the compiler may split features instead, as the weights are, and give every device the whole batch.
+    """
+    if mesh is None or x.shape[0] % prod(mesh.shape[name] for name in BATCH_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))

@@ -1,10 +1,12 @@
 """The mesh: four Auto axes over however many devices there are."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from scaling_perception.parallel.mesh import AXES, batch_sharding, make_mesh, replicated
+from scaling_perception.parallel.mesh import AXES, batch_sharding, make_mesh, replicated, split_batch
 from scaling_perception.support.errors import UserError
 
 
@@ -28,8 +30,21 @@ def test_sizes_that_fit_no_machine(sizes):
         make_mesh(**sizes)
 
 
-def test_batch_is_split_over_data_and_fsdp():
+def test_batch_is_split_over_data_fsdp_and_expert():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
+    assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp", "expert"))
     assert batch_sharding(mesh).shard_shape((8, 16, 16, 4)) == (2, 16, 16, 4)
     assert replicated(mesh).shard_shape((8, 3)) == (8, 3)
+
+
+def test_a_batch_is_kept_split_where_the_weights_are_split_too():
+    mesh = make_mesh(data=1, fsdp=8)
+    weights = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=batch_sharding(mesh))
+
+    def apply(x, w):
+        return split_batch(jnp.tanh(split_batch(x, mesh) @ w), mesh)
+
+    text = jax.jit(apply, out_shardings=replicated(mesh)).lower(x, weights).compile().as_text()
+    assert "f32[2,64]" in text and "f32[16,8]" not in text  # two rows a device, not an eighth of the columns
+    assert split_batch(x, None) is x and split_batch(np.zeros((3, 4)), mesh).shape == (3, 4)
