@@ -1,211 +1,420 @@
-"""Checkpoints: Orbax folders that are whole or absent, checked leaf by leaf when read back.
+"""Checkpoints: folders that are whole or absent, written while the run goes on, checked leaf by leaf when read back.
 
-Each step holds two items: ``state`` (the TrainState) and ``meta`` (JSON: the run's identity and, for every leaf, dtype,
-shape and a hash). The hashes are ours because Orbax restores a file with one flipped byte without a word.
+The folder of a step holds five items: ``state`` (step, params, opt_state) and ``ema``, arrays as Orbax writes them;
+``config`` and ``data`` (JSON: the run's settings, the fingerprint of its data); ``meta`` (JSON: the model, metrics, for
+every leaf dtype, shape and checksum, and a digest of all that is JSON). The checksums are ours because Orbax restores a
+file with one flipped byte without a word.
 
-Saving is synchronous on purpose: the state's buffers are given away to the next step, and a full disk has to be
-known at the step where it happened.
+``save`` returns when the arrays are copied to the host; a thread of each process writes its own part of them. When all
+processes have told that theirs is written, the first gives the folder its final name. They tell each other in ``poll``
+and ``wait``, and nowhere in between does one wait for another that may have failed: so where several processes run, all
+of them must call the methods here in the same order.
 """
 
 import contextlib
-import gc
 import hashlib
 import json
-import logging
+import math
+import os
 import shutil
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import write_json
+from scaling_perception.training.checksums import describe_leaves
+from scaling_perception.training.saving import FAILED, RUNNING, Saving, failure, from_first, gather, quiet
 from scaling_perception.training.state import TrainState, named_leaves
 
+_FORMAT = 2
+_HALF = ".orbax-checkpoint-tmp"  # ends the name of a folder that is being written or deleted
 _SPARE = 1.05  # room for the metadata around the arrays
-_FULL = ("no space left", "resource_exhausted", "disk quota", "errno 28", "os_error_code='28'")
+_FULL = ("no space left", "resource_exhausted", "disk quota", "file too large", "os_error_code='28'", "errno 28")
 
 
 class Checkpoints:
-    """The checkpoints of one run, in ``folder`` (made if absent); the newest ``keep`` stay."""
+    """The checkpoints of one run, in ``folder`` (made if absent).
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    After each save all go but the newest ``keep``, those of steps divisible by ``keep_every`` (0: none), and the
+    ``keep_best`` with the smallest ``metric`` among those saved with it.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0, keep_best: int = 0, metric: str = "loss") -> None:
         self.folder = folder
+        self._keep, self._keep_every, self._keep_best, self._metric = keep, keep_every, keep_best, metric
+        self._saving: Saving | None = None
         if keep < 1:
             raise UserError(f"train.keep is {keep}: keep at least one checkpoint")
+        for name, value in (("keep_every", keep_every), ("keep_best", keep_best)):
+            if value < 0:
+                raise UserError(f"train.{name} is {value}: give a whole number, 0 for none")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error.strerror}; choose another --workdir") from error
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "meta"))
 
     def steps(self) -> list[int]:
         """Finished checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
+        return finished_steps(self.folder)
 
-    def save(self, state: TrainState, identity: Mapping[str, Any]) -> bool:
-        """Save ``state`` under its own step; False if that step is saved already.
+    # ---- Saving ------------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        state: TrainState,
+        identity: Mapping[str, Any],
+        wait: bool = False,
+        metrics: Mapping[str, float] | None = None,
+    ) -> bool:
+        """Start to save ``state`` under its own step; False if that step is saved already.
+
+        On return the arrays are copied, and their buffers may be given away. A save that is still being written is
+        finished first.
+
+        Args:
+            identity: what the run is: JSON values "config", "data" and "meta".
+            wait: return only when the checkpoint is finished.
+            metrics: kept with the checkpoint; what ``keep_best`` compares.
 
         Raises:
-            UserError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+            UserError: this save or the one before it failed: the disk is full or the folder cannot be written. Finished
+                checkpoints are untouched.
         """
+        self.wait()
         step = int(state.step)
-        if step in self.steps():
+        if from_first(step in self.steps()):
             return False
-        need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.folder).free
-        if free < need * _SPARE:
-            raise self._no_room(step, f"it needs {need / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
-        meta = {"identity": dict(identity), "leaves": describe_leaves(state)}
-        meta["digest"] = _digest(meta)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        try:
-            with _quiet():
-                self._manager.save(step, args=args, force=True)
-                self._manager.wait_until_finished()
-        except Exception as error:
-            for half in self.folder.glob(f"{step}*tmp*"):  # what was half written keeps the disk full
-                shutil.rmtree(half, ignore_errors=True)
-            if isinstance(error, OSError) or any(sign in str(error).lower() for sign in _FULL):
-                raise self._no_room(step, str(error).splitlines()[0][-160:]) from error
-            raise
+        items = {"state": {"step": state.step, "params": state.params, "opt_state": state.opt_state}, "ema": state.ema}
+        items = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
+        finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+        meta = {"format": _FORMAT, "step": step, "model": identity.get("meta"), "metrics": finite}
+        documents = {"config": identity.get("config"), "data": identity.get("data"), "meta": meta}
+        meta["leaves"] = describe_leaves(state)
+        meta["digest"] = _digest(documents)
+        saving = Saving(step, self.folder / f"{step}{_HALF}")
+        if jax.process_index() == 0:
+            with saving.catching():
+                self._make_room(saving, sum(leaf.nbytes for leaf in jax.tree.leaves(state)), [*items, *documents])
+        if failure(saving.error) is None:  # every process goes on together
+            with saving.catching():
+                saving.copy(items)
+        saving.run(lambda: self._write(saving, documents))
+        self._saving = saving
+        if wait:
+            self.wait()
+        else:
+            self.poll()
         return True
 
-    def _no_room(self, step: int, why: str) -> UserError:
+    def poll(self) -> None:
+        """Look after the save under way; cheap, and to be called at every step.
+
+        Raises:
+            UserError: it failed, in this process or in another. Finished checkpoints are untouched.
+        """
+        saving = self._saving
+        if saving is None:
+            return
+        codes = gather(saving.status())
+        if FAILED in codes:
+            self._give_up(saving)
+        elif RUNNING not in codes:
+            if saving.named:
+                self._saving = None
+            else:  # the parts of all processes are written
+                saving.named = True
+                if jax.process_index() == 0:
+                    saving.run(lambda: self._finish(saving))
+
+    def wait(self) -> None:
+        """Return when the save under way, if any, is finished; raises as ``poll`` does."""
+        while self._saving is not None:
+            self._saving.join()
+            self.poll()
+
+    def close(self) -> None:
+        """Finish the save under way.
+
+        Where several processes run, only ``wait`` can finish it, for the others may be gone: here it is given up.
+
+        Raises:
+            UserError: it failed or was given up; if another error is on its way, that one is left to go on, and this
+                one is printed.
+        """
+        leaving = sys.exc_info()[0] is not None
+        try:
+            if self._saving is not None and jax.process_count() > 1:
+                saving, self._saving = self._saving, None
+                saving.join()
+                raise self._cannot(saving.step, saving.error or OSError("the run ended first"))
+            self.wait()
+        except UserError as error:
+            if not leaving:
+                raise
+            _tell(str(error))
+
+    def _make_room(self, saving: "Saving", need: int, items: list[str]) -> None:
+        for half in self.folder.glob(f"*{_HALF}"):  # what was half written or half deleted keeps the disk full
+            shutil.rmtree(half, ignore_errors=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < need * _SPARE:
+            raise OSError(f"no space left: it needs {need / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
+        for item in items:
+            (saving.place / item).mkdir(parents=True)
+
+    def _write(self, saving: "Saving", documents: Mapping[str, Any]) -> None:
+        """In a thread: this process's part of a checkpoint, and the rest too if there is no other process."""
+        if jax.process_index() == 0:
+            for name, document in documents.items():
+                write_json(saving.place / name / "metadata", document)
+        saving.written()
+        if jax.process_count() == 1:
+            saving.named = True
+            self._finish(saving)
+
+    def _finish(self, saving: "Saving") -> None:
+        """In a thread of the first process: from parts to a checkpoint, and farewell to old ones."""
+        for name in ("state", "ema"):
+            if (saving.place / name).exists():
+                ocp.StandardCheckpointHandler().finalize(epath.Path(saving.place / name))  # joins the processes' parts
+        for path in (saving.place, self.folder):
+            _flush(path)
+        os.rename(saving.place, self.folder / str(saving.step))
+        _flush(self.folder)
+        for step in self._superfluous():
+            gone = self.folder / f"{step}.deleted{_HALF}"
+            with contextlib.suppress(OSError):
+                os.rename(self.folder / str(step), gone)  # a folder half deleted must not look like a checkpoint
+                shutil.rmtree(gone, ignore_errors=True)
+
+    def _superfluous(self) -> list[int]:
+        steps = self.steps()
+        kept = set(steps[-self._keep :])
+        if self._keep_every:
+            kept |= {step for step in steps if step % self._keep_every == 0}
+        if self._keep_best:
+            marks = {}
+            for step in steps:
+                with contextlib.suppress(Exception):  # a damaged one is the best of nothing
+                    marks[step] = _read_documents(self.folder / str(step))["meta"]["metrics"][self._metric]
+            kept |= set(sorted(marks, key=lambda step: (marks[step], -step))[: self._keep_best])
+        return [step for step in steps if step not in kept]
+
+    def _give_up(self, saving: "Saving") -> None:
+        self._saving = None
+        saving.join()
+        error = failure(saving.error) or OSError("a process failed")
+        if jax.process_index() == 0:
+            shutil.rmtree(saving.place, ignore_errors=True)  # it keeps the disk full
+        raise self._cannot(saving.step, error) from error
+
+    def _cannot(self, step: int, error: BaseException) -> UserError:
+        why = (str(error).splitlines() or [""])[0][-160:] or type(error).__name__
+        mend = "free space" if any(sign in str(error).lower() for sign in _FULL) else "look after that folder"
         good = self.steps()
         kept = f"checkpoint {good[-1]} is kept" if good else "no earlier checkpoint exists"
         return UserError(
-            f"cannot save step {step} in {self.folder} ({why}): free space and run the same command again ({kept})"
+            f"cannot save step {step} in {self.folder} ({why}): {mend} and run the same command again ({kept})"
         )
 
+    # ---- Restoring ---------------------------------------------------------------------------------------------------
+
     def restore(
-        self, abstract: TrainState, check: Callable[[Mapping[str, Any]], None], warn: Callable[[str], None]
+        self,
+        abstract: TrainState,
+        check: Callable[[Mapping[str, Any]], None],
+        warn: Callable[[str], None],
+        cast: bool = False,
     ) -> TrainState | None:
         """The newest checkpoint that is whole, or None if there is none at all.
 
         Args:
-            abstract: shapes, dtypes and shardings to restore to.
+            abstract: shapes, dtypes and shardings to restore to: any mesh of any number of processes.
             check: called with the saved identity before any array is read; raises UserError to refuse.
-            warn: called with one line for each damaged checkpoint; that one is moved to ``damaged/`` beside the folder.
+            warn: called (by the first process) with one line for each damaged checkpoint; that one is moved to
+                ``damaged/`` beside the folder.
+            cast: floating-point leaves may be of another precision in ``abstract`` than they were saved in; they are
+                checked, then converted.
 
         Raises:
-            UserError: the checkpoint is of other shapes, or all checkpoints are damaged.
+            UserError: the checkpoint is of other shapes or dtypes, or of another version's format, or all are damaged.
         """
-        steps = self.steps()
-        for step in reversed(steps):
-            try:
-                meta = self._read_meta(step)
-            except Exception as error:
-                self._set_aside(step, error, warn)
-                continue
-            check(meta["identity"])
-            _same_shapes(abstract, meta["leaves"], self.folder / str(step))
-            try:
-                with _quiet():
-                    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                    state = self._manager.restore(step, args=args)["state"]
-                _same_hashes(state, meta["leaves"])
-            except Exception as error:
-                self._set_aside(step, error, warn)
-                continue
-            return state
-        if steps:
+        self.wait()
+
+        def prepare(identity: Mapping[str, Any], leaves: Mapping[str, Any], place: Path) -> dict[str, Any]:
+            check(identity)
+            stored = _as_stored(abstract, leaves, place, cast)
+            tree = {"step": stored.step, "params": stored.params, "opt_state": stored.opt_state}
+            return {"state": tree, "ema": stored.ema}
+
+        seen = False
+        while (step := from_first(max(self.steps(), default=-1))) >= 0:
+            seen = True
+            items, error = _read(self.folder / str(step), prepare)
+            if error is None:
+                state = TrainState(**items["state"], ema=items.get("ema", abstract.ema))
+                return jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), state, abstract) if cast else state
+            del items  # makes room for the next one
+            self._set_aside(step, error, warn)
+        if seen:
             raise UserError(f"every checkpoint in {self.folder} is damaged: remove the folder to start from scratch")
         return None
 
-    def _read_meta(self, step: int) -> dict[str, Any]:
-        with _quiet():
-            meta = dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
-        digest = meta.pop("digest", None)
-        if digest != _digest(meta):
-            raise ValueError("its description does not match its own hash")
-        return meta
-
-    def _set_aside(self, step: int, error: Exception, warn: Callable[[str], None]) -> None:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    def _set_aside(self, step: int, error: BaseException, warn: Callable[[str], None]) -> None:
         place = self.folder.parent / "damaged" / str(step)
-        shutil.rmtree(place, ignore_errors=True)
-        place.parent.mkdir(exist_ok=True)
-        shutil.move(str(self.folder / str(step)), place)  # the same step will be saved again
-        self._manager.reload()
-        left = self.steps()
-        then = f"going back to step {left[-1]}" if left else "no other checkpoint is left"
-        warn(f"checkpoint {step} is damaged ({reason}); moved to {place}; {then}")
-
-    def close(self) -> None:
-        """Let go of Orbax's threads."""
-        self._manager.close()
-
-
-def describe_leaves(tree: Any) -> dict[str, list[Any]]:
-    """Leaf name -> [dtype, shape, hash of the bytes]; hashes in parallel, since hashing releases the interpreter."""
-    leaves = named_leaves(tree)
-
-    def describe(leaf: Any) -> list[Any]:
-        array = np.asarray(jax.device_get(leaf))
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        code = hashlib.blake2b(data.data, digest_size=16).hexdigest() if array.size else ""
-        return [str(array.dtype), list(array.shape), code]
-
-    with ThreadPoolExecutor(4) as pool:
-        return dict(zip(leaves, pool.map(describe, leaves.values()), strict=True))
+        failed = None
+        if jax.process_index() == 0:
+            try:
+                shutil.rmtree(place, ignore_errors=True)
+                place.parent.mkdir(exist_ok=True)
+                shutil.move(str(self.folder / str(step)), place)  # the same step will be saved again
+                left = self.steps()
+                then = f"going back to step {left[-1]}" if left else "no other checkpoint is left"
+                warn(f"checkpoint {step} is damaged ({_reason(error)}); moved to {place}; {then}")
+            except OSError as caught:
+                failed = caught
+        if failure(failed) is not None:
+            raise UserError(f"cannot move the damaged {self.folder / str(step)} to {place}: move or remove it")
 
 
-def _same_shapes(abstract: Any, saved: Mapping[str, Any], place: Path) -> None:
+def load_ema(folder: Path, abstract: Any = None, warn: Callable[[str], None] | None = None) -> tuple[Any, int]:
+    """The averaged weights alone of the newest checkpoint that is whole, and its step. Moves nothing.
+
+    Args:
+        folder: where ``Checkpoints`` saved.
+        abstract: tree of shapes, dtypes and shardings; None = nested dicts, as saved, on this process's first device.
+        warn: called with one line for each damaged checkpoint that is passed over; None = printed to stderr.
+
+    Raises:
+        UserError: there is no whole checkpoint, or it is of other shapes or dtypes.
+    """
+
+    def prepare(_: Mapping[str, Any], leaves: Mapping[str, Any], place: Path) -> dict[str, Any]:
+        saved = {name: row for name, row in leaves.items() if name.startswith("ema/")}
+        wanted = {"ema": _tree_of(saved)["ema"] if abstract is None else abstract}
+        return _as_stored(wanted, saved, place, cast=False)
+
+    for step in reversed(finished_steps(folder)):
+        items, error = _read(folder / str(step), prepare)
+        if error is None:
+            return items["ema"], step
+        (warn or _tell)(f"checkpoint {step} in {folder} is damaged ({_reason(error)}); passed over")
+    raise UserError(f"{folder} holds no whole checkpoint: give the checkpoints folder of a run that has saved")
+
+
+def finished_steps(folder: Path) -> list[int]:
+    """Steps of the finished checkpoints in ``folder``, oldest first; none if it does not exist."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+# ---- Reading back ----------------------------------------------------------------------------------------------------
+
+
+def _read(
+    place: Path, prepare: Callable[[Mapping[str, Any], Mapping[str, Any], Path], dict[str, Any]]
+) -> tuple[dict[str, Any], BaseException | None]:
+    """Items of one checkpoint as ``prepare(identity, leaves, place)`` wants them, or what is wrong with it.
+
+    All processes come to the same answer: what one cannot read, none can.
+    """
+    documents, error = {}, None
+    try:
+        documents = _read_documents(place)
+    except UserError:
+        raise
+    except Exception as caught:
+        error = caught
+    error = failure(error)
+    if error is not None:
+        return {}, error
+    meta = documents["meta"]
+    identity = {"config": documents["config"], "data": documents["data"], "meta": meta["model"]}
+    wanted = prepare(identity, meta["leaves"], place)
+    items = {}
+    try:
+        with quiet():
+            for name, tree in wanted.items():
+                if jax.tree.leaves(tree):
+                    args = ocp.args.StandardRestore(tree)
+                    items[name] = ocp.StandardCheckpointHandler().restore(epath.Path(place / name), args=args)
+    except Exception as caught:
+        error = caught
+    error = failure(error)
+    if error is None:
+        found = describe_leaves({**items.get("state", {}), **({"ema": items["ema"]} if "ema" in items else {})})
+        bad = [name for name, row in found.items() if row != list(meta["leaves"][name])]
+        error = ValueError(f"{bad[0]} does not match the checksum it was saved with") if bad else None
+    return items, error
+
+
+def _read_documents(place: Path) -> dict[str, Any]:
+    documents = {"meta": json.loads((place / "meta" / "metadata").read_text(encoding="utf-8"))}
+    meta = documents["meta"]
+    old = "identity" in meta and "format" not in meta
+    if not old:
+        for name in ("config", "data"):
+            documents[name] = json.loads((place / name / "metadata").read_text(encoding="utf-8"))
+        if meta.pop("digest", None) != _digest(documents):
+            raise ValueError("its description does not match its own hash")
+    if old or meta["format"] != _FORMAT:
+        raise UserError(f"{place} is of another version's format: go on with that version, or in another --workdir")
+    return documents
+
+
+def _as_stored(abstract: Any, saved: Mapping[str, Any], place: Path, cast: bool) -> Any:
+    """``abstract`` with the dtypes that were saved; refuses what is not the same, but for precision if ``cast``."""
     wanted = {name: [str(np.dtype(leaf.dtype)), list(leaf.shape)] for name, leaf in named_leaves(abstract).items()}
     found = {name: list(row[:2]) for name, row in saved.items()}
     for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
+        want, have = wanted.get(name), found.get(name)
+        floats = cast and want and have and all(jnp.issubdtype(row[0], jnp.floating) for row in (want, have))
+        if want != have and not (floats and want[1] == have[1]):
             raise UserError(
-                f"{place}: {name} is {found.get(name, 'absent')} in the checkpoint and {wanted.get(name, 'absent')} in"
-                " this run: use the config it was made with, or another --workdir"
+                f"{place}: {name} is {have or 'absent'} in the checkpoint and {want or 'absent'} in this run: use the"
+                " config it was made with, or another --workdir"
             )
+    dtypes = iter([np.dtype(found[name][0]) for name in named_leaves(abstract)])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, next(dtypes), sharding=leaf.sharding), abstract)
 
 
-def _same_hashes(state: TrainState, saved: Mapping[str, Any]) -> None:
-    for name, row in describe_leaves(state).items():
-        if list(row) != list(saved[name]):
-            raise ValueError(f"{name} does not match the hash it was saved with")
+def _tree_of(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of abstract leaves from names such as ``ema/blocks/kernel``, on one device."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    tree: dict[str, Any] = {}
+    for name, (dtype, shape, _) in saved.items():
+        *above, last = name.split("/")
+        node = tree
+        for part in above:
+            node = node.setdefault(part, {})
+        node[last] = jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype), sharding=place)
+    return tree
 
 
-def _digest(meta: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16).hexdigest()
+def _digest(documents: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(documents, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax logs long tracebacks of what it also raises; one line from us says the same.
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
-    After an error its other reads and writes finish behind its back, and complain that nobody waits for them any more.
-    """
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
-    failed = False
 
-    def unless_ours(told: Any) -> None:
-        if not failed and "Event loop is closed" not in str(told.exc_value):
-            hook(told)
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
-    logger.setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = unless_ours
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield
-    except Exception as error:
-        failed = True
-        one: BaseException | None = error
-        while one is not None:
-            traceback.clear_frames(one.__traceback__)  # they hold the unfinished work alive
-            one = one.__context__
-        time.sleep(0.5)
-        gc.collect()
-        raise
+        os.fsync(handle)
     finally:
-        sys.unraisablehook = hook
-        logger.setLevel(level)
+        os.close(handle)

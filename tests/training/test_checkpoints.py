@@ -1,28 +1,49 @@
 import errno
+import json
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
+from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.errors import UserError
-from scaling_perception.training.checkpoints import Checkpoints, describe_leaves
+from scaling_perception.training import saving
+from scaling_perception.training.checkpoints import Checkpoints, load_ema
 from scaling_perception.training.state import TrainState, named_leaves, new_state
 
 TX = optax.adam(1e-3)
-IDENTITY = {"config": {"optim": {"lr": 1e-3}}}
+IDENTITY = {"config": {"optim": {"lr": 1e-3}}, "data": {"length": 64}, "meta": {"vae": "tiny"}}
+ONE = SingleDeviceSharding(jax.devices()[0])
 
 
 def state_at(step, shape=(40, 30)):
-    params = {"kernel": jax.random.normal(jax.random.key(step), shape), "low": jnp.ones(3, jnp.bfloat16)}
-    return new_state(params, TX)._replace(step=jnp.asarray(step, jnp.int32))
+    params = {"layer": {"kernel": jax.random.normal(jax.random.key(step), shape)}, "low": jnp.ones(3, jnp.bfloat16)}
+    state = new_state(params, TX)._replace(step=jnp.asarray(step, jnp.int32))
+    return state._replace(ema=jax.tree.map(lambda leaf: leaf * 2, state.ema))
 
 
-def abstract_of(state):
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state)
+def abstract_of(state, place=ONE, dtype=None):
+    def abstract(leaf):
+        floats = dtype and jnp.issubdtype(leaf.dtype, jnp.floating)
+        where = place if leaf.ndim == 2 or place is ONE else NamedSharding(place.mesh, P())
+        return jax.ShapeDtypeStruct(leaf.shape, dtype if floats else leaf.dtype, sharding=where)
+
+    return jax.tree.map(abstract, state)
+
+
+def same(tree, other):
+    left, right = named_leaves(tree), named_leaves(other)
+    assert left.keys() == right.keys()
+    for name, leaf in left.items():
+        assert leaf.dtype == right[name].dtype, name
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(right[name]), err_msg=name)
 
 
 @pytest.fixture
@@ -31,6 +52,7 @@ def saved(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     for step in (1, 2, 3):
         assert checkpoints.save(state_at(step), IDENTITY)
+    checkpoints.wait()
     yield checkpoints
     checkpoints.close()
 
@@ -50,20 +72,46 @@ def damage(checkpoints, step, how):
     path.write_bytes(bytes(content) if how == "flip" else bytes(content[: len(content) // 2]))
 
 
+# ---- What is saved ---------------------------------------------------------------------------------------------------
+
+
 def test_round_trip_is_bit_exact_and_the_oldest_goes(saved):
     assert saved.steps() == [2, 3]
     seen = []
     state, lines = restore(saved, seen.append)
     assert isinstance(state, TrainState) and not lines
-    expected = named_leaves(state_at(3))
-    for name, leaf in named_leaves(state).items():
-        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(expected[name]), err_msg=name)
-        assert leaf.dtype == expected[name].dtype
+    same(state, state_at(3))
     assert seen == [IDENTITY]
 
 
 def test_the_same_step_is_saved_once(saved):
     assert not saved.save(state_at(3), IDENTITY)
+
+
+def test_items_are_separate_and_plain_orbax_reads_them(saved):
+    place = saved.folder / "3"
+    assert {path.name for path in place.iterdir()} == {"state", "ema", "config", "data", "meta"}
+    assert json.loads((place / "config" / "metadata").read_text()) == IDENTITY["config"]
+    with ocp.StandardCheckpointer() as reader:
+        ema = reader.restore(place / "ema", abstract_of(state_at(0).ema))
+    same(ema, state_at(3).ema)
+
+
+def test_the_average_alone(saved):
+    ema, step = load_ema(saved.folder)
+    assert step == 3
+    same(ema, state_at(3).ema)
+    split = NamedSharding(make_mesh(data=1, fsdp=8), P("fsdp"))
+    ema, _ = load_ema(saved.folder, abstract_of(state_at(0).ema, split))
+    same(ema, state_at(3).ema)
+    assert ema["layer"]["kernel"].sharding == split
+    path = next(path for path in (saved.folder / "3" / "ema" / "d").iterdir())
+    path.write_bytes(path.read_bytes()[:-9])
+    lines = []
+    ema, step = load_ema(saved.folder, warn=lines.append)
+    assert step == 2 and len(lines) == 1 and "checkpoint 3 in" in lines[0] and saved.steps() == [2, 3]
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        load_ema(saved.folder / "nowhere")
 
 
 def test_nothing_to_restore(tmp_path):
@@ -72,33 +120,66 @@ def test_nothing_to_restore(tmp_path):
     checkpoints.close()
 
 
-@pytest.mark.parametrize("how", ["flip", "truncate"])
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(saved, how):
-    damage(saved, 3, how)
-    state, lines = restore(saved)
-    assert int(state.step) == 2
-    np.testing.assert_array_equal(state.params["kernel"], state_at(2).params["kernel"])
-    assert len(lines) == 1 and "checkpoint 3 is damaged" in lines[0] and "going back to step 2" in lines[0]
-    assert (saved.folder.parent / "damaged" / "3").is_dir()
-    assert saved.save(state_at(3), IDENTITY)  # its place is free again
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"keep": 1}, [6]),
+        ({"keep": 2, "keep_every": 3}, [3, 5, 6]),
+        ({"keep": 1, "keep_best": 2, "metric": "error"}, [2, 4, 6]),
+        ({"keep": 1, "keep_every": 5, "keep_best": 1, "metric": "error"}, [4, 5, 6]),
+        ({"keep": 1, "keep_best": 1, "metric": "absent"}, [6]),
+    ],
+)
+def test_which_are_kept(tmp_path, options, kept):
+    errors = [3.0, 1.0, float("nan"), 0.5, 2.0, 9.0]
+    for part in (errors[:4], errors[4:]):  # a run and its continuation
+        checkpoints = Checkpoints(tmp_path, **options)
+        for error in part:
+            step = errors.index(error) + 1
+            checkpoints.save(state_at(step, (2, 2)), IDENTITY, metrics={"error": jnp.float32(error)})
+        checkpoints.close()
+    assert checkpoints.steps() == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == [str(step) for step in kept]
 
 
-def test_damaged_metadata_is_noticed(saved):
-    path = saved.folder / "3" / "meta" / "metadata"
-    path.write_text(path.read_text().replace("0.001", "0.002"))
-    state, lines = restore(saved)
-    assert int(state.step) == 2 and "its own hash" in lines[0]
+# ---- Where and as what it is restored --------------------------------------------------------------------------------
 
 
-def test_all_damaged_is_an_error(saved):
-    for step in (2, 3):
-        shutil.rmtree(saved.folder / str(step) / "state")
-    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
-        restore(saved)
+def test_on_another_mesh(tmp_path):
+    places = [
+        NamedSharding(make_mesh(), P()),
+        NamedSharding(make_mesh(data=1, fsdp=8), P("fsdp")),
+        NamedSharding(make_mesh(data=1, fsdp=2, tensor=4), P("tensor", "fsdp")),
+        ONE,
+    ]
+    expected = state_at(1)
+    for number, place in enumerate(places):
+        checkpoints = Checkpoints(tmp_path / str(number), keep=1)
+        abstract = abstract_of(expected, place)
+        checkpoints.save(
+            jax.device_put(expected, jax.tree.map(lambda leaf: leaf.sharding, abstract)), IDENTITY, wait=True
+        )
+        other = abstract_of(expected, places[(number + 1) % len(places)])
+        state = checkpoints.restore(other, lambda identity: None, pytest.fail)
+        same(state, expected)
+        for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+            assert leaf.sharding == wanted.sharding
+
+
+def test_another_precision_only_when_asked(saved):
+    wanted = abstract_of(state_at(0), dtype=jnp.bfloat16)
+    with pytest.raises(UserError, match=r"ema/layer/kernel is \['float32', .* in the checkpoint and \['bfloat16"):
+        saved.restore(wanted, lambda identity: None, pytest.fail)
+    state = saved.restore(wanted, lambda identity: None, pytest.fail, cast=True)
+    expected = state_at(3)
+    same(state.params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), expected.params))
+    assert state.step.dtype == jnp.int32 and int(state.step) == 3
+    with pytest.raises(UserError, match="kernel is .*40, 30.*40, 31"):
+        saved.restore(abstract_of(state_at(0, (40, 31)), dtype=jnp.bfloat16), lambda identity: None, print, cast=True)
 
 
 def test_another_shape_names_the_leaf(saved):
-    with pytest.raises(UserError, match=r"ema/kernel is \['float32', \[40, 30\]\] in the checkpoint and .*\[40, 31\]"):
+    with pytest.raises(UserError, match=r"kernel is \['float32', \[40, 30\]\] in the checkpoint and .*\[40, 31\]"):
         saved.restore(abstract_of(state_at(0, (40, 31))), lambda identity: None, print)
     assert saved.steps() == [2, 3]  # a wrong config is no damage
 
@@ -114,45 +195,152 @@ def test_a_refusal_reads_no_array_and_moves_nothing(saved):
     assert saved.steps() == [2, 3]
 
 
+def test_the_old_format_is_refused_in_one_line(tmp_path):
+    place = tmp_path / "7"
+    (place / "meta").mkdir(parents=True)
+    (place / "meta" / "metadata").write_text(json.dumps({"identity": {}, "leaves": {}, "digest": ""}))
+    with pytest.raises(UserError, match="7 is of another version's format"):
+        restore(Checkpoints(tmp_path, keep=1))
+    assert place.is_dir()
+
+
+# ---- Damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(saved, how):
+    damage(saved, 3, how)
+    state, lines = restore(saved)
+    same(state, state_at(2))
+    assert len(lines) == 1 and "checkpoint 3 is damaged" in lines[0] and "going back to step 2" in lines[0]
+    assert (saved.folder.parent / "damaged" / "3").is_dir()
+    assert saved.save(state_at(3), IDENTITY, wait=True)  # its place is free again
+    assert int(restore(saved)[0].step) == 3
+
+
+@pytest.mark.parametrize("item", ["config", "data", "meta"])
+def test_damaged_descriptions_are_noticed(saved, item):
+    path = saved.folder / "3" / item / "metadata"
+    text = path.read_text()
+    path.write_text(
+        {"config": text.replace("0.001", "0.002"), "data": "{}", "meta": text.replace("tiny", "tidy")}[item]
+    )
+    state, lines = restore(saved)
+    assert int(state.step) == 2 and "its own hash" in lines[0]
+
+
+def test_all_damaged_is_an_error(saved):
+    for step in (2, 3):
+        shutil.rmtree(saved.folder / str(step) / "state")
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+        restore(saved)
+
+
+# ---- While it is written ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """An event that saves wait for before they may end."""
+    event, written = threading.Event(), saving.Saving.written
+
+    def hold(self):
+        assert event.wait(60)
+        written(self)
+
+    monkeypatch.setattr(saving.Saving, "written", hold)
+    yield event
+    event.set()
+
+
+@pytest.mark.parametrize("spec", [P(), P("fsdp")])
+def test_buffers_may_be_given_away_as_soon_as_save_returns(saved, held, spec):
+    place = NamedSharding(make_mesh(data=1, fsdp=8), spec)
+    abstract = abstract_of(state_at(4, (512, 256)), place)
+    make = jax.jit(lambda: state_at(4, (512, 256)), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    expected = make()
+    spoil = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 7, tree), donate_argnums=0)
+    jax.block_until_ready(spoil(make()))  # compiled
+    state = make()
+    assert saved.save(state, IDENTITY)
+    for _ in range(3):
+        state = spoil(state)
+    assert int(state.step) == -7
+    assert saved.steps() == [2, 3]  # it is not there yet
+    saved.poll()
+    held.set()
+    saved.wait()
+    assert saved.steps() == [3, 4]
+    same(saved.restore(abstract, lambda identity: None, pytest.fail), expected)
+
+
+def test_poll_ends_a_save_and_the_next_save_waits_for_it(saved, held):
+    saved.save(state_at(4), IDENTITY)
+    threading.Timer(0.3, held.set).start()
+    assert saved.save(state_at(5), IDENTITY)
+    assert 4 in saved.steps()
+    while 5 not in saved.steps():
+        saved.poll()
+    saved.close()
+    assert saved.steps() == [4, 5]
+
+
+def failing(error):
+    def fail(self):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("teller", ["poll", "wait", "save", "close"])
+def test_a_save_that_fails_is_told_by_whatever_comes_next(saved, monkeypatch, teller):
+    error = ValueError(
+        'RESOURCE_EXHAUSTED: Error writing "params": Failed to write 527734 bytes: No space left on device'
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.Saving, "written", failing(error))
+        saved.save(state_at(4), IDENTITY)
+        saved._saving.join()
+    call = (lambda: saved.save(state_at(5), IDENTITY)) if teller == "save" else getattr(saved, teller)
+    with pytest.raises(UserError, match="cannot save step 4 .*free space and run the same .*checkpoint 3 is kept"):
+        call()
+    assert not list(saved.folder.glob("4*")) and saved.steps() == [2, 3]
+    saved.poll()  # told once
+    assert saved.save(state_at(5), IDENTITY, wait=True) and saved.steps() == [3, 5]
+
+
+def test_closing_after_another_error_leaves_that_one(saved, monkeypatch, capsys):
+    monkeypatch.setattr(saving.Saving, "written", failing(OSError(errno.EIO, "Input/output error")))
+    saved.save(state_at(4), IDENTITY)
+    with pytest.raises(KeyError, match="first"):
+        try:
+            raise KeyError("first")
+        finally:
+            saved.close()
+    assert "cannot save step 4" in capsys.readouterr().err
+
+
 def test_too_little_room_is_refused_before_writing(saved, monkeypatch):
     usage = shutil.disk_usage(saved.folder)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="cannot save step 4 .*checkpoint 3 is kept"):
+    with pytest.raises(UserError, match="cannot save step 4 .*1000|0 MB are free.*free space.*checkpoint 3 is kept"):
         saved.save(state_at(4), IDENTITY)
     assert saved.steps() == [2, 3] and restore(saved)[0] is not None
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        ValueError('RESOURCE_EXHAUSTED: Error writing "params": Failed to write 527734 bytes: No space left on device'),
-    ],
-)
-def test_a_disk_that_fills_while_saving_keeps_the_last_good_one(saved, monkeypatch, error):
-    def fail(step, **_):
-        (saved.folder / f"{step}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-        raise error
-
-    monkeypatch.setattr(saved._manager, "save", fail)
-    with pytest.raises(UserError, match="free space and run the same command again .checkpoint 3 is kept."):
-        saved.save(state_at(4), IDENTITY)
-    assert not list(saved.folder.glob("4*"))
-    monkeypatch.undo()
-    assert int(restore(saved)[0].step) == 3
+def test_what_was_half_written_makes_room_and_is_no_checkpoint(saved):
+    for name in ("9.orbax-checkpoint-tmp", "1.deleted.orbax-checkpoint-tmp"):
+        shutil.copytree(saved.folder / "3", saved.folder / name)
+    assert saved.steps() == [2, 3] and int(restore(saved)[0].step) == 3
+    saved.save(state_at(4), IDENTITY, wait=True)
+    assert sorted(path.name for path in saved.folder.iterdir()) == ["3", "4"]
 
 
-def test_hashes_tell_dtype_shape_and_every_bit():
-    rows = describe_leaves({"a": np.zeros(4, np.float32), "b": np.zeros((0, 2), np.float32), "c": np.float32(0)})
-    assert rows["a"][:2] == ["float32", [4]] and rows["b"] == ["float32", [0, 2], ""] and rows["c"][1] == []
-    other = np.zeros(4, np.float32)
-    other.view(np.uint32)[3] = 1  # the smallest denormal
-    assert describe_leaves({"a": other})["a"][2] != rows["a"][2]
-
-
-def test_keep_and_folder_mistakes(tmp_path):
+def test_mistakes(tmp_path):
     with pytest.raises(UserError, match=r"train\.keep is 0"):
         Checkpoints(tmp_path / "a", keep=0)
+    with pytest.raises(UserError, match=r"train\.keep_best is -1"):
+        Checkpoints(tmp_path / "a", keep=1, keep_best=-1)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another --workdir"):
         Checkpoints(tmp_path / "file" / "x", keep=1)
