@@ -1,12 +1,11 @@
-"""Error of a model on a dataset, by denoising steps and ensemble size.
+"""Error of a model on a dataset, against compute: denoising steps, ensemble sizes, timestep grids, solvers, tolerances.
 
 Writes one JSON: every cell of the grid with its error (mean over images and 95 % interval), MACs and seconds, the rows
-of all images, the trivial answers, and the autoencoder's floor. `report` makes a page of it.
+of all images, the trivial answers, and the autoencoder's floor. `report` makes a page of it; CSV is for other tools.
+What is done is kept in OUT.journal until the end: after a kill the same command goes on.
 """
 
 import argparse
-import csv
-import io
 import os
 import sys
 from pathlib import Path
@@ -19,6 +18,8 @@ EXAMPLES = """
 scaling-perception evaluate --task depth --dataset scenes --model mini --count 32 --json runs/depth.json
 scaling-perception evaluate --task depth --dataset nyuv2 --data /data/nyuv2 --model mini --steps 1,5,10 --ensemble 1,5 --json runs/nyu.json
 scaling-perception evaluate --task flow --dataset flying_chairs --data /data/FlyingChairs --model runs/flow --preset fixed,paper --json runs/flow.json --panels 4
+scaling-perception evaluate --task depth --dataset scenes --model mini --steps 1,2,5,10 --ensemble 1,2,5,10 --tolerance 0.01,0.02,0.04 --json runs/adaptive.json
+scaling-perception evaluate --task depth --dataset scenes --model runs/depth --steps 1,2,5,10 --ensemble 1,2,5 --write-budgets runs/depth --json runs/budgets.json
 """  # noqa: E501
 
 _FORMAT = 1
@@ -40,12 +41,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", default="10", help="denoising steps, comma-separated (default 10)")
     parser.add_argument("--ensemble", default="5", help="ensemble sizes, comma-separated (default 5)")
     parser.add_argument("--preset", help="timestep grids: fixed, paper, released (default: the model's own)")
+    parser.add_argument("--solver", default="ddim", help="ddim, ddpm, dpm++2m, unipc, single, comma-separated (ddim)")
+    parser.add_argument(
+        "--tolerance",
+        metavar="X",
+        help="adaptive members: also cells that stop within these distances, comma-separated",
+    )
+    parser.add_argument("--first", type=int, default=2, help="members of each adaptive round (default %(default)s)")
+    parser.add_argument(
+        "--step-tolerance", metavar="X", help="early exit: also cells that stop at these changes, comma-separated"
+    )
+    parser.add_argument(
+        "--step-chunk", type=int, default=2, metavar="N", help="steps between two looks (default %(default)s)"
+    )
+    parser.add_argument("--metrics", help="further metrics, comma-separated, or all")
     parser.add_argument("--reduce", help="merging: depth lsq, median, minmax, marigold; flow mean, median")
     parser.add_argument("--seed", type=int, default=0, help="key of all noise (default 0)")
     parser.add_argument("--batch-size", type=int, help="images × members at once (default: by memory)")
     parser.add_argument("--dtype", default="float32", help="of the transformer's products: float32 or bfloat16")
     parser.add_argument("--json", required=True, metavar="OUT", help="result to write")
-    parser.add_argument("--csv", metavar="OUT", help="also write one line a cell")
+    parser.add_argument("--csv", metavar="OUT", help="also write one line a cell (columns: docs/evaluate.md)")
+    parser.add_argument("--per-image", metavar="OUT", help="also write a CSV of one line an image and cell")
+    parser.add_argument(
+        "--write-budgets", metavar="MODEL", help="put this into the model folder's budgets.json, for predict --budget"
+    )
     parser.add_argument("--panels", type=int, default=0, metavar="K", help="save pictures of the first K images")
 
 
@@ -55,13 +74,36 @@ def numbers(text: str, flag: str) -> list[int]:
     Raises:
         UserError: anything else.
     """
-    try:
-        values = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        values = []
+    values = _parts(text, int)
     if not values or min(values) < 1:
         raise UserError(f"{flag} '{text}': give whole numbers above 0, such as 1,2,5")
     return values
+
+
+def tolerances(text: str | None, flag: str) -> tuple[float, ...]:
+    """``0.01,0.02`` as numbers of 0 or more; None is none.
+
+    Raises:
+        UserError: anything else.
+    """
+    if text is None:
+        return ()
+    values = _parts(text, float)
+    if not values or not all(0 <= value < float("inf") for value in values):
+        raise UserError(f"{flag} '{text}': give numbers of 0 or more, such as 0.01,0.02")
+    return tuple(values)
+
+
+def _parts(text: str, kind: Any) -> list[Any]:
+    try:
+        return [kind(part) for part in words(text)]
+    except ValueError:
+        return []
+
+
+def words(text: str | None) -> list[str]:
+    """``a,b`` as a list; empty for None."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def _options(words: list[str]) -> dict[str, Any]:
@@ -103,34 +145,52 @@ def open_data(args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace) -> int:
     from scaling_perception import Predictor, __version__
-    from scaling_perception.evaluation.protocols import get_protocol, reduce_mode
+    from scaling_perception.evaluation.nested import Adaptive
+    from scaling_perception.evaluation.protocols import count_note, get_protocol, reduce_mode
     from scaling_perception.evaluation.sweep import sweep
+    from scaling_perception.models.dit import count_params
     from scaling_perception.support.progress import progress
     from scaling_perception.tasks import get_task
 
     get_task(args.task)
     steps, ensemble = numbers(args.steps, "--steps"), numbers(args.ensemble, "--ensemble")
+    adaptive = Adaptive(
+        tolerances(args.tolerance, "--tolerance"),
+        args.first,
+        tolerances(args.step_tolerance, "--step-tolerance"),
+        args.step_chunk,
+    )
     mode = reduce_mode(args.task, args.reduce)
-    presets = [name.strip() for name in args.preset.split(",") if name.strip()] if args.preset else [None]
-    out = Path(args.json)
-    for path in filter(None, (args.json, args.csv)):
-        _check_folder(Path(path))
-    source = open_data(args)
-    predictor = Predictor.from_pretrained(args.model, autoencoder=args.autoencoder, dtype=args.dtype)
     protocol = get_protocol(args.task, args.dataset)
-    found, shown = sweep(
+    if args.metrics:
+        asked = "all" if args.metrics == "all" else dict.fromkeys([*protocol["metrics"], *words(args.metrics)])
+        protocol = get_protocol(args.task, args.dataset, asked)
+    out = Path(args.json)
+    for path in filter(None, (args.json, args.csv, args.per_image)):
+        _check_folder(Path(path))
+    folder = _budgets_folder(args.write_budgets)
+    source = open_data(args)
+    if not args.count and (note := count_note(protocol, args.split, len(source))):
+        print(note, file=sys.stderr)
+    predictor = Predictor.from_pretrained(args.model, autoencoder=args.autoencoder, dtype=args.dtype)
+    journal = out.with_name(f"{out.name}.journal")
+    found, panels = sweep(
         predictor,
         source,
         args.task,
         protocol,
         steps,
         ensemble,
-        presets,
+        words(args.preset) or [None],
         mode,
         key=args.seed,
         batch_size=args.batch_size,
         panels=args.panels,
         progress=progress,
+        solvers=words(args.solver),
+        adaptive=adaptive,
+        journal=journal,
+        show=_Panels(args.task, protocol, out),
     )
     result = {
         "format": _FORMAT,
@@ -139,37 +199,66 @@ def run(args: argparse.Namespace) -> int:
         "split": args.split,
         "model": args.model,
         "weights": predictor.id,
+        "params": count_params(predictor.config),
         "autoencoder": {"name": predictor.autoencoder.name, "weights": predictor.autoencoder_id},
         "resolution": predictor.resolution,
         "prediction_type": predictor.diffusion.prediction,
         "task_options": predictor.options.to_dict(),
+        "dtype": args.dtype,
         "seed": args.seed,
         "version": __version__,
         "data": source.fingerprint(),
         "protocol": protocol,
         **found,
-        "panels": _write_panels(shown, args.task, protocol, out),
+        "panels": panels,
     }
     write_json(out, result)
-    if args.csv:
-        write_text(args.csv, cells_csv(result))
+    _write_tables(args, result, folder)
+    journal.unlink(missing_ok=True)
     print_table(result)
     print(f"written: {out}")
     return _report_skipped(found["skipped"])
 
 
-def _write_panels(shown: list[Any], task: str, protocol: dict[str, Any], out: Path) -> list[dict[str, Any]]:
-    from scaling_perception.data.formats import write_image
-    from scaling_perception.evaluation.pictures import panel_pictures
+def _budgets_folder(name: str | None) -> Path | None:
+    from scaling_perception.evaluation.budgets import FILE, load_budgets
+    from scaling_perception.evaluation.inputs import find_model
 
-    panels = []
-    for index, (raw, estimate, cell) in enumerate(shown):
-        entry: dict[str, Any] = {"key": str(raw["key"])}
-        for name, pixels in panel_pictures(task, raw, estimate, protocol).items():
-            entry[name] = f"panels/{out.stem}_{index:02d}_{name}.png"
-            write_image(out.parent / entry[name], pixels)
-        panels.append({**entry, "cell": cell})
-    return panels
+    if name is None:
+        return None
+    folder = find_model(name)
+    load_budgets(folder)  # a damaged table is refused before the work, not after it
+    _check_folder(folder / FILE)
+    return folder
+
+
+def _write_tables(args: argparse.Namespace, result: dict[str, Any], folder: Path | None) -> None:
+    from scaling_perception.evaluation.budgets import budget_entry, write_budgets
+    from scaling_perception.evaluation.tables import cells_csv, images_csv
+
+    if args.csv:
+        write_text(args.csv, cells_csv(result))
+    if args.per_image:
+        write_text(args.per_image, images_csv(result))
+    if folder is not None:
+        print(f"written: {write_budgets(folder, args.task, budget_entry(result))}")
+
+
+class _Panels:
+    """Writes an image's pictures as soon as it is done, so that a run that goes on need not do it again."""
+
+    def __init__(self, task: str, protocol: dict[str, Any], out: Path) -> None:
+        self.task, self.protocol, self.out = task, protocol, out
+
+    def __call__(self, shown: Any, number: int) -> dict[str, Any]:
+        from scaling_perception.data.formats import write_image
+        from scaling_perception.evaluation.pictures import panel_pictures
+
+        entry: dict[str, Any] = {"key": str(shown.raw["key"])}
+        for name, pixels in panel_pictures(self.task, shown.raw, shown.estimate, self.protocol).items():
+            entry[name] = f"panels/{self.out.stem}_{number:02d}_{name}.png"
+            write_image(self.out.parent / entry[name], pixels)
+        return {**entry, "cell": shown.cell}
 
 
 def _report_skipped(skipped: list[dict[str, str]]) -> int:
@@ -179,35 +268,23 @@ def _report_skipped(skipped: list[dict[str, str]]) -> int:
     return 1 if any(item["kind"] == "unreadable" for item in skipped) else 0
 
 
-def cells_csv(result: dict[str, Any]) -> str:
-    """One line a cell: its settings, MACs, seconds, and mean, low and high of every metric."""
-    names = ["preset", "spacing", "schedule", "steps", "ensemble", "reduce", "macs", "seconds"]
-    metrics = list(result["cells"][0]["metrics"])
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    ends = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
-    table.writerow(["task", "dataset", "model", "images", *names, *ends])
-    for cell in result["cells"]:
-        values = [value for m in metrics for value in (cell["metrics"][m]["mean"], *cell["metrics"][m]["ci95"])]
-        head = [result["task"], result["dataset"], result["model"], result["images"]]
-        table.writerow([*head, *[cell[name] for name in names], *values])
-    return text.getvalue()
-
-
 def print_table(result: dict[str, Any]) -> None:
     """Print the cells and the trivial answers."""
-    metrics = list(result["cells"][0]["metrics"])
+    metrics = list(result["protocol"]["metrics"])
 
     def figures(summary: dict[str, Any]) -> list[str]:
-        values = [summary[m] for m in metrics]
-        return [f"{v['mean']:.4f} [{v['ci95'][0]:.4f}, {v['ci95'][1]:.4f}]" for v in values]
+        values = [summary.get(m) for m in metrics]
+        return [f"{v['mean']:.4f} [{v['ci95'][0]:.4f}, {v['ci95'][1]:.4f}]" if v else "" for v in values]
 
-    rows = [["preset", "steps", "N", "GMAC", "s/image", *metrics]]
+    rows = [["preset", "solver", "steps", "N", "stops at", "GMAC", "s/image", *metrics]]
     for cell in result["cells"]:
         macs = "" if cell["macs"] is None else f"{cell['macs'] / 1e9:.3g}"
-        head = [cell["preset"], str(cell["steps"]), str(cell["ensemble"]), macs, f"{cell['seconds']:.3g}"]
-        rows.append([*head, *figures(cell["metrics"])])
-    rows += [[name, "", "", "", "", *figures(value["metrics"])] for name, value in result["baselines"].items()]
+        steps, members = f"{cell['mean_steps']:.3g}", f"{cell['mean_members']:.3g}"
+        stops = cell.get("tolerance", cell.get("step_tolerance", ""))
+        name = {"fixed": "", "adaptive": "members", "steps": "steps"}[cell["kind"]]
+        head = [cell["preset"], cell["solver"], steps, members, f"{name} {stops}".strip(), macs]
+        rows.append([*head, f"{cell['seconds']:.3g}", *figures(cell["metrics"])])
+    rows += [[name, *[""] * 6, *figures(value["metrics"])] for name, value in result["baselines"].items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     print(f"{result['task']} on {result['dataset']}: {result['images']} images, model {result['model']}")
     for row in rows:

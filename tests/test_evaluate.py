@@ -1,13 +1,19 @@
-"""The evaluate verb: the JSON's promises, its pictures and table, and mistakes told in one line."""
+"""The evaluate verb: the JSON's promises, its pictures and tables, going on after a kill, mistakes told in one line."""
 
 import csv
 import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from scaling_perception.cli import main
 from scaling_perception.data.formats import read_image
+from scaling_perception.evaluation.budgets import choose, load_budgets
 from scaling_perception.report import write_report
 from scaling_perception.support.errors import UserError
 
@@ -74,7 +80,8 @@ def test_json_holds_what_is_promised(evaluate, tmp_path, task, metrics, baseline
     passes = 2 if task == "flow" else 1
     assert result["cells"][1]["macs"] == 2 * result["cells"][0]["macs"] > 0
     assert result["cells"][0]["macs"] % (2 * passes) == 0
-    assert list(result["baselines"]) == [*baselines, "autoencoder"]
+    ceilings = ["autoencoder", *(["threshold"] if task == "amodal" else [])]
+    assert list(result["baselines"]) == [*baselines, *ceilings]
     for entry in (*result["cells"], *result["baselines"].values()):
         assert list(entry["metrics"]) == metrics
         assert [sorted(row) for row in entry["rows"]] == [sorted(["key", *metrics])] * 3
@@ -116,6 +123,110 @@ def test_same_command_same_figures(evaluate, tmp_path):
     assert results[0] == results[1]
 
 
+def _rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables_for_other_tools(evaluate, tmp_path):
+    """Columns as docs/evaluate.md has them; what a cell does not have is empty."""
+    cells, images = tmp_path / "cells.csv", tmp_path / "images.csv"
+    words = ["--steps", "2", "--ensemble", "1,2", "--tolerance", "1e9", "--metrics", "rmse"]
+    evaluate("depth", *words, "--csv", str(cells), "--per-image", str(images))
+    result = json.loads((tmp_path / "eval" / "result.json").read_text())
+    rows = _rows(cells)
+    assert list(rows[0]) == [
+        *("task", "dataset", "split", "images", "model", "weights", "params", "resolution", "protocol", "kind"),
+        *("preset", "spacing", "schedule", "solver", "steps", "ensemble", "reduce", "tolerance", "first"),
+        *("step_tolerance", "step_chunk", "mean_steps", "mean_members", "macs", "seconds"),
+        *("abs_rel", "abs_rel_low", "abs_rel_high", "delta1", "delta1_low", "delta1_high"),
+        *("1-delta1", "1-delta1_low", "1-delta1_high", "rmse", "rmse_low", "rmse_high"),
+    ]
+    assert [(r["kind"], r["ensemble"], r["tolerance"], r["mean_members"]) for r in rows] == [
+        *[("fixed", "1", "", "1"), ("fixed", "2", "", "2"), ("adaptive", "2", "1000000000.0", "2.0")]
+    ]
+    for row in rows:
+        low, mean, high = (float(row[f"1-delta1{end}"]) for end in ("_low", "", "_high"))
+        assert low <= mean <= high and mean == 1 - float(row["delta1"])
+        assert row["solver"] == "ddim" and int(row["params"]) == result["params"] > 0 and float(row["macs"]) > 0
+    rows = _rows(images)
+    assert list(rows[0]) == [
+        *("task", "dataset", "model", "key", "answer", "kind", "preset", "spacing", "solver", "steps", "ensemble"),
+        *("tolerance", "step_tolerance", "forwards", "macs", "abs_rel", "delta1", "rmse"),
+    ]
+    answers = ["model"] * 9 + [name for name in result["baselines"] for _ in range(3)]
+    assert [row["answer"] for row in rows] == answers
+    assert [(row["key"], row["forwards"]) for row in rows[3:7]] == [
+        *[(f"raw/{i}", "4") for i in range(3)],
+        ("raw/0", "4"),
+    ]
+    assert float(rows[3]["abs_rel"]) == result["cells"][1]["rows"][0]["abs_rel"]
+    assert float(rows[3]["macs"]) == 4 * result["macs_per_forward"] and rows[-1]["forwards"] == ""
+
+
+def test_budgets_are_written_and_read(evaluate, nano_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(nano_folder, model)
+    for task in ("depth", "amodal"):
+        evaluate(task, "--steps", "1,2", "--ensemble", "1,2", "--tolerance", "0.1", "--write-budgets", str(model))
+    table = load_budgets(model)
+    assert table is not None and list(table["tasks"]) == ["amodal", "depth"]
+    result = json.loads((tmp_path / "eval" / "result.json").read_text())
+    entry = table["tasks"]["amodal"]
+    assert len(entry["cells"]) == 4 and entry["weights"] == result["weights"] and entry["metric"] == "1-iou"
+    assert choose(table, "amodal", macs=1e99).error == min(cell["error"] for cell in entry["cells"])
+    (model / "budgets.json").write_text("{")
+    text = evaluate("depth", "--write-budgets", str(model), code=2)
+    assert "budgets.json is not valid JSON" in text.err
+
+
+_KILLED = """
+import os, signal, sys
+from scaling_perception.cli import main
+from scaling_perception.evaluation.predictor import Predictor
+sample, left = Predictor.sample, [int(sys.argv[1])]
+def last(*arguments):
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    return sample(*arguments)
+Predictor.sample = last
+main(sys.argv[2:])
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(nano_folder, tmp_path, capsys):
+    """SIGKILL in the middle of an image; the same command then gives the same bytes, apart from times."""
+    count, points = 6, 4
+    killed = random.randrange(points, count * points)
+    results = []
+
+    def words(out):
+        grid = ["--steps", "1,2", "--ensemble", "1,2", "--preset", "fixed,paper", "--tolerance", "0.05"]
+        data = ["--dataset", "scenes", "--count", str(count), "--option", "resolution=32", "--batch-size", "2"]
+        return ["--task", "depth", *data, "--model", str(nano_folder), *grid, "--panels", "1", "--json", str(out)]
+
+    out = tmp_path / "x.json"
+    process = subprocess.run([sys.executable, "-c", _KILLED, str(killed), "evaluate", *words(out)], capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    journal = tmp_path / "x.json.journal"
+    assert not out.exists() and journal.read_bytes().count(b"\n") == 1 + killed // points
+    assert main(["evaluate", *words(out)[:-2], "--seed", "1", "--json", str(out)]) == 2
+    assert "seed was 0, is 1" in capsys.readouterr().err
+    for path in (out, tmp_path / "y.json"):
+        assert main(["evaluate", *words(path)]) == 0
+        told = capsys.readouterr().err
+        assert (f"{killed // points} images are done" in told) == (path == out)
+        result = json.loads(path.read_text())
+        for cell in result["cells"]:
+            del cell["seconds"]
+        results.append(json.dumps(result).replace("panels/x_", "panels/y_"))
+        assert all(
+            (tmp_path / name).is_file() for key, name in result["panels"][0].items() if key in ("image", "truth")
+        )
+    assert results[0] == results[1] and not list(tmp_path.glob("*.journal"))
+
+
 def test_mistakes_are_one_line(evaluate, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for words, message in (
@@ -127,6 +238,13 @@ def test_mistakes_are_one_line(evaluate, tmp_path, monkeypatch):
         (("depth", "--reduce", "mean"), "merge depth members"),
         (("depth", "--count", "-1"), "--count -1"),
         (("depth", "--option", "x"), "--option 'x'"),
+        (("depth", "--tolerance", "-1"), "--tolerance '-1'"),
+        (("depth", "--step-tolerance", "nan"), "--step-tolerance 'nan'"),
+        (("depth", "--step-tolerance", "0.1", "--solver", "ddpm"), "without noise"),
+        (("depth", "--tolerance", "0.1", "--first", "0"), "first 0"),
+        (("depth", "--solver", "ddmi"), "did you mean"),
+        (("depth", "--metrics", "rsme"), "did you mean 'rmse'"),
+        (("depth", "--write-budgets", str(tmp_path / "nowhere")), "no folder"),
         (("depth", "--csv", str(tmp_path / "file" / "x.csv")), "cannot make"),
         (("depth", "--model", "mni"), "no folder, hub id"),
     ):

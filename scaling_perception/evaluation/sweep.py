@@ -1,24 +1,33 @@
-"""Error against compute: a grid of denoising steps × ensemble sizes × timestep grids on one source, with shared work.
+"""Error against compute: denoising steps × ensemble sizes × timestep grids × solvers on one source, with shared work.
 
-Every image is encoded once. For every preset and step count the largest ensemble is sampled once, and smaller
+Every image is encoded once. For every grid, solver and step count the largest ensemble is sampled once, and smaller
 ensembles are its first members (members do not depend on how many there are), so that a change with the ensemble size
 is never a change of noise.
+
+Adaptive compute is read off the same members (``nested``), so that its curves cost no sampling of their own.
 """
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
-from scaling_perception.diffusion.sampler import SamplerTables, sampler_tables
+from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
-from scaling_perception.evaluation.baselines import bootstrap_ci
+from scaling_perception.evaluation.baselines import summarise
+from scaling_perception.evaluation.budgets import OWN
+from scaling_perception.evaluation.journal import Journal
+from scaling_perception.evaluation.nested import Adaptive, Nested, Way, sample_all, sample_with_looks
 from scaling_perception.evaluation.prediction import Estimate
 from scaling_perception.evaluation.predictor import Plan, Predictor
-from scaling_perception.evaluation.protocols import baseline_rows, measure, prepare_raw, reduce_mode, unmeasurable
+from scaling_perception.evaluation.protocols import baseline_rows, prepare_raw, reduce_mode, unmeasurable
+from scaling_perception.evaluation.settings import Settings
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import get_task, pass_indices
 
@@ -31,21 +40,22 @@ class Samples(Protocol):
     def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
-class Setting(NamedTuple):
-    """One sampled grid point; ensembles of every size come from it."""
-
-    preset: str
-    diffusion: DiffusionPreset
-    steps: int
-    tables: SamplerTables
-
-
 class Shown(NamedTuple):
     """One image with its result in the last cell, for pictures."""
 
     raw: dict[str, Any]
     estimate: Estimate
     cell: dict[str, Any]
+
+
+class Point(NamedTuple):
+    """One sampled point of the grid; all its cells come from one run of the largest ensemble."""
+
+    preset: str
+    settings: Settings
+    tables: SamplerTables
+    looks: bool  # whether the clean estimates between chunks of steps are kept
+    cells: tuple[dict[str, Any], ...]
 
 
 def sweep(
@@ -62,51 +72,102 @@ def sweep(
     macs_per_forward: float | None = None,
     panels: int = 0,
     progress: Callable[..., Iterable[int]] | None = None,
-) -> tuple[dict[str, Any], list[Shown]]:
+    solvers: Sequence[str] = ("ddim",),
+    adaptive: Adaptive | None = None,
+    journal: Path | None = None,
+    show: Callable[[Shown, int], Any] | None = None,
+) -> tuple[dict[str, Any], list[Any]]:
     """Evaluate every cell of the grid, the trivial answers and the autoencoder's floor on the same images.
 
     Args:
         predictor: the model.
         source: raw samples; one that cannot be read or measured is skipped and listed, never silently.
         protocol: of ``protocols.get_protocol``.
-        steps, ensemble, presets: the grid; preset None is the model's own.
+        steps, ensemble, presets, solvers: the grid; preset None is the model's own. ``single`` takes one step whatever
+            ``steps`` are.
         reduce: how members are merged; None is the task's default.
         key: of all noise.
         batch_size: images × members at once; None chooses by memory.
         macs_per_forward: of the DiT on one image; None takes the predictor's own count.
-        panels: so many first images are returned with their result in the last cell (most steps, largest ensemble,
-            first preset).
-        progress: wraps the image groups, as ``support.progress.progress``.
+        panels: so many first images are shown, with their result in the last cell of constant compute (most steps,
+            largest ensemble, first preset and solver).
+        progress: wraps the work, as ``support.progress.progress``; its unit is a denoising step of a group of images.
+        adaptive: tolerances of adaptive members and of early exits: more cells, at no further sampling.
+        journal: file in which finished images are kept; where it holds some, they are not done again. The caller
+            removes it once the result is written.
+        show: makes JSON of an image to show and its number, as soon as it is done; None keeps it as it is (which a
+            journal cannot).
 
     Returns:
-        ``images``, ``cells``, ``baselines``, ``skipped`` of the evaluation JSON, and the images to show. A cell's
-        ``seconds`` are per image: encoding, the share of the sampling and decoding that its members take, and merging;
-        compiling is left out.
+        ``images``, ``macs_per_forward``, ``cells``, ``baselines``, ``skipped`` of the evaluation JSON, and what is
+        shown. A cell's ``seconds`` are per image: encoding, the share of the sampling and decoding that its members and
+        steps take, deciding, and merging; compiling is left out.
 
     Raises:
-        UserError: an empty grid, a bad value in it, no image left, or a prediction that is not finite.
+        UserError: an empty grid, a bad value in it, no image left, a prediction that is not finite, or a journal of
+            another evaluation.
     """
     predictor.check_task(task)
-    for name, values in (("steps", steps), ("ensemble", ensemble), ("presets", presets)):
+    for name, values in (("steps", steps), ("ensemble", ensemble), ("presets", presets), ("solvers", solvers)):
         if not values:
             raise UserError(f"no {name} to evaluate: give one or more")
-    if min(ensemble) < 1:
-        raise UserError(f"ensemble {min(ensemble)}: give whole numbers above 0")
-    mode = reduce_mode(task, reduce)
-    grid = [(preset, count) for preset in dict.fromkeys(presets) for count in dict.fromkeys(steps)]
-    settings = [_setting(predictor, preset, count) for preset, count in grid]
+    sizes, mode, adaptive = sorted(set(ensemble)), reduce_mode(task, reduce), adaptive or Adaptive()
+    points = _points(predictor, steps, sizes, presets, solvers, mode, adaptive)
     forward = predictor.macs_per_forward if macs_per_forward is None else macs_per_forward
-    run = _Run(predictor, task, protocol, settings, sorted(set(ensemble)), mode, key, forward)
-    plan = predictor.plan(task, max(ensemble), len(source), batch_size)
-    groups = range(0, len(source), plan.images)
-    for start in groups if progress is None else progress(groups, len(groups), f"evaluate {task}"):
-        run.add(list(_readable(source, range(start, min(start + plan.images, len(source))), run)), plan, panels)
-    return run.result(), run.shown
+    largest = max(points, key=lambda point: point.settings.steps).tables
+    plan = predictor.plan(task, sizes[-1], len(source), batch_size, largest if batch_size is None else None)
+    way = Way(predictor, task, protocol, mode, sizes[-1], adaptive, key, plan)
+    run = _Run(way, source, points, sizes, panels, show)
+    if journal is None:
+        run.go(progress)
+    else:
+        with Journal(journal, run.identity(), plan._asdict()) as kept:
+            run.way, run.groups = way._replace(plan=Plan(**kept.plan)), list(kept.groups)
+            run.go(progress, kept.append)
+    return run.result(forward), run.shown
 
 
-def _setting(predictor: Predictor, preset: str | None, steps: int) -> Setting:
-    diffusion = predictor.choose_diffusion(preset)
-    return Setting(preset or _grid_name(diffusion), diffusion, steps, sampler_tables(diffusion, steps))
+def _points(
+    predictor: Predictor,
+    steps: Sequence[int],
+    sizes: list[int],
+    presets: Sequence[str | None],
+    solvers: Sequence[str],
+    mode: str,
+    adaptive: Adaptive,
+) -> list[Point]:
+    points = []
+    for preset in dict.fromkeys(presets):
+        diffusion = predictor.choose_diffusion(preset)
+        name = preset or _grid_name(diffusion)
+        for solver in dict.fromkeys(solvers):
+            for count in dict.fromkeys([1] if solver == "single" else steps):
+                settings = Settings(count, sizes[-1], solver=solver, first=adaptive.first)
+                tables = settings.tables(diffusion)
+                looks = bool(adaptive.step_tolerances) and count > 2 * adaptive.step_chunk
+                known = {"preset": name, "spacing": diffusion.spacing, "schedule": diffusion.schedule}
+                known |= {"solver": solver, "steps": count, "reduce": mode}
+                cells = tuple(_cells(known, sizes, settings, adaptive, looks))
+                points.append(Point(name, settings, tables, looks, cells))
+    return points
+
+
+def _cells(
+    known: dict[str, Any], sizes: list[int], settings: Settings, adaptive: Adaptive, looks: bool
+) -> Iterator[dict[str, Any]]:
+    """The cells of a point. Settings refuse what does not go together."""
+    for size in sizes:
+        dataclasses.replace(settings, ensemble=size)
+        yield {"kind": "fixed", **known, "ensemble": size}
+    for tolerance in dict.fromkeys(adaptive.tolerances):
+        dataclasses.replace(settings, tolerance=tolerance)
+        more = {"tolerance": tolerance, "first": adaptive.first}
+        yield {"kind": "adaptive", **known, "ensemble": sizes[-1], **more}
+    for tolerance in dict.fromkeys(adaptive.step_tolerances):
+        dataclasses.replace(settings, step_tolerance=tolerance, step_chunk=adaptive.step_chunk)
+        more = {"step_tolerance": tolerance, "step_chunk": adaptive.step_chunk}
+        for size in sizes if looks else ():
+            yield {"kind": "steps", **known, "ensemble": size, **more}
 
 
 def _grid_name(own: DiffusionPreset) -> str:
@@ -116,157 +177,196 @@ def _grid_name(own: DiffusionPreset) -> str:
             getattr(own, field) == getattr(preset, field) for field in ("spacing", "steps_offset", "final_alpha_one")
         ):
             return name
-    return "own"
-
-
-def _readable(source: Samples, indices: Iterable[int], run: "_Run") -> Iterator[dict[str, Any]]:
-    for index in indices:
-        try:
-            raw = prepare_raw(source[index], run.protocol)
-        except UserError as error:
-            run.skip(f"sample {index}", "unreadable", str(error))
-            continue
-        if reason := unmeasurable(raw, run.protocol):
-            run.skip(str(raw["key"]), "unmeasurable", reason)
-        else:
-            yield raw
+    return OWN
 
 
 class _Run:
-    """Rows collected so far, a list for every cell and baseline."""
+    """What is done so far: a record for every group of images, as the journal keeps it.
+
+    {"images": [{"key", "baselines": {name: {metric: value}}, "cells": [[forwards, seconds, {metric: value}], ...]}],
+    "skipped": [{"key", "kind", "reason"}], "shown": [...]}
+    """
 
     def __init__(
         self,
-        predictor: Predictor,
-        task: str,
-        protocol: dict[str, Any],
-        settings: list[Setting],
+        way: Way,
+        source: Samples,
+        points: list[Point],
         sizes: list[int],
-        mode: str,
-        key: int,
-        forward: float,
+        panels: int,
+        show: Callable[[Shown, int], Any] | None,
     ) -> None:
-        self.predictor, self.task, self.protocol = predictor, task, protocol
-        self.settings, self.sizes, self.mode = settings, sizes, mode
-        self.key, self.forward = key, forward
-        self.rows: dict[tuple[int, int], list[dict[str, Any]]] = {
-            (i, size): [] for i in range(len(settings)) for size in sizes
-        }
-        self.seconds = dict.fromkeys(self.rows, 0.0)
-        self.baselines: dict[str, list[dict[str, Any]]] = {name: [] for name in (*protocol["baselines"], "autoencoder")}
-        self.skipped: list[dict[str, str]] = []
-        self.shown: list[Shown] = []
+        self.way, self.source, self.points, self.sizes = way, source, points, sizes
+        self.panels, self.show = panels, show or (lambda shown, number: shown)
+        first = [p for p in points if p.preset == points[0].preset and p.settings.solver == points[0].settings.solver]
+        self.pictured = max(first, key=lambda point: point.settings.steps)
+        self.groups: list[dict[str, Any]] = []
         self.merging_is_compiled = False
 
-    def skip(self, key: str, kind: str, reason: str) -> None:
-        self.skipped.append({"key": key, "kind": kind, "reason": reason})
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides a figure, for the journal."""
+        from scaling_perception import __version__
 
-    def add(self, group: list[dict[str, Any]], plan: Plan, panels: int) -> None:
+        way, predictor = self.way, self.way.predictor
+        fingerprint = getattr(self.source, "fingerprint", None)
+        return {
+            "version": __version__,
+            "task": way.task,
+            "data": fingerprint() if fingerprint else len(self.source),
+            "protocol": way.protocol,
+            "model": predictor.id,
+            "autoencoder": predictor.autoencoder_id,
+            "diffusion": dataclasses.asdict(predictor.diffusion),
+            "task_options": predictor.options.to_dict(),
+            "dtype": str(predictor.engine.model.dtype),
+            "devices": f"{predictor.engine.devices} {jax.default_backend()}",
+            "presets": list(dict.fromkeys(point.preset for point in self.points)),
+            "solvers": list(dict.fromkeys(point.settings.solver for point in self.points)),
+            "steps": list(dict.fromkeys(point.settings.steps for point in self.points)),
+            "ensemble": self.sizes,
+            "reduce": way.mode,
+            "adaptive": way.adaptive._asdict(),
+            "seed": way.key,
+            "panels": self.panels,
+        }
+
+    @property
+    def shown(self) -> list[Any]:
+        return [one for group in self.groups for one in group["shown"]]
+
+    def go(self, progress: Callable[..., Iterable[int]] | None, keep: Callable[[dict[str, Any]], None] | None = None):
+        """Do the groups of images that are still to be done."""
+        starts = range(0, len(self.source), self.way.plan.images)
+        left = starts[len(self.groups) :]
+        units = len(left) * sum(point.settings.steps for point in self.points)
+        label = f"evaluate {self.way.task}"
+        if done := sum(len(group["images"]) for group in self.groups):
+            label += f", {done} images are done"
+        count = iter(range(units) if progress is None else progress(range(units), units, label))
+        for start in left:
+            record: dict[str, Any] = {"images": [], "skipped": [], "shown": []}
+            indices = range(start, min(start + self.way.plan.images, len(self.source)))
+            self._add(list(self._readable(indices, record["skipped"])), record, count)
+            if keep is not None:
+                keep(record)
+            self.groups.append(record)
+        next(count, None)
+
+    def _readable(self, indices: Iterable[int], skipped: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+        for index in indices:
+            try:
+                raw = prepare_raw(self.source[index], self.way.protocol)
+            except UserError as error:
+                skipped.append({"key": f"sample {index}", "kind": "unreadable", "reason": str(error)})
+                continue
+            if reason := unmeasurable(raw, self.way.protocol):
+                skipped.append({"key": str(raw["key"]), "kind": "unmeasurable", "reason": reason})
+            else:
+                yield raw
+
+    def _add(self, group: list[dict[str, Any]], record: dict[str, Any], count: Iterator[int]) -> None:
         """Evaluate one group of images in every cell."""
-        if not group:
-            return
-        predictor, task = self.predictor, self.task
-        self._add_baselines(group, plan)
-        self._compile_merging()
-        latents, encoding = self._timed(lambda: predictor.encode(group, task, plan))
-        for index, setting in enumerate(self.settings):
-            arguments = (latents, group, task, self.sizes[-1], setting.tables, self.key, plan)
-            pixels, sampling = self._timed(lambda arguments=arguments: predictor.sample(*arguments))
-            for raw, one in zip(group, pixels, strict=True):
-                size = (int(raw["image"].shape[0]), int(raw["image"].shape[1]))
-                begin = time.perf_counter()
-                members = predictor.decode_members(one, task)
-                decoding = time.perf_counter() - begin
-                for count in self.sizes:
-                    share = count / self.sizes[-1]
-                    begin = time.perf_counter()
-                    estimate = predictor.merge(members[:count], task, size, self.mode, raw.get("visible_mask"))
-                    merging = time.perf_counter() - begin
-                    cell = (index, count)
-                    self.seconds[cell] += (encoding + sampling * share) / len(group) + decoding * share + merging
-                    self.rows[cell].append({"key": str(raw["key"]), **self._measure(estimate, raw)})
-                    # The last cell of the first preset: most is known of it, and it is what a reader looks for.
-                    if index == self._shown_setting and count == self.sizes[-1] and len(self.shown) < panels:
-                        self.shown.append(Shown(raw, estimate, self._name(cell)))
-
-    def _timed(self, function: Callable[[], Any]) -> tuple[Any, float]:
-        """The result and its seconds, without those spent compiling."""
-        begin, compiling = time.perf_counter(), self.predictor.compile_seconds
-        value = jax.block_until_ready(function())
-        return value, time.perf_counter() - begin - (self.predictor.compile_seconds - compiling)
+        way, predictor, latents, encoding = self.way, self.way.predictor, None, 0.0
+        if group:
+            record["images"] = [
+                {"key": str(raw["key"]), "baselines": floors, "cells": []}
+                for raw, floors in zip(group, self._baselines(group), strict=True)
+            ]
+            self._compile_merging()
+            latents, encoding = way.timed(lambda: predictor.encode(group, way.task, way.plan))
+        for point in self.points:
+            if group:
+                sampled = (sample_with_looks if point.looks else sample_all)(way, point.tables, latents, group)
+                for index, (raw, image) in enumerate(zip(group, record["images"], strict=True)):
+                    found = Nested(way, raw, sampled, index, point.settings.steps, len(group), encoding)
+                    image["cells"] += [found.cell(cell) for cell in point.cells]
+                    number = len(self.shown) + len(record["shown"])
+                    if point is self.pictured and number < self.panels:
+                        shown = Shown(raw, found.estimate(way.most), point.cells[len(self.sizes) - 1])
+                        record["shown"].append(self.show(shown, number))
+            for _ in range(point.settings.steps):
+                next(count, None)
 
     def _compile_merging(self) -> None:
         """Merge once for nothing, so that compiling it is in no cell's time."""
         if self.merging_is_compiled:
             return
-        side, passes = self.predictor.resolution, len(pass_indices(self.task))
-        for count in self.sizes:
-            members = self.predictor.decode_members(np.zeros((passes, count, side, side, 3), np.float32), self.task)
-            self.predictor.merge(members, self.task, (side, side), self.mode)
+        predictor, task, adaptive = self.way.predictor, self.way.task, self.way.adaptive
+        side, passes = predictor.resolution, len(pass_indices(task))
+        for count in sorted({*self.sizes, *(adaptive.rounds(self.way.most) if adaptive.tolerances else ())}):
+            members = predictor.decode_members(np.zeros((passes, count, side, side, 3), np.float32), task)
+            predictor.merge(members, task, (side, side), self.way.mode)
         self.merging_is_compiled = True
 
-    @property
-    def _shown_setting(self) -> int:
-        first = [i for i, s in enumerate(self.settings) if s.preset == self.settings[0].preset]
-        return max(first, key=lambda i: self.settings[i].steps)
-
-    def _measure(self, estimate: Estimate, raw: Mapping[str, Any]) -> dict[str, float]:
-        try:
-            return measure(estimate.prediction, dict(raw), self.protocol)
-        except ValueError as error:
-            raise UserError(f"{raw['key']}: {error}: the weights are broken or do not fit the sampler") from None
-
-    def _add_baselines(self, group: list[dict[str, Any]], plan: Plan) -> None:
-        """The trivial answers, and the truth through the autoencoder and back."""
-        predictor, task = self.predictor, self.task
+    def _baselines(self, group: list[dict[str, Any]]) -> Iterator[dict[str, dict[str, float]]]:
+        """Of each image the trivial answers, and what no model can beat: the truth through the autoencoder and back,
+        and for amodal the mask that is found in the true picture."""
+        predictor, task, plan = self.way.predictor, self.way.task, self.way.plan
         targets = [
             np.stack([s["target"] for s in get_task(task).encode(whole, predictor.resolution, predictor.options)])
             for whole in (fill_invalid(raw) for raw in group)
         ]
         targets += [targets[0]] * (plan.images - len(group))
-        pictures = predictor.round_trip(np.concatenate(targets))
-        pictures = pictures.reshape(plan.images, len(pass_indices(task)), 1, *pictures.shape[1:])
-        for raw, one in zip(group, pictures, strict=False):
-            for name, row in baseline_rows(raw, self.protocol).items():
-                self.baselines[name].append({"key": str(raw["key"]), **row})
-            height, width = raw["image"].shape[:2]
-            # Merged by "median", which leaves a single member as it is.
-            members, visible = predictor.decode_members(one, task), raw.get("visible_mask")
-            estimate = predictor.merge(members, task, (height, width), "median", visible)
-            self.baselines["autoencoder"].append({"key": str(raw["key"]), **self._measure(estimate, raw)})
+        pictures = predictor.round_trip(np.concatenate(targets)).reshape(plan.images, *targets[0].shape)
+        for raw, target, carried in zip(group, targets, pictures, strict=False):
+            floors = {"autoencoder": carried} | ({"threshold": target} if task == "amodal" else {})
+            found = dict(baseline_rows(raw, self.way.protocol))
+            for name, picture in floors.items():
+                # Merged by "median", which leaves a single member as it is.
+                members = predictor.decode_members(picture[:, None], task)
+                size, visible = raw["image"].shape[:2], raw.get("visible_mask")
+                found[name] = self.way.measure(predictor.merge(members, task, size, "median", visible), raw)
+            yield found
 
-    def _name(self, cell: tuple[int, int]) -> dict[str, Any]:
-        setting, count = self.settings[cell[0]], cell[1]
+    def result(self, forward: float) -> dict[str, Any]:
+        """See `sweep`."""
+        images = [image for group in self.groups for image in group["images"]]
+        skipped = [one for group in self.groups for one in group["skipped"]]
+        if not images:
+            reason = f": {skipped[0]['key']}: {skipped[0]['reason']}" if skipped else ""
+            raise UserError(f"no image could be evaluated{reason}; check the data set and its split")
+        each = forward * len(pass_indices(self.way.task))
+        each = None if math.isnan(each) else each
+        names = [cell for point in self.points for cell in point.cells]
+        cells = [
+            _summary(cell, [(image["key"], *image["cells"][i]) for image in images], each)
+            for i, cell in enumerate(names)
+        ]
+        baselines = {
+            name: [{"key": image["key"], **image["baselines"][name]} for image in images]
+            for name in images[0]["baselines"]
+        }
         return {
-            "preset": setting.preset,
-            "spacing": setting.diffusion.spacing,
-            "schedule": setting.diffusion.schedule,
-            "steps": setting.steps,
-            "ensemble": count,
-            "reduce": self.mode,
+            "images": len(images),
+            "macs_per_forward": each,
+            "cells": cells,
+            "baselines": {name: {"metrics": summarise(rows), "rows": rows} for name, rows in baselines.items()},
+            "skipped": skipped,
         }
 
-    def result(self) -> dict[str, Any]:
-        """``images``, ``cells``, ``baselines``, ``skipped``."""
-        images = len(next(iter(self.rows.values())))
-        if not images:
-            reason = f": {self.skipped[0]['key']}: {self.skipped[0]['reason']}" if self.skipped else ""
-            raise UserError(f"no image could be evaluated{reason}; check the data set and its split")
-        passes = len(pass_indices(self.task))
-        cells = []
-        for cell, rows in self.rows.items():
-            macs = self.forward * passes * self.settings[cell[0]].steps * cell[1]
-            cells.append(
-                {
-                    **self._name(cell),
-                    "macs": None if np.isnan(macs) else macs,
-                    "seconds": self.seconds[cell] / images,
-                    "metrics": summarise(rows),
-                    "rows": rows,
-                }
-            )
-        baselines = {name: {"metrics": summarise(rows), "rows": rows} for name, rows in self.baselines.items()}
-        return {"images": images, "cells": cells, "baselines": baselines, "skipped": self.skipped}
+
+def _summary(
+    cell: dict[str, Any], found: list[tuple[str, int, float, dict[str, float]]], each: float | None
+) -> dict[str, Any]:
+    """A cell with its means over images; where compute differs by image, with its distribution."""
+    forwards = [one[1] for one in found]
+    mean = float(np.mean(forwards))
+    rows = [{"key": key, **row} for key, _, _, row in found]
+    spent: dict[str, Any] = {}
+    if cell["kind"] != "fixed":
+        by = cell["steps"] if cell["kind"] == "adaptive" else cell["ensemble"]
+        counts = Counter(count / by for count in forwards)
+        spent = {"counts": {f"{count:g}": counts[count] for count in sorted(counts)}, "forwards": forwards}
+    return {
+        **cell,
+        "mean_steps": mean / cell["ensemble"] if cell["kind"] == "steps" else cell["steps"],
+        "mean_members": mean / cell["steps"] if cell["kind"] == "adaptive" else cell["ensemble"],
+        "macs": None if each is None else each * mean,
+        "seconds": float(np.mean([one[2] for one in found])),
+        **spent,
+        "metrics": summarise(rows),
+        "rows": rows,
+    }
 
 
 def fill_invalid(raw: dict[str, Any]) -> dict[str, Any]:
@@ -279,13 +379,3 @@ def fill_invalid(raw: dict[str, Any]) -> dict[str, Any]:
     nearest: Any = distance_transform_edt(~raw["valid"], return_distances=False, return_indices=True)
     filled = {name: raw[name][nearest[0], nearest[1]] for name in ("depth", "flow") if name in raw}
     return {**raw, **filled, "valid": np.ones_like(raw["valid"])}
-
-
-def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean over images of every metric, with its 95 % bootstrap interval: {metric: {"mean", "ci95"}}."""
-    names = [name for name in rows[0] if name != "key"]
-    summary = {}
-    for name in names:
-        values = np.asarray([row[name] for row in rows], np.float64)
-        summary[name] = {"mean": float(values.mean()), "ci95": list(bootstrap_ci(values, seed=0))}
-    return summary

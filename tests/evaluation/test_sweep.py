@@ -1,10 +1,14 @@
-"""The sweep equals calling the predictor cell by cell, shares its work, and hides nothing that it leaves out."""
+"""The sweep equals calling the predictor cell by cell, shares its work, goes on after a stop, and hides nothing."""
+
+import json
 
 import numpy as np
 import pytest
 
+from scaling_perception.evaluation.journal import Journal
+from scaling_perception.evaluation.nested import Adaptive
 from scaling_perception.evaluation.protocols import get_protocol, measure, prepare_raw
-from scaling_perception.evaluation.sweep import fill_invalid, summarise, sweep
+from scaling_perception.evaluation.sweep import fill_invalid, sweep
 from scaling_perception.support.errors import UserError
 
 pytest_plugins = ("nano",)
@@ -64,7 +68,8 @@ def test_cells_equal_separate_predictions(predictor, source):
 def test_other_tasks_with_baselines_and_floor(predictor, source, task):
     protocol = get_protocol(task, "scenes")
     found, shown = sweep(predictor, source, task, protocol, [2], [1, 2], batch_size=4, panels=1)
-    assert list(found["baselines"]) == [*protocol["baselines"], "autoencoder"]
+    ceilings = ["autoencoder", *(["threshold"] if task == "amodal" else [])]
+    assert list(found["baselines"]) == [*protocol["baselines"], *ceilings]
     for value in (*found["baselines"].values(), *found["cells"]):
         assert [row["key"] for row in value["rows"]] == ["raw/0", "raw/1", "raw/2"]
         assert set(value["metrics"]) == set(protocol["metrics"])
@@ -124,5 +129,131 @@ def test_refusals(predictor, source):
             sweep(predictor, source, "depth", protocol, *arguments)
 
 
-def test_summary_of_one_image_has_no_width():
-    assert summarise([{"key": "a", "x": 2.0}]) == {"x": {"mean": 2.0, "ci95": [2.0, 2.0]}}
+def test_solvers_are_part_of_the_grid(predictor, source):
+    protocol, more = get_protocol("depth", "scenes"), {"batch_size": 4, "solvers": ["ddim", "dpm++2m", "single"]}
+    found, _ = sweep(predictor, source, "depth", protocol, [3], [2], **more)
+    assert [(c["solver"], c["steps"]) for c in found["cells"]] == [("ddim", 3), ("dpm++2m", 3), ("single", 1)]
+    expected = predictor(source[0]["image"], steps=3, ensemble=2, solver="dpm++2m", batch_size=4)
+    expected = measure(expected.prediction, prepare_raw(source[0], protocol), protocol)
+    rows = [cell["rows"][0] for cell in found["cells"]]
+    assert rows[1]["abs_rel"] == pytest.approx(expected["abs_rel"], rel=1e-6) != rows[0]["abs_rel"]
+
+
+@pytest.mark.parametrize("task", ["depth", "flow"])
+def test_adaptive_cells_are_what_the_predictor_does(predictor, make_raw, task):
+    """Read off the largest ensemble (two batches of three members), against runs that really stop."""
+    raws = [make_raw(32, 32, seed) for seed in range(5)]
+    protocol, options = get_protocol(task, "scenes"), {"steps": 5, "ensemble": 6, "batch_size": 4}
+    tolerances = {"depth": (0.0, 0.0455, 1e9), "flow": (0.0, 0.715, 1e9)}[task]
+    looks = {"depth": (0.0, 0.66, 1e9), "flow": (0.0, 0.705, 1e9)}[task]
+    adaptive = Adaptive(tolerances, 2, looks, 2)
+    found, _ = sweep(
+        predictor, Source(raws), task, protocol, [5], [6], batch_size=4, adaptive=adaptive, macs_per_forward=1.0
+    )
+    kinds = [(cell["kind"], cell.get("tolerance", cell.get("step_tolerance"))) for cell in found["cells"]]
+    names = {"adaptive": "tolerance", "steps": "step_tolerance"}
+    assert kinds == [("fixed", None), *[("adaptive", t) for t in tolerances], *[("steps", t) for t in looks]]
+    fixed, prompts = found["cells"][0], [raw["image2"] for raw in raws] if task == "flow" else None
+    for cell in found["cells"][1:]:
+        rule = {names[cell["kind"]]: cell[names[cell["kind"]]]}
+        out = predictor([raw["image"] for raw in raws], task, prompt=prompts, **options, **rule)
+        assert cell["forwards"] == out.forwards.tolist()
+        for raw, prediction, row in zip(raws, out.prediction, cell["rows"], strict=True):
+            expected = measure(prediction, prepare_raw(raw, protocol), protocol)
+            metric = protocol["metrics"][0]
+            assert row[metric] == pytest.approx(expected[metric], rel=1e-4)
+        mean = float(np.mean(cell["forwards"]))
+        assert cell["macs"] == mean * found["macs_per_forward"] and sum(cell["counts"].values()) == 5
+        assert cell["mean_steps"] * cell["mean_members"] == pytest.approx(mean)
+        assert 0 < cell["seconds"]
+    by = {(cell["kind"], tolerance): cell for cell, (_, tolerance) in zip(found["cells"], kinds, strict=True)}
+    for kind, values, least in (("adaptive", tolerances, 2), ("steps", looks, 4)):
+        assert by[kind, 0.0]["rows"] == fixed["rows"] and by[kind, 0.0]["macs"] == fixed["macs"]
+        assert len(by[kind, values[1]]["counts"]) > 1, "between the ends images differ"
+        assert by[kind, 1e9]["counts"] == {str(least): 5}
+
+
+def test_early_exit_cells_of_nested_sizes(predictor, source):
+    protocol, options = get_protocol("depth", "scenes"), {"batch_size": 4, "adaptive": Adaptive((), 2, (1e9,), 2)}
+    found, _ = sweep(predictor, source, "depth", protocol, [2, 5], [1, 3], **options)
+    cells = [(c["kind"], c["steps"], c["ensemble"], c["mean_steps"]) for c in found["cells"]]
+    assert cells == [
+        *[("fixed", 2, 1, 2), ("fixed", 2, 3, 2)],  # too few steps for an exit
+        *[("fixed", 5, 1, 5), ("fixed", 5, 3, 5), ("steps", 5, 1, 4), ("steps", 5, 3, 4)],
+    ]
+    stopped = predictor(source[0]["image"], steps=5, ensemble=3, step_tolerance=1e9, batch_size=4)
+    expected = measure(stopped.prediction, prepare_raw(source[0], protocol), protocol)
+    assert found["cells"][-1]["rows"][0]["abs_rel"] == pytest.approx(expected["abs_rel"], rel=1e-4)
+
+
+def _without_times(found):
+    text = json.dumps(found)
+    found = json.loads(text)
+    for cell in found["cells"]:
+        assert cell.pop("seconds") > 0
+    return found
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_stopped_run_goes_on_where_it_was(predictor, make_raw, tmp_path):
+    raws = [make_raw(40, 56, seed) for seed in range(7)]
+    raws[2] = UserError("c.png is cut short")
+    arguments = ("depth", get_protocol("depth", "scenes"), [2], [1, 2])
+    options = {"batch_size": 4, "adaptive": Adaptive((0.05,)), "panels": 1}
+    options["show"] = lambda shown, number: {"key": shown.raw["key"], "number": number}
+    whole, pictures = sweep(predictor, Source(raws), *arguments, **options)
+    options["journal"] = tmp_path / "x.json.journal"
+    stopped = Source([*raws[:5], Stopped(), raws[6]])  # in the third group of two
+    with pytest.raises(Stopped):
+        sweep(predictor, stopped, *arguments, **options)
+    text = options["journal"].read_bytes()
+    assert text.count(b"\n") == 3
+    options["journal"].write_bytes(text + text.splitlines()[1][:40])  # a kill in the middle of a line
+    read = []
+
+    class Counting(Source):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    found, again = sweep(predictor, Counting(raws), *arguments, **options)
+    assert read == [4, 5, 6] and again == pictures == [{"key": "raw/0", "number": 0}]
+    assert _without_times(found) == _without_times(whole)
+    assert found["skipped"] == [{"key": "sample 2", "kind": "unreadable", "reason": "c.png is cut short"}]
+    done, _ = sweep(predictor, Source(raws), *arguments, **options)
+    assert done == found, "nothing is done twice, not even times change"
+
+
+def test_a_journal_of_other_settings_is_refused(predictor, source, tmp_path):
+    path, protocol = tmp_path / "x.journal", get_protocol("depth", "scenes")
+
+    def run(**changes):
+        options = {"steps": [2], "ensemble": [1, 2], "batch_size": 4, "journal": path, **changes}
+        return sweep(predictor, source, "depth", protocol, **options)
+
+    run()
+    for changes, message in (
+        ({"steps": [2, 3]}, r"steps was \[2\], is \[2, 3\]"),
+        ({"key": 1}, "seed was 0, is 1"),
+        ({"presets": ["paper"]}, "presets was"),
+        ({"reduce": "median"}, "reduce was"),
+        ({"adaptive": Adaptive((0.1,))}, "adaptive was"),
+    ):
+        before = path.read_bytes()
+        with pytest.raises(UserError, match=message) as error:
+            run(**changes)
+        assert "remove the file to start anew" in str(error.value) and path.read_bytes() == before
+    path.write_bytes(b"{]\n" + path.read_bytes())
+    with pytest.raises(UserError, match="is damaged: remove it"):
+        run()
+    path.write_bytes(b'{"other": 1}\n')
+    with pytest.raises(UserError, match="no journal of this version"):
+        run()
+
+
+def test_two_runs_do_not_write_one_journal(tmp_path):
+    with Journal(tmp_path / "j", {"a": 1}, {}), pytest.raises(UserError, match="in use by another evaluation"):
+        Journal(tmp_path / "j", {"a": 1}, {})

@@ -1,0 +1,111 @@
+"""What a long evaluation has done so far, on disk, so that the same command goes on after a kill.
+
+A journal is JSON lines: first the evaluation's identity (everything that decides a figure), then a line for each group
+of images. A line is flushed to disk before the next group begins. A last line that a kill cut short is cut off.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from scaling_perception.support.errors import UserError
+
+_FORMAT = 1
+
+
+class Journal:
+    """An open journal, for a ``with``. Whoever has written the result removes the file.
+
+    Attributes:
+        plan: how the work is cut up.
+        groups: what was there when it was opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any], plan: dict[str, Any]) -> None:
+        """Open the journal at ``path``, or begin one.
+
+        Args:
+            identity: JSON values of everything that decides a figure.
+            plan: how the work is cut up. A journal that is there brings its own, because figures computed in other
+                batches differ in their last digits.
+
+        Raises:
+            UserError: it belongs to another evaluation, is damaged, in use, or cannot be written.
+        """
+        self.path = Path(path)
+        self.plan = plan
+        self.groups: list[dict[str, Any]] = []
+        identity = json.loads(json.dumps(identity))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; choose another place") from None
+        try:
+            self._lock()
+            if lines := self._read():
+                self._check(lines[0], identity)
+                self.plan, self.groups = lines[0]["plan"], lines[1:]
+            else:
+                self.append({"journal": _FORMAT, "identity": identity, "plan": plan})
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.path} is in use by another evaluation: wait for it") from None
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The whole lines; what comes after the last of them is cut off."""
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except ValueError:
+            raise UserError(f"{self.path} is damaged: remove it to start anew") from None
+        self._file.truncate(len(whole))
+        return lines
+
+    def _check(self, head: Any, identity: dict[str, Any]) -> None:
+        if not isinstance(head, dict) or head.get("journal") != _FORMAT:
+            raise UserError(f"{self.path} is no journal of this version: remove it to start anew")
+        known = head["identity"]
+        names = [name for name in {**known, **identity} if known.get(name) != identity.get(name)]
+        if names:
+            told = "; ".join(f"{name} was {_short(known.get(name))}, is {_short(identity.get(name))}" for name in names)
+            raise UserError(
+                f"{self.path} is of an evaluation with other settings ({told}): run that to its end, choose another "
+                "result, or remove the file to start anew"
+            )
+
+    def append(self, group: dict[str, Any]) -> None:
+        """Add a group of images, and wait until it is on disk.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        try:
+            self._file.write(json.dumps(group).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; free space, then run again") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,216 @@
+"""One run of the largest ensemble, read in every way: smaller ensembles, adaptive members, early exits.
+
+Members do not depend on how many there are, and an image's trajectory does not depend on when others stop. So with all
+members, and the clean estimates between chunks of steps, at hand, what `adaptive` would have done for any tolerance is
+known: its own rules are asked for it.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from scaling_perception.diffusion.sampler import SamplerTables
+from scaling_perception.evaluation.adaptive import estimate_change, settled
+from scaling_perception.evaluation.batches import Plan
+from scaling_perception.evaluation.engine import draw_members
+from scaling_perception.evaluation.prediction import Estimate
+from scaling_perception.evaluation.predictor import Predictor
+from scaling_perception.evaluation.protocols import measure
+from scaling_perception.support.errors import UserError
+
+
+class Adaptive(NamedTuple):
+    """Compute by image: ``tolerances`` of members, in rounds of ``first``; ``step_tolerances`` of steps, looked at
+    every ``step_chunk``. All as in ``evaluation.settings.Settings``."""
+
+    tolerances: tuple[float, ...] = ()
+    first: int = 2
+    step_tolerances: tuple[float, ...] = ()
+    step_chunk: int = 2
+
+    def rounds(self, most: int) -> list[int]:
+        """Members after each round of at most ``most``."""
+        return [*range(self.first, most, self.first), most]
+
+
+class Way(NamedTuple):
+    """What is the same for all images: ``most`` members, merged by ``mode``; noise of ``key``; batches of ``plan``."""
+
+    predictor: Predictor
+    task: str
+    protocol: dict[str, Any]
+    mode: str
+    most: int
+    adaptive: Adaptive
+    key: int
+    plan: Plan
+
+    def measure(self, estimate: Estimate, raw: Mapping[str, Any]) -> dict[str, float]:
+        """The metrics of one image.
+
+        Raises:
+            UserError: the prediction is not finite.
+        """
+        try:
+            return measure(estimate.prediction, dict(raw), self.protocol)
+        except ValueError as error:
+            raise UserError(f"{raw['key']}: {error}: the weights are broken or do not fit the sampler") from None
+
+    def timed(self, function: Callable[[], Any]) -> tuple[Any, float]:
+        """The result and its seconds, without those spent compiling."""
+        begin, compiling = time.perf_counter(), self.predictor.compile_seconds
+        value = jax.block_until_ready(function())
+        return value, time.perf_counter() - begin - (self.predictor.compile_seconds - compiling)
+
+
+class Sampled(NamedTuple):
+    """All members of a group of images.
+
+    Attributes:
+        pixels: (I, P, N, R, R, 3).
+        seconds, decoding: of sampling them, and of the autoencoder where it was timed apart (else 0).
+        steps: when each look before the end is taken.
+        clean: of each look, the clean estimates (I, N, P, h, w, C).
+        change: of each look, (I, N) from the one before; infinite for the first.
+    """
+
+    pixels: np.ndarray
+    seconds: float
+    decoding: float = 0.0
+    steps: tuple[int, ...] = ()
+    clean: tuple[np.ndarray, ...] = ()
+    change: tuple[np.ndarray, ...] = ()
+
+
+def sample_all(way: Way, tables: SamplerTables, latents: Any, group: list[dict[str, Any]]) -> Sampled:
+    """All members of the group in one piece: nothing can be said of early exits."""
+    arguments = (latents, group, way.task, way.most, tables, way.key, way.plan)
+    return Sampled(*way.timed(lambda: way.predictor.sample(*arguments)))
+
+
+def sample_with_looks(way: Way, tables: SamplerTables, latents: Any, group: list[dict[str, Any]]) -> Sampled:
+    """The same in chunks of ``step_chunk`` steps, with a look after each."""
+    engine, passes, (params, vae) = way.predictor.engine, way.predictor.passes(way.task), way.predictor.weights
+    ids, total, chunk = way.predictor.image_ids(group, way.plan.images), len(tables.t), way.adaptive.step_chunk
+    looks = range(chunk, total, chunk)
+
+    def steps(first: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        draw = draw_members(jax.random.key(way.key), ids, first, way.plan.members, False)
+        known, ahead, state = engine.begin(params, latents, draw, passes, tables)
+        clean = []
+        for done in range(0, total, chunk):
+            count = min(chunk, total - done)
+            state = engine.go_on(params, known, ahead, state, passes.labels, tables, done, count)
+            clean.append(np.asarray(state.x0))
+        return np.asarray(state.x), clean[: len(looks)]
+
+    parts, sampling = way.timed(lambda: [steps(first) for first in range(0, way.most, way.plan.members)])
+    pixels, decoding = way.timed(lambda: [np.asarray(engine.finish(vae, x, passes)) for x, _ in parts])
+    pixels = np.concatenate(pixels, axis=2)[: len(group), :, : way.most]
+    clean = [
+        np.concatenate(look, axis=1)[: len(group), : way.most] for look in zip(*[p[1] for p in parts], strict=True)
+    ]
+    change = [np.full(clean[0].shape[:2], np.inf), *map(estimate_change, clean[1:], clean)]
+    return Sampled(pixels, sampling, decoding, tuple(looks), tuple(clean), tuple(change))
+
+
+class Nested:
+    """What every cell makes of one image's members. Nothing is merged twice."""
+
+    def __init__(
+        self, way: Way, raw: dict[str, Any], sampled: Sampled, index: int, total: int, images: int, encoding: float
+    ) -> None:
+        """Args: image ``index`` of the ``images`` in ``sampled``; steps in ``total``; seconds of encoding the group."""
+        self.way, self.raw, self.sampled, self.index, self.total = way, raw, sampled, index, total
+        self._encoding, self._sampling, self._decoding = (
+            seconds / images for seconds in (encoding, sampled.seconds, sampled.decoding)
+        )
+        begin = time.perf_counter()
+        self.members = way.predictor.decode_members(sampled.pixels[index], way.task)
+        self._decoding += time.perf_counter() - begin
+        self._reduced: dict[Any, tuple[tuple[np.ndarray, np.ndarray], float]] = {}
+        self._rows: dict[Any, tuple[dict[str, float], float]] = {}
+        self._early: dict[tuple[int, int], np.ndarray] = {}
+
+    def cell(self, cell: Mapping[str, Any]) -> tuple[int, float, dict[str, float]]:
+        """Network evaluations of each pass, seconds, metrics."""
+        if cell["kind"] == "adaptive":
+            return self.adaptive(cell["tolerance"])
+        if cell["kind"] == "steps":
+            return self.stopped(cell["ensemble"], cell["step_tolerance"])
+        return self.fixed(cell["ensemble"])
+
+    def fixed(self, size: int) -> tuple[int, float, dict[str, float]]:
+        """An ensemble of ``size``."""
+        row, merging = self._row(size, self.members[:size])
+        return self.total * size, self._seconds(size, self.total * size) + merging, row
+
+    def adaptive(self, tolerance: float) -> tuple[int, float, dict[str, float]]:
+        """Members until the prediction rests."""
+        way, rounds = self.way, self.way.adaptive.rounds(self.way.most)
+        for size in rounds:
+            (_, uncertainty), _ = self._reduce(size, self.members[:size])
+            if settled(uncertainty, size, way.most, way.mode, tolerance):
+                break
+        forwards, seconds, row = self.fixed(size)
+        return forwards, seconds + sum(self._reduced[one][1] for one in rounds if one < size), row
+
+    def stopped(self, size: int, tolerance: float) -> tuple[int, float, dict[str, float]]:
+        """Steps until the estimate rests. Members that are sampled together stop together, as the predictor has it."""
+        looks, at_once = self.sampled, self.way.plan.members
+        parts, stops, forwards = [], [], 0
+        for first in range(0, size, at_once):
+            members = slice(first, min(first + at_once, size))
+            rests = [bool(change[self.index, members].max() <= tolerance) for change in looks.change]
+            stop = rests.index(True) if any(rests) else None
+            stops.append(stop)
+            forwards += (self.total if stop is None else looks.steps[stop]) * (members.stop - members.start)
+            parts.append(self.members[members] if stop is None else self._at(stop, first)[: members.stop - first])
+        name = size if set(stops) == {None} else (size, *stops)
+        row, merging = self._row(name, np.concatenate(parts))
+        return forwards, self._seconds(size, forwards) + merging, row
+
+    def estimate(self, size: int) -> Estimate:
+        """The first ``size`` members, merged."""
+        return self._merge(size, self.members[:size])
+
+    def _reduce(self, name: Any, members: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], float]:
+        """Prediction and uncertainty at the model's resolution, and the seconds it took."""
+        if name not in self._reduced:
+            begin = time.perf_counter()
+            reduced = self.way.predictor.reduce(self.way.task, members, self.way.mode)
+            self._reduced[name] = reduced, time.perf_counter() - begin
+        return self._reduced[name]
+
+    def _merge(self, name: Any, members: np.ndarray) -> Estimate:
+        size, visible = self.raw["image"].shape[:2], self.raw.get("visible_mask")
+        reduced, _ = self._reduce(name, members)
+        return self.way.predictor.merge(members, self.way.task, size, self.way.mode, visible, 0, reduced)
+
+    def _row(self, name: Any, members: np.ndarray) -> tuple[dict[str, float], float]:
+        """Metrics, and the seconds of merging."""
+        if name not in self._rows:
+            _, seconds = self._reduce(name, members)
+            begin = time.perf_counter()
+            estimate = self._merge(name, members)
+            seconds += time.perf_counter() - begin
+            self._rows[name] = self.way.measure(estimate, self.raw), seconds
+        return self._rows[name]
+
+    def _seconds(self, size: int, forwards: int) -> float:
+        """Encoding, and the share of sampling and decoding that is this cell's."""
+        share = size / self.way.most
+        return self._encoding + self._sampling * forwards / (self.total * self.way.most) + self._decoding * share
+
+    def _at(self, stop: int, first: int) -> np.ndarray:
+        """The members that are sampled together with member ``first``, as they are at a look."""
+        if (stop, first) not in self._early:
+            way = self.way
+            clean = self.sampled.clean[stop][self.index, first : first + way.plan.members]
+            filled = np.concatenate([clean, np.repeat(clean[:1], way.plan.members - len(clean), axis=0)])[None]
+            pixels = way.predictor.engine.finish(way.predictor.weights[1], filled, way.predictor.passes(way.task))
+            self._early[stop, first] = way.predictor.decode_members(np.asarray(pixels)[0, :, : len(clean)], way.task)
+        return self._early[stop, first]

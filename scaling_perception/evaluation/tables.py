@@ -1,0 +1,74 @@
+"""An evaluation as CSV: a line for each cell, for laws and figures; a line for each image, for paired comparisons."""
+
+import csv
+import io
+from collections.abc import Iterator
+from typing import Any
+
+MORE_IS_BETTER = ("delta1", "delta2", "delta3", "within_1px", "within_3px", "within_5px", "iou", "dice")
+"""Shares that rise as results get better. Each has an error beside it, such as ``1-delta1``, which falls."""
+
+_WHOLE = ("task", "dataset", "split", "images", "model", "weights", "params", "resolution")
+_CELL = (
+    *("kind", "preset", "spacing", "schedule", "solver", "steps", "ensemble", "reduce"),
+    *("tolerance", "first", "step_tolerance", "step_chunk", "mean_steps", "mean_members", "macs", "seconds"),
+)
+_IMAGE = ("kind", "preset", "spacing", "solver", "steps", "ensemble", "tolerance", "step_tolerance")
+
+
+def cells_csv(result: dict[str, Any]) -> str:
+    """One line a cell of an evaluation (`evaluate`'s JSON).
+
+    Columns: what was evaluated (``task`` … ``resolution``, ``protocol``: the protocol's fingerprint), the cell's
+    settings, its compute (means over images), and for every metric its mean, ``_low`` and ``_high``, the ends of the
+    95 % interval. A share that rises has a second set, such as ``1-iou``. What a cell does not have is empty.
+    """
+    names = list(dict.fromkeys(name for cell in result["cells"] for name in cell["metrics"]))
+    ends = [f"{column}{end}" for name in names for column in _columns(name) for end in ("", "_low", "_high")]
+    head = [*[result.get(name) for name in _WHOLE], result["protocol"].get("fingerprint")]
+    lines = [[*_WHOLE, "protocol", *_CELL, *ends]]
+    for cell in result["cells"]:
+        figures = [figure for name in names for figure in _figures(name, cell["metrics"].get(name))]
+        lines.append([*head, *[cell.get(name) for name in _CELL], *figures])
+    return _text(lines)
+
+
+def images_csv(result: dict[str, Any]) -> str:
+    """One line an image and cell, and an image and trivial answer (``answer``: ``model``, or the answer's name).
+
+    ``forwards`` are the network evaluations of each pass that the image took, ``macs`` all that they cost.
+    """
+    names = list(dict.fromkeys(n for found in _answers(result) for row in found[1]["rows"] for n in row if n != "key"))
+    lines = [["task", "dataset", "model", "key", "answer", *_IMAGE, "forwards", "macs", *names]]
+    for answer, found in _answers(result):
+        for index, row in enumerate(found["rows"]):
+            spent: list[Any] = [None, None]
+            if "steps" in found:
+                forwards = found["forwards"][index] if "forwards" in found else found["steps"] * found["ensemble"]
+                each = result.get("macs_per_forward")
+                spent = [forwards, None if each is None else each * forwards]
+            head = [result["task"], result["dataset"], result["model"], row["key"], answer]
+            lines.append([*head, *[found.get(name) for name in _IMAGE], *spent, *[row.get(name) for name in names]])
+    return _text(lines)
+
+
+def _answers(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield from (("model", cell) for cell in result["cells"])
+    yield from result["baselines"].items()
+
+
+def _columns(name: str) -> list[str]:
+    return [name, f"1-{name}"] if name in MORE_IS_BETTER else [name]
+
+
+def _figures(name: str, summary: dict[str, Any] | None) -> list[Any]:
+    if summary is None:
+        return [None] * 3 * len(_columns(name))
+    mean, (low, high) = summary["mean"], summary["ci95"]
+    return [mean, low, high, 1 - mean, 1 - high, 1 - low][: 3 * len(_columns(name))]
+
+
+def _text(lines: list[list[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)  # None becomes an empty field
+    return text.getvalue()
