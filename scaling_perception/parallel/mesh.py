@@ -5,7 +5,7 @@ from math import prod
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from scaling_perception.support.errors import UserError
@@ -25,8 +25,11 @@ def make_mesh(
         data, fsdp, expert, tensor: sizes; one of them may be -1, which takes the devices that are left.
         devices: None = all of this run's, over every process.
 
+    Neighbours on the mesh are neighbours on the devices' torus. Where the devices are several TPU slices (or hosts of
+    GPUs), which only the data-centre network joins, ``data`` spans them, or else ``fsdp``.
+
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not multiply to the number of devices, or neither data nor fsdp can span the slices.
     """
     sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, expert, tensor), strict=True))
     chosen = list(jax.devices() if devices is None else devices)
@@ -38,11 +41,20 @@ def make_mesh(
         sizes[free[0]] = len(chosen) // fixed
     if prod(sizes.values()) != len(chosen):
         raise UserError(f"mesh {sizes} does not fit {len(chosen)} devices: the sizes must multiply to that number")
-    shape = tuple(sizes.values())
-    types = (AxisType.Auto,) * len(AXES)
-    if devices is None:
-        return jax.make_mesh(shape, AXES, axis_types=types)  # knows the torus of the devices' links
-    return Mesh(np.array(chosen, dtype=object).reshape(shape), AXES, axis_types=types)
+    grid = _arrange(tuple(sizes.values()), chosen)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(shape: tuple[int, ...], devices: list[Any]) -> Any:
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    spanning = next((at for at in (0, 1) if shape[at] % slices == 0), None)
+    if spanning is None:
+        raise UserError(f"mesh of {slices} slices: make data (now {shape[0]}) or fsdp ({shape[1]}) a multiple of them")
+    across = tuple(slices if at == spanning else 1 for at in range(len(shape)))
+    inside = tuple(size // parts for size, parts in zip(shape, across, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
