@@ -64,11 +64,16 @@ def defaults() -> Config:
     config.timestep_sampling = "uniform"  # or "high_noise": half of the draws from the noisiest tenth
     config.noise = "gaussian"  # or "multires": annealed multi-resolution noise (Marigold)
     config.balance_loss = 0.01  # alpha, for models with experts
+    config.label_dropout = 0.1  # of class labels, in pre-training
+    config.samples = ConfigDict({"count": 8, "steps": 50, "guidance": 4.0})  # pictures of a finished pre-training
     config.latent_norm = "none"  # or "auto": per task and channel, measured once
     config.task_options = ConfigDict({"flow_divisor": 75.0, "depth_quantiles": (0.02, 0.98)})
     config.task_options.update({"mask_threshold": 250.0, "keep_visible": False})
     config.task_options.update({"image_resize": "bilinear", "depth_prompt": "ones", "clip_depth": True})
 
+    # How many devices share what: data and fsdp split the batch, fsdp the weights too, expert the experts (and the
+    # batch), tensor the wide matrices. -1 takes the devices that are left.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "expert": 1, "tensor": 1})
     config.data = ConfigDict({"cache": "", "mixture": {}, "flip": True, "workers": 0})
     config.train = ConfigDict(
         {
@@ -76,8 +81,11 @@ def defaults() -> Config:
             "batch_size": 1024,
             "log_every": 50,
             "checkpoint_every": 1000,
-            "keep": 2,
+            "keep": 2,  # newest checkpoints
+            "keep_every": 0,  # and every one whose step is a multiple of this, for ever; 0 = none
             "dtype": "float32",  # of activations: float32 or bfloat16
+            "accumulate": 1,  # parts that a batch is computed in; the update is that of the whole batch
+            "on_nan": "raise",  # a loss or gradient that is not finite: raise, or skip (that step changes no weight)
             "remat": False,  # recompute activations in the backward pass: slower, much less memory
             "export_dtype": "float32",  # of the exported weights: float32, bfloat16 or float16
         }

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import shlex
 import signal
 import time
@@ -27,6 +28,8 @@ scaling-perception train --config configs/mini.py --workdir runs/short --config.
 # Fields that change neither the numbers of a run nor its data: they may differ when it is resumed. Where the data lies
 # may change as well, for its content has a fingerprint of its own.
 _FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.export_dtype", "data.workers", "data.cache")
+_FREE += ("train.keep_every", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "train.accumulate", "train.remat")
+_ON_NAN = ("raise", "skip")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +45,10 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def run(args: argparse.Namespace) -> int | None:
+    from scaling_perception.parallel.processes import join
     from scaling_perception.support.configs import load_config
 
+    join()
     overrides = list(getattr(args, "overrides", []))
     words = ["scaling-perception", "train", "--config", args.config, "--workdir", args.workdir]
     words += [f"--config.{override}" for override in overrides]
@@ -68,65 +73,82 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
     """
     import jax
     import numpy as np
+    from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-    from scaling_perception.parallel.mesh import batch_sharding, make_mesh, replicated
+    from scaling_perception.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
+    from scaling_perception.parallel.processes import is_first, put_batch, put_tree, to_host
+    from scaling_perception.parallel.rules import tree_shardings
     from scaling_perception.support.files import write_json
     from scaling_perception.training.checkpoints import Checkpoints
     from scaling_perception.training.optim import make_optimizer
+    from scaling_perception.training.silent import Silent
     from scaling_perception.training.state import abstract_state, new_state
     from scaling_perception.training.step import make_step
     from scaling_perception.training.writer import Window, Writer, duration
 
     # ---- Objective and optimiser ------------------------------------------------------------------------------------
     total, every = config.train.steps, config.train.checkpoint_every
-    for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+    for name in ("steps", "batch_size", "log_every", "checkpoint_every", "accumulate"):
         if config.train[name] < 1:
             raise UserError(f"train.{name} is {config.train[name]}: give a whole number above 0")
     if not 0.0 <= config.optim.ema < 1.0:
         raise UserError(f"optim.ema is {config.optim.ema}: give a decay from 0 (no averaging) to below 1")
-    mesh = make_mesh()  # data-parallel over the devices; the state is whole on each
+    if config.train.on_nan not in _ON_NAN:
+        raise UserError(f"train.on_nan is '{config.train.on_nan}'{did_you_mean(config.train.on_nan, _ON_NAN)}")
+    mesh = make_mesh(**config.mesh.to_dict())
     objective = _objective(config, mesh)
     tx, schedule = make_optimizer(config.optim, total, objective.frozen)
     identity = _plain({"config": config.to_dict(), "data": dict(objective.batches.fingerprint), "meta": objective.meta})
 
-    # ---- Devices -----------------------------------------------------------------------------------------------------
-    devices = mesh.size
-    if config.train.batch_size % devices:
-        raise UserError(f"train.batch_size is {config.train.batch_size}: give a multiple of the {devices} devices")
+    # ---- Devices: the batch is split over them, the state by parallel/rules.py -------------------------------------
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * config.train.accumulate
+    if config.train.batch_size % parts:
+        what = f"{parts // config.train.accumulate} device(s) that share it times train.accumulate"
+        raise UserError(f"train.batch_size is {config.train.batch_size}: give a multiple of {parts}, the {what}")
     whole, split = replicated(mesh), batch_sharding(mesh)
-    key = jax.device_put(jax.random.key(config.seed), whole)
-    constants = jax.device_put(objective.constants, whole)
+    key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=whole)()
+    constants = put_tree(objective.constants, jax.tree.map(lambda _: whole, objective.constants))
 
     # ---- Init or restore --------------------------------------------------------------------------------------------
     shapes = abstract_state(objective.init, tx)
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
+    places = tree_shardings(shapes, mesh)
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+    )
     _refuse_foreign(workdir)  # 4. refuse: the folder holds something that this run would overwrite
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, config.train.keep_every)
     with contextlib.ExitStack() as closing:
         closing.callback(checkpoints.close)
         state = checkpoints.restore(abstract, lambda saved: _same_run(saved, identity, workdir), _say)
         if state is not None:  # 1. our own earlier run
             story = f"resuming from step {int(state.step)}"
         elif objective.starting_params is not None:  # 2. another model's weights
-            params = jax.device_put(objective.starting_params, whole)
-            state = jax.jit(lambda params: new_state(params, tx), out_shardings=whole)(params)
+            params = put_tree(objective.starting_params, places.params)
+            state = jax.jit(lambda params: new_state(params, tx), out_shardings=places)(params)
             story = f"starting from the weights of {config.init}"
         else:  # 3. from scratch
-            state = jax.jit(lambda key: new_state(objective.init(key), tx), out_shardings=whole)(key)
+            state = jax.jit(lambda key: new_state(objective.init(key), tx), out_shardings=places)(key)
             story = "starting from scratch"
-        write_json(workdir / "config.json", identity["config"])
+        if is_first():
+            write_json(workdir / "config.json", identity["config"])
         start = step = int(state.step)
         macs = _macs(objective)
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
         _say(f"{config.model if objective.model else config.objective}: {count / 1e6:.2f} M parameters, {story}")
-        _say(f"{total} steps of {config.train.batch_size} on {devices} {jax.devices()[0].platform} device(s)")
+        spread = " × ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "whole"
+        on = f"{mesh.size} {mesh.devices.flat[0].platform} device(s) ({spread})"
+        _say(f"{total} steps of {config.train.batch_size} on {on}, {jax.process_count()} process(es)")
 
         # ---- Loop ---------------------------------------------------------------------------------------------------
         if step < total:
-            writer = Writer(workdir, start, total)
+            writer = Writer(workdir, start, total) if is_first() else Silent()
             closing.callback(writer.close)
-            asked = closing.enter_context(_asked_to_stop())
-            jitted = jax.jit(make_step(objective, tx, config.optim.ema), donate_argnums=0, out_shardings=whole)
+            several = jax.process_count() > 1
+            asked = closing.enter_context(_asked_to_stop(several))
+            step_of = make_step(
+                objective, tx, config.optim.ema, config.train.accumulate, config.train.on_nan == "skip", places
+            )
+            jitted = jax.jit(step_of, donate_argnums=0, out_shardings=(places, whole))
             clock, compiled = time.monotonic(), None
             window, waited, late = Window(), 0.0, None
 
@@ -135,7 +157,10 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
                 nonlocal clock, waited
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-                    raise _diverged(number, values, keys, workdir, checkpoints.steps())
+                    if config.train.on_nan == "raise":
+                        checkpoints.wait()
+                        raise _diverged(number, values, keys, workdir, checkpoints.steps())
+                    _note_skipped(number, values, keys, workdir)
                 window.add(values)
                 writer.tick()
                 if number % config.train.log_every == 0 or number == total:
@@ -155,7 +180,7 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
                 batch = dict(next(batches))
                 waited += time.monotonic() - before
                 keys = list(batch.pop("key", ()))
-                arrays = jax.device_put({name: np.asarray(value) for name, value in batch.items()}, split)
+                arrays = put_batch(batch, split)
                 if compiled is None:
                     compiled = jitted.lower(state, arrays, key, constants).compile()
                     writer.say(f"compiled the step in {duration(time.monotonic() - before)}")
@@ -164,9 +189,12 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
                 with jax.transfer_guard("disallow"):  # nothing may travel that is not asked for
                     state, metrics = compiled(state, arrays, key, constants)
                 step += 1
+                checkpoints.poll()  # a save that failed behind our back is told here
                 if late is not None:  # one step late: the device is already busy with the next
                     take(*late)
                 late = (step, metrics, keys)
+                if several and reached_preemption_sync_point(step):  # all processes stop at the same step
+                    asked.append(signal.SIGTERM)
                 if step % every == 0 or step == total or asked:  # before the next batch, and never unchecked weights
                     take(*late)
                     late = None
@@ -178,8 +206,11 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
             writer.close()
             if asked and step < total:
                 checkpoints.save(state, identity)
+                checkpoints.wait()
                 _say(f"stopped at step {step} of {total}; to resume run: {command}")
                 raise Stopped(128 + asked[0])
+
+        checkpoints.wait()
 
         # ---- Export -------------------------------------------------------------------------------------------------
         model = workdir / "model"
@@ -189,7 +220,9 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
         samples = total * objective.samples_per_step
         info = {"steps": total, "samples": samples, "macs": samples * macs, "data": identity["data"]}
         info |= {"config": _without_places(identity["config"])}
-        objective.export(jax.device_get(state.ema), str(model), info)
+        average = to_host(state.ema, mesh)
+        if is_first():
+            objective.export(average, str(model), info)
         _say(f"exported the averaged weights to {model}")
         return model
 
@@ -270,17 +303,29 @@ def _diverged(
     return UserError(f"{what} ({which}; {last}): lower optim.lr or set optim.grad_clip=1, and look at these samples")
 
 
+def _note_skipped(step: int, values: Mapping[str, float], keys: Sequence[str], workdir: Path) -> None:
+    """One line for a step that changed nothing, and its samples' keys in ``skipped.jsonl``."""
+    told = {name: repr(value) for name, value in values.items()}
+    with open(workdir / "skipped.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "keys": list(keys), "metrics": told}) + "\n")
+    _say(f"step {step} skipped: loss {values['loss']}, gradient norm {values['grad_norm']}; keys in skipped.jsonl")
+
+
 @contextlib.contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
+def _asked_to_stop(several: bool) -> Iterator[list[int]]:
     """A list that SIGINT and SIGTERM append themselves to, so that the step under way can finish.
 
     A second SIGINT interrupts at once. Outside the main thread, where Python allows no handlers, the list stays empty.
+    In a run of several processes JAX's own handler of SIGTERM tells all of them, and SIGINT is passed on to it.
     """
     asked: list[int] = []
 
     def note(number: int, _: Any) -> None:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         asked.append(number)
         _say(
             "stopping after this step; saving (Ctrl-C again: stop at once, losing the steps since the last checkpoint)"
@@ -288,7 +333,7 @@ def _asked_to_stop() -> Iterator[list[int]]:
 
     before: dict[int, Callable[..., Any] | int | None] = {}
     with contextlib.suppress(ValueError):
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, note)
     try:
         yield asked
@@ -300,4 +345,7 @@ def _asked_to_stop() -> Iterator[list[int]]:
 def _say(line: str) -> None:
     import sys
 
-    print(line, file=sys.stderr, flush=True)
+    from scaling_perception.parallel.processes import is_first
+
+    if is_first():
+        print(line, file=sys.stderr, flush=True)

@@ -208,7 +208,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, condition: jax.Array | None, modulation: jax.Array | None
+        self, x: jax.Array, condition: jax.Array | None, modulation: Any
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         config, dtype = self.config, self.dtype
         if modulation is None:
@@ -232,7 +232,7 @@ class Final(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, condition: jax.Array | None, modulation: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, condition: jax.Array | None, modulation: Any) -> jax.Array:
         config = self.config
         if modulation is None:
             modulation = nn.Dense(2 * config.dim, kernel_init=_zeros, name="modulation")(condition)
@@ -336,7 +336,7 @@ def modulations(config: DiTConfig, params: Params, t: jax.Array, label: jax.Arra
         (S, L, P, 6 D) of the blocks and (S, P, 2 D) of the final layer, float32.
     """
     time: Any = TimeEmbed(config.dim).apply({"params": params["time_embed"]}, t)
-    known = jnp.take(params["label_embed"], label, axis=0)
+    known: Any = jnp.take(params["label_embed"], label, axis=0)
     if config.context_dim:
         known = known + TaskContext(config).apply({"params": params["context"]}, label)
     condition = nn.silu(time[:, None] + known[None])

@@ -8,7 +8,8 @@ Per sample, with z = (target latent - shift[task]) / scale[task] and alpha_bar o
            + balance_loss * sum over layers of f P, for models with experts (models/moe.py, facts 3.1)
 
 where y is eps, z or v (``diffusion.targets``). Variance channels, if the network has them, are not trained here: they
-exist so that released checkpoints fit (facts 10, row 21). No label is ever dropped (row 23).
+exist so that released checkpoints fit (facts 10, row 21). No label is ever dropped (row 23). Pre-training, whose task is
+``generation``, has another loss (``training/pretrain.py``) and shares the rest.
 
 Words: B batch, h w latent sides, R pixels; latents are (B, h, w, 4) float32.
 """
@@ -16,7 +17,8 @@ Words: B batch, h w latent sides, R pixels; latents are (B, h, w, 4) float32.
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,6 +62,25 @@ def sample_timesteps(key: jax.Array, batch: int, sampling: str) -> jax.Array:
     return jnp.where(jax.random.bernoulli(which, 0.5, (batch,)), high, t)
 
 
+def sample_noise(
+    key: jax.Array, index: jax.Array, shape: tuple[int, ...], config: Config
+) -> tuple[jax.Array, jax.Array]:
+    """Timesteps (B,) and noise of ``shape`` (B, h, w, 4), each sample's from ``key`` and its place in the batch alone.
+
+    So they are the same however the batch is cut up or spread.
+    """
+
+    def one(place: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key_t, key_noise = jax.random.split(jax.random.fold_in(key, place))
+        t = sample_timesteps(key_t, 1, config.timestep_sampling)
+        if config.noise == "multires":
+            height, width, channels = shape[1:]
+            return t[0], pyramid_noise(key_noise, (1, height, width, channels), annealed_strength(t))[0]
+        return t[0], jax.random.normal(key_noise, shape[1:])
+
+    return jax.vmap(one)(index)
+
+
 def labels_of(task: jax.Array, dit: DiTConfig) -> jax.Array:
     """Row of the label table, int32 (B,): first task label + pass, or the null label for a specialist (facts 2)."""
     return dit.num_classes + task if dit.task_labels else jnp.full_like(task, dit.null_label)
@@ -84,13 +105,7 @@ def make_loss(
         task = batch["task"].astype(jnp.int32)
         clean = (target - jnp.asarray(shift)[task][:, None, None]) / jnp.asarray(scale)[task][:, None, None]
         clean = jnp.where(valid[..., None], clean, 0.0)  # what hides under the mask may be anything, even NaN
-        key_t, key_noise = jax.random.split(key)
-        t = sample_timesteps(key_t, clean.shape[0], config.timestep_sampling)
-        if config.noise == "multires":
-            batch_size, height, width, channels = clean.shape
-            eps = pyramid_noise(key_noise, (batch_size, height, width, channels), annealed_strength(t))
-        else:
-            eps = jax.random.normal(key_noise, clean.shape)
+        t, eps = sample_noise(key, batch.get("index", jnp.arange(len(clean))), clean.shape, config)
         level = jnp.asarray(alpha_bar)[t]
         noisy = add_noise(clean, eps, level)
         wanted = training_target(preset.prediction, clean, eps, level)
@@ -99,14 +114,10 @@ def make_loss(
         got, stats = model.apply({"params": params}, inputs, t, labels, with_stats=True)
         got = got[..., :LATENT]
         value = masked_mse(got, wanted, valid)
-        metrics = {"valid": jnp.mean(valid.astype(jnp.float32))}
+        metrics = {"valid": jnp.mean(valid.astype(jnp.float32)), "weight": jnp.sum(valid.astype(jnp.float32))}
         if stats:
             metrics["mse"] = value
-            metrics["balance"] = jnp.mean(stats["balance"])
-            metrics["expert_load_max"] = jnp.max(stats["load"]) * dit.experts  # 1: all experts get as much
-            metrics["expert_load_min"] = jnp.min(stats["load"]) * dit.experts
-            metrics["router_entropy"] = jnp.mean(stats["entropy"])
-            value = value + config.balance_loss * jnp.sum(stats["balance"])
+        value = with_balance(value, stats, dit, config, metrics)
         if len(passes) > 1:
             for index in passes:
                 cells = valid & (task == index)[:, None, None]
@@ -117,11 +128,24 @@ def make_loss(
     return loss
 
 
+def with_balance(
+    value: jax.Array, stats: Mapping[str, jax.Array], dit: DiTConfig, config: Config, metrics: Metrics
+) -> jax.Array:
+    """``value`` plus the balance loss of a model with experts; ``metrics`` is told how they are used."""
+    if not stats:
+        return value
+    metrics["balance"] = jnp.mean(stats["balance"])
+    metrics["expert_load_max"] = jnp.max(stats["load"]) * dit.experts  # 1: all experts get as much
+    metrics["expert_load_min"] = jnp.min(stats["load"]) * dit.experts
+    metrics["router_entropy"] = jnp.mean(stats["entropy"])
+    return value + config.balance_loss * jnp.sum(stats["balance"])
+
+
 def latents_of(
     batch: Mapping[str, Any], encode: Callable[..., Any] | None, cond_channels: int
-) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
-    """(image, prompt or None, target, valid) of a batch: latents float32 (B, h, w, 4), encoded if pixels; (B, h, w)."""
-    names = ["image", "prompt", "target"] if cond_channels > LATENT else ["image", "target"]
+) -> tuple[Any, jax.Array | None, jax.Array, jax.Array]:
+    """(image or None, prompt or None, target, valid) of a batch: latents float32 (B, h, w, 4), encoded if pixels; (B, h, w)."""
+    names = {0: ["target"], LATENT: ["image", "target"]}.get(cond_channels, ["image", "prompt", "target"])
     valid = batch["valid"]
     if encode is None:
         found = {name: batch[name].astype(jnp.float32) for name in names}
@@ -131,25 +155,29 @@ def latents_of(
         latents = jax.lax.stop_gradient(encode(batch["constants"], pixels))
         found = dict(zip(names, jnp.split(latents.astype(jnp.float32), len(names)), strict=True))
         valid = latent_mask(valid, valid.shape[1] // found["target"].shape[1])
-    return found["image"], found.get("prompt"), found["target"], valid
+    return found.get("image"), found.get("prompt"), found["target"], valid
 
 
 def measure_latent_norm(
-    batches: Batches, batch_size: int, latents: Callable[[Mapping[str, Any]], Any]
+    batches: Batches,
+    batch_size: int,
+    latents: Callable[[Mapping[str, Any]], Any],
+    rows: Sequence[int] = range(len(PASSES)),
 ) -> dict[str, Any]:
     """Per-pass, per-channel mean and standard deviation of target latents over the first 1,024 samples' valid cells.
 
     Passes without a sample keep shift 0 and scale 1. ``latents``: batch -> (target (B, h, w, 4), valid (B, h, w)).
+    ``rows``: indices of the passes.
 
     Returns:
-        {"shift": [[4] * 4], "scale": [[4] * 4]}, JSON-able.
+        {"shift": [[4] * rows], "scale": [[4] * rows]}, JSON-able.
     """
-    cells, total, square = np.zeros((len(PASSES), 1)), np.zeros((len(PASSES), LATENT)), np.zeros((len(PASSES), LATENT))
+    cells, total, square = np.zeros((len(rows), 1)), np.zeros((len(rows), LATENT)), np.zeros((len(rows), LATENT))
     for step in range(max(1, math.ceil(_NORM_SAMPLES / batch_size))):
         batch = batches.at(step)
         target, valid = (np.asarray(part) for part in latents(batch))
-        for index in range(len(PASSES)):
-            chosen = target[np.asarray(valid, bool) & (np.asarray(batch["task"]) == index)[:, None, None]]
+        for index, row in enumerate(rows):
+            chosen = target[np.asarray(valid, bool) & (np.asarray(batch["task"]) == row)[:, None, None]]
             chosen = chosen.astype(np.float64)
             cells[index] += len(chosen)
             total[index] += chosen.sum(axis=0)
@@ -193,7 +221,8 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
 
         data = {**config.data.to_dict(), "resolution": config.resolution, "task_options": options.to_dict()}
         batches = open_batches(data, config.train.batch_size, config.seed)
-    encode, constants, encoder_id = _encoder(config, batches)
+    moments, constants, encoder_id = _encoder(config, batches)
+    encode = None if moments is None else _mean_of(moments)
 
     dit, table = prompt_table(config, dit, tasks_of(config))
     frozen = tuple(frozen_paths(dit))
@@ -203,7 +232,7 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
             f"init {config.init} was trained in the latents of autoencoder {start_meta['autoencoder']}, which is not "
             f"'{config.autoencoder}' of this config: use the same"
         )
-    norm = _latent_norm(config, batches, encode, constants, start_meta)
+    norm = _latent_norm(config, batches, encode, constants, start_meta, dit.cond_channels)
     mesh = mesh if mesh is not None and mesh.size > 1 else None
     model = DiT(dit, dtype=DTYPES[config.train.dtype], remat=config.train.remat, mesh=mesh)
     meta = {
@@ -219,6 +248,11 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
     }
     if table is not None:
         meta["task_prompts"] = {**config.task_prompts.to_dict(), "text_encoder": config.text_encoder}
+    generation = "generation" in tasks_of(config)
+    if generation:  # a starting point, as an imported DiT is: no perception task
+        from scaling_perception.training import pretrain
+
+        meta |= {"tasks": [], "task_options": {}, "classes": pretrain.check_classes(dit, batches.fingerprint)}
     if start_meta.get("surgery"):
         meta["init"] = {"model": start_meta["model"]["name"], "steps": start_meta["surgery"]}
 
@@ -228,10 +262,14 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
         dtype = DTYPES[config.train.export_dtype]
         small = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf, dtype)), params)
         save_model(path, small, {**meta, "training": dict(info)})
+        if generation:
+            pretrain.write_samples(str(Path(path) / "samples.png"), config, small, meta)
 
     return Objective(
         init=lambda key: with_table(init_params(dit, key), table),
-        loss=make_loss(model, preset, config, norm, encode),
+        loss=pretrain.generation_loss(model, preset, config, norm, moments)
+        if generation
+        else make_loss(model, preset, config, norm, encode),
         batches=batches,
         export=export,
         samples_per_step=config.train.batch_size,
@@ -254,6 +292,11 @@ def network_of(config: Config) -> DiTConfig:
     if not passes:
         raise UserError("data.mixture is empty: name at least one source and its task")
     names = ", ".join(tasks_of(config))
+    if "generation" in tasks_of(config):
+        from scaling_perception.training.pretrain import check_generation
+
+        check_generation(config, dit)
+        return dit
     if len(passes) > 1 and not dit.task_labels:
         raise UserError(f"{len(passes)} passes ({names}) need labels: set model_changes.task_labels=4")
     if dit.cond_channels not in (LATENT, 2 * LATENT):
@@ -263,14 +306,18 @@ def network_of(config: Config) -> DiTConfig:
     return dit
 
 
+def _mean_of(moments: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda params, images: moments(params, images)[0]
+
+
 def _encoder(config: Config, batches: Batches) -> tuple[Callable[..., Any] | None, Any, str]:
-    """(encode, its params, its id) when batches are pixels, (None, None, id or "") when they are latents that fit."""
+    """((params, pixels) -> (mean, log-variance or None), its params, its id) when batches are pixels, (None, None, id or "") when they are latents that fit."""
     from scaling_perception.models.autoencoders import load_autoencoder
 
     target = batches.at(0)["target"]
     if target.shape[-1] == 3:
         vae = load_autoencoder(config.autoencoder)
-        return (lambda params, images: vae.encode(params, images)[0]), vae.params, vae.id
+        return vae.encode, vae.params, vae.id
     side = config.resolution // 8
     if target.shape[1:] != (side, side, LATENT):
         raise UserError(
@@ -289,21 +336,27 @@ def _encoder(config: Config, batches: Batches) -> tuple[Callable[..., Any] | Non
 
 
 def _latent_norm(
-    config: Config, batches: Batches, encode: Callable[..., Any] | None, constants: Any, start: Mapping[str, Any]
+    config: Config,
+    batches: Batches,
+    encode: Callable[..., Any] | None,
+    constants: Any,
+    start: Mapping[str, Any],
+    cond_channels: int,
 ) -> dict[str, Any]:
     if start.get("tasks") and start.get("latent_norm"):  # weights expect the normalisation they were trained with
         return dict(start["latent_norm"])
+    rows = range(len(PASSES)) if cond_channels else pass_indices("generation")
     if config.latent_norm == "none":
-        return {"shift": [[0.0] * LATENT] * len(PASSES), "scale": [[1.0] * LATENT] * len(PASSES)}
+        return {"shift": [[0.0] * LATENT] * len(rows), "scale": [[1.0] * LATENT] * len(rows)}
 
     @jax.jit
     def encoded(fields: Mapping[str, Any]) -> Any:
-        return latents_of(fields, encode, LATENT)[2:]
+        return latents_of(fields, encode, min(cond_channels, LATENT))[2:]
 
     def latents(batch: Mapping[str, Any]) -> Any:
-        fields = {name: batch[name] for name in ("image", "target", "valid")}
+        fields = {name: batch[name] for name in ("image", "target", "valid") if name in batch}
         return encoded({**fields, "constants": constants}) if encode else (batch["target"], batch["valid"])
 
     where = "" if encode is None else "; without data.cache they are read and encoded first"
     print(f"measuring the latents of {_NORM_SAMPLES} samples{where}", file=sys.stderr, flush=True)
-    return measure_latent_norm(batches, config.train.batch_size, latents)
+    return measure_latent_norm(batches, config.train.batch_size, latents, rows)

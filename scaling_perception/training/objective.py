@@ -36,8 +36,10 @@ class Objective(NamedTuple):
     Attributes:
         init: key -> params (pure; run under jit).
         loss: (params, batch, key) -> (float32 scalar, metrics) (pure; run under jit and differentiated by params).
-            ``batch`` holds the arrays only; a metric is a scalar, and NaN where it is undefined for this batch (such as
-            the loss of a task that the batch has no sample of).
+            ``batch`` holds the arrays only, and ``index`` (B,): each sample's place in the whole batch, which its noise
+            must depend on (and not on how the batch is cut up). A metric is a scalar, and NaN where it is undefined for
+            this batch (such as the loss of a task that the batch has no sample of); one called ``weight`` says how much
+            this loss counts beside those of other parts of the same batch (default 1).
         batches: where the batches come from.
         export: (params, path, info) -> None: writes the finished model as a folder or file; ``params`` are the averaged
             ones, on the host; ``info`` is JSON-able (steps, samples, macs, seconds, ...).

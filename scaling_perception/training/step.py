@@ -32,8 +32,22 @@ def average(ema: Any, params: Any, decay: float) -> Any:
     return jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, params)
 
 
-def make_step(objective: Objective, tx: optax.GradientTransformation, ema_decay: float) -> Step:
+def make_step(
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+    accumulate: int = 1,
+    skip: bool = False,
+    shardings: TrainState | None = None,
+) -> Step:
     """The step of ``objective`` under the optimiser ``tx``.
+
+    Args:
+        accumulate: parts that a batch is computed in, one after the other; the update is that of the whole batch, to
+            rounding, except for a balance loss, whose shares are then those of each part.
+        skip: a step whose loss or gradient is not finite changes nothing but the step's number; ``skipped`` tells.
+        shardings: where the state lives. Gradients are kept so, too, which makes the reduction over the batch a
+            reduce-scatter for leaves that are split.
 
     Returns:
         step(state, batch, key, constants) -> (state, metrics). ``batch``: arrays (B, ...). ``key``: the run's key; the
@@ -44,17 +58,58 @@ def make_step(objective: Objective, tx: optax.GradientTransformation, ema_decay:
 
     def step(state: TrainState, batch: Batch, key: jax.Array, constants: Any = None) -> tuple[TrainState, Metrics]:
         own_key = jax.random.fold_in(key, state.step)
-        fields = batch if constants is None else {**batch, "constants": constants}
 
-        def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
+        def loss_of(params: Any, part: Batch, index: jax.Array) -> tuple[jax.Array, Metrics]:
+            fields = {**part, "index": index}
+            fields = fields if constants is None else {**fields, "constants": constants}
             return objective.loss(hold(params, objective.frozen), fields, own_key)
 
-        (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        differentiate = jax.value_and_grad(loss_of, has_aux=True)
+        size = jax.tree.leaves(batch)[0].shape[0]
+        if accumulate == 1:
+            (loss, metrics), gradient = differentiate(state.params, batch, jnp.arange(size))
+        else:
+            loss, metrics, gradient = _in_parts(differentiate, state.params, batch, accumulate)
+        if shardings is not None:
+            gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
+        metrics = {name: value for name, value in metrics.items() if name != "weight"}
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = average(state.ema, params, ema_decay)
-        told = {**metrics, "loss": loss, "grad_norm": optax.tree.norm(gradient)}
-        told = {name: jnp.asarray(value, jnp.float32) for name, value in told.items()}
-        return TrainState(state.step + 1, params, opt_state, ema), told
+        new, norm = TrainState(state.step + 1, params, opt_state, ema), optax.tree.norm(gradient)
+        told = {**metrics, "loss": loss, "grad_norm": norm}
+        if skip:
+            sound = jnp.isfinite(loss) & jnp.isfinite(norm)
+            kept = state._replace(step=new.step)
+            new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, kept)
+            told["skipped"] = 1.0 - sound
+        return new, {name: jnp.asarray(value, jnp.float32) for name, value in told.items()}
 
     return step
+
+
+def _in_parts(differentiate: Any, params: Any, batch: Batch, count: int) -> tuple[jax.Array, Metrics, Any]:
+    """Loss, metrics and gradient of a batch computed in ``count`` parts, each weighted by its metric ``weight``.
+
+    Part m holds the samples m, m + count, …: neighbours stay on their device.
+    """
+
+    def terms(part: tuple[Batch, jax.Array]) -> Any:
+        (loss, metrics), gradient = differentiate(params, *part)
+        weight = jnp.asarray(metrics.get("weight", 1.0), jnp.float32)
+        known = {name: jnp.isfinite(value) for name, value in metrics.items()}  # NaN: undefined for this part
+        sums = {name: jnp.where(known[name], value, 0.0) * weight for name, value in metrics.items()}
+        counts = {name: known[name] * weight for name in metrics}
+        return weight, loss * weight, sums, counts, jax.tree.map(lambda leaf: leaf * weight, gradient)
+
+    size = jax.tree.leaves(batch)[0].shape[0]
+    parts = jax.tree.map(lambda array: jnp.moveaxis(array.reshape(-1, count, *array.shape[1:]), 1, 0), dict(batch))
+    index = jnp.arange(size).reshape(-1, count).T
+    shapes = jax.eval_shape(terms, jax.tree.map(lambda array: array[0], (parts, index)))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    totals, _ = jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, terms(part)), None), zeros, (parts, index)
+    )
+    weight, loss, sums, counts, gradient = totals
+    metrics = {name: sums[name] / counts[name] for name in sums}
+    return loss / weight, metrics, jax.tree.map(lambda leaf: leaf / weight, gradient)

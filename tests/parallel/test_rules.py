@@ -16,13 +16,15 @@ from scaling_perception.parallel.rules import DIT_RULES, spec_for, tree_sharding
 
 
 def test_each_rule_is_the_first_match_of_some_parameter():
-    leaves = jax.tree_util.tree_flatten_with_path(abstract_params(get_preset("XL/2")))[0]
-    names = ["/".join(part.key for part in path) for path, _ in leaves]
+    presets = ("XL/2", "XL-8E2A", "S/2-8E2A")  # dense, GELU experts, SwiGLU experts and a shared one
+    trees = [jax.tree_util.tree_flatten_with_path(abstract_params(get_preset(name)))[0] for name in presets]
+    names = ["/".join(part.key for part in path) for leaves in trees for path, _ in leaves]
     first = {next(pattern for pattern, _ in DIT_RULES if re.fullmatch(pattern, name)) for name in names}
     assert first == {pattern for pattern, _ in DIT_RULES}
     assert spec_for("blocks/mlp/fc1/kernel") == PartitionSpec(None, "fsdp", "tensor")
     assert spec_for("ema/blocks/mlp/fc1/kernel") == PartitionSpec(None, "fsdp", "tensor")
     assert spec_for("opt_state/0/mu/blocks/attn/proj/kernel") == PartitionSpec(None, "tensor", "fsdp")
+    assert spec_for("blocks/moe/experts/fc2/kernel") == PartitionSpec(None, "expert", "tensor", "fsdp")
     assert spec_for("step") == spec_for("pos_embed") == PartitionSpec()
     with pytest.raises(ValueError, match="no sharding rule"):
         spec_for("step", DIT_RULES[:-1])

@@ -99,7 +99,7 @@ def test_a_checkpoint_of_eight_devices_resumes_on_one(monkeypatch, tmp_path):
         linear_run(monkeypatch, tmp_path, LinearBatches(signal_at=9))
     before = last_state(tmp_path)
     one = make_mesh(devices=jax.devices()[:1])
-    monkeypatch.setattr("scaling_perception.parallel.mesh.make_mesh", lambda: one)
+    monkeypatch.setattr("scaling_perception.parallel.mesh.make_mesh", lambda **_: one)
     linear_run(monkeypatch, tmp_path)
     after = last_state(tmp_path)
     assert int(before["step"]) == 10 and int(after["step"]) == 20

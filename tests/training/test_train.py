@@ -128,7 +128,7 @@ def test_a_signal_saves_and_names_the_command(linear, tmp_path, capsys, number):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["train.batch_size=12"], "train.batch_size is 12: give a multiple of the 8 devices"),
+        (["train.batch_size=12"], "train.batch_size is 12: give a multiple of 8, the 8 device"),
         (["train.steps=0"], "train.steps is 0"),
         (["optim.ema=1.0"], "optim.ema is 1.0"),
     ],
@@ -168,7 +168,7 @@ def test_diffusion_from_scratch_then_fine_tuned(tmp_path, monkeypatch):
     """The real objective end to end: nano DiT learns, its model folder loads, and another run starts from it."""
     monkeypatch.setattr(verb, "_objective", lambda config, *_: diffusion_objective(config, LatentBatches()))
     one = make_mesh(devices=jax.devices()[:1])  # compiles in half the time of eight
-    monkeypatch.setattr("scaling_perception.parallel.mesh.make_mesh", lambda: one)
+    monkeypatch.setattr("scaling_perception.parallel.mesh.make_mesh", lambda **_: one)
     fields = ("train.steps=40", "train.log_every=10", "train.checkpoint_every=40", "optim.lr=3e-3")
     model = verb.train(config_of(*fields), tmp_path / "first")
     rows = rows_of(tmp_path / "first")
