@@ -40,7 +40,8 @@ def test_every_config_makes_a_network_and_an_optimiser(name):
     tx, schedule = make_optimizer(config.optim, config.train.steps, ("pos_embed",))
     shapes = abstract_state(lambda key: jax.tree.map(lambda x: jax.numpy.zeros(x.shape), abstract_params(dit)), tx)
     assert shapes.params["pos_embed"].shape == (dit.tokens, dit.dim)
-    assert 0 < float(schedule(config.train.steps)) < float(schedule(config.optim.warmup))
+    first, last = (float(schedule(step)) for step in (config.optim.warmup, config.train.steps))
+    assert 0 < last <= first and (last == first) == (config.optim.schedule == "constant")
     assert dit.input_size * 8 == config.resolution
     TaskOptions.from_dict(config.task_options.to_dict())
     json.dumps(config.to_dict())  # goes into config.json

@@ -8,8 +8,8 @@ Per sample, with z = (target latent - shift[task]) / scale[task] and alpha_bar o
            + balance_loss * sum over layers of f P, for models with experts (models/moe.py, facts 3.1)
 
 where y is eps, z or v (``diffusion.targets``). Variance channels, if the network has them, are not trained here: they
-exist so that released checkpoints fit (facts 10, row 21). No label is ever dropped (row 23). Pre-training, whose task is
-``generation``, has another loss (``training/pretrain.py``) and shares the rest.
+exist so that released checkpoints fit (facts 10, row 21). No label is ever dropped (row 23). Pre-training, whose task
+is ``generation``, has another loss (``training/pretrain.py``) and shares the rest.
 
 Words: B batch, h w latent sides, R pixels; latents are (B, h, w, 4) float32.
 """
@@ -144,7 +144,10 @@ def with_balance(
 def latents_of(
     batch: Mapping[str, Any], encode: Callable[..., Any] | None, cond_channels: int
 ) -> tuple[Any, jax.Array | None, jax.Array, jax.Array]:
-    """(image or None, prompt or None, target, valid) of a batch: latents float32 (B, h, w, 4), encoded if pixels; (B, h, w)."""
+    """(image, prompt, target, valid) of a batch: latents float32 (B, h, w, 4), encoded if pixels; mask (B, h, w).
+
+    Image and prompt are None where the network is not given them.
+    """
     names = {0: ["target"], LATENT: ["image", "target"]}.get(cond_channels, ["image", "prompt", "target"])
     valid = batch["valid"]
     if encode is None:
@@ -311,7 +314,10 @@ def _mean_of(moments: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _encoder(config: Config, batches: Batches) -> tuple[Callable[..., Any] | None, Any, str]:
-    """((params, pixels) -> (mean, log-variance or None), its params, its id) when batches are pixels, (None, None, id or "") when they are latents that fit."""
+    """((params, pixels) -> (mean, log-variance or None), its params, its id) when batches are pixels.
+
+    (None, None, id or "") when they are latents that fit.
+    """
     from scaling_perception.models.autoencoders import load_autoencoder
 
     target = batches.at(0)["target"]

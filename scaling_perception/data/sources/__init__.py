@@ -46,6 +46,7 @@ SOURCES: dict[str, SourceEntry] = {
     "flying_chairs": SourceEntry("flying_chairs", ("flow",), "FlyingChairs"),
     "hypersim": SourceEntry("hypersim", ("depth",), "Hypersim"),
     "imagenet": SourceEntry("imagenet", ("generation",), "ImageNet"),
+    "textures": SourceEntry("texture_classes", ("generation",), "TextureClasses"),
     "pix2gestalt": SourceEntry("pix2gestalt", ("amodal",), "Pix2Gestalt"),
     "coco_amodal": SourceEntry("cocoa", ("amodal",), "CocoAmodal"),
     "mp3d_amodal": SourceEntry("cocoa", ("amodal",), "Mp3dAmodal"),
