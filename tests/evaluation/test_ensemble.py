@@ -182,6 +182,18 @@ def test_marigold_takes_the_lower_median_unless_told_otherwise(reference):
     assert ensemble_depth(members, "marigold", lower_median=False)[1].max() > 0.01
 
 
+def test_median_by_exchanges_is_the_median():
+    """Sizes with a network and one beyond, ties among the values; NaN is never hidden."""
+    rng, find = np.random.default_rng(0), jax.jit(ensemble.median, static_argnums=1)
+    for count in (*range(1, 10), 20, 33, 65):
+        values = rng.integers(0, 9, (count, 201)).astype(np.float32)
+        np.testing.assert_array_equal(find(values), np.median(values, axis=0))
+        np.testing.assert_array_equal(find(values, True), np.sort(values, axis=0)[(count - 1) // 2])
+        values[rng.integers(0, count, 201), np.arange(201)] = np.nan
+        assert jnp.isnan(find(values)).all()
+    assert len(ensemble.exchanges(50, (24, 25))) < 340
+
+
 def test_lower_median_is_torch_and_plain_median_is_numpy(reference):
     for case in ("n2_high", "n5_high", "n10_high"):
         data = reference(case)
