@@ -100,7 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--seconds", type=float, metavar="X", help="the best within so many seconds an image")
     group = parser.add_argument_group("outputs")
     group.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
-    group.add_argument("--formats", metavar="A,B", help="depth png16,npy,color,metric,ply; flow flo,color,npy,kitti; …")
+    group.add_argument(
+        "--formats",
+        metavar="A,B",
+        help="depth png16,npy,color,metric,ply; flow flo,color,npy,kitti; amodal mask,whole; all uncertainty",
+    )
     group.add_argument("--kitti", action="store_true", default=None, help="flow: also write KITTI's 16-bit PNG")
     group.add_argument("--ply", action="store_true", default=None, help="depth: also write a point cloud")
     group.add_argument(
@@ -181,7 +185,8 @@ def _check_flags(args: argparse.Namespace) -> None:
     for name in _BUDGETS:
         for other in _CHOSEN_BY_BUDGET:
             if getattr(args, name) is not None and getattr(args, other) is not None:
-                raise UserError(f"{_flag(name)} chooses {other} from the model's table: leave out {_flag(name)} or {_flag(other)}")
+                one, two = _flag(name), _flag(other)
+                raise UserError(f"{one} chooses {other} from the model's table: leave out {one} or {two}")
     for name in ("align_space", "align_fit"):
         if getattr(args, name) is not None and args.align is None:
             raise UserError(f"{_flag(name)} goes with --align: give the points, or leave it out")

@@ -4,10 +4,12 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -188,8 +190,8 @@ def test_paths_on_standard_input(predict, pictures, tmp_path, monkeypatch):
     predict("depth", "-0", "-", "--formats", "npy")
     assert files_in(tmp_path / "out") == {f"{n[:-4]}_depth.{end}" for n in odd for end in ("npy", "json")}
     (tmp_path / "list").write_text(f"# frames\n\n{pictures}/frame_1.png\n{tmp_path}/gone.png\n")
-    text = predict("depth", "--list", tmp_path / "list", code=2, out="b")
-    assert "gone.png does not exist" in text.err
+    text = predict("depth", "--list", tmp_path / "list", "--formats", "npy", code=1, out="b")
+    assert "gone.png does not exist" in text.err and "1 written" in text.out
 
 
 def test_folders_below_keep_their_places(predict, pictures, tmp_path):
@@ -222,8 +224,10 @@ def test_frames_of_videos(predict, tmp_path, make_image):
     record = json.loads((tmp_path / "flow" / "clip_000002_flow.json").read_text())
     assert record["inputs"]["frames"] == [2, 3]
     assert shlex.join(record["command"]).endswith(f"--start 2 --end 4 -- {tmp_path / 'clip.mov'}")
-    text = predict("flow", tmp_path / "clip.mov", "--start", 1, "--end", 4, "--formats", "npy", out="flow")
-    assert "2 already there" in text.out
+    (tmp_path / "cut.mov").write_bytes((tmp_path / "clip.mov").read_bytes()[:2000])
+    videos = (tmp_path / "cut.mov", tmp_path / "clip.mov")
+    text = predict("flow", *videos, "--start", 1, "--end", 4, "--formats", "npy", out="flow", code=1)
+    assert "2 already there, 1 failed" in text.out and "cut.mov is no video, or a damaged one" in text.err
 
 
 # Compute
@@ -358,3 +362,16 @@ def test_a_replaced_result_is_unfinished_until_it_is_whole(predict, pictures, tm
         predict("depth", image, "--seed", 1, "--overwrite", "--workers", 0, code=130)
     assert not files_in(tmp_path / "out"), "neither the old seed's record nor a part of the new one"
     assert "1 written" in predict("depth", image).out
+
+
+def test_every_documented_command_parses():
+    text = (Path(__file__).parent.parent / "docs" / "predict.md").read_text()
+    lines = [line.rpartition("| ")[2] for line in text.splitlines() if re.match(r"(find .* \| )?scaling-perc", line)]
+    parser, flags = make_parser("predict"), set()
+    for line in lines[1:]:  # the first is the usage
+        words = shlex.split(line)
+        parser.parse_args(words[2:])
+        flags |= {word for word in words if word.startswith("--")}
+    known = {word for word in re.findall(r"--[a-z-]+", parser.format_help())} - {"--help"}
+    missing = {flag for flag in known if flag not in text}
+    assert len(lines) > 20 and not missing - {"--autoencoder", "--dtype", "--preset", "--null"}, missing

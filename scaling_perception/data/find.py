@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scaling_perception.data.video import count_frames, is_video
+from scaling_perception.data.video import count_frames, is_video, require_pyav
 from scaling_perception.support.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -131,7 +131,11 @@ def _folder(folder: Path, search: Search) -> list[list[Picture]]:
 
 
 def _video(path: Path, search: Search) -> list[Picture]:
-    chosen = range(count_frames(path))[search.start : search.end : search.every]
+    require_pyav(path)
+    try:
+        chosen = range(count_frames(path))[search.start : search.end : search.every]
+    except UserError:  # damaged: told when it is read, so that the others go on
+        chosen = [search.start]
     return [Picture(path, index) for index in chosen]
 
 
@@ -161,6 +165,8 @@ def _expand(word: str, search: Search, literal: bool) -> _Found:
         found = [_video(path, search)]
     elif not literal and glob.has_magic(word):
         found = _matches(word, search)
+    elif literal:  # one of many: told when it is read, so that the others go on
+        return _Found([[Picture(path)]], True)
     else:
         raise UserError(f"{word} does not exist: check the path")
     if not any(found):
@@ -181,10 +187,10 @@ def find_inputs(
     mask of a folder that is missing is named by the path it should have.
 
     Args:
-        listed: more words, in which nothing is a glob and ~ is no home.
+        listed: more words, in which nothing is a glob and ~ is no home; those that do not exist are taken as they are.
 
     Raises:
-        UserError: an input that does not exist, fewer than two frames, or a --mask that does not fit.
+        UserError: a word that does not exist, fewer than two frames, or a --mask that does not fit.
     """
     search = (search or Search()).check()
     marked = [(word, False) for word in words] + [(word, True) for word in listed]
@@ -204,6 +210,16 @@ def find_inputs(
     if len(images) != 1:
         raise UserError(f"--mask {mask} is one file but there are {len(images)} images: give a folder of masks")
     return [(images[0], Picture(place))]
+
+
+def _is_frame(sequence: list[Picture]) -> bool:
+    return bool(sequence) and sequence[0].frame is not None
+
+
+def _with_second(sequence: list[Picture]) -> list[Picture]:
+    """Of a video with one frame (or none that can be read) also the next, so that it is among the failures."""
+    first = sequence[0]
+    return sequence if len(sequence) > 1 else [first, first._replace(frame=(first.frame or 0) + 1)]
 
 
 def _unique(inputs: Iterable[tuple[Picture, ...]]) -> list[tuple[Picture, ...]]:
@@ -239,7 +255,7 @@ def _find_pairs(words: Iterable[tuple[str, bool]], search: Search) -> list[tuple
         if found.single:
             frames += found.sequences[0]
             continue
-        sequences = [sequence for sequence in found.sequences if len(sequence) > 1]
+        sequences = [_with_second(sequence) for sequence in found.sequences if len(sequence) > 1 or _is_frame(sequence)]
         if not sequences:
             raise UserError(f"{word} holds one frame: flow needs two or more")
         pairs += [pair for sequence in sequences for pair in zip(sequence[:-1], sequence[1:], strict=True)]

@@ -24,16 +24,25 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """A container and its first video stream; what PyAV raises becomes one line."""
+def require_pyav(path: Path) -> Any:
+    """The module ``av``.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import av
-        from av.error import FFmpegError
     except ImportError:
         raise UserError(
             f"{path} is a video, which needs PyAV: pip install 'scaling-perception[video]', or give a folder of frames"
         ) from None
+    return av
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """A container and its first video stream; what PyAV raises becomes one line."""
+    av = require_pyav(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist: check the path")
     try:
@@ -41,7 +50,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise UserError(f"{path} holds no video stream: check the file")
             yield container, container.streams.video[0]
-    except FFmpegError as error:
+    except av.FFmpegError as error:
         raise UserError(f"{path} is no video, or a damaged one ({error.strerror}): copy or download it again") from None
 
 
