@@ -219,11 +219,14 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
     dit = network_of(config)
     preset = get_diffusion(config.diffusion, **config.diffusion_changes.to_dict())
     options = TaskOptions.from_dict(config.task_options.to_dict())
+    whole = None
     if batches is None:
         from scaling_perception.data.pipeline import open_batches
 
         data = {**config.data.to_dict(), "resolution": config.resolution, "task_options": options.to_dict()}
         batches = open_batches(data, config.train.batch_size, config.seed)
+        if jax.process_count() > 1:  # what is measured must not depend on this process's share
+            whole = open_batches(data, config.train.batch_size, config.seed, 0, 1)
     moments, constants, encoder_id = _encoder(config, batches)
     encode = None if moments is None else _mean_of(moments)
 
@@ -235,7 +238,7 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
             f"init {config.init} was trained in the latents of autoencoder {start_meta['autoencoder']}, which is not "
             f"'{config.autoencoder}' of this config: use the same"
         )
-    norm = _latent_norm(config, batches, encode, constants, start_meta, dit.cond_channels)
+    norm = _latent_norm(config, whole or batches, encode, constants, start_meta, dit.cond_channels)
     mesh = mesh if mesh is not None and mesh.size > 1 else None
     model = DiT(dit, dtype=DTYPES[config.train.dtype], remat=config.train.remat, mesh=mesh)
     meta = {
