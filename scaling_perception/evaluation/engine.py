@@ -154,7 +154,7 @@ class Engine:
 
     def _encode(self, vae: Any, pictures: jax.Array) -> jax.Array:
         fields, images, *shape = pictures.shape
-        mean, _ = self.autoencoder.encode(vae, pictures.reshape(fields * images, *shape))
+        mean, _ = self.autoencoder.encode(vae, self._spread(pictures.reshape(fields * images, *shape)))
         mean = mean.astype(jnp.float32).reshape(fields, images, *mean.shape[1:])
         return jnp.concatenate(list(mean), axis=-1)
 

@@ -26,9 +26,10 @@ DIT_RULES: Rules = (
     (r"blocks/moe/shared/down/kernel", PartitionSpec(None, "tensor", "fsdp")),
     (r"blocks/modulation/kernel", PartitionSpec(None, "fsdp", "tensor")),
     (r"blocks/(attn/qkv|mlp/fc1|modulation)/bias", PartitionSpec(None, "tensor")),
-    (r"label_embed", PartitionSpec(None, "fsdp")),
     (r"(time_embed/.*|final/.*)/kernel", PartitionSpec("fsdp", None)),
-    (r".*", PartitionSpec()),  # small: position table, patch kernels, remaining biases, routers
+    # Small: position table, patch kernels, remaining biases, routers; and the label table, for a row looked up in a
+    # table that is split by columns comes split by columns, where the batch is to be split.
+    (r".*", PartitionSpec()),
 )
 
 
