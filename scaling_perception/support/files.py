@@ -5,12 +5,14 @@ import errno
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from scaling_perception.support.errors import UserError
 
+_UMASK = threading.Lock()
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -44,8 +46,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
+        with _UMASK:  # it can only be read by setting it, for the whole process
+            umask = os.umask(0)
+            os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; a result should be as readable as any other
         os.replace(temporary, path)
         _sync_folder(path.parent)
