@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from scaling_perception import bench_sample
+
 EXAMPLES = """
 scaling-perception bench moe
 scaling-perception bench moe --tokens 4096 --dim 384 --experts 8 --active 2 --json out/moe.json
 scaling-perception bench moe --kind swiglu --dtype bfloat16 --repeats 15
+scaling-perception bench sample --model a1 --against torch --levers --json out/sample.json
 """
 
 
@@ -24,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     moe.add_argument("--active", type=int, default=2, help="experts that each token meets")
     moe.add_argument("--kind", choices=("gelu", "swiglu"), default="gelu", help="what an expert is")
     moe.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    for kind in (moe,):
+    sample = kinds.add_parser("sample", help="a whole prediction, and its way from a plain loop", allow_abbrev=False)
+    bench_sample.add_arguments(sample)
+    for kind in (moe, sample):
         kind.add_argument("--repeats", type=int, default=7, help="rounds; the median is told")
         kind.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
 
@@ -154,7 +159,10 @@ def _moe_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_KINDS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[..., str]]] = {"moe": (bench_moe, _moe_table)}
+_KINDS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[..., str]]] = {
+    "moe": (bench_moe, _moe_table),
+    "sample": (bench_sample.bench_sample, bench_sample.sample_table),
+}
 
 
 def run(args: argparse.Namespace) -> None:

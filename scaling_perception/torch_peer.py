@@ -1,0 +1,294 @@
+"""The same models in PyTorch, for comparison only: the released way of sampling, member by member.
+
+What the authors' pipeline does with one picture (facts 2, 4.3, 7): for every member again encode the picture, walk the
+DDIM grid in a Python loop with the network at batch 1 and the scheduler's arithmetic as diffusers has it, and decode.
+float32 throughout. Networks are written from their description (facts 1.1, 2); weights are ours, converted.
+
+Imports torch, an extra: import this module where it is asked for.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scaling_perception.diffusion.schedules import TRAIN_STEPS, DiffusionPreset, timestep_grid
+from scaling_perception.interop.torch_dit import dit_to_torch
+from scaling_perception.models import tiny_vae, vae
+from scaling_perception.models.autoencoders import Autoencoder
+from scaling_perception.models.config import DiTConfig
+from scaling_perception.models.dit import NORM_EPSILON, TIME_FREQUENCIES
+from scaling_perception.support.errors import UserError
+
+ATTENTIONS = ("explicit", "sdpa")
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class _Attention(nn.Module):
+    """timm's: ``explicit`` as it was when DiT was written, ``sdpa`` as it is today."""
+
+    def __init__(self, dim: int, heads: int, kind: str) -> None:
+        super().__init__()
+        self.heads, self.kind = heads, kind
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        if self.kind == "sdpa":
+            mixed = F.scaled_dot_product_attention(query, key, value)
+        else:
+            logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+            mixed = logits.softmax(dim=-1) @ value
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, dim))
+
+
+class _Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class _Block(nn.Module):
+    def __init__(self, config: DiTConfig, attention: str) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, NORM_EPSILON, elementwise_affine=False)
+        self.attn = _Attention(config.dim, config.heads, attention)
+        self.norm2 = nn.LayerNorm(config.dim, NORM_EPSILON, elementwise_affine=False)
+        self.mlp = _Mlp(config.dim, config.hidden)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
+        x = x + gate_a.unsqueeze(1) * self.attn(_modulate(self.norm1(x), shift_a, scale_a))
+        return x + gate_m.unsqueeze(1) * self.mlp(_modulate(self.norm2(x), shift_m, scale_m))
+
+
+class _Final(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, NORM_EPSILON, elementwise_affine=False)
+        self.linear = nn.Linear(config.dim, config.patch_size**2 * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        return self.linear(_modulate(self.norm(x), shift, scale))
+
+
+class _Parts(nn.Module):
+    """Modules under the names that a checkpoint has for them."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+class TorchDiT(nn.Module):
+    """A dense DiT with the published parameter names: (B, C, h, w), (B,) timesteps, (B,) labels to (B, C_out, h, w)."""
+
+    def __init__(self, config: DiTConfig, attention: str) -> None:
+        super().__init__()
+        dim, patch = config.dim, config.patch_size
+        self.patch, self.grid = patch, config.grid
+        self.x_embedder: Any = _Parts(proj=nn.Conv2d(config.input_channels, dim, patch, patch))
+        self.t_embedder: Any = _Parts(
+            mlp=nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+        )
+        self.y_embedder: Any = _Parts(embedding_table=nn.Embedding(config.label_rows, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, dim), requires_grad=False)
+        self.blocks = nn.ModuleList([_Block(config, attention) for _ in range(config.depth)])
+        self.final_layer = _Final(config)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
+        powers = torch.arange(TIME_FREQUENCIES, dtype=torch.float32, device=t.device) / TIME_FREQUENCIES
+        angles = t.float()[:, None] * torch.exp(-np.log(10000.0) * powers)[None]
+        condition = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        condition = condition + self.y_embedder.embedding_table(label)
+        for block in self.blocks:
+            x = block(x, condition)
+        x = self.final_layer(x, condition)
+        x = x.reshape(x.shape[0], self.grid, self.grid, self.patch, self.patch, -1)
+        return torch.einsum("nhwpqc->nchpwq", x).reshape(x.shape[0], -1, *2 * (self.grid * self.patch,))
+
+
+def make_dit(config: DiTConfig, params: Mapping[str, Any], attention: str = "sdpa") -> TorchDiT:
+    """The model with our parameters.
+
+    Raises:
+        UserError: a model with a part that this rendering has not.
+    """
+    if config.experts or config.routed or config.qk_norm or config.context_dim:
+        raise UserError(f"--against torch has dense models alone, and {config.name} is none: choose a1 to a6 or XL/2")
+    model = TorchDiT(config, attention)
+    state = dit_to_torch(params, config, attention="timm")
+    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in state.items()})
+    return model.eval()
+
+
+class _Layers:
+    """A parameter tree of an autoencoder as torch functions; kernels are turned once, here."""
+
+    def __init__(self, tree: Mapping[str, Any]) -> None:
+        flat = {name: np.asarray(leaf, np.float32) for name, leaf in tiny_vae.flatten(tree).items()}
+        turned = {n: a.transpose(3, 2, 0, 1) if a.ndim == 4 else a.T for n, a in flat.items()}
+        self.leaves = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in turned.items()}
+
+    def conv(self, name: str, x: Tensor, stride: int = 1, padding: int | None = None) -> Tensor:
+        kernel = self.leaves[f"{name}/kernel"]
+        padding = kernel.shape[-1] // 2 if padding is None else padding
+        return F.conv2d(x, kernel, self.leaves.get(f"{name}/bias"), stride, padding)
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.leaves[f"{name}/kernel"], self.leaves[f"{name}/bias"])
+
+    def norm(self, name: str, x: Tensor, groups: int) -> Tensor:
+        return F.group_norm(x, groups, self.leaves[f"{name}/scale"], self.leaves[f"{name}/bias"], vae.NORM_EPSILON)
+
+    def count(self, prefix: str) -> int:
+        """How many layers there are with names that are ``prefix`` and a number."""
+        heads = {name.split("/")[0] for name in self.leaves}
+        return sum(head.removeprefix(prefix).isdigit() for head in heads if head.startswith(prefix))
+
+
+def _tiny_block(layers: _Layers, name: str, x: Tensor) -> Tensor:
+    y = F.relu(layers.conv(f"{name}/conv0", x))
+    y = F.relu(layers.conv(f"{name}/conv1", y))
+    return F.relu(x + layers.conv(f"{name}/conv2", y))
+
+
+def _tiny_encode(layers: _Layers, config: tiny_vae.TinyVAEConfig, x: Tensor) -> Tensor:
+    x = (x + 1) / 2
+    if config.patch > 1:  # the kernels know the channels of a patch in the order row, column, channel
+        x = F.pixel_unshuffle(x, config.patch).unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1, 2)
+    for level, blocks in enumerate(config.encoder_blocks):
+        x = layers.conv(f"down{level}", x, 2) if level else layers.conv("stem", x)
+        for block in range(blocks):
+            x = _tiny_block(layers, f"level{level}_block{block}", x)
+    return layers.conv("head", x)
+
+
+def _tiny_decode(layers: _Layers, config: tiny_vae.TinyVAEConfig, z: Tensor) -> Tensor:
+    x = torch.tanh(z / 3) * 3
+    for level, blocks in enumerate(config.decoder_blocks):
+        up = F.interpolate(x, scale_factor=2.0) if level else x
+        x = layers.conv(f"up{level}", up) if level else F.relu(layers.conv("stem", x))
+        for block in range(blocks):
+            x = _tiny_block(layers, f"level{level}_block{block}", x)
+    x = layers.conv("head", x)
+    if config.patch > 1:
+        x = F.pixel_shuffle(x.unflatten(1, (config.patch**2, -1)).transpose(1, 2).flatten(1, 2), config.patch)
+    return x * 2 - 1
+
+
+def _kl_block(layers: _Layers, name: str, x: Tensor, groups: int) -> Tensor:
+    y = layers.conv(f"{name}/conv1", F.silu(layers.norm(f"{name}/norm1", x, groups)))
+    y = layers.conv(f"{name}/conv2", F.silu(layers.norm(f"{name}/norm2", y, groups)))
+    return y + (layers.conv(f"{name}/shortcut", x) if f"{name}/shortcut/kernel" in layers.leaves else x)
+
+
+def _kl_middle(layers: _Layers, x: Tensor, groups: int) -> Tensor:
+    x = _kl_block(layers, "mid_block0", x, groups)
+    tokens = layers.norm("mid_attention/norm", x, groups).flatten(2).transpose(1, 2)
+    query, key, value = (layers.linear(f"mid_attention/{name}", tokens) for name in ("query", "key", "value"))
+    mixed = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
+    x = x + layers.linear("mid_attention/out", mixed).transpose(1, 2).reshape(x.shape)
+    return _kl_block(layers, "mid_block1", x, groups)
+
+
+def _kl_encode(layers: _Layers, config: vae.VAEConfig, x: Tensor) -> Tensor:
+    groups = config.norm_num_groups
+    x = layers.conv("conv_in", x)
+    for level in range(len(config.block_out_channels)):
+        for block in range(layers.count(f"level{level}_block")):
+            x = _kl_block(layers, f"level{level}_block{block}", x, groups)
+        if f"level{level}_down/kernel" in layers.leaves:
+            x = layers.conv(f"level{level}_down", F.pad(x, (0, 1, 0, 1)), 2, 0)
+    x = F.silu(layers.norm("norm_out", _kl_middle(layers, x, groups), groups))
+    x = layers.conv("conv_out", x)
+    x = layers.conv("quant_conv", x) if config.use_quant_conv else x
+    return x.chunk(2, dim=1)[0] * config.scaling_factor
+
+
+def _kl_decode(layers: _Layers, config: vae.VAEConfig, z: Tensor) -> Tensor:
+    groups, x = config.norm_num_groups, z / config.scaling_factor
+    x = layers.conv("post_quant_conv", x) if config.use_post_quant_conv else x
+    x = _kl_middle(layers, layers.conv("conv_in", x), groups)
+    for level in range(len(config.block_out_channels)):
+        for block in range(layers.count(f"level{level}_block")):
+            x = _kl_block(layers, f"level{level}_block{block}", x, groups)
+        if f"level{level}_up/kernel" in layers.leaves:
+            x = layers.conv(f"level{level}_up", F.interpolate(x, scale_factor=2.0))
+    return layers.conv("conv_out", F.silu(layers.norm("norm_out", x, groups)))
+
+
+def make_coders(autoencoder: Autoencoder) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """(encode, decode) of pictures (B, 3, H, W) in [-1, 1] and scaled latents (B, 4, h, w)."""
+    config, params = autoencoder.config, autoencoder.params
+    encoder, decoder = _Layers(params["encoder"]), _Layers(params["decoder"])
+    if isinstance(config, vae.VAEConfig):
+        return lambda x: _kl_encode(encoder, config, x), lambda z: _kl_decode(decoder, config, z)
+    return lambda x: _tiny_encode(encoder, config, x), lambda z: _tiny_decode(decoder, config, z)
+
+
+def ddim_step(alphas: Tensor, final: Tensor, out: Tensor, t: int, steps: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """diffusers' DDIMScheduler.step for v-prediction with eta 0: (the next x, the clean estimate)."""
+    previous = t - TRAIN_STEPS // steps
+    alpha, after = alphas[t], alphas[previous] if previous >= 0 else final
+    beta = 1 - alpha
+    clean = alpha**0.5 * x - beta**0.5 * out
+    noise = alpha**0.5 * out + beta**0.5 * x
+    variance = (1 - after) / beta * (1 - alpha / after)
+    deviation = 0.0 * variance**0.5
+    direction = (1 - after - deviation**2) ** 0.5 * noise
+    return after**0.5 * clean + direction, clean
+
+
+class Sampler:
+    """One picture to decoded members, as the released code does it.
+
+    Args:
+        network: from `make_dit`, or that compiled.
+        label: row of the label table.
+    """
+
+    def __init__(self, network: Any, autoencoder: Autoencoder, diffusion: DiffusionPreset, steps: int, label: int):
+        if diffusion.prediction != "v" or diffusion.spacing != "leading":
+            raise ValueError("written for v-prediction on the leading grid")
+        self.network, self.steps = network, steps
+        self.encode, self.decode = make_coders(autoencoder)
+        self.timesteps = [int(t) for t in timestep_grid("leading", steps, diffusion.steps_offset)[0]]
+        self.alphas = torch.from_numpy(diffusion.alphas_cumprod().astype(np.float32))
+        self.final = torch.tensor(1.0) if diffusion.final_alpha_one else self.alphas[0]
+        self.label = torch.tensor([label])
+
+    def __call__(self, picture: np.ndarray, noise: np.ndarray, estimates: list[np.ndarray] | None = None) -> np.ndarray:
+        """Picture (R, R, 3) in [-1, 1] and noise (M, h, w, 4) to pixels (M, R, R, 3).
+
+        ``estimates`` gets the clean latents (1, h, w, 4) of every step, member by member.
+        """
+        members = []
+        with torch.inference_mode():
+            image = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)[None]))
+            for start in torch.from_numpy(np.ascontiguousarray(noise.transpose(0, 3, 1, 2))):
+                latent = self.encode(image)  # for every member again, as in the released code
+                x = start[None]
+                for t in self.timesteps:
+                    out = self.network(torch.cat([latent, x], dim=1), torch.tensor([t]), self.label)
+                    x, clean = ddim_step(self.alphas, self.final, out[:, : x.shape[1]], t, self.steps, x)
+                    if estimates is not None:
+                        estimates.append(clean.permute(0, 2, 3, 1).numpy())
+                members.append(self.decode(x)[0].permute(1, 2, 0).numpy())
+        return np.stack(members)
