@@ -22,6 +22,7 @@ VERBS = {
     "predict": "images, folders or globs to depth, flow or amodal masks on disk",
     "convert": "published checkpoints in, ours out: DiT, DiT-MoE, autoencoders, text encoders",
     "report": "pictures, curves and tables of evaluations as one self-contained HTML page",
+    "compile": "ahead of time for a TPU slice that is not here: memory, FLOPs, collectives, step time",
     "bench": "measure speed: ratios in one run on this machine",
     "doctor": "what is wrong with this machine: devices, versions, memory, weights, data",
 }

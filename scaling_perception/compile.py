@@ -1,0 +1,306 @@
+"""Compile a config for devices that are not here, and say whether it fits and what it costs.
+
+The train step, the sampler and the latent encoder are compiled ahead of time for a TPU slice (v5e, v5p, v6e; needs
+libtpu, not a TPU) or for a mesh of fake CPU devices in place of GPUs. Told are memory by kind, FLOPs, every collective
+with its bytes and mesh axis, the bounds of a step's time by a stated roofline model, and what the partitioning does
+that it need not. Only shapes are used: no data, no weights. docs/compile.md explains the numbers.
+"""
+
+import argparse
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.train import split_overrides as split_overrides
+
+EXAMPLES = """
+scaling-perception compile --config configs/depth.py:model=XL/2,res=512,cache=x --topology v5p:4x4x4 --mesh fsdp=4
+scaling-perception compile --config configs/mini.py --topology v5e:2x2 --what all --json out/mini.json
+scaling-perception compile --config configs/mini.py --topology cpu:8 --chip h200 --mesh data=4,fsdp=2
+"""
+
+WHAT = ("train", "sample", "encode")
+GIB = 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="config file, optionally with arguments: FILE.py:key=value,…")
+    parser.add_argument(
+        "--topology", required=True, metavar="NAME", help="v5p:4x4x4, v5e:8x8, v6e:16x16, …, or cpu:N for fake devices"
+    )
+    parser.add_argument("--mesh", default="", metavar="AXIS=N,…", help="in place of the config's: data, fsdp, …")
+    parser.add_argument("--what", choices=(*WHAT, "all"), default="train")
+    parser.add_argument("--batch", type=int, metavar="N", help="samples of a train step; pictures to sample or encode")
+    parser.add_argument("--steps", type=int, default=10, help="of the sampler (default %(default)s)")
+    parser.add_argument("--ensemble", type=int, default=1, metavar="N", help="members (default %(default)s)")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices joined by the network")
+    parser.add_argument("--chip", default="", help="with cpu:N, the GPU whose limits to use: a100, h100, h200")
+    parser.add_argument("--json", metavar="FILE", help="also write everything to this file")
+    parser.add_argument("--hlo", metavar="FILE", help="also write the compiled program's text (one program)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from scaling_perception.scaling.topologies import get_topology, prepare_environment
+
+    prepare_environment(args.topology)
+    from scaling_perception.support.configs import load_config
+    from scaling_perception.support.files import write_json
+
+    config = load_config(args.config, list(getattr(args, "overrides", [])))
+    if args.batch is not None and args.batch < 1:
+        raise UserError(f"--batch {args.batch}: give 1 or more")
+    topology = get_topology(args.topology, args.slices, args.chip)
+    mesh = mesh_of(config, args.mesh, topology.devices)
+    names = WHAT if args.what == "all" else (args.what,)
+    reports = []
+    for name in names:
+        report, text = compile_program(config, topology, mesh, name, args.batch, args.steps, args.ensemble)
+        reports.append({"config": args.config, "overrides": list(getattr(args, "overrides", [])), **report})
+        print(describe(report), flush=True)
+        if args.hlo and name == names[-1]:
+            with open(args.hlo, "w", encoding="utf-8") as file:
+                file.write(text)
+    if args.json:
+        write_json(args.json, reports)
+
+
+def mesh_of(config: Any, text: str, devices: Sequence[Any]) -> Any:
+    """The config's mesh with the sizes of ``text`` (``fsdp=4,expert=2``) in it, over ``devices``.
+
+    Raises:
+        UserError: no such axis, no number, or sizes that do not multiply to the number of devices.
+    """
+    from scaling_perception.parallel.mesh import AXES, make_mesh
+
+    sizes = dict(config.mesh.to_dict())
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in AXES:
+            raise UserError(f"--mesh: unknown axis '{axis}'{did_you_mean(axis, AXES)}")
+        if not re.fullmatch(r"-?\d+", size):
+            raise UserError(f"--mesh {part}: give a whole number, such as {axis}=4")
+        sizes[axis] = int(size)
+    return make_mesh(**sizes, devices=devices)
+
+
+def compile_program(
+    config: Any, topology: Any, mesh: Any, name: str, batch: int | None = None, steps: int = 10, members: int = 1
+) -> tuple[dict[str, Any], str]:
+    """Compile one program of a config; returns what is known of it (JSON-able) and its HLO text.
+
+    Args:
+        name: train, sample or encode. batch: samples of a train step (None: the config's), or pictures (None: one for
+            each device). steps, members: of the sampler.
+
+    Raises:
+        UserError: a field that does not fit, or a program that does not fit the chip's memory.
+    """
+    import jax
+
+    from scaling_perception.scaling import programs
+
+    images = mesh.size if batch is None else batch
+    if name == "train":
+        with config.unlocked():
+            config.train.batch_size = batch or config.train.batch_size
+        program = programs.train_program(config, mesh)
+    elif name == "sample":
+        program = programs.sample_program(config, mesh, images, steps, members)
+    else:
+        program = programs.encode_program(config, mesh, images)
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)  # what is read back from it has no text to look at
+    begin = time.monotonic()
+    try:
+        compiled = program.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise _does_not_fit(name, topology, str(error)) from error
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+    seconds = time.monotonic() - begin
+    text = compiled.as_text()
+    report = analyse(program, compiled, text, topology, mesh)
+    report["batch"] = config.train.batch_size if name == "train" else images
+    return {**report, "compile_seconds": round(seconds, 1)}, text
+
+
+def _does_not_fit(name: str, topology: Any, message: str) -> Exception:
+    sizes = re.search(r"\(?Used (\S+) of (\S+)|\((\S+)\) exceeds available \S+ \((\S+?)\)", message)
+    if "RESOURCE_EXHAUSTED" not in message and sizes is None:
+        return RuntimeError(message)
+    needs = " of ".join(part for part in (sizes.groups() if sizes else ()) if part).rstrip(".")
+    return UserError(
+        f"{name} does not fit {topology.name}{f' ({needs} of memory)' if needs else ''}: spread the state (mesh.fsdp), "
+        "recompute (train.remat=true), compute in parts (train.accumulate) or use bfloat16 (train.dtype)"
+    )
+
+
+def analyse(program: Any, compiled: Any, text: str, topology: Any, mesh: Any) -> dict[str, Any]:
+    """Everything that a compiled program's text and the compiler's own account say of it."""
+    from scaling_perception.scaling import collectives, costs, hlo, partition, roofline
+    from scaling_perception.scaling.topologies import transfer_seconds
+
+    module, sizes, chip = hlo.parse(text), dict(mesh.shape), topology.chip
+    parameters = collectives.parameter_sizes(program.shapes, program.rules, sizes)
+    travelling = parameters if program.rules else {}  # a sampler's weights stay where they are
+    flat = list(mesh.devices.flat)
+    found, rows, links = [], [], {}
+    for one in collectives.collectives(module):
+        axes = collectives.mesh_axes(one.groups, sizes)
+        purpose = collectives.purpose(one, axes, travelling)
+        found.append((one, axes, purpose))
+        groups = one.groups if one.kind == "collective-permute" else one.groups[:1]
+        seconds = max(transfer_seconds(topology, one.kind, one.bytes, [flat[at] for at in group]) for group in groups)
+        key = " × ".join(axes) or "none"
+        links[key] = links.get(key, 0.0) + seconds * one.trips
+        rows.append(
+            {
+                "kind": one.kind,
+                "axes": list(axes),
+                "group": int(one.groups.shape[1]) if one.kind != "collective-permute" else 2,
+                "arrays": [f"{array.dtype}{list(array.shape)}" for array in one.arrays],
+                "bytes": one.bytes,
+                "times": one.trips,
+                "loops": [loop.op_name or loop.name for loop in one.loops],
+                "purpose": purpose,
+                "parameters": list(collectives.carried(one, parameters)) if purpose in _OF_PARAMETERS else [],
+                "seconds": seconds * one.trips,
+                "op_name": one.op_name,
+            }
+        )
+    products, kernels = costs.matmuls(module), costs.kernels(module)
+    moved = costs.traffic(module)
+    shares = [(one, min(1.0, program.expert_rows / one.rows) if "gmm" in one.op_name else 1.0) for one in kernels]
+    counted = sum(one.flops * one.trips for one in products)
+    by_kernels = sum(one.flops * one.trips * share for one, share in shares)
+    flops = {
+        "model": program.flops,
+        "model_per_device": program.flops / mesh.size,
+        "products": counted,
+        "kernels": by_kernels,
+        "xla_loops_once": float((compiled.cost_analysis() or {}).get("flops", math.nan)),
+    }
+    report: dict[str, Any] = {
+        "program": program.name,
+        "topology": topology.name,
+        "chip": chip._asdict() if chip else None,
+        "devices": mesh.size,
+        "slices": len({getattr(device, "slice_index", None) or 0 for device in flat}),
+        "mesh": sizes,
+        "memory": _memory(compiled, chip),
+        "flops": flops,
+        "memory_traffic": moved,
+        "loops_of_unknown_length": sorted(
+            {loop.name for place in hlo.places(module) for loop in place.loops if not loop.known}
+        ),
+        "collectives": rows,
+        "warnings": [
+            *partition.gathered_experts(found, parameters),
+            *partition.unsharded_activations(module, sizes, program.batch, program.tokens, parameters),
+            *partition.repeated_work(counted + by_kernels, program.flops / mesh.size),
+            *partition.resharded_layers(found),
+            *partition.replicated_state(program.shapes, program.rules, program.specs, sizes),
+        ],
+    }
+    if chip is not None:
+        bound = roofline.estimate(chip, products, shares, moved, links)
+        per_device = program.flops / mesh.size / chip.flops
+        report["estimate"] = {
+            **bound._asdict(),
+            "mfu_best": per_device / bound.best,
+            "mfu_worst": per_device / bound.worst,
+        }
+    return report
+
+
+_OF_PARAMETERS = ("weights", "ring", "kept", "gradients")
+
+
+def _memory(compiled: Any, chip: Any) -> dict[str, Any]:
+    """Bytes on each device by kind; donated arguments are outputs as well and count once."""
+    told = compiled.memory_analysis()
+    names = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporaries": "temp"}
+    sizes = {name: int(getattr(told, f"{word}_size_in_bytes")) for name, word in names.items()}
+    sizes["code"] = int(told.generated_code_size_in_bytes)
+    total = sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporaries"] + sizes["code"]
+    limit = chip.memory if chip else None
+    return {**sizes, "total": total, "limit": limit, "fits": None if limit is None else total <= limit}
+
+
+_RATES = {"memory": "bandwidth", "a link": "link", "network": "network"}
+
+
+# --- As text -------------------------------------------------------------------------------------------------------
+
+
+def describe(report: Mapping[str, Any]) -> str:
+    """A report as text, for people."""
+    spread = " × ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
+    slices = f"{report['slices']} slices of " if report["slices"] > 1 else ""
+    head = f"{report['program']} on {slices}{report['topology']}: {report['devices']} devices ({spread}), "
+    lines = [f"{head}batch {report['batch']}, compiled in {report['compile_seconds']} s", ""]
+    lines += [*_memory_lines(report), "", *_flop_lines(report), "", *_collective_lines(report)]
+    if report["loops_of_unknown_length"]:
+        lines += ["", f"counted once, of unknown length: loops {', '.join(report['loops_of_unknown_length'])}"]
+    lines += ["", *(f"warning: {line}" for line in report["warnings"])]
+    return "\n".join(
+        lines if report["warnings"] else [*lines, "no avoidable collective, no array whole that is to be split"]
+    )
+
+
+def _memory_lines(report: Mapping[str, Any]) -> list[str]:
+    memory = report["memory"]
+    lines = ["memory on each device (GiB)"]
+    for name in ("arguments", "outputs", "aliased", "temporaries", "code", "total"):
+        note = {"aliased": "  outputs that take the place of donated arguments"}.get(name, "")
+        if name == "total" and memory["limit"]:
+            verdict = "fits" if memory["fits"] else "DOES NOT FIT"
+            note = f"  of {memory['limit'] / GIB:.2f}: {memory['total'] / memory['limit']:.0%}, {verdict}"
+        lines.append(f"  {name:<12}{memory[name] / GIB:9.3f}{note}")
+    return lines
+
+
+def _flop_lines(report: Mapping[str, Any]) -> list[str]:
+    flops, bound = report["flops"], report.get("estimate")
+    tera = {name: value / 1e12 for name, value in flops.items()}
+    done = tera["products"] + tera["kernels"]
+    lines = [
+        f"TFLOPs on each device: {tera['model_per_device']:.4g} by the model's formula; {done:.4g} in the program "
+        f"({tera['kernels']:.4g} of them in kernels); XLA's own count, loops once: {tera['xla_loops_once']:.4g}",
+        f"memory traffic on each device: {report['memory_traffic'] / 1e9:.4g} GB",
+    ]
+    if bound is None:
+        return [*lines, "no estimate of time: name a GPU with --chip"]
+    links = ", ".join(f"{axes} {seconds * 1e3:.3g}" for axes, seconds in bound["links"].items() if seconds)
+    chip = report["chip"]
+    limits = ", ".join(f"{what} {chip[field] / 1e9:.4g}" for what, field in _RATES.items())
+    lines += [
+        f"ms by the limits of a {chip['name']} ({chip['flops'] / 1e12:.0f} TFLOP/s; GB/s: {limits}):",
+        f"  compute {bound['compute'] * 1e3:.3g}, memory {bound['memory'] * 1e3:.3g}, links "
+        f"{sum(bound['links'].values()) * 1e3:.3g} ({links or 'none'})",
+        f"  at best {bound['best'] * 1e3:.3g} (all overlap): MFU {bound['mfu_best']:.1%}; "
+        f"at worst {bound['worst'] * 1e3:.3g} (nothing does): MFU {bound['mfu_worst']:.1%}",
+    ]
+    return lines
+
+
+def _collective_lines(report: Mapping[str, Any]) -> list[str]:
+    from scaling_perception.scaling.collectives import PURPOSES
+
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in report["collectives"]:
+        groups.setdefault((bool(row["loops"]), row["purpose"], row["kind"], tuple(row["axes"])), []).append(row)
+    if not groups:
+        return ["no collectives"]
+    lines = [f"{'collectives on each device':<34}{'ops':>5}{'times':>7}{'MB a step':>11}{'ms':>9}  purpose"]
+    for (inside, purpose, kind, axes), rows in sorted(groups.items(), key=lambda item: item[0], reverse=True):
+        times = sum(row["times"] for row in rows)
+        size = sum(row["bytes"] * row["times"] for row in rows) / 1e6
+        seconds = sum(row["seconds"] for row in rows) * 1e3
+        name = f"{kind} {' × '.join(axes)}"
+        where = "in the layers" if inside else "once"
+        lines.append(f"  {name:<32}{len(rows):>5}{times:>7}{size:>11.4g}{seconds:>9.3g}  {where}: {PURPOSES[purpose]}")
+    return lines
