@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from scaling_perception.evaluation.comparisons import Change, best_steps, change, savings, select, values, way
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.files import write_text
+from scaling_perception.support.files import atomic_path, write_text
 
 EXAMPLES = """
 scaling-perception report runs/quickstart
 scaling-perception report runs/quickstart --out report.html --title "My depth model"
+scaling-perception report runs/scenes --figures docs/images
 """
 
 # The metric a task is judged by, how it is written, and whether less is better.
@@ -30,14 +32,33 @@ BASELINE_NAMES = {
     "zero": "zero flow",
     "oracle_mean": "mean of the true flow",
     "visible": "visible mask itself",
+    "threshold": "thresholding the true picture (ceiling)",
     "autoencoder": "autoencoder round trip of the truth (floor)",
 }
-_COLOURS = ("#1f5fa8", "#c8502c", "#3b8a57", "#8455a3", "#a8882c")
+_COLOURS = (
+    "#1f5fa8",
+    "#c8502c",
+    "#3b8a57",
+    "#8455a3",
+    "#a8882c",
+    "#4aa3a8",
+    "#b0487f",
+    "#6b6b6b",
+    "#7f9c2f",
+    "#b8735a",
+)
+_CEILINGS = ("autoencoder", "threshold")
+_ADAPTIVE_WORDS = (
+    "Compute by image. Differences are paired by image: against all members and steps, and against the same compute "
+    "spread over the images without looking at them (smaller and larger ensembles by chance)."
+)
+_ADAPTIVE = {"adaptive": ("members within", "^"), "steps": ("stopped at changes below", "s")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", metavar="DIR", help="folder with evaluation JSON files (searched below too)")
     parser.add_argument("--out", help="page to write (default DIR/report.html)")
+    parser.add_argument("--figures", metavar="DIR", help="also write each evaluation's error against MACs as PNG here")
     parser.add_argument("--title", default="Error against compute", help="heading of the page")
 
 
@@ -64,39 +85,33 @@ def find_evaluations(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
-def paired_change(cells: list[dict], metric: str, start: dict, end: dict) -> tuple[float, float, float] | None:
-    """Mean of per-image ``end - start`` of ``metric`` with its 95 % bootstrap interval, or None if a cell is absent.
-
-    Pairing by image removes the spread between easy and hard images, which is far larger than the effect of compute.
-    """
-    from scaling_perception.evaluation.baselines import bootstrap_ci
-
-    def values(want: dict) -> dict[str, float] | None:
-        for cell in cells:
-            if all(cell[name] == value for name, value in want.items()):
-                return {row["key"]: row[metric] for row in cell["rows"]}
-        return None
-
-    first, second = values(start), values(end)
-    if first is None or second is None:
-        return None
-    change = np.asarray([second[key] - first[key] for key in first if key in second])
-    low, high = bootstrap_ci(change, seed=0)
-    return float(change.mean()), float(low), float(high)
+def paired_change(cells: list[dict], metric: str, start: dict, end: dict) -> Change | None:
+    """Mean of per-image ``end - start`` of ``metric`` with its 95 % bootstrap interval, or None if a cell is absent."""
+    first, second = (select(cells, **wanted) for wanted in (start, end))
+    return change(values(first[0], metric), values(second[0], metric)) if first and second else None
 
 
-def _figure(draw, width: float = 4.6, height: float = 3.3) -> str:
-    """Run ``draw(axes)`` on a fresh figure; returns an <img> with the picture inside."""
+def _ways(evaluation: dict) -> list[tuple[tuple[str, str], str, str]]:
+    """Every preset and solver: (way, its name, its colour)."""
+    ways = list(dict.fromkeys(way(cell) for cell in evaluation["cells"]))
+    several = len({solver for _, solver in ways}) > 1
+    names = [", ".join(one) if several else one[0] for one in ways]
+    return [(one, name, _COLOURS[i % len(_COLOURS)]) for i, (one, name) in enumerate(zip(ways, names, strict=True))]
+
+
+def _figure(draw, width: float = 4.6, height: float = 3.3, columns: int = 1) -> bytes:
+    """Run ``draw`` on the fresh axes of a figure; returns its PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    draw(axes)
+    figure = Figure(figsize=(width * columns, height), dpi=130, layout="constrained")
+    every = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for axes in every:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    draw(*every)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return _image(buffer.getvalue(), "plot")
+    return buffer.getvalue()
 
 
 def _image(png: bytes, name: str) -> str:
@@ -115,100 +130,170 @@ def _interval(value: dict) -> str:
 
 
 def compute_table(evaluation: dict) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of error against compute: one row a (preset, steps), one column an ensemble size."""
+    """Head and rows of error against compute: one row a (preset and solver, steps), one column an ensemble size."""
     metric, label, _ = MAIN_METRIC[evaluation["task"]]
-    sizes = sorted({cell["ensemble"] for cell in evaluation["cells"]})
+    cells = select(evaluation["cells"], kind="fixed")
+    sizes = sorted({cell["ensemble"] for cell in cells})
     head = ["preset", "steps", *[f"{label}, N = {size}" for size in sizes], "GMAC / image, N = 1"]
     rows = []
-    for preset in dict.fromkeys(cell["preset"] for cell in evaluation["cells"]):
-        mine = [cell for cell in evaluation["cells"] if cell["preset"] == preset]
+    for one, name, _ in _ways(evaluation):
+        mine = select(cells, way=one)
         for steps in sorted({cell["steps"] for cell in mine}):
-            at = {cell["ensemble"]: cell for cell in mine if cell["steps"] == steps}
+            at = {cell["ensemble"]: cell for cell in select(mine, steps=steps)}
             smallest = at[min(at)]
-            gmac = smallest["macs"] / smallest["ensemble"] / 1e9
+            gmac = "" if smallest["macs"] is None else f"{smallest['macs'] / smallest['ensemble'] / 1e9:.2f}"
             shown = [_interval(at[size]["metrics"][metric]) if size in at else "" for size in sizes]
-            rows.append([preset, str(steps), *shown, f"{gmac:.2f}"])
+            rows.append([name, str(steps), *shown, gmac])
     return head, rows
 
 
-def _curves(evaluation: dict, x: str) -> str:
-    """Error against ``x`` ('steps' or 'ensemble'), the other at its largest and smallest value, a line each preset."""
-    task = evaluation["task"]
-    metric, label, less_is_better = MAIN_METRIC[task]
+def adaptive_table(evaluation: dict) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of adaptive compute, at the step count where the largest ensemble of each preset and solver is best
+    (members), and for the largest ensemble (steps)."""
+    metric, label, less_is_better = MAIN_METRIC[evaluation["task"]]
+    head = ["", "members", "steps", "compute", label, "against all of it", "against as much, spread evenly"]
+    rows = []
+    for one, name, _ in _ways(evaluation):
+        cells = select(evaluation["cells"], way=one)
+        best = best_steps(cells, metric, less_is_better)
+        size = max(cell["ensemble"] for cell in cells)
+        for of, wanted in (("adaptive", {"steps": best}), ("steps", {"ensemble": size})):
+            for found in savings(cells, metric, of):
+                cell, (words, _) = found.cell, _ADAPTIVE[of]
+                if not select([cell], **wanted):
+                    continue
+                tolerance = cell["tolerance" if of == "adaptive" else "step_tolerance"]
+                changes = [
+                    "" if change is None else f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
+                    for change in (found.whole, found.even)
+                ]
+                spent = [f"{cell['mean_members']:.1f}", f"{cell['mean_steps']:.1f}", f"{100 * found.share:.0f} %"]
+                first = f"{name}, {cell['steps']} steps, {words} {tolerance:g}"
+                rows.append([first, *spent, _interval(cell["metrics"][metric]), *changes])
+    return head, rows
+
+
+def _curves(evaluation: dict, x: str) -> bytes:
+    """Error against ``x`` ('steps' or 'ensemble'), the other at its largest and smallest value, a line each way."""
     other = "ensemble" if x == "steps" else "steps"
-    cells = evaluation["cells"]
-    presets = list(dict.fromkeys(cell["preset"] for cell in cells))
+    cells = select(evaluation["cells"], kind="fixed")
     ends = sorted({cell[other] for cell in cells})
     ends = sorted({ends[0], ends[-1]})
 
     def draw(axes) -> None:
-        for colour, preset in zip(_COLOURS, presets, strict=False):
+        for one, way_name, colour in _ways(evaluation):
             for style, value in zip(("--", "-"), ends[-2:], strict=False):
-                line = sorted(
-                    (c for c in cells if c["preset"] == preset and c[other] == value), key=lambda cell: cell[x]
-                )
-                xs = [cell[x] for cell in line]
-                means = np.asarray([cell["metrics"][metric]["mean"] for cell in line])
-                low, high = np.asarray([cell["metrics"][metric]["ci95"] for cell in line]).T
-                name = f"{preset}, {'N' if other == 'ensemble' else 'steps'} = {value}"
-                axes.plot(xs, means, style, marker="o", ms=3.5, color=colour, label=name)
-                axes.fill_between(xs, low, high, color=colour, alpha=0.08, lw=0)
-        for style, name in zip((":", "-."), _shown_baselines(evaluation), strict=False):
-            height = evaluation["baselines"][name]["metrics"][metric]["mean"]
-            axes.axhline(height, ls=style, color="#777", lw=1)
-            words = BASELINE_NAMES.get(name, name)
-            axes.text(0.01, height, words, fontsize=6, va="bottom", color="#555", transform=axes.get_yaxis_transform())
+                line = sorted(select(cells, way=one, **{other: value}), key=lambda cell: cell[x])
+                name = f"{way_name}, {'N' if other == 'ensemble' else 'steps'} = {value}"
+                _line(axes, evaluation, line, [cell[x] for cell in line], ls=style, color=colour, label=name)
+        _references(axes, evaluation)
         axes.set_xscale("log")
         ticks = sorted({cell[x] for cell in cells})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel("denoising steps" if x == "steps" else "ensemble size N")
-        axes.set_ylabel(f"{label} ({'less' if less_is_better else 'more'} is better)")
-        axes.legend(fontsize=6, frameon=False)
+        _finish(axes, evaluation)
 
     return _figure(draw)
+
+
+def _line(axes, evaluation: dict, cells: list[dict], xs: list, **style) -> None:
+    """A curve with its intervals."""
+    metric, _, _ = MAIN_METRIC[evaluation["task"]]
+    if not cells:
+        return
+    means = [cell["metrics"][metric]["mean"] for cell in cells]
+    low, high = np.asarray([cell["metrics"][metric]["ci95"] for cell in cells]).T
+    axes.plot(xs, means, **{"marker": "o", "ms": 3.5, "lw": 1.3, **style})
+    if "mfc" not in style:  # adaptive curves lie on constant ones, and so do their intervals
+        axes.fill_between(xs, low, high, color=style["color"], alpha=0.06, lw=0)
+
+
+def _references(axes, evaluation: dict) -> None:
+    """The strongest trivial answer and the floor as lines."""
+    metric, _, _ = MAIN_METRIC[evaluation["task"]]
+    for style, name in zip((":", "-.", "--"), _shown_baselines(evaluation), strict=False):
+        height = evaluation["baselines"][name]["metrics"][metric]["mean"]
+        axes.axhline(height, ls=style, color="#777", lw=1)
+        words = BASELINE_NAMES.get(name, name)
+        axes.text(0.01, height, words, fontsize=6, va="bottom", color="#555", transform=axes.get_yaxis_transform())
+
+
+def _finish(axes, evaluation: dict) -> None:
+    _, label, less_is_better = MAIN_METRIC[evaluation["task"]]
+    axes.set_ylabel(f"{label} ({'less' if less_is_better else 'more'} is better)")
+    axes.legend(fontsize=6, framealpha=0.85, edgecolor="none")
 
 
 def _shown_baselines(evaluation: dict) -> list[str]:
     """The strongest trivial answer and the floor."""
     metric, _, less_is_better = MAIN_METRIC[evaluation["task"]]
-    trivial = {name: value for name, value in evaluation["baselines"].items() if name != "autoencoder"}
+    trivial = {name: value for name, value in evaluation["baselines"].items() if name not in _CEILINGS}
     if not trivial:
         return []
     order = sorted(trivial, key=lambda name: trivial[name]["metrics"][metric]["mean"], reverse=not less_is_better)
     return order[:1] + [name for name in evaluation["baselines"] if name == "autoencoder"]
 
 
-def _macs_curve(evaluation: dict) -> str:
-    metric, label, _ = MAIN_METRIC[evaluation["task"]]
+def compute_figure(evaluation: dict) -> bytes:
+    """PNG of error against MACs: left what members buy (each line a step count; thick the best one, and adaptive
+    members on it), right what steps buy with the largest ensemble, and early exits. Empty where MACs are unknown."""
+    metric, _, less_is_better = MAIN_METRIC[evaluation["task"]]
+    if any(cell["macs"] is None for cell in evaluation["cells"]):
+        return b""
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    def draw(axes) -> None:
-        for colour, preset in zip(_COLOURS, dict.fromkeys(c["preset"] for c in evaluation["cells"]), strict=False):
-            mine = [cell for cell in evaluation["cells"] if cell["preset"] == preset]
-            axes.scatter(
-                [cell["macs"] for cell in mine],
-                [cell["metrics"][metric]["mean"] for cell in mine],
-                s=[8 + 6 * cell["ensemble"] for cell in mine],
+    size = max(cell["ensemble"] for cell in evaluation["cells"])
+
+    def line(axes, cells: list[dict], **style) -> None:
+        cells = sorted(cells, key=lambda cell: cell["macs"])
+        _line(axes, evaluation, cells, [cell["macs"] / 1e9 for cell in cells], **style)
+
+    def draw(left, right) -> None:
+        for one, name, colour in _ways(evaluation):
+            cells = select(evaluation["cells"], way=one)
+            fixed, best = select(cells, kind="fixed"), best_steps(cells, metric, less_is_better)
+            for steps in sorted({cell["steps"] for cell in fixed} - {best}):
+                faint = sorted(select(fixed, steps=steps), key=lambda cell: cell["macs"])
+                means = [cell["metrics"][metric]["mean"] for cell in faint]
+                left.plot([cell["macs"] / 1e9 for cell in faint], means, color=colour, lw=0.6, alpha=0.45)
+            line(
+                left,
+                select(fixed, steps=best),
                 color=colour,
-                alpha=0.6,
-                label=preset,
-                lw=0,
+                label=f"{name}: {best} step{'s' * (best > 1)}, constant N",
             )
-        axes.set_xscale("log")
-        axes.set_xlabel("MACs per image (DiT only); larger dot = larger ensemble")
-        axes.set_ylabel(label)
-        axes.legend(fontsize=7, frameon=False)
+            line(right, select(fixed, ensemble=size), color=colour, label=f"{name}: constant steps")
+            dashed: dict[str, Any] = {"color": colour, "ls": "--", "mfc": "white"}
+            if found := select(cells, kind="adaptive", steps=best):
+                line(left, found, **dashed, marker="^", label=f"{name}: adaptive members")
+            early = select(cells, kind="steps", ensemble=size)
+            if early and (most := max(cell["steps"] for cell in early)):
+                line(
+                    right, select(early, steps=most), **dashed, marker="s", label=f"{name}: early exits of {most} steps"
+                )
+        for axes in (left, right):
+            _references(axes, evaluation)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.tick_params(axis="x", labelsize=8)
+            axes.set_xlabel("GMAC per image (DiT only)")
+            _finish(axes, evaluation)
+        left.set_title("more members (thin: at other step counts)", fontsize=9)
+        right.set_title(f"more steps, {size} member{'s' * (size > 1)}", fontsize=9)
 
-    return _figure(draw)
+    return _figure(draw, columns=2, height=3.8)
 
 
 def _verdicts(evaluation: dict) -> list[str]:
     """Plain sentences: what steps buy, what members buy, and how the model stands against trivial answers."""
     metric, label, less_is_better = MAIN_METRIC[evaluation["task"]]
-    cells = evaluation["cells"]
+    cells = select(evaluation["cells"], kind="fixed")
     said = []
-    for preset in dict.fromkeys(cell["preset"] for cell in cells):
-        mine = [cell for cell in cells if cell["preset"] == preset]
+    for one, way_name, _ in _ways(evaluation):
+        mine = select(cells, way=one)
         steps, sizes = sorted({c["steps"] for c in mine}), sorted({c["ensemble"] for c in mine})
         pairs = [
             (f"{steps[0]} → {steps[-1]} steps at N = {sizes[-1]}", {"steps": steps[0], "ensemble": sizes[-1]},
@@ -226,9 +311,9 @@ def _verdicts(evaluation: dict) -> list[str]:
             better = (high < 0) if less_is_better else (low > 0)
             worse = (low > 0) if less_is_better else (high < 0)
             word = "better" if better else "worse" if worse else "no clear change"
-            said.append(f"{preset}: {name}: {label} {mean:+.4f} [{low:+.4f}, {high:+.4f}] — {word}.")
+            said.append(f"{way_name}: {name}: {label} {mean:+.4f} [{low:+.4f}, {high:+.4f}] — {word}.")
     best = (min if less_is_better else max)(cells, key=lambda cell: cell["metrics"][metric]["mean"])
-    trivial = [name for name in _shown_baselines(evaluation) if name != "autoencoder"]
+    trivial = [name for name in _shown_baselines(evaluation) if name not in _CEILINGS]
     if trivial:
         value = evaluation["baselines"][trivial[0]]["metrics"][metric]
         said.append(
@@ -274,7 +359,7 @@ def _training_curve(path: Path) -> str:
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
 
-    return _figure(draw)
+    return _image(_figure(draw), "plot")
 
 
 _STYLE = """
@@ -284,7 +369,7 @@ h2{margin-top:2.4rem;border-bottom:1px solid #ddd}small,figcaption,.panel p{colo
 table{border-collapse:collapse;font-size:.85rem;margin:.8rem 0;display:block;overflow-x:auto}
 th,td{padding:.25rem .7rem;border-bottom:1px solid #e5e5e5;text-align:right}
 th:first-child,td:first-child{text-align:left}
-.plots{display:flex;flex-wrap:wrap;gap:.6rem}.plots img{width:340px;max-width:100%}
+.plots{display:flex;flex-wrap:wrap;gap:.6rem}.plots img{width:340px;max-width:100%}.wide img{width:800px}
 .panel>div{display:flex;flex-wrap:wrap;gap:.5rem}.panel p{margin:.8rem 0 .1rem;font-size:.8rem}
 figure{margin:0}figure img{width:160px;image-rendering:auto;display:block}figcaption{font-size:.75rem;text-align:center}
 li{margin:.15rem 0}pre{background:#f6f6f6;padding:.6rem;overflow-x:auto;font-size:.8rem}
@@ -308,13 +393,16 @@ def _section(path: Path, evaluation: dict) -> str:
         "protocol": evaluation["protocol"].get("fingerprint", ""), "file": path.name,
     }  # fmt: skip
     line = " · ".join(f"{name}: {value}" for name, value in facts.items())
-    curves = [_curves(evaluation, "steps"), _curves(evaluation, "ensemble"), _macs_curve(evaluation)]
+    curves = "".join(_image(_curves(evaluation, x), "plot") for x in ("steps", "ensemble"))
+    compute, adaptive = compute_figure(evaluation), adaptive_table(evaluation)
     verdicts = "".join(f"<li>{html.escape(text)}</li>" for text in _verdicts(evaluation))
     return (
         f"<h2>{html.escape(task)} on {html.escape(str(evaluation['dataset']))}</h2>"
         f"<p><small>{html.escape(line)}</small></p>"
-        f"<ul>{verdicts}</ul><div class='plots'>{''.join(curves)}</div>"
+        f"<ul>{verdicts}</ul><div class='plots'>{curves}</div>"
+        f"<div class='plots wide'>{_image(compute, 'plot') if compute else ''}</div>"
         f"{_table(*compute_table(evaluation))}"
+        f"{f'<p>{_ADAPTIVE_WORDS}</p>{_table(*adaptive)}' if adaptive[1] else ''}"
         f"<p>Trivial answers and floor on the same images:</p>{_table(['', *names], baselines)}"
         f"{_panels(evaluation, path.parent)}"
     )
@@ -348,8 +436,25 @@ def write_report(folder: Path, out: Path, title: str) -> Path:
     return out
 
 
+def write_figures(folder: Path, into: Path) -> list[Path]:
+    """Each evaluation's error against MACs as a PNG named after its JSON; returns the files.
+
+    Raises:
+        UserError: no evaluation is there, or the files cannot be written.
+    """
+    written = []
+    for path, evaluation in find_evaluations(folder):
+        if png := compute_figure(evaluation):
+            written.append(into / f"compute_{path.stem}.png")
+            with atomic_path(written[-1]) as file:
+                file.write_bytes(png)
+    return written
+
+
 def run(args: argparse.Namespace) -> int:
     folder = Path(args.dir)
     out = write_report(folder, Path(args.out) if args.out else folder / "report.html", args.title)
+    for path in write_figures(folder, Path(args.figures)) if args.figures else ():
+        print(f"figure: {path}")
     print(f"report: {out}")
     return 0

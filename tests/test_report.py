@@ -1,12 +1,14 @@
 """The page of results: self-contained, complete, honest about change; clear words for a folder without results."""
 
+import argparse
 import json
 import re
 
 import numpy as np
 import pytest
 
-from scaling_perception.report import compute_table, paired_change, write_report
+from scaling_perception.evaluation.comparisons import same_compute, savings
+from scaling_perception.report import adaptive_table, compute_figure, compute_table, paired_change, run, write_report
 from scaling_perception.support.errors import UserError
 
 PNG = bytes.fromhex(
@@ -93,3 +95,55 @@ def test_a_folder_without_results_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="eval.json: not a whole evaluation"):
         write_report(tmp_path, tmp_path / "report.html", "t")
     assert not (tmp_path / "report.html").exists()
+
+
+def _adaptive():
+    """Members help hard images alone, and an adaptive ensemble gives them to those."""
+    cells, hard = [], np.arange(12) >= 6
+    shared = {"preset": "fixed", "solver": "unipc", "steps": 5, "spacing": "trailing", "schedule": "cosine"}
+
+    def add(values, spent, **cell):
+        rows = [{"key": f"k{i}", "abs_rel": float(value)} for i, value in enumerate(values)]
+        mean = float(np.mean(spent))
+        known = {"mean_members": mean / 5, "mean_steps": 5, "macs": 1e9 * mean, "seconds": 1.0, "reduce": "lsq"}
+        summary = {"mean": float(np.mean(values)), "ci95": [float(np.min(values)), float(np.max(values))]}
+        cells.append({**shared, **known, **cell, "rows": rows, "metrics": {"abs_rel": summary}})
+
+    for size in (1, 5, 10):
+        add(np.where(hard, 0.5 - 0.02 * size, 0.2), 5 * size, kind="fixed", ensemble=size)
+    forwards = np.where(hard, 50, 5)
+    found = {"kind": "adaptive", "ensemble": 10, "tolerance": 0.02, "first": 1}
+    add(np.where(hard, 0.3, 0.2), forwards, **found, forwards=forwards.tolist(), counts={"1": 6, "10": 6})
+    return {**_evaluation(), "cells": cells}
+
+
+def test_adaptive_compute_is_held_against_as_much_by_chance():
+    evaluation = _adaptive()
+    cells = evaluation["cells"]
+    even = same_compute(cells[:3], 27.5, "abs_rel")
+    assert even is not None and even["k0"] == 0.2
+    assert even["k11"] == pytest.approx(0.4 - 0.1 * (27.5 - 25) / 25)  # nine tenths have 5 members, a tenth has 10
+    assert same_compute(cells[:3], 51, "abs_rel") is None and same_compute(cells[:3], 4, "abs_rel") is None
+    assert same_compute(cells[:3], 5, "abs_rel") == {row["key"]: row["abs_rel"] for row in cells[0]["rows"]}
+    (saving,) = savings(cells, "abs_rel", "adaptive")
+    assert saving.share == 0.55 and saving.whole == pytest.approx((0, 0, 0))
+    assert saving.even is not None and saving.even.mean == pytest.approx(-0.09 / 2) and saving.even.high < 0
+    head, rows = adaptive_table(evaluation)
+    assert len(rows) == 1 and len(head) == len(rows[0]) and rows[0][0] == "fixed, 5 steps, members within 0.02"
+    assert rows[0][1:4] == ["5.5", "5.0", "55 %"] and rows[0][-1].startswith("-0.0450 [")
+
+
+def test_figures_of_adaptive_cells_and_many_solvers(tmp_path):
+    evaluation = _adaptive()
+    (tmp_path / "depth.json").write_text(json.dumps(evaluation))
+    page = write_report(tmp_path, tmp_path / "report.html", "t").read_text()
+    assert "Compute by image" in page and page.count('alt="plot"') == 3
+    for cell in evaluation["cells"]:
+        cell["macs"] = None
+    assert compute_figure(evaluation) == b""
+    many = _evaluation()
+    more = [{**cell, "solver": solver} for cell in many["cells"] for solver in ("ddim", "unipc", "dpm++2m", "ddpm")]
+    head, rows = compute_table({**many, "cells": more})
+    assert len(rows) == 16 and rows[2][0] == "fixed, unipc"
+    args = argparse.Namespace(dir=str(tmp_path), out=None, title="t", figures=str(tmp_path / "figures"))
+    assert run(args) == 0 and (tmp_path / "figures" / "compute_depth.png").read_bytes().startswith(b"\x89PNG")

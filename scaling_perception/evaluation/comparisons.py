@@ -1,0 +1,113 @@
+"""What differences between cells of an evaluation mean: paired by image, with intervals.
+
+Pairing removes the spread between easy and hard images, which is far larger than the effect of compute.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Cell = dict[str, Any]
+
+
+class Change(NamedTuple):
+    """Mean over images of a difference, and the ends of its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def kind(cell: Cell) -> str:
+    """fixed, adaptive or steps; cells of older evaluations are fixed."""
+    return cell.get("kind", "fixed")
+
+
+def way(cell: Cell) -> tuple[str, str]:
+    """Preset and solver."""
+    return cell["preset"], cell.get("solver", "ddim")
+
+
+def select(cells: Sequence[Cell], **wanted: Any) -> list[Cell]:
+    """The cells with these values; ``kind`` and ``way`` are asked of the functions above."""
+    asked = {"kind": kind, "way": way}
+    return [
+        cell
+        for cell in cells
+        if all((asked[name](cell) if name in asked else cell.get(name)) == value for name, value in wanted.items())
+    ]
+
+
+def values(cell: Cell, metric: str) -> dict[str, float]:
+    """The metric of each image that has it, by key."""
+    return {row["key"]: row[metric] for row in cell["rows"] if metric in row}
+
+
+def change(start: Mapping[str, float], end: Mapping[str, float]) -> Change:
+    """``end - start`` of the images that both have."""
+    from scaling_perception.evaluation.baselines import bootstrap_ci
+
+    found = np.asarray([end[key] - start[key] for key in start if key in end])
+    return Change(float(found.mean()), *map(float, bootstrap_ci(found, seed=0)))
+
+
+def same_compute(fixed: Sequence[Cell], forwards: float, metric: str) -> dict[str, float] | None:
+    """Each image's expected metric, where as many network evaluations are spent without looking at the images.
+
+    Between two sizes of ensembles that is the smaller for some images and the larger for the others, by chance, so that
+    the mean is ``forwards``. None outside the sizes that were measured.
+
+    Args:
+        fixed: cells of constant compute that differ in it alone.
+    """
+    spent = sorted((cell["steps"] * cell["ensemble"], index) for index, cell in enumerate(fixed))
+    if not spent or not spent[0][0] <= forwards <= spent[-1][0]:
+        return None
+    above = next(i for i, (count, _) in enumerate(spent) if count >= forwards)
+    (most, upper), (least, lower) = spent[above], spent[max(above - 1, 0)]
+    share = 1.0 if most == least else (forwards - least) / (most - least)
+    first, second = values(fixed[lower], metric), values(fixed[upper], metric)
+    return {key: (1 - share) * first[key] + share * second[key] for key in first if key in second}
+
+
+class Saving(NamedTuple):
+    """A cell of adaptive compute against constant compute.
+
+    Attributes:
+        cell: the adaptive one.
+        share: its compute over that of all members (steps).
+        whole: its metric against all members (steps).
+        even: against the same compute spread over the images by chance; None where nothing was measured.
+    """
+
+    cell: Cell
+    share: float
+    whole: Change
+    even: Change | None
+
+
+def savings(cells: Sequence[Cell], metric: str, of: str) -> list[Saving]:
+    """Every cell of a kind (``adaptive`` or ``steps``) against the cells of constant compute of the same run."""
+    found = []
+    for cell in select(cells, kind=of):
+        steps, size = cell["steps"], cell["ensemble"]
+        rest = {"steps": steps} if of == "adaptive" else {"ensemble": size}
+        fixed = select(cells, kind="fixed", way=way(cell), **rest)
+        whole = select(fixed, steps=steps, ensemble=size)
+        if not whole:
+            continue
+        forwards, mine = float(np.mean(cell["forwards"])), values(cell, metric)
+        even = same_compute(fixed, forwards, metric)
+        against = None if even is None else change(even, mine)
+        found.append(Saving(cell, forwards / (steps * size), change(values(whole[0], metric), mine), against))
+    return found
+
+
+def best_steps(cells: Sequence[Cell], metric: str, less_is_better: bool) -> int:
+    """The step count at which the largest ensemble of constant compute is best."""
+    fixed = select(cells, kind="fixed")
+    size = max(cell["ensemble"] for cell in fixed)
+    largest = select(fixed, ensemble=size)
+    sign = 1 if less_is_better else -1
+    return min(largest, key=lambda cell: sign * cell["metrics"][metric]["mean"])["steps"]
