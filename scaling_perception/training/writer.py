@@ -1,18 +1,101 @@
-"""What a run tells: one JSON line and TensorBoard scalars per report; a bar on a terminal, plain lines elsewhere."""
+"""What a run tells: one JSON line and TensorBoard scalars per report; a bar on a terminal, plain lines elsewhere.
 
+On request the same goes to Weights & Biases (``train.wandb=PROJECT``, extra ``wandb``).
+"""
+
+import hashlib
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import write_text
 
-_SHOWN = {"loss": "loss", "lr": "lr", "grad_norm": "grad", "samples_per_second": "samples/s"}
+_SHOWN = {"loss": "loss", "lr": "lr", "grad_norm": "grad", "samples_per_second": "samples/s", "mfu": "MFU"}
+_HIDDEN = ("time", "spent_")  # begin fields that are for goodput.py: in the rows alone, for no curve is in them
+
+# Dense bfloat16 FLOP/s of one device as JAX counts them, by what its kind begins with or holds (makers' data sheets).
+# Of TPU v2, v3 and 7x, a device is half a chip.
+PEAKS = {
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p
+    "TPU v6": 918e12,
+    "TPU7x": 1153.5e12,
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
+_UNKNOWN = ("TPU v4 lite",)
+
+
+def peak_flops(kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device of this kind (``jax.Device.device_kind``), or None where they are not known."""
+    if kind in _UNKNOWN:
+        return None
+    return next((peak for name, peak in PEAKS.items() if name in kind), None)
+
+
+class Pace:
+    """How long steps take, and what that is of the devices' peak.
+
+    Steps are told by ``tick`` when the host has seen their result. The device works ahead of the host by a step, so
+    one interval says little about one step and the percentiles of a window much about all.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._mark = now()
+        self._seconds: list[float] = []
+
+    def resume(self) -> None:
+        """What came since the last tick was no training (compiling, saving, evaluating): the next step begins now."""
+        self._mark = self._now()
+
+    def tick(self) -> None:
+        """One more step is done."""
+        now = self._now()
+        self._seconds.append(now - self._mark)
+        self._mark = now
+
+    def row(
+        self, samples: int, macs: float = 0.0, devices: int = 1, kind: str = "", tokens: int = 0
+    ) -> dict[str, float]:
+        """What is told of the steps since the last row; forgets them.
+
+        Args:
+            samples: of one step, over all devices.
+            macs: forward multiply-accumulates of one sample; 0 where they are not counted.
+            devices, kind: how many, and their ``device_kind``.
+            tokens: of one sample.
+
+        Returns:
+            seconds_per_step (mean), samples_per_second, step_seconds_p50, _p90, _p99; tokens_per_second if there are
+            tokens; and if macs and peak are known ``mfu``: three passes (forward, backward) of two FLOPs for each MAC
+            over the dense bfloat16 peak. Work done twice to save memory does not count. {} if no step was done.
+        """
+        seconds, self._seconds = np.asarray(self._seconds), []
+        if not seconds.size:
+            return {}
+        mean = max(float(seconds.mean()), 1e-9)
+        told = {"seconds_per_step": mean, "samples_per_second": samples / mean}
+        for percent in (50, 90, 99):
+            told[f"step_seconds_p{percent}"] = float(np.percentile(seconds, percent))
+        if tokens:
+            told["tokens_per_second"] = tokens * samples / mean
+        peak = peak_flops(kind)
+        if macs and peak:
+            told["mfu"] = 3 * 2 * macs * samples / mean / (devices * peak)
+        return told
 
 
 class Window:
@@ -42,10 +125,26 @@ class Writer:
             told once.
         total: steps of the whole run.
         label: what the progress is called.
+        wandb: project of Weights & Biases to tell, too; "" = none. Its environment variables hold, such as
+            WANDB_MODE=offline.
+        config: what Weights & Biases shows as the run's settings.
+
+    Raises:
+        UserError: Weights & Biases is wanted and is not installed, or cannot start.
     """
 
-    def __init__(self, workdir: Path, start: int, total: int, label: str = "train") -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        start: int,
+        total: int,
+        label: str = "train",
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         from tensorboardX import SummaryWriter
+
+        self._wandb = _wandb_run(wandb, workdir, config or {}) if wandb else None
 
         self._file = _open_rows(workdir / "metrics.jsonl", start)
         self._board = SummaryWriter(str(workdir / "tb"), purge_step=start + 1 if start else None)
@@ -69,20 +168,24 @@ class Writer:
             self._bar.update()
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
-        """Record ``values`` (finite floats) for ``step`` finished steps.
+        """Record ``values`` (finite floats) for ``step`` finished steps, and the time.
 
         Raises:
             UserError: the disk is full.
         """
+        row = {"step": step, **values, "time": round(time.time(), 3)}
         try:
-            self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             why = error.strerror or error
             text = f"cannot write {self._file.name}: {why}; free space and run the same command again"
             raise UserError(text) from error
-        for name, value in values.items():
+        curves = {name: value for name, value in values.items() if not name.startswith(_HIDDEN)}
+        for name, value in curves.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **curves})
         shown = {label: f"{values[name]:.4g}" for name, label in _SHOWN.items() if name in values}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
@@ -108,6 +211,27 @@ class Writer:
             self._bar.close()
         self._file.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
+    """The run of Weights & Biases that belongs to this folder: a resumed training goes on in the same one."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("train.wandb needs Weights & Biases: pip install 'scaling-perception[wandb]'") from None
+    marked = hashlib.blake2b(str(workdir.resolve()).encode(), digest_size=8).hexdigest()
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        run = wandb.init(
+            project=project, dir=str(workdir), id=marked, name=workdir.name, resume="allow", config=dict(config)
+        )
+    except Exception as error:  # it has many kinds of its own, such as for a missing key
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"train.wandb={project}: {why}; log in, set WANDB_MODE=offline, or leave it out") from error
+    run.define_metric("*", step_metric="step")  # steps that are done again are told again; its own counter only grows
+    return run
 
 
 def _open_rows(path: Path, start: int) -> TextIO:
@@ -120,7 +244,7 @@ def _open_rows(path: Path, start: int) -> TextIO:
                     keep.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
-    path.write_text("".join(line + "\n" for line in keep), encoding="utf-8")
+    write_text(path, "".join(line + "\n" for line in keep))  # at no moment are the kept rows in memory alone
     return path.open("a", encoding="utf-8")
 
 
