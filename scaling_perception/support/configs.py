@@ -21,6 +21,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _CHECKOUT = _PACKAGE.parent
 # an installed wheel has its own copy; the folder beside it is ours only in a checkout
 _SHIPPED = (_CHECKOUT / "configs",) if (_CHECKOUT / "pyproject.toml").is_file() else (_PACKAGE / "_configs",)
+_PAPER = "paper"  # the folder in it of the paper's figures and tables
+_SHARED = ("common", "shared")  # files that other configs import
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
@@ -38,8 +40,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: no such file, or an unknown key, argument or value of the wrong type.
     """
-    name, _, arg = spec.partition(".py:")
-    path = find_config(name if name.endswith(".py") else name + ".py")
+    path, arg = _split(spec)
     module = _execute(path)
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"{path} has no get_config(arg): copy one of the files in configs/ and change it")
@@ -51,17 +52,56 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
     return config.lock()
 
 
+def config_runs(spec: str) -> list[tuple[str, str]]:
+    """The runs of a config file that stands for several, as those in ``configs/paper`` do: (name, spec of one).
+
+    A file says so by ``runs(arg) -> [(name, its own argument), …]``.
+
+    Raises:
+        UserError: no such file, an unknown argument, or a file that is one run.
+    """
+    path, arg = _split(spec)
+    module = _execute(path)
+    if not callable(getattr(module, "runs", None)):
+        raise UserError(f"{path} is one run: give it to `train` as it is")
+    file = spec.partition(".py:")[0].removesuffix(".py") + ".py"
+    return [(name, f"{file}:{own}") for name, own in module.runs(arg)]
+
+
+def _split(spec: str) -> tuple[Path, str]:
+    name, _, arg = spec.partition(".py:")
+    return find_config(name if name.endswith(".py") else name + ".py"), arg
+
+
 def find_config(name: str) -> Path:
     """The file that ``name`` means; UserError lists the shipped configs when there is none."""
     path = Path(name)
     places = [path]
-    if not path.is_absolute() and path.parent.name in ("", "configs"):
-        places += [folder / path.name for folder in _SHIPPED]
+    inside = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
+    if not path.is_absolute() and inside.parent.as_posix() in (".", _PAPER):
+        places += [folder / inside for folder in _SHIPPED]
     for place in places:
         if place.is_file():
             return place.resolve()
-    known = {"configs/" + file.name for folder in _SHIPPED for file in folder.glob("*.py") if file.stem != "common"}
-    raise UserError(f"config {name} does not exist{did_you_mean('configs/' + path.name, known)}")
+    known = {
+        "configs/" + file.relative_to(folder).as_posix()
+        for folder in _SHIPPED
+        for file in [*folder.glob("*.py"), *folder.glob(f"{_PAPER}/*.py")]
+        if file.stem not in _SHARED
+    }
+    raise UserError(f"config {name} does not exist{did_you_mean('configs/' + inside.as_posix(), known)}")
+
+
+def _package(folder: Path) -> str:
+    """The package made for a folder of configs; that of the paper's is inside the one of the folder above."""
+    inside = folder.name == _PAPER
+    name = f"{_package(folder.parent)}.{_PAPER}" if inside else f"_scaling_perception_configs_{hash(str(folder)):x}"
+    name = name.replace("-", "_")
+    if name not in sys.modules:
+        module = types.ModuleType(name)
+        module.__path__ = [str(folder), *(str(place / _PAPER if inside else place) for place in _SHIPPED)]
+        sys.modules[name] = module
+    return name
 
 
 def _execute(path: Path) -> types.ModuleType:
@@ -69,12 +109,7 @@ def _execute(path: Path) -> types.ModuleType:
 
     A file elsewhere, copied from ours, finds ours: the shipped folders come after its own.
     """
-    package = "_scaling_perception_configs_" + format(hash(str(path.parent)) & 0xFFFFFFFF, "x")
-    if package not in sys.modules:
-        module = types.ModuleType(package)
-        module.__path__ = [str(path.parent), *(str(folder) for folder in _SHIPPED)]
-        sys.modules[package] = module
-    name = f"{package}.{path.stem}"
+    name = f"{_package(path.parent)}.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

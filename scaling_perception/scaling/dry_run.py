@@ -1,0 +1,338 @@
+"""What a training run will take, before anything is made: parameters, MACs, memory of a device, data, chip-hours.
+
+Everything is computed from shapes: no array is made, no device, dataset or autoencoder is needed.
+
+Activations are an estimate, within a factor of 2 of what a compiler takes (``compile`` asks it). With B samples on a
+device at a time, T tokens, width D, MLP width F, K active experts, S the shared expert's width over D, m 2 for SwiGLU
+and else 1, in units of B T D numbers:
+
+    kept for the backward pass, in the compute dtype, each layer: 1 with remat, else
+        6 + F/D dense, 6 + m K F/D + (2 S + 1 with a shared expert) with experts
+    at work in one layer, float32: 16 + 4 F/D dense, 16 + (2 + 2 m) K F/D + 4 K + 6 S with experts
+    attention scores of one layer, float32: 3 B heads T^2, where no fused kernel is at hand
+
+and besides, of one layer, its weights in the compute dtype, gathered over fsdp, and their gradient in float32.
+
+Where pictures are encoded in the step, the autoencoder's widest layer holds three times its output; it is done before
+the network begins, so the larger of the two counts. What a ``tensor`` axis saves of activations is left out.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from scaling_perception.models.dit import (
+    DiTConfig,
+    count_active_params,
+    count_params,
+    frozen_paths,
+    init_params,
+)
+from scaling_perception.parallel.mesh import AXES, BATCH_AXES
+from scaling_perception.parallel.rules import tree_shardings
+from scaling_perception.scaling.compute import TRAINING_FACTOR, forward_macs
+from scaling_perception.support.configs import Config
+from scaling_perception.support.errors import UserError
+from scaling_perception.tasks import fields_of, pass_indices
+from scaling_perception.training.diffusion import network_of, tasks_of
+from scaling_perception.training.optim import make_optimizer
+from scaling_perception.training.state import abstract_state
+
+# bfloat16 TFLOP/s of dense matmuls and GB of memory of one chip (makers' figures)
+CHIPS = {"v5e": (197, 16), "v5p": (459, 95), "v6e": (918, 32), "h100": (989, 80), "h200": (989, 141)}
+MFU = 0.4  # share of the peak that useful FLOPs reach
+# training samples of published datasets (facts 5, 8; ImageNet-1K's own count)
+LENGTHS = {"imagenet": 1_281_167, "hypersim": 53_885, "flying_chairs": 22_232}
+
+_NETWORK = ("activations_kept", "activations_at_work", "attention_scores", "layer_weights")
+_ENCODING = "autoencoder_activations"
+_ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def describe_run(config: Config, devices: int | None = None, mfu: float = MFU) -> dict[str, Any]:
+    """The numbers of a run of ``objective = "diffusion"``, JSON-able.
+
+    ``model`` parameters and sizes; ``compute`` MACs (multiply-accumulates of the forward pass, the paper's count) and
+    FLOPs (2 a MAC, times 3 with the backward pass) of a sample, a step and the run; ``memory`` bytes on each device, by
+    kind; ``data`` samples and epochs; ``time`` chip-hours by chip at ``mfu``.
+
+    Args:
+        devices: how many there will be; None = what ``config.mesh`` says, or of an axis of -1 as many as fit this
+            machine's.
+
+    Raises:
+        UserError: a field is wrong, or the batch does not divide over the devices.
+    """
+    if config.objective != "diffusion":
+        raise UserError(f"objective is '{config.objective}': a dry run is known for diffusion models")
+    dit = network_of(config)
+    batch, steps = int(config.train.batch_size), int(config.train.steps)
+    macs, encoding = forward_macs(dit), _encoding_macs(config)
+    samples = batch * steps
+    useful = 2 * TRAINING_FACTOR * macs
+    memory = _memory(config, dit, devices)
+    return {
+        "model": {
+            "name": dit.name,
+            "params": count_params(dit),
+            "active_params": count_active_params(dit),
+            "layers": dit.depth,
+            "dim": dit.dim,
+            "heads": dit.heads,
+            "experts": dit.experts,
+            "active_experts": dit.active_experts if dit.experts else 0,
+            "resolution": int(config.resolution),
+            "tokens": dit.tokens,
+            "input_channels": dit.input_channels,
+            "tasks": tasks_of(config),
+        },
+        "compute": {
+            "macs_per_forward": macs,
+            "training_factor": TRAINING_FACTOR,
+            "flops_per_sample": useful,
+            "flops_per_step": useful * batch,
+            "macs_of_run": macs * samples,
+            "macs_of_run_with_backward": TRAINING_FACTOR * macs * samples,
+            "flops_of_run": useful * samples,
+            "autoencoder_macs_per_sample": encoding,
+        },
+        "memory": memory,
+        "data": _data(config, samples),
+        "time": _time(useful * samples, 2 * encoding * samples, memory, mfu),
+        "run": {"steps": steps, "batch_size": batch, "accumulate": int(config.train.get("accumulate", 1))},
+    }
+
+
+def _mesh_sizes(config: Config, devices: int | None) -> dict[str, int]:
+    sizes = {name: int(config.mesh.get(name, 1)) for name in AXES}
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"mesh {sizes}: give sizes of 1 or more, and -1 (what is left) at most once")
+    if free:
+        count = devices or (jax.device_count() if jax.device_count() % fixed == 0 else fixed)
+        sizes[free[0]] = max(count // fixed, 1)
+    if devices and math.prod(sizes.values()) != devices:
+        raise UserError(f"mesh {sizes} does not fit {devices} devices: the sizes must multiply to that number")
+    return sizes
+
+
+def _memory(config: Config, dit: DiTConfig, devices: int | None) -> dict[str, Any]:
+    """Bytes on one device, by kind."""
+    sizes = _mesh_sizes(config, devices)
+    count, shares = math.prod(sizes.values()), math.prod(sizes[axis] for axis in BATCH_AXES)
+    accumulate = int(config.train.get("accumulate", 1))
+    if config.train.batch_size % (shares * accumulate):
+        raise UserError(
+            f"train.batch_size is {config.train.batch_size}: give a multiple of {shares * accumulate}, the devices "
+            "that share it times train.accumulate"
+        )
+    mesh = _abstract_mesh(sizes)
+    tx, _ = make_optimizer(config.optim, config.train.steps, frozen_paths(dit))
+    state = abstract_state(lambda key: init_params(dit, key), tx)
+    placed = tree_shardings(state, mesh)
+    sums = {name: _bytes(getattr(state, name), getattr(placed, name)) for name in ("params", "opt_state", "ema")}
+    local = config.train.batch_size // shares  # samples of a step
+    part = local // accumulate  # at a time
+    kinds = {
+        "params": sums["params"],
+        "gradients": sums["params"] * (2 if accumulate > 1 else 1),  # the sum, and that of one part
+        "optimizer": sums["opt_state"],
+        "ema": sums["ema"],
+        "batch": 2 * local * _sample_bytes(config, dit),  # this step's, and the next one's on its way
+        **_activations(config, dit, part),
+        "layer_weights": _layer_bytes(config, state.params["blocks"], sizes) // dit.depth,
+        **_autoencoder(config, dit, part),
+    }
+    return {
+        "mesh": sizes,
+        "devices": count,
+        "samples_per_device": part,
+        "dtype": config.train.dtype,
+        "bytes": kinds,
+        "total": sum(kinds.values()) - min(sum(kinds[name] for name in _NETWORK), kinds.get(_ENCODING, 0)),
+        "estimated": [name for name in (*_NETWORK, _ENCODING) if name in kinds],
+    }
+
+
+def _abstract_mesh(sizes: Mapping[str, int]) -> Any:
+    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _layer_bytes(config: Config, blocks: Any, sizes: Mapping[str, int]) -> int:
+    """Of all layers; a device has one of them whole at a time, but for its share of experts and wide matrices."""
+    placed = tree_shardings({"blocks": blocks}, _abstract_mesh({**sizes, "fsdp": 1}))
+    return _bytes({"blocks": blocks}, placed) * (_ITEM[config.train.dtype] + 4) // 4
+
+
+def _bytes(tree: Any, placed: Any) -> int:
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(placed), strict=True)
+    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
+
+
+def _activations(config: Config, dit: DiTConfig, samples: int) -> dict[str, int]:
+    unit, ratio = samples * dit.tokens * dit.dim, dit.hidden / dit.dim
+    kept, working = 6 + ratio, 16 + 4 * ratio
+    if dit.experts:
+        matrices, chosen = (2 if dit.expert_mlp == "swiglu" else 1), dit.active_experts
+        kept = 6 + matrices * chosen * ratio + (2 * dit.shared_experts + 1 if dit.shared_experts else 0)
+        working = 16 + (2 + 2 * matrices) * chosen * ratio + 4 * chosen + 6 * dit.shared_experts
+    kept = 1 if config.train.remat else kept
+    return {
+        "activations_kept": round(dit.depth * kept * unit * _ITEM[config.train.dtype]),
+        "activations_at_work": round(working * unit * 4),
+        "attention_scores": 3 * samples * dit.heads * dit.tokens**2 * 4,
+    }
+
+
+def _pictures(config: Config, dit: DiTConfig) -> int:
+    """Pictures of a sample that the loss encodes or reads."""
+    return 1 + dit.cond_channels // dit.in_channels
+
+
+def _sample_bytes(config: Config, dit: DiTConfig) -> int:
+    held = len(fields_of(tasks_of(config)[0]))
+    if config.data.cache:
+        return held * dit.input_size**2 * dit.in_channels * 4 + dit.input_size**2
+    return held * config.resolution**2 * 3 * 4 + config.resolution**2
+
+
+def _encoder_family(config: Config) -> tuple[Any, Any]:
+    """(module, config) of the autoencoder's kind, by its name alone: the shipped one, or Stable Diffusion's."""
+    from scaling_perception.models import tiny_vae, vae
+
+    return (tiny_vae, tiny_vae.SMALL) if config.autoencoder == "tiny" else (vae, vae.VAEConfig())
+
+
+def _encoding_macs(config: Config) -> int:
+    """MACs of encoding one sample's pictures in the step; 0 with a cache."""
+    if config.data.cache:
+        return 0
+    family, sizes = _encoder_family(config)
+    return _pictures(config, network_of(config)) * family.macs("encoder", sizes, config.resolution, config.resolution)
+
+
+def _autoencoder(config: Config, dit: DiTConfig, samples: int) -> dict[str, int]:
+    """Weights, whole on each device, and the widest layer's input, output and normalised input."""
+    if config.data.cache:
+        return {}
+    family, sizes = _encoder_family(config)
+    weights = sum(4 * math.prod(s) for part in ("encoder", "decoder") for s in family.part_shapes(part, sizes).values())
+    widest = sizes.block_out_channels[0] if hasattr(sizes, "block_out_channels") else sizes.encoder_widths[0]
+    pixels = config.resolution**2 // getattr(sizes, "patch", 1) ** 2
+    shown = samples * _pictures(config, dit)
+    return {"autoencoder": weights, _ENCODING: 3 * shown * pixels * widest * 4}
+
+
+def _data(config: Config, samples: int) -> dict[str, Any]:
+    entries = {name: entry for name, entry in config.data.mixture.items() if entry.get("weight", 1.0) > 0}
+    total = sum(entry.get("weight", 1.0) for entry in entries.values())
+    sources = []
+    for name, entry in entries.items():
+        length, told_by = _length(config, entry)
+        share, passes = entry.get("weight", 1.0) / total, len(pass_indices(entry.task))
+        drawn = samples * share
+        row = {"name": name, "task": entry.task, "source": "cache" if config.data.cache else entry.get("source", "")}
+        row |= {"samples": round(drawn), "length": length, "length_from": told_by}
+        # of a raw sample each pass is a sample
+        sources.append({**row, "epochs": round(drawn / length / passes, 2) if length else None})
+    return {"samples": samples, "sources": sources}
+
+
+def _length(config: Config, entry: Mapping[str, Any]) -> tuple[int | None, str]:
+    """(raw samples of an entry, how that is known), (None, "unknown") where it is not."""
+    if config.data.cache:
+        return _cached_length(config, entry["task"])
+    count, root, name = entry.get("count", 0), entry.get("root", ""), entry.get("source", "")
+    if count:
+        return int(count), "data.mixture"
+    if root and Path(root).is_dir():
+        from scaling_perception.data.pipeline import open_subset
+
+        try:
+            return len(open_subset(name, root, entry.get("split", "train"), entry["task"])[1]), "files"
+        except UserError:
+            pass
+    return (LENGTHS[name], "published") if name in LENGTHS else (None, "unknown")
+
+
+def _cached_length(config: Config, task: str) -> tuple[int | None, str]:
+    import os
+
+    from scaling_perception.data.latents import read_ledger
+    from scaling_perception.tasks import get_task
+
+    found = 0
+    for path in str(config.data.cache).split(os.pathsep):
+        try:
+            shards = read_ledger(Path(path))["shards"]
+        except UserError:
+            return None, "unknown"
+        found += sum(shard["passes"].get(get_task(task).PASSES[0], 0) for shard in shards)
+    return found or None, "ledger"
+
+
+def _time(flops: float, encoding: float, memory: Mapping[str, Any], mfu: float) -> dict[str, Any]:
+    if not 0 < mfu <= 1:
+        raise UserError(f"MFU {mfu}: give a share above 0, up to 1")
+    chips = {}
+    for name, (peak, gigabytes) in CHIPS.items():
+        rate = peak * 1e12 * mfu * 3600
+        hours = flops / rate
+        chips[name] = {
+            "peak_tflops": peak,
+            "memory_gb": gigabytes,
+            "chip_hours": hours,
+            "encoding_chip_hours": encoding / rate,
+            "days": (hours + encoding / rate) / memory["devices"] / 24,
+            "fits": memory["total"] < 0.95 * gigabytes * 1e9,
+        }
+    return {"mfu": mfu, "chips": chips}
+
+
+def run_text(told: Mapping[str, Any]) -> str:
+    """What `describe_run` found, as lines to read."""
+    model, compute, memory, run = (told[name] for name in ("model", "compute", "memory", "run"))
+    experts = f", {model['active_experts']} of {model['experts']} experts" if model["experts"] else ""
+    active = f", {model['active_params']:,} of them active" if experts else ""
+    sizes = f"{model['layers']} layers, width {model['dim']}, {model['heads']} heads{experts}"
+    parts = f" in {run['accumulate']} parts" if run["accumulate"] > 1 else ""
+    forward, step = compute["macs_per_forward"], compute["flops_per_step"]
+    whole = f"{compute['macs_of_run_with_backward']:.3g} with the backward pass (x {compute['training_factor']})"
+    lines = [
+        f"model     {model['name']} for {', '.join(model['tasks'])}: {model['params']:,} parameters{active} ({sizes})",
+        f"input     {model['resolution']} pixels, {model['tokens']} tokens, {model['input_channels']} channels",
+        f"run       {run['steps']:,} steps of {run['batch_size']:,}{parts}",
+        f"MACs      {forward:.4g} a forward pass of a sample; {compute['macs_of_run']:.3g} of the run, {whole}",
+        f"FLOPs     {step:.4g} a step, {compute['flops_of_run']:.3g} of the run: 2 a MAC, both passes",
+    ]
+    if encoding := compute["autoencoder_macs_per_sample"]:
+        share = encoding / compute["training_factor"] / forward
+        more = f"adds {encoding:.3g} MACs a sample ({share:.0%})"
+        lines.append(f"          encoding pictures in each step {more}: `prepare --latents` does it once")
+    mesh = " x ".join(f"{name} {size}" for name, size in memory["mesh"].items() if size > 1) or "whole"
+    each = f"{memory['samples_per_device']} samples at a time, {memory['dtype']}"
+    lines.append(f"memory    of each of {memory['devices']} device(s) ({mesh}), {each}:")
+    for name, size in memory["bytes"].items():
+        note = "  (estimated)" if name in memory["estimated"] else ""
+        lines.append(f"          {size / 1e9:9.3f} GB  {name.replace('_', ' ')}{note}")
+    lines.append(f"          {memory['total'] / 1e9:9.3f} GB  at the most")
+    for row in told["data"]["sources"]:
+        known = f"{row['length']:,} ({row['length_from']}), {row['epochs']:g} epochs" if row["length"] else "unknown"
+        lines.append(f"data      {row['name']}: {row['samples']:,} draws from {row['source']}, whose length is {known}")
+    lines.append(f"time      at {told['time']['mfu']:.0%} of the peak in bfloat16:")
+    for name, chip in told["time"]["chips"].items():
+        more = f" + {chip['encoding_chip_hours']:.4g} for encoding" if chip["encoding_chip_hours"] else ""
+        days = f"{chip['days']:.3g} days on {memory['devices']}"
+        fits = "" if chip["fits"] else f"; more than its {chip['memory_gb']} GB"
+        lines.append(f"          {name:5} {chip['chip_hours']:9.4g} chip-hours{more}, {days}{fits}")
+    return "\n".join(lines)
+
+
+def print_run(told: Mapping[str, Any]) -> None:
+    """Print what `describe_run` found."""
+    print(run_text(told))
