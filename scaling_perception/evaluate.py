@@ -213,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
         "panels": panels,
     }
     write_json(out, result)
-    _write_tables(args, result, folder)
+    _write_tables(args, result, predictor, folder)
     journal.unlink(missing_ok=True)
     print_table(result)
     print(f"written: {out}")
@@ -232,8 +232,8 @@ def _budgets_folder(name: str | None) -> Path | None:
     return folder
 
 
-def _write_tables(args: argparse.Namespace, result: dict[str, Any], folder: Path | None) -> None:
-    from scaling_perception.evaluation.budgets import budget_entry, write_budgets
+def _write_tables(args: argparse.Namespace, result: dict[str, Any], predictor: Any, folder: Path | None) -> None:
+    from scaling_perception.evaluation.budgets import budget_entry, measure_timing, write_budgets
     from scaling_perception.evaluation.tables import cells_csv, images_csv
 
     if args.csv:
@@ -241,7 +241,8 @@ def _write_tables(args: argparse.Namespace, result: dict[str, Any], folder: Path
     if args.per_image:
         write_text(args.per_image, images_csv(result))
     if folder is not None:
-        print(f"written: {write_budgets(folder, args.task, budget_entry(result))}")
+        entry = budget_entry(result, measure_timing(predictor, args.task))
+        print(f"written: {write_budgets(folder, args.task, entry)}")
 
 
 class _Panels:

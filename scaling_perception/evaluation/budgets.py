@@ -165,14 +165,16 @@ def _within(choices: list[Choice], task: str, macs: float | None, seconds: float
 
 
 def _choice(cell: Mapping[str, Any], entry: Mapping[str, Any], here: tuple[float, float] | None) -> Choice:
-    seconds = float(cell["seconds"])
-    there = entry.get("timing")
-    if here is not None and there is not None:
-        forwards = cell["steps"] * cell["ensemble"]
-        # What is not network evaluations goes as the fixed cost does; evaluations go as themselves.
-        rest = max(seconds - there["per_forward"] * forwards, 0.0)
-        ratio = here[0] / there["fixed"] if there["fixed"] > 0 else 1.0
-        seconds = rest * ratio + here[1] * forwards
+    seconds, timing = float(cell["seconds"]), entry.get("timing")
+    if here is not None and timing is not None:
+        # Evaluations go as evaluations do between the machines, the rest as the fixed cost does.
+        evaluations = min(timing["per_forward"] * cell["steps"] * cell["ensemble"], seconds)
+        there = entry.get("reference", timing)
+        fixed, forward = (
+            now / then if then > 0 else 1.0
+            for now, then in zip(here, (there["fixed"], there["per_forward"]), strict=True)
+        )
+        seconds = (seconds - evaluations) * fixed + evaluations * forward
     preset = None if cell["preset"] == OWN else cell["preset"]
     numbers = float(cell["macs"]), seconds, float(cell["error"])
     return Choice(int(cell["steps"]), int(cell["ensemble"]), preset, cell["solver"], *numbers)
@@ -195,10 +197,11 @@ def error_rows(task: str, rows: list[dict[str, Any]]) -> np.ndarray:
     return 1 - values if metric == "iou" else values
 
 
-def budget_entry(result: Mapping[str, Any]) -> dict[str, Any]:
+def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> dict[str, Any]:
     """One task's part of the table from an evaluation (`evaluate`'s JSON). Cells of adaptive compute are left out.
 
     ``excess`` of a cell is how much larger its images' errors are than with the lowest cell, paired by image.
+    ``reference`` is `measure_timing` on the same machine, with which others compare theirs.
 
     Raises:
         UserError: no cell has a known number of MACs.
@@ -233,6 +236,7 @@ def budget_entry(result: Mapping[str, Any]) -> dict[str, Any]:
         "reduce": fixed[0]["reduce"],
         "protocol": result["protocol"].get("fingerprint"),
         "timing": fit_timing(cells)._asdict(),
+        **({} if reference is None else {"reference": reference._asdict()}),
         **({"trivial": {"name": strongest, "error": trivial[strongest]}} if strongest else {}),
         "cells": sorted(cells, key=lambda c: (c["macs"], c["error"])),
     }
@@ -286,17 +290,18 @@ def fit_timing(cells: list[dict[str, Any]]) -> Timing:
 def measure_timing(predictor: "Predictor", task: str, preset: str | None = None, solver: str = "ddim") -> Timing:
     """`Timing` of this machine, from two short runs of one member (1 and 5 steps) of a grey picture.
 
-    Takes the least of three runs each, so that what else the machine does counts little; compiling is not counted.
+    Each is repeated while that is quick, and the least counts, so that what else the machine does counts little.
+    Compiling is not counted.
     """
     side = predictor.resolution
     grey = np.full((side, side, 3), 127, np.uint8)
     prompt = {"depth": None, "flow": grey, "amodal": np.ones((side, side), bool)}[task]
+    options: dict[str, Any] = {"prompt": prompt, "preset": preset, "solver": solver, "batch_size": 1}
     spent = {}
     for steps in (1, 5):
-        options: dict[str, Any] = {"prompt": prompt, "preset": preset, "solver": solver, "batch_size": 1}
         predictor(grey, task, steps, 1, **options)
-        runs = []
-        for _ in range(3):
+        runs: list[float] = []
+        while not runs or (len(runs) < 5 and sum(runs) < 1):
             begin = time.perf_counter()
             predictor(grey, task, steps, 1, **options)
             runs.append(time.perf_counter() - begin)

@@ -98,6 +98,10 @@ def test_seconds_of_another_machine():
     assert _at(chosen) == (5, 5) and chosen.seconds == pytest.approx(0.2 + 25 * 0.005)
     assert choose(table, "depth", "best", here=(0.2, 0.005)).seconds == pytest.approx(0.325)
     assert _at(choose(table, "depth", seconds=0.36, here=(0.2, 0.02))) == (5, 1)
+    # The table is of large batches; what is compared between machines is the same short run on both.
+    table = _table(*FALLING, timing={"fixed": 0.1, "per_forward": 0.01}, reference={"fixed": 0.3, "per_forward": 0.02})
+    assert choose(table, "depth", "best", here=(0.3, 0.02)).seconds == pytest.approx(0.35)
+    assert choose(table, "depth", "best", here=(0.6, 0.01)).seconds == pytest.approx(0.325)
 
 
 def test_own_grid_is_none():
@@ -147,7 +151,8 @@ def _evaluation(task="depth", metric="abs_rel"):
 
 
 def test_a_table_from_an_evaluation(tmp_path):
-    entry = budget_entry(_evaluation())
+    entry = budget_entry(_evaluation(), Timing(0.5, 0.02))
+    assert entry["reference"] == {"fixed": 0.5, "per_forward": 0.02}
     assert [cell["steps"] for cell in entry["cells"]] == [1, 5, 50] and entry["metric"] == "abs_rel"
     assert entry["trivial"] == {"name": "row", "error": 0.7}
     assert entry["timing"]["per_forward"] == pytest.approx(0.01) and entry["timing"]["fixed"] > 0
