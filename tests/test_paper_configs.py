@@ -132,7 +132,7 @@ def test_places_and_mistakes(tmp_path, monkeypatch):
     text = (ROOT / "configs" / "paper" / "fig2.py").read_text()
     (tmp_path / "configs" / "paper" / "fig2.py").write_text(text)
     assert load_config("configs/paper/fig2.py").train.steps == 7  # the person's own files come before ours
-    for name, words in (("configs/paper/fig1.py", "did you mean 'configs/paper/fig2.py'"), ("fig2.py", "fig2")):
+    for name, words in (("configs/paper/fig1.py", "did you mean 'configs/paper/fig"), ("fig2.py", "fig2")):
         with pytest.raises(UserError, match=words):
             find_config(name)
     with pytest.raises(UserError, match="depth.py is one run: give it to `train` as it is"):
