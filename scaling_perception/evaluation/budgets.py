@@ -216,10 +216,10 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
     cells = []
     for cell, values in zip(fixed, errors, strict=True):
         excess = values - lowest
-        numbers = {"error": float(values.mean()), "ci95": list(bootstrap_ci(values))}
-        numbers["excess"] = {"mean": float(excess.mean()), "ci95": list(bootstrap_ci(excess))}
-        known = {name: cell.get(name, "ddim") if name == "solver" else cell[name] for name in _CELL[:6]}
-        cells.append({**known, **numbers})
+        numbers = {"error": _short(values.mean()), "ci95": [_short(end) for end in bootstrap_ci(values)]}
+        numbers["excess"] = {"mean": _short(excess.mean()), "ci95": [_short(end) for end in bootstrap_ci(excess)]}
+        known = {name: cell.get(name, "ddim") if name == "solver" else cell[name] for name in _CELL[:5]}
+        cells.append({**known, "seconds": _short(cell["seconds"]), **numbers})
     trivial = {
         name: float(error_rows(task, found["rows"]).mean())
         for name, found in result["baselines"].items()
@@ -235,11 +235,20 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
         "autoencoder": result.get("autoencoder", {}).get("weights"),
         "reduce": fixed[0]["reduce"],
         "protocol": result["protocol"].get("fingerprint"),
-        "timing": fit_timing(cells)._asdict(),
-        **({} if reference is None else {"reference": reference._asdict()}),
+        "timing": _numbers(fit_timing(cells)),
+        **({} if reference is None else {"reference": _numbers(reference)}),
         **({"trivial": {"name": strongest, "error": trivial[strongest]}} if strongest else {}),
         "cells": sorted(cells, key=lambda c: (c["macs"], c["error"])),
     }
+
+
+def _numbers(timing: Timing) -> dict[str, float]:
+    return {name: _short(value) for name, value in timing._asdict().items()}
+
+
+def _short(value: float) -> float:
+    """Six digits: the table is read by people, too."""
+    return float(f"{value:.6g}")
 
 
 def write_budgets(folder: str | os.PathLike[str], task: str, entry: Mapping[str, Any]) -> Path:
