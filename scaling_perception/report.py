@@ -49,8 +49,8 @@ _COLOURS = (
 )
 _CEILINGS = ("autoencoder", "threshold")
 _ADAPTIVE_WORDS = (
-    "Compute by image. Differences are paired by image: against all members and steps, and against the same compute "
-    "spread over the images without looking at them (smaller and larger ensembles by chance)."
+    "Compute by image. Differences are paired by image: against all members and steps, and against as much compute, the "
+    "same for every image (between the measured sizes interpolated in 1 / size)."
 )
 _ADAPTIVE = {"adaptive": ("members within", "^"), "steps": ("stopped at changes below", "s")}
 
@@ -151,7 +151,7 @@ def adaptive_table(evaluation: dict) -> tuple[list[str], list[list[str]]]:
     """Head and rows of adaptive compute, at the step count where the largest ensemble of each preset and solver is best
     (members), and for the largest ensemble (steps)."""
     metric, label, less_is_better = MAIN_METRIC[evaluation["task"]]
-    head = ["", "members", "steps", "compute", label, "against all of it", "against as much, spread evenly"]
+    head = ["", "members", "steps", "compute", label, "against all of it", "against as much for each"]
     rows = []
     for one, name, _ in _ways(evaluation):
         cells = select(evaluation["cells"], way=one)

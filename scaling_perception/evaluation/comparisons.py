@@ -53,10 +53,10 @@ def change(start: Mapping[str, float], end: Mapping[str, float]) -> Change:
 
 
 def same_compute(fixed: Sequence[Cell], forwards: float, metric: str) -> dict[str, float] | None:
-    """Each image's expected metric, where as many network evaluations are spent without looking at the images.
+    """Each image's metric with as many network evaluations as every other image has.
 
-    Between two sizes of ensembles that is the smaller for some images and the larger for the others, by chance, so that
-    the mean is ``forwards``. None outside the sizes that were measured.
+    Between two sizes that were measured it is interpolated in 1 / size, as the error of a mean of N members falls: a
+    straight line would flatter what it is compared with. None outside the sizes that were measured.
 
     Args:
         fixed: cells of constant compute that differ in it alone.
@@ -66,7 +66,7 @@ def same_compute(fixed: Sequence[Cell], forwards: float, metric: str) -> dict[st
         return None
     above = next(i for i, (count, _) in enumerate(spent) if count >= forwards)
     (most, upper), (least, lower) = spent[above], spent[max(above - 1, 0)]
-    share = 1.0 if most == least else (forwards - least) / (most - least)
+    share = 1.0 if most == least else (1 / least - 1 / forwards) / (1 / least - 1 / most)
     first, second = values(fixed[lower], metric), values(fixed[upper], metric)
     return {key: (1 - share) * first[key] + share * second[key] for key in first if key in second}
 
@@ -78,7 +78,7 @@ class Saving(NamedTuple):
         cell: the adaptive one.
         share: its compute over that of all members (steps).
         whole: its metric against all members (steps).
-        even: against the same compute spread over the images by chance; None where nothing was measured.
+        even: against as much compute, the same for every image; None where nothing was measured.
     """
 
     cell: Cell
