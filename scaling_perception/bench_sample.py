@@ -136,7 +136,7 @@ def _in_a_process(args: argparse.Namespace, name: str, limit: float | None = Non
         file = Path(folder) / "once.json"
         words = [sys.executable, "-m", "scaling_perception", "bench", "sample", "--once", name, "--json", str(file)]
         for field in _SAME:
-            words += [f"--{field}", str(getattr(args, field))] if getattr(args, field) else []
+            words += [f"--{field}", str(getattr(args, field))] if getattr(args, field) is not None else []
         try:
             done = subprocess.run(words, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
@@ -165,7 +165,7 @@ def bench_sample(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.quick:
         vars(args).update(_QUICK)
-    if args.cores:
+    if args.cores is not None:
         _keep_to(args.cores)
     if args.once:
         return _once(args)

@@ -281,8 +281,8 @@ class Sampler:
         """
         members = []
         with torch.inference_mode():
-            image = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)[None]))
-            for start in torch.from_numpy(np.ascontiguousarray(noise.transpose(0, 3, 1, 2))):
+            image = torch.from_numpy(picture.transpose(2, 0, 1)[None].copy())
+            for start in torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()):
                 latent = self.encode(image)  # for every member again, as in the released code
                 x = start[None]
                 for t in self.timesteps:
