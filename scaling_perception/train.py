@@ -34,7 +34,9 @@ _ON_NAN = ("raise", "skip")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="config file, optionally with arguments: FILE.py:key=value,…")
-    parser.add_argument("--workdir", required=True, help="folder of this run; an interrupted run in it is resumed")
+    parser.add_argument("--workdir", default="", help="folder of this run; an interrupted run in it is resumed")
+    parser.add_argument("--dry-run", action="store_true", help="only tell sizes, memory, compute and chip-hours")
+    parser.add_argument("--profile", default="", metavar="FIRST:COUNT", help="trace these steps to WORKDIR/profile")
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -50,9 +52,17 @@ def run(args: argparse.Namespace) -> int | None:
 
     join()
     overrides = list(getattr(args, "overrides", []))
+    config = load_config(args.config, overrides)
+    if args.dry_run:
+        from scaling_perception.scaling.dry_run import describe_run, print_run
+
+        print_run(describe_run(config))
+        return None
+    if not args.workdir:
+        raise UserError("--workdir is missing: give the folder of this run (or --dry-run)")
     words = ["scaling-perception", "train", "--config", args.config, "--workdir", args.workdir]
     words += [f"--config.{override}" for override in overrides]
-    train(load_config(args.config, overrides), Path(args.workdir), shlex.join(words))
+    train(config, Path(args.workdir), shlex.join(words), args.profile)
     return None
 
 
@@ -60,12 +70,13 @@ class Stopped(SystemExit):
     """The run was asked to stop and has saved; its code (130 or 143) is the exit code of the command."""
 
 
-def train(config: Any, workdir: Path, command: str = "the same command") -> Path:
+def train(config: Any, workdir: Path, command: str = "the same command", profile: str = "") -> Path:
     """Train ``config`` in ``workdir``; returns the folder of the exported model.
 
     Args:
         config: a ConfigDict as ``configs/common.py`` makes it.
         command: what to run to resume, for messages.
+        profile: steps to trace, ``FIRST:COUNT``; "" = none.
 
     Raises:
         UserError: a field is wrong, the folder belongs to another run, the disk is full, or the loss is not finite.
@@ -80,12 +91,16 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
     from scaling_perception.parallel.rules import tree_shardings
     from scaling_perception.support.files import write_json
     from scaling_perception.training.checkpoints import Checkpoints
+    from scaling_perception.training.goodput import Clock
     from scaling_perception.training.optim import make_optimizer
+    from scaling_perception.training.profile import parse_steps, trace_steps
+    from scaling_perception.training.record import open_record, why_ended
     from scaling_perception.training.silent import Silent
     from scaling_perception.training.state import abstract_state, new_state
     from scaling_perception.training.step import make_step
-    from scaling_perception.training.writer import Window, Writer, duration
+    from scaling_perception.training.writer import Pace, Window, Writer, duration
 
+    clock, traced = Clock(), parse_steps(profile) if profile else (1, 0)
     # ---- Objective and optimiser ------------------------------------------------------------------------------------
     total, every = config.train.steps, config.train.checkpoint_every
     for name in ("steps", "batch_size", "log_every", "checkpoint_every", "accumulate"):
@@ -119,7 +134,8 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, config.train.keep_every)
     with contextlib.ExitStack() as closing:
         closing.callback(checkpoints.close)
-        state = checkpoints.restore(abstract, lambda saved: _same_run(saved, identity, workdir), _say)
+        with clock.spend("restore"):
+            state = checkpoints.restore(abstract, lambda saved: _same_run(saved, identity, workdir), _say)
         if state is not None:  # 1. our own earlier run
             story = f"resuming from step {int(state.step)}"
         elif objective.starting_params is not None:  # 2. another model's weights
@@ -134,6 +150,9 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
         start = step = int(state.step)
         macs = _macs(objective)
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+        facts = {"command": command, "config": identity["config"], "data": identity["data"], "parameters": count}
+        facts |= {"macs_per_sample": macs, "samples_per_step": objective.samples_per_step}
+        record = open_record(workdir, facts, is_first())
         _say(f"{config.model if objective.model else config.objective}: {count / 1e6:.2f} M parameters, {story}")
         spread = " × ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "whole"
         on = f"{mesh.size} {mesh.devices.flat[0].platform} device(s) ({spread})"
@@ -141,6 +160,12 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
 
         # ---- Loop ---------------------------------------------------------------------------------------------------
         if step < total:
+            record.attempt_started(step)
+
+            def ended(_: Any, error: BaseException | None, __: Any) -> None:
+                record.attempt_ended(step, why_ended(error), clock.totals(), str(error or ""))
+
+            closing.push(ended)
             writer = Writer(workdir, start, total) if is_first() else Silent()
             closing.callback(writer.close)
             several = jax.process_count() > 1
@@ -149,12 +174,17 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
                 objective, tx, config.optim.ema, config.train.accumulate, config.train.on_nan == "skip", places
             )
             jitted = jax.jit(step_of, donate_argnums=0, out_shardings=(places, whole))
-            clock, compiled = time.monotonic(), None
+            pace, compiled = Pace(), None
             window, waited, late = Window(), 0.0, None
+            hook = closing.enter_context(trace_steps(workdir, *traced, _say))
+            kind, tokens = (
+                mesh.devices.flat[0].device_kind,
+                getattr(getattr(objective.model, "config", None), "tokens", 0),
+            )
 
             def take(number: int, metrics: Mapping[str, Any], keys: Sequence[str]) -> None:
                 """Look at the metrics of step ``number``; stops the run at a loss or gradient that is not finite."""
-                nonlocal clock, waited
+                nonlocal waited
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
                     if config.train.on_nan == "raise":
@@ -163,30 +193,35 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
                     _note_skipped(number, values, keys, workdir)
                 window.add(values)
                 writer.tick()
+                pace.tick()
                 if number % config.train.log_every == 0 or number == total:
                     steps = min(number - start, (number - 1) % config.train.log_every + 1)
-                    seconds = (time.monotonic() - clock) / steps
                     samples = number * objective.samples_per_step
                     row = {**window.means(), "lr": float(np.asarray(schedule(number - 1))), "samples": samples}
-                    row |= {"seconds_per_step": seconds, "samples_per_second": objective.samples_per_step / seconds}
-                    row |= {"data_wait": waited / steps / seconds, "macs": samples * macs}
-                    writer.report(number, row)
-                    clock, waited = time.monotonic(), 0.0
+                    row |= pace.row(objective.samples_per_step, macs, mesh.size, kind, tokens)
+                    row |= {"data_wait": waited / steps / row["seconds_per_step"], "macs": samples * macs}
+                    writer.report(number, {**row, **clock.row()})
+                    waited = 0.0
 
             batches = objective.batches.iterate(step)
             closing.callback(getattr(batches, "close", lambda: None))  # lets the readers' threads or processes end
+            closing.enter_context(clock.spend("step"))
             while step < total and not asked:
                 before = time.monotonic()
-                batch = dict(next(batches))
+                with clock.spend("data_wait"):
+                    batch = dict(next(batches))
                 waited += time.monotonic() - before
                 keys = list(batch.pop("key", ()))
                 arrays = put_batch(batch, split)
                 if compiled is None:
-                    compiled = jitted.lower(state, arrays, key, constants).compile()
+                    with clock.spend("compile"):
+                        compiled = jitted.lower(state, arrays, key, constants).compile()
                     writer.say(f"compiled the step in {duration(time.monotonic() - before)}")
                     writer.begin()
-                    clock, waited = time.monotonic(), 0.0
-                with jax.transfer_guard("disallow"):  # nothing may travel that is not asked for
+                    pace.resume()
+                    waited = 0.0
+                # nothing may travel that is not asked for
+                with hook(step + 1, state), jax.transfer_guard("disallow"):
                     state, metrics = compiled(state, arrays, key, constants)
                 step += 1
                 checkpoints.poll()  # a save that failed behind our back is told here
@@ -198,15 +233,17 @@ def train(config: Any, workdir: Path, command: str = "the same command") -> Path
                 if step % every == 0 or step == total or asked:  # before the next batch, and never unchecked weights
                     take(*late)
                     late = None
-                    before = time.monotonic()
-                    checkpoints.save(state, identity)
-                    clock += time.monotonic() - before  # the pace of training is told without saving
+                    with clock.spend("checkpoint"):
+                        checkpoints.save(state, identity)
+                    record.seen(step, clock.totals())
+                    pace.resume()  # the pace of training is told without saving
             if late is not None:  # the signal came after the last look
                 take(*late)
             writer.close()
             if asked and step < total:
-                checkpoints.save(state, identity)
-                checkpoints.wait()
+                with clock.spend("checkpoint"):
+                    checkpoints.save(state, identity)
+                    checkpoints.wait()
                 _say(f"stopped at step {step} of {total}; to resume run: {command}")
                 raise Stopped(128 + asked[0])
 
@@ -305,7 +342,11 @@ def _diverged(
 
 def _note_skipped(step: int, values: Mapping[str, float], keys: Sequence[str], workdir: Path) -> None:
     """One line for a step that changed nothing, and its samples' keys in ``skipped.jsonl``."""
+    from scaling_perception.parallel.processes import is_first
+
     told = {name: repr(value) for name, value in values.items()}
+    if not is_first():
+        return
     with open(workdir / "skipped.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "keys": list(keys), "metrics": told}) + "\n")
     _say(f"step {step} skipped: loss {values['loss']}, gradient norm {values['grad_norm']}; keys in skipped.jsonl")

@@ -20,6 +20,7 @@ from scaling_perception.models.autoencoders import save_part
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.verbs import run_verb
 from scaling_perception.training.checkpoints import Checkpoints
+from scaling_perception.training.goodput import goodput_report
 from scaling_perception.training.optim import make_optimizer
 from scaling_perception.training.state import abstract_state, named_leaves
 
@@ -77,6 +78,11 @@ def test_two_halves_make_the_whole_bit_for_bit(monkeypatch, tmp_path, stop, opti
     rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "halves")]
     steps = [[json.loads(line)["step"] for line in lines] for lines in rows]
     assert steps[0] == steps[1] == [4, 8, 12, 16, 20]
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "halves")]
+    ends = [[(attempt["why"], attempt["end_step"]) for attempt in record["attempts"]] for record in records]
+    assert ends == [[("finished", 20)], [("interrupted", stop + 1), ("finished", 20)]]
+    report = goodput_report(tmp_path / "halves")
+    assert 0 < report["goodput"] < 1 and report["seconds"]["lost"] == 0 and report["seconds"]["compile"] > 0
 
 
 def test_a_damaged_checkpoint_costs_steps_but_no_bits(monkeypatch, tmp_path, capsys):

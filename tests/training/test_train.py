@@ -1,6 +1,7 @@
 import json
 import signal
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from scaling_perception import train as verb
 from scaling_perception.interop.model_folder import load_model
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.verbs import run_verb
 from scaling_perception.training.diffusion import diffusion_objective
 from scaling_perception.training.state import named_leaves
 
@@ -182,3 +184,19 @@ def test_diffusion_from_scratch_then_fine_tuned(tmp_path, monkeypatch):
     tuned = verb.train(config_of(*fields, f"init={model}"), tmp_path / "second")
     assert rows_of(tmp_path / "second")[0]["loss"] < rows[0]["loss"]
     assert load_model(tuned)[1]["latent_norm"] == meta["latent_norm"]
+
+
+def test_dry_run_tells_and_makes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = str(Path(verb.__file__).parent.parent / "configs" / "depth.py") + ":model=a1,res=256"
+    assert not run_verb("train", ["--config", config, "--dry-run"])
+    told = capsys.readouterr().out
+    assert "14,803,488 parameters" in told and "chip-hours" in told and not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="--workdir is missing"):
+        run_verb("train", ["--config", config])
+
+
+def test_steps_to_trace_are_checked_before_anything_is_made(tmp_path):
+    with pytest.raises(UserError, match="FIRST:COUNT"):
+        verb.train(config_of(), tmp_path / "run", profile="ten")
+    assert not (tmp_path / "run").exists()
