@@ -18,7 +18,7 @@ from typing import Any
 from scaling_perception.support.files import read_json
 from scaling_perception.training.record import SPENT, close_killed, seconds_of
 
-CAUSES = ("step", "compile", "restore", "data_wait", "checkpoint", "evaluate")
+CAUSES: tuple[str, ...] = ("step", "compile", "restore", "data_wait", "checkpoint", "evaluate")
 _TOLD = {
     "step": "training",
     "compile": "compiling",
@@ -47,9 +47,9 @@ class Clock:
 
     @contextlib.contextmanager
     def spend(self, cause: str) -> Iterator[None]:
-        """The block's time goes to ``cause``, one of ``CAUSES``."""
-        if cause not in CAUSES:
-            raise ValueError(f"unknown cause '{cause}': one of {', '.join(CAUSES)}")
+        """The block's time goes to ``cause``: one of ``CAUSES``, or ``other`` (for what lies within another block)."""
+        if cause not in (*CAUSES, "other"):
+            raise ValueError(f"unknown cause '{cause}': one of {', '.join(CAUSES)}, other")
         self._settle()
         self._stack.append(cause)
         try:
@@ -60,7 +60,7 @@ class Clock:
 
     def _settle(self) -> None:
         now = self._now()
-        if self._stack:
+        if self._stack and self._stack[-1] != "other":
             self._seconds[self._stack[-1]] += now - self._mark
         self._mark = now
 
@@ -68,6 +68,10 @@ class Clock:
         """Cause -> seconds until now; ``other`` is what no block claimed, so that all add up to the wall time."""
         self._settle()
         return {**self._seconds, "other": max(self._mark - self._begin - sum(self._seconds.values()), 0.0)}
+
+    def elapsed(self) -> float:
+        """Seconds since the clock was made."""
+        return self._now() - self._begin
 
     def row(self) -> dict[str, float]:
         """``totals`` as fields of a row of ``metrics.jsonl``: ``spent_step``, …"""
@@ -93,7 +97,7 @@ def account(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     after = [index for index, attempt in enumerate(attempts) if attempt["why"] == "finished"]
     idle = {id(one) for one in attempts[after[0] + 1 :] if one["end_step"] == one["start_step"]} if after else set()
     attempts = [attempt for attempt in attempts if id(attempt) not in idle]  # only looked in, long after the end
-    seconds = dict.fromkeys((*CAUSES, "lost", "down", "other"), 0.0)
+    seconds: dict[str, float] = dict.fromkeys((*CAUSES, "lost", "down", "other"), 0.0)
     steps = {"done": 0, "kept": 0, "lost": 0}
     endings: dict[str, int] = {}
     for index, attempt in enumerate(attempts):

@@ -35,8 +35,8 @@ class Record:
         self.path, self.content = path, content
         self._write, self._now = write, now
 
-    def attempt_started(self, step: int) -> None:
-        """A new attempt goes on from ``step`` finished steps.
+    def attempt_started(self, step: int, ago: float = 0.0) -> None:
+        """A new attempt, which began ``ago`` seconds ago, goes on from ``step`` finished steps.
 
         One that is still open is closed as killed, at the last row of ``metrics.jsonl`` or the last ``seen``, whichever
         is later. Call it before the Writer is made: that drops the rows of the steps that are done again.
@@ -47,7 +47,10 @@ class Record:
             attempts[-1]["end_step"] = max(attempts[-1]["end_step"], step)  # saved, but killed before it was told
         environment = self.content["environment"]
         where = {name: environment[name] for name in ("host", "devices")} | {"git": self.content["git"]}
-        begun = {"start_step": step, "end_step": None, "started": _stamp(self._now()), "ended": None, "why": None}
+        started = _stamp(self._now() - ago)
+        if not attempts:
+            self.content["started"] = started
+        begun = {"start_step": step, "end_step": None, "started": started, "ended": None, "why": None}
         attempts.append({**begun, "spent": {}, **where})
         self.content["finished"] = None
         self._save()
