@@ -49,8 +49,8 @@ _COLOURS = (
 )
 _CEILINGS = ("autoencoder", "threshold")
 _ADAPTIVE_WORDS = (
-    "Compute by image. Differences are paired by image: against all members and steps, and against as much compute, the "
-    "same for every image (between the measured sizes interpolated in 1 / size)."
+    "Compute by image. Differences are paired by image: against all members and steps, and against as much compute, "
+    "the same for every image (between the measured sizes interpolated in 1 / size)."
 )
 _ADAPTIVE = {"adaptive": ("members within", "^"), "steps": ("stopped at changes below", "s")}
 
