@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from scaling_perception import train
 from scaling_perception.scaling.dry_run import describe_run
 from scaling_perception.support import configs
 from scaling_perception.support.configs import config_runs, find_config, load_config
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.verbs import make_parser
 from scaling_perception.training.diffusion import network_of
 
 ROOT = Path(__file__).parent.parent
@@ -137,3 +139,14 @@ def test_places_and_mistakes(tmp_path, monkeypatch):
             find_config(name)
     with pytest.raises(UserError, match="depth.py is one run: give it to `train` as it is"):
         config_runs("configs/depth.py")
+
+
+def test_every_line_of_the_recipes_is_accepted():
+    lines = (ROOT / "docs" / "recipes.md").read_text().splitlines()
+    told = [line.split() for line in lines if line.startswith("scaling-perception ")]
+    assert {words[1] for words in told} == {"train", "prepare", "generate", "convert"}
+    for _, verb, *words in told:
+        if verb == "train":
+            words, overrides = train.split_overrides(words)
+            network_of(load_config(words[words.index("--config") + 1], overrides))
+        make_parser(verb).parse_args(words)

@@ -24,10 +24,10 @@ DIT_CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)  # those of DiT's own samp
 
 
 def example_classes(classes: int, count: int) -> list[int]:
-    """``count`` classes to look at: DiT's own of ImageNet's 1000, evenly spread ones of other data."""
+    """Up to ``count`` classes to look at: DiT's own of ImageNet's 1000, evenly spread ones of other data."""
     if classes == 1000 and count <= len(DIT_CLASSES):
         return list(DIT_CLASSES[:count])
-    return [int(i) for i in np.linspace(0, classes, count, endpoint=False)]
+    return [int(i) for i in np.linspace(0, classes, min(count, classes), endpoint=False)]
 
 
 def sample_classes(

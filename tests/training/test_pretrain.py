@@ -265,5 +265,6 @@ def test_sampling_is_guided_and_each_picture_is_its_own():
 
 def test_sheets_and_example_classes():
     assert example_classes(1000, 3) == [207, 360, 387] and example_classes(6, 3) == [0, 2, 4]
+    assert example_classes(2, 8) == [0, 1]
     made = sheet(np.zeros((5, 10, 10, 3), np.uint8))
     assert made.shape == (22, 46, 3) and (made[12:, 12:] == 255).all() and (made[0, :10] == 0).all()
