@@ -70,11 +70,11 @@ class Record:
 
         Args:
             why: one of ``ENDINGS``; see ``why_ended``.
-            error: one line of what went wrong.
+            error: what went wrong; its first line is kept of an ``error``.
         """
         attempt = self.content["attempts"][-1]
         attempt.update(end_step=step, ended=_stamp(self._now()), why=why, spent=_rounded(spent or {}))
-        if error:
+        if error and why == "error":
             attempt["error"] = error.splitlines()[0][:300]
         attempt.pop("seen", None)
         if why == "finished":
