@@ -469,7 +469,7 @@ while :; do sleep 0.05; done
 """
 
 
-def slurm(stubs, tmp_path, ask=False, state="RUNNING", **environment):
+def slurm(stubs, tmp_path, ask=False, state="RUNNING", **environment: str):
     """Exit code, output, and whether the job was requeued."""
     stubs.add("srun", SRUN)
     stubs.add("scancel", '[[ $1 == --signal=TERM && $2 == 77 ]] && kill -TERM "$(cat "$STUBS/pid")"')
@@ -493,9 +493,9 @@ def test_a_job_that_ends_by_itself_is_not_requeued(stubs, tmp_path):
 
 
 def test_a_process_of_a_whole_node_sees_all_its_gpus(stubs, tmp_path):
-    one = {"SLURM_NTASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4"}
-    assert slurm(stubs, tmp_path, FATE="0", **one)[1][0] == "ids 0,1,2,3"
-    assert slurm(stubs, tmp_path, FATE="0", **{**one, "SLURM_NTASKS_PER_NODE": "4"})[1][0] == "ids none"
+    for tasks, ids in (("1", "ids 0,1,2,3"), ("4", "ids none")):
+        told = slurm(stubs, tmp_path, FATE="0", SLURM_GPUS_ON_NODE="4", SLURM_NTASKS_PER_NODE=tasks)[1]
+        assert told[0] == ids
 
 
 @pytest.mark.parametrize(
@@ -536,11 +536,11 @@ def test_processes_that_all_end_well(stubs):
     out, errors = process.communicate(timeout=30)
     lines = sorted(out.splitlines())
     assert process.returncode == 0 and not errors and len(lines) == 3
-    found = [re.fullmatch(r"\[(\d)\] process \1 of 3 at 127.0.0.1:(\d+) flags (.*): (.*)", line) for line in lines]
-    assert [one[1] for one in found if one] == ["0", "1", "2"]
-    assert {(one[2], one[3]) for one in found if one} == {
-        (found[0][2], "--xla_a=1 --xla_force_host_platform_device_count=2")
-    }
+    form = r"\[(\d)\] process \1 of 3 at (127.0.0.1:\d+) flags (.*): -u -m .*"
+    found = [one.groups() for one in map(re.compile(form).fullmatch, lines) if one]
+    assert [process for process, _, _ in found] == ["0", "1", "2"]
+    assert {flags for _, _, flags in found} == {"--xla_a=1 --xla_force_host_platform_device_count=2"}
+    assert len({coordinator for _, coordinator, _ in found}) == 1
     trained = [call[1:] for call in stubs.calls()]
     assert trained == [["-u", "-m", "scaling_perception", "train", *TRAIN]] * 3
 

@@ -4,6 +4,7 @@ On request the same goes to Weights & Biases (``train.wandb=PROJECT``, extra ``w
 """
 
 import hashlib
+import importlib
 import json
 import math
 import sys
@@ -218,7 +219,7 @@ class Writer:
 def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
     """The run of Weights & Biases that belongs to this folder: a resumed training goes on in the same one."""
     try:
-        import wandb
+        wandb = importlib.import_module("wandb")  # an extra: the checker of types may not find it
     except ImportError:
         raise UserError("train.wandb needs Weights & Biases: pip install 'scaling-perception[wandb]'") from None
     marked = hashlib.blake2b(str(workdir.resolve()).encode(), digest_size=8).hexdigest()
