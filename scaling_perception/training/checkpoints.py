@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -37,7 +38,8 @@ from scaling_perception.training.state import TrainState, named_leaves
 _FORMAT = 2
 _HALF = ".orbax-checkpoint-tmp"  # ends the name of a folder that is being written or deleted
 _SPARE = 1.05  # room for the metadata around the arrays
-_FULL = ("no space left", "resource_exhausted", "disk quota", "file too large", "os_error_code='28'", "errno 28")
+_FULL = ("no space left", "disk quota", "file too large", "errno 28")
+_LINE_END = re.compile(r"( \[os_error_code=|;).*")
 
 
 class Checkpoints:
@@ -161,7 +163,7 @@ class Checkpoints:
                 raise
             _tell(str(error))
 
-    def _make_room(self, saving: "Saving", need: int, items: list[str]) -> None:
+    def _make_room(self, saving: Saving, need: int, items: list[str]) -> None:
         for half in self.folder.glob(f"*{_HALF}"):  # what was half written or half deleted keeps the disk full
             shutil.rmtree(half, ignore_errors=True)
         free = shutil.disk_usage(self.folder).free
@@ -170,17 +172,17 @@ class Checkpoints:
         for item in items:
             (saving.place / item).mkdir(parents=True)
 
-    def _write(self, saving: "Saving", documents: Mapping[str, Any]) -> None:
+    def _write(self, saving: Saving, documents: Mapping[str, Any]) -> None:
         """In a thread: this process's part of a checkpoint, and the rest too if there is no other process."""
+        saving.written()
         if jax.process_index() == 0:
             for name, document in documents.items():
                 write_json(saving.place / name / "metadata", document)
-        saving.written()
         if jax.process_count() == 1:
             saving.named = True
             self._finish(saving)
 
-    def _finish(self, saving: "Saving") -> None:
+    def _finish(self, saving: Saving) -> None:
         """In a thread of the first process: from parts to a checkpoint, and farewell to old ones."""
         for name in ("state", "ema"):
             if (saving.place / name).exists():
@@ -208,22 +210,21 @@ class Checkpoints:
             kept |= set(sorted(marks, key=lambda step: (marks[step], -step))[: self._keep_best])
         return [step for step in steps if step not in kept]
 
-    def _give_up(self, saving: "Saving") -> None:
+    def _give_up(self, saving: Saving) -> None:
         self._saving = None
         saving.join()
         error = failure(saving.error) or OSError("a process failed")
         if jax.process_index() == 0:
             shutil.rmtree(saving.place, ignore_errors=True)  # it keeps the disk full
+        gather(0)  # and is gone for all
         raise self._cannot(saving.step, error) from error
 
     def _cannot(self, step: int, error: BaseException) -> UserError:
-        why = (str(error).splitlines() or [""])[0][-160:] or type(error).__name__
         mend = "free space" if any(sign in str(error).lower() for sign in _FULL) else "look after that folder"
         good = self.steps()
         kept = f"checkpoint {good[-1]} is kept" if good else "no earlier checkpoint exists"
-        return UserError(
-            f"cannot save step {step} in {self.folder} ({why}): {mend} and run the same command again ({kept})"
-        )
+        what = f"cannot save step {step} in {self.folder} ({_last_words(error)})"
+        return UserError(f"{what}: {mend} and run the same command again ({kept})")
 
     # ---- Restoring ---------------------------------------------------------------------------------------------------
 
@@ -376,9 +377,9 @@ def _as_stored(abstract: Any, saved: Mapping[str, Any], place: Path, cast: bool)
     wanted = {name: [str(np.dtype(leaf.dtype)), list(leaf.shape)] for name, leaf in named_leaves(abstract).items()}
     found = {name: list(row[:2]) for name, row in saved.items()}
     for name in sorted(wanted.keys() | found.keys()):
-        want, have = wanted.get(name), found.get(name)
-        floats = cast and want and have and all(jnp.issubdtype(row[0], jnp.floating) for row in (want, have))
-        if want != have and not (floats and want[1] == have[1]):
+        want, have = wanted.get(name, []), found.get(name, [])
+        floats = all(jnp.issubdtype(dtype, jnp.floating) for dtype in (*want[:1], *have[:1]))
+        if want != have and not (cast and floats and want[1:] == have[1:]):
             raise UserError(
                 f"{place}: {name} is {have or 'absent'} in the checkpoint and {want or 'absent'} in this run: use the"
                 " config it was made with, or another --workdir"
@@ -406,6 +407,12 @@ def _digest(documents: Mapping[str, Any]) -> str:
 
 def _reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def _last_words(error: BaseException) -> str:
+    """What the system said, of a line such as ``… writing "x": Failed … file 4: No space left on device [code]``."""
+    line = _LINE_END.sub("", (str(error).splitlines() or [""])[0]).rsplit(": ", 1)[-1]
+    return (getattr(error, "strerror", None) or line)[-160:] or type(error).__name__
 
 
 def _tell(line: str) -> None:

@@ -2,11 +2,10 @@
 
 import asyncio
 import contextlib
-import gc
+import functools
 import logging
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +62,7 @@ class Saving:
             raise errors[0]
 
     def run(self, work: Callable[[], None]) -> None:
+        """Do ``work`` in a thread; its error becomes this save's error."""
         if self.error is not None and not self._futures:
             return
 
@@ -104,33 +104,34 @@ def failure(error: BaseException | None) -> BaseException | None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Orbax logs long tracebacks of what it also raises; one line from us says the same.
-
-    After an error its other reads and writes finish behind its back, and complain that nobody waits for them any more.
-    """
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    failed = False
-
-    def unless_orbax(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
-
-    def unless_ours(told: Any) -> None:
-        if not failed and "Event loop is closed" not in str(told.exc_value):
-            hook(told)
-
-    logger.addFilter(unless_orbax)
-    sys.unraisablehook = unless_ours
+    """Orbax logs long tracebacks of what it also raises; one line from us says the same."""
+    logger = logging.getLogger("absl")
+    _let_go_in_peace()
+    logger.addFilter(_unless_orbax)
     try:
         yield
     except Exception as error:
-        failed = True
         one: BaseException | None = error
         while one is not None:
-            traceback.clear_frames(one.__traceback__)  # they hold the unfinished work alive
+            traceback.clear_frames(one.__traceback__)  # they hold arrays, and work that is not finished
             one = one.__context__
-        time.sleep(0.5)
-        gc.collect()
         raise
     finally:
-        sys.unraisablehook = hook
-        logger.removeFilter(unless_orbax)
+        logger.removeFilter(_unless_orbax)
+
+
+def _unless_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+@functools.cache
+def _let_go_in_peace() -> None:
+    """For good: after an error Orbax's other reads and writes end behind its back, and find nobody to tell."""
+    hook = sys.unraisablehook
+
+    def unless_left_behind(told: Any) -> None:
+        code = getattr(told.object, "cr_code", None)
+        if "Event loop is closed" not in str(told.exc_value) and not (code and "orbax" in code.co_filename):
+            hook(told)
+
+    sys.unraisablehook = unless_left_behind

@@ -285,8 +285,9 @@ def test_poll_ends_a_save_and_the_next_save_waits_for_it(saved, held):
     assert saved.steps() == [4, 5]
 
 
-def failing(error):
+def failing(error, written=saving.Saving.written):
     def fail(self):
+        written(self)
         raise error
 
     return fail
