@@ -40,10 +40,25 @@ def route(x: jax.Array, kernel: jax.Array, active: int, gating: str) -> Routing:
     # full precision: a rounded logit picks another expert, and no tolerance covers that
     logits = jnp.dot(x.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     scores = jax.nn.softmax(logits, axis=-1)
-    weight, index = jax.lax.top_k(scores, active)
+    weight, index = _largest(scores, active)
     if gating == "renormalised":  # of one expert it is 1, and w / w would give the router rounding for a gradient
         weight = weight / weight.sum(axis=-1, keepdims=True) if active > 1 else jnp.ones_like(weight)
     return Routing(index, weight, scores)
+
+
+def _largest(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The ``count`` largest of each row (N, E), by falling value, and where they are; of equal ones the first.
+
+    As ``jax.lax.top_k``, which the compiler cannot split over devices on a CPU or GPU: it would gather all rows first.
+    """
+    values, places, left = [], [], scores
+    for _ in range(count):
+        place = jnp.argmax(left, axis=-1)
+        here = jax.nn.one_hot(place, scores.shape[-1], dtype=jnp.bool_)
+        values.append(jnp.where(here, scores, 0.0).sum(axis=-1))
+        places.append(place)
+        left = jnp.where(here, -jnp.inf, left)
+    return jnp.stack(values, axis=-1), jnp.stack(places, axis=-1).astype(jnp.int32)
 
 
 def routing_stats(routing: Routing) -> dict[str, jax.Array]:
