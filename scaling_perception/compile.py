@@ -144,8 +144,11 @@ def analyse(program: Any, compiled: Any, text: str, topology: Any, mesh: Any) ->
     from scaling_perception.scaling.topologies import transfer_seconds
 
     module, sizes, chip = hlo.parse(text), dict(mesh.shape), topology.chip
-    parameters = collectives.parameter_sizes(program.shapes, program.rules, sizes)
-    travelling = parameters if program.rules else {}  # a sampler's weights stay where they are
+    own = {name: shape for name, shape in program.shapes.items() if name.startswith("params/")}
+    parameters = collectives.parameters_of(own, program.rules, sizes)
+    travelling = (
+        parameters if program.rules else collectives.Parameters({}, {}, {})
+    )  # a sampler's weights stay where they are
     flat = list(mesh.devices.flat)
     found, rows, links = [], [], {}
     for one in collectives.collectives(module):

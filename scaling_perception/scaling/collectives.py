@@ -160,8 +160,35 @@ def mesh_axes(groups: np.ndarray, sizes: Mapping[str, int]) -> tuple[str, ...]:
 # --- What they carry -----------------------------------------------------------------------------------------------
 
 
-def parameter_sizes(shapes: Mapping[str, Any], specs: Mapping[str, Any], mesh: Mapping[str, int]) -> dict[int, str]:
-    """Number of elements -> name, of every form in which a parameter may travel.
+class Parameters(NamedTuple):
+    """How parameters look on their way.
+
+    Attributes:
+        sizes: number of elements to names. layers: a layer's shape to name. axes: name to the axes that split it.
+    """
+
+    sizes: dict[int, tuple[str, ...]]
+    layers: dict[tuple[int, ...], str]
+    axes: dict[str, tuple[str, ...]]
+
+    def names(self, array: Array) -> tuple[str, ...]:
+        """Those that ``array`` may be, by its size; or by its shape, if a compiler padded one side by up to a
+        quarter."""
+        if array.size in self.sizes:
+            return self.sizes[array.size]
+        shape = tuple(size for size in array.shape if size > 1)
+        return tuple(name for layer, name in self.layers.items() if _is_padded(shape, layer))
+
+
+def _is_padded(shape: tuple[int, ...], layer: tuple[int, ...]) -> bool:
+    if len(shape) != len(layer) or len(shape) < 2:
+        return False
+    other = [(have, own) for have, own in zip(shape, layer, strict=True) if have != own]
+    return len(other) == 1 and other[0][1] < other[0][0] <= 1.25 * other[0][1]
+
+
+def parameters_of(shapes: Mapping[str, Any], specs: Mapping[str, Any], mesh: Mapping[str, int]) -> Parameters:
+    """Every form in which parameters may travel.
 
     Args:
         shapes: name -> shape. specs: name -> the PartitionSpec of its rule (none: whole). mesh: axis -> size.
@@ -169,17 +196,21 @@ def parameter_sizes(shapes: Mapping[str, Any], specs: Mapping[str, Any], mesh: M
     A stacked parameter (under ``blocks``) travels layer by layer or whole; whole, or split over some of its axes; and
     in halves, where a ring passes it on in both directions.
     """
-    found: dict[int, str] = {}
+    found: dict[int, dict[str, None]] = {}
+    layers: dict[tuple[int, ...], str] = {}
+    split: dict[str, tuple[str, ...]] = {}
     for name, shape in shapes.items():
-        axes = [axis for entry in specs.get(name, ()) for axis in ((entry,) if isinstance(entry, str) else entry or ())]
-        wholes = [math.prod(shape)] + ([math.prod(shape[1:])] if "blocks/" in name else [])
-        for whole in wholes:
+        entries = ((entry,) if isinstance(entry, str) else entry or () for entry in specs.get(name, ()))
+        axes = split[name] = tuple(axis for entry in entries for axis in entry)
+        stacked = "blocks/" in name
+        layers.setdefault(tuple(size for size in shape[stacked:] if size > 1), name)
+        for whole in [math.prod(shape)] + ([math.prod(shape[1:])] if stacked else []):
             for chosen in range(2 ** len(axes)):
                 parts = math.prod(mesh[axis] for at, axis in enumerate(axes) if chosen >> at & 1)
                 for size in (whole // parts, whole // parts // 2 if parts > 1 else 0):
-                    if size > 1 and size not in found:
-                        found[size] = name
-    return found
+                    if size > 1:
+                        found.setdefault(size, {})[name] = None
+    return Parameters({size: tuple(names) for size, names in found.items()}, layers, split)
 
 
 SMALL = 64 * 1024  # bytes: scalars, norms, statistics
@@ -192,27 +223,20 @@ PURPOSES = {
     "results": "what the experts made, summed back to the devices that have the tokens",
     "partial": "partial sums of a matrix that is split over tensor",
     "scalars": "loss, norms, statistics and other small arrays",
-    "rows": "results of all devices, gathered on each",
+    "rows": "rows of all devices, gathered on each",
     "reshard": "activations that change how they are split",
 }
 
 
-def purpose(one: Collective, axes: tuple[str, ...], parameters: Mapping[int, str]) -> str:
+def purpose(one: Collective, axes: tuple[str, ...], parameters: Parameters) -> str:
     """A key of ``PURPOSES``: what a collective is there for, judged by sizes, kind and where it comes from."""
     if "shard_map" in one.op_name and "psum" not in one.op_name:
         return "results" if one.kind == "reduce-scatter" else "tokens"
     large = [array for array in one.arrays if array.size > 1]
     # combined collectives carry several: what weighs most decides
-    of_weights = sum(array.bytes for array in large if _known(array, parameters))
+    of_weights = sum(array.bytes for array in large if _may_be(array, one.kind, axes, parameters))
     if large and 2 * of_weights > sum(array.bytes for array in large):
-        if one.kind == "all-gather":
-            return "weights"
-        if one.kind == "collective-permute":
-            return "ring"
-        if one.kind == "reduce-scatter":
-            return "kept"
-        if one.kind == "all-reduce":
-            return "gradients"
+        return _OF_WEIGHTS[one.kind]
     if one.bytes <= SMALL:
         return "scalars"
     if axes == ("tensor",) and one.kind in ("all-reduce", "reduce-scatter", "all-gather"):
@@ -220,10 +244,22 @@ def purpose(one: Collective, axes: tuple[str, ...], parameters: Mapping[int, str
     return "rows" if one.kind == "all-gather" and not one.loops else "reshard"
 
 
-def _known(array: Array, parameters: Mapping[int, str]) -> bool:
-    return array.size in parameters
+_OF_WEIGHTS = {
+    "all-gather": "weights",
+    "collective-permute": "ring",
+    "reduce-scatter": "kept",
+    "all-reduce": "gradients",
+}
 
 
-def carried(one: Collective, parameters: Mapping[int, str]) -> tuple[str, ...]:
-    """Names of the parameters that a collective may carry, by their sizes."""
-    return tuple(dict.fromkeys(parameters[array.size] for array in one.arrays if array.size in parameters))
+def _may_be(array: Array, kind: str, axes: tuple[str, ...], parameters: Parameters) -> bool:
+    """Whether an array is a parameter or its gradient: what is gathered or scattered must be split along those axes."""
+    if kind not in _OF_WEIGHTS:
+        return False
+    names = parameters.names(array)
+    return bool(names) if kind == "all-reduce" else any(set(axes) <= set(parameters.axes[name]) for name in names)
+
+
+def carried(one: Collective, parameters: Parameters) -> tuple[str, ...]:
+    """Names of the parameters that a collective may carry."""
+    return tuple(dict.fromkeys(name for array in one.arrays for name in parameters.names(array)))

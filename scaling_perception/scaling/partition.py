@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from scaling_perception.parallel.mesh import BATCH_AXES
-from scaling_perception.scaling.collectives import Collective, carried
+from scaling_perception.scaling.collectives import Collective, Parameters, carried
 from scaling_perception.scaling.costs import buffers
 from scaling_perception.scaling.hlo import Module
 
@@ -15,7 +15,7 @@ Found = tuple[Collective, tuple[str, ...], str]  # a collective, its axes, its p
 _MEGABYTE = 1e6
 
 
-def gathered_experts(found: Sequence[Found], parameters: Mapping[int, str]) -> Iterator[str]:
+def gathered_experts(found: Sequence[Found], parameters: Parameters) -> Iterator[str]:
     """Experts that leave the devices that they are split over: under expert parallelism tokens travel instead."""
     for one, axes, _ in found:
         names = [name for name in carried(one, parameters) if "experts/" in name]
@@ -39,13 +39,13 @@ def resharded_layers(found: Sequence[Found]) -> Iterator[str]:
 
 
 def unsharded_activations(
-    module: Module, mesh: Mapping[str, int], batch: int, tokens: int, parameters: Mapping[int, str]
+    module: Module, mesh: Mapping[str, int], batch: int, tokens: int, parameters: Parameters
 ) -> Iterator[str]:
     """The largest array that holds the tokens of more samples than a device should have, for each set of batch axes
     over which it is not split.
 
     Args:
-        batch: samples that are computed together. tokens: of each. parameters: sizes of those that are none.
+        batch: samples that are computed together. tokens: of each. parameters: what is none of them.
     """
     axes = [axis for axis in BATCH_AXES if mesh.get(axis, 1) > 1]
     parts = math.prod(mesh[axis] for axis in axes)
@@ -59,7 +59,7 @@ def unsharded_activations(
                 whole.setdefault(own * math.prod(mesh[axis] for axis in held), held)
     worst: dict[tuple[str, ...], tuple[int, str]] = {}
     for one, array, _ in buffers(module):
-        if array.size in parameters or _holds(array.shape, own, own, tokens):
+        if parameters.names(array) or _holds(array.shape, own, own, tokens):
             continue
         rows = next((size for size in whole if _holds(array.shape, size, own, tokens)), 0)
         if rows and array.bytes > worst.get(whole[rows], (0, ""))[0]:

@@ -32,6 +32,8 @@ from scaling_perception.training.state import abstract_state, named_leaves
 from scaling_perception.training.step import make_step
 
 _PROMPT = 768  # width of the text encoder's embeddings where no encoder is read (CLIP ViT-L/14)
+# Fake devices run nothing, so their machine code need not be good: half of the time.
+_FAKE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class Program(NamedTuple):
@@ -157,7 +159,8 @@ def train_program(config: Config, mesh: Mesh) -> Program:
         key = jax.eval_shape(lambda: jax.random.key(0))
         given = (_placed(state, places), _placed(stand.fields, batch_sharding(mesh)), _placed(key, whole))
         constants = None if objective.constants is None else _placed(objective.constants, whole)
-        return jax.jit(step, donate_argnums=0, out_shardings=(places, whole)).lower(*given, constants).compile()
+        lowered = jax.jit(step, donate_argnums=0, out_shardings=(places, whole)).lower(*given, constants)
+        return lowered.compile(_FAKE if mesh.devices.flat[0].platform == "cpu" else None)
 
     arrays = named_leaves(state)
     return Program(
@@ -215,7 +218,7 @@ def sample_program(config: Config, mesh: Mesh, images: int, steps: int, members:
     decoder = part_size(engine.autoencoder, "decoder", config.resolution, config.resolution)[1]
     flops = 2.0 * (inference_macs(dit, steps, members, passes) + decoder * members * passes) * images
     share = _expert_rows(dit, rows / _parts(mesh))
-    shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract_params(dit)).items()}
+    shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves({"params": abstract_params(dit)}).items()}
     return Program("sample", compile_it, flops, rows, dit.tokens, shapes, {}, {}, share)
 
 
