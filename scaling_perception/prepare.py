@@ -98,8 +98,8 @@ def _manifest(args: argparse.Namespace) -> int:
 class SampleMaker:
     """``maker(index)`` -> the samples of a raw sample, each distinct picture once; made once in each process.
 
-    The result holds ``samples``: dictionaries whose pictures (image, prompt, target) are digests; and ``pictures``: digest ->
-    float32 (R, R, 3). The image of a scene is shared by its four passes and the prompt of depth is constant, so about a
+    The result holds ``samples``: dictionaries whose pictures (image, prompt, target) are digests; and ``pictures``:
+    digest -> float32 (R, R, 3). The image of a scene is shared by its four passes and the prompt of depth is constant, so about a
     third of the encoding is saved. Or ``bad``: why the sample cannot be used.
     """
 
