@@ -86,7 +86,7 @@ def test_every_file_source_refuses_nothing(name, tmp_path):
     split = {"split": "val"} if name == "imagenet" else {}  # it has no split that holds all
     refuse("does not exist: give the folder|is no folder: give", name, tmp_path / "absent", **split)
     refuse("needs a root", name, "", **split)
-    refuse("should hold|is missing|holds no", name, tmp_path, **split)  # an empty folder
+    refuse("should hold|is missing|has no folder", name, tmp_path, **split)  # an empty folder
     (tmp_path / "file.txt").write_text("x")
     refuse("is a file: give the folder|is no manifest", name, tmp_path / "file.txt", **split)
     refuse("count -1 is below 0", name, tmp_path, count=-1, **split)
