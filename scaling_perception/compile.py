@@ -111,7 +111,7 @@ def compile_program(
         program = programs.sample_program(config, mesh, images, steps, members)
     else:
         program = programs.encode_program(config, mesh, images)
-    cached = jax.config.jax_enable_compilation_cache
+    cached = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_enable_compilation_cache", False)  # what is read back from it has no text to look at
     begin = time.monotonic()
     try:
