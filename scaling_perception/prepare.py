@@ -99,8 +99,8 @@ class SampleMaker:
     """``maker(index)`` -> the samples of a raw sample, each distinct picture once; made once in each process.
 
     The result holds ``samples``: dictionaries whose pictures (image, prompt, target) are digests; and ``pictures``:
-    digest -> float32 (R, R, 3). The image of a scene is shared by its four passes and the prompt of depth is constant, so about a
-    third of the encoding is saved. Or ``bad``: why the sample cannot be used.
+    digest -> float32 (R, R, 3). The image of a scene is shared by its four passes and the prompt of depth is constant,
+    so about a third of the encoding is saved. Or ``bad``: why the sample cannot be used.
     """
 
     def __init__(self, spec: tuple[Any, ...], resolution: int, options: dict[str, Any]):
