@@ -20,6 +20,7 @@ VERBS = {
     "train": "train or fine-tune from a config; resumes by itself",
     "evaluate": "error of a model on a dataset, by denoising steps and ensemble size",
     "predict": "images, folders or globs to depth, flow or amodal masks on disk",
+    "generate": "a picture of samples of a class-conditional model, with guidance",
     "convert": "published checkpoints in, ours out: DiT, DiT-MoE, autoencoders, text encoders",
     "report": "pictures, curves and tables of evaluations as one self-contained HTML page",
     "compile": "ahead of time for a TPU slice that is not here: memory, FLOPs, collectives, step time",
