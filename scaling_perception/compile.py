@@ -175,7 +175,8 @@ def analyse(program: Any, compiled: Any, text: str, topology: Any, mesh: Any) ->
             }
         )
     products, kernels = costs.matmuls(module), costs.kernels(module)
-    moved = costs.traffic(module)
+    by_name = costs.traffic(module)
+    moved = sum(by_name.values())
     shares = [(one, min(1.0, program.expert_rows / one.rows) if "gmm" in one.op_name else 1.0) for one in kernels]
     counted = sum(one.flops * one.trips for one in products)
     by_kernels = sum(one.flops * one.trips * share for one, share in shares)
@@ -196,6 +197,7 @@ def analyse(program: Any, compiled: Any, text: str, topology: Any, mesh: Any) ->
         "memory": _memory(compiled, chip),
         "flops": flops,
         "memory_traffic": moved,
+        "memory_traffic_by_part": _by_part(by_name),
         "loops_of_unknown_length": sorted(
             {loop.name for place in hlo.places(module) for loop in place.loops if not loop.known}
         ),
@@ -219,6 +221,18 @@ def analyse(program: Any, compiled: Any, text: str, topology: Any, mesh: Any) ->
     return report
 
 
+def _by_part(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by part of the network: what follows ``blocks``, or the first name after the transformations."""
+    found: dict[str, int] = {}
+    for op_name, size in sizes.items():
+        words = [word for word in re.split(r"[/;:]", op_name) if re.fullmatch(r"\w+", word) and word not in _NO_PARTS]
+        at = words.index("blocks") if "blocks" in words else -1
+        part = "/".join(words[at : at + 2]) if at >= 0 else (words[0] if len(words) > 1 else "other")
+        found[part] = found.get(part, 0) + size
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+_NO_PARTS = ("while", "body", "closed_call", "checkpoint", "rematted_computation", "cond")
 _OF_PARAMETERS = ("weights", "ring", "kept", "gradients")
 
 
@@ -270,10 +284,12 @@ def _flop_lines(report: Mapping[str, Any]) -> list[str]:
     flops, bound = report["flops"], report.get("estimate")
     tera = {name: value / 1e12 for name, value in flops.items()}
     done = tera["products"] + tera["kernels"]
+    parts = list(report["memory_traffic_by_part"].items())[:4]
+    most = ", ".join(f"{size / 1e9:.4g} in {part}" for part, size in parts)
     lines = [
         f"TFLOPs on each device: {tera['model_per_device']:.4g} by the model's formula; {done:.4g} in the program "
         f"({tera['kernels']:.4g} of them in kernels); XLA's own count, loops once: {tera['xla_loops_once']:.4g}",
-        f"memory traffic on each device: {report['memory_traffic'] / 1e9:.4g} GB",
+        f"memory traffic on each device: {report['memory_traffic'] / 1e9:.4g} GB, of them {most}",
     ]
     if bound is None:
         return [*lines, "no estimate of time: name a GPU with --chip"]

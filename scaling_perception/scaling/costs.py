@@ -136,19 +136,20 @@ def buffers(module: Module) -> Iterator[tuple[Instruction, Array, Place]]:
                     yield from ((one, array, place) for array in one.arrays if array.space == 0)
 
 
-def traffic(module: Module) -> int:
-    """Bytes that one device reads from and writes to its main memory: the operands and results of every instruction
-    that is not fused into another, slices by what they take. What lies on the chip (TPU) costs nothing; on a CPU or
-    GPU, whose text does not say what stays in a cache, this is an upper bound."""
-    total = 0
+def traffic(module: Module) -> dict[str, int]:
+    """Bytes that one device reads from and writes to its main memory, by the ``op_name`` of what does so: the operands
+    and results of every instruction that is not fused into another, slices by what they take. What lies on the chip
+    (TPU) costs nothing; on a CPU or GPU, whose text does not say what stays in a cache, this is an upper bound."""
+    found: dict[str, int] = {}
     for place in places(module):
         if place.fused:
             continue
         computation = module.computations[place.computation]
         for one in computation.values():
             if one.opcode not in _NO_MEMORY:
-                total += place.trips * _moved(module, computation, one)
-    return total
+                moved = place.trips * _moved(module, computation, one)
+                found[one.op_name] = found.get(one.op_name, 0) + moved
+    return found
 
 
 def _moved(module: Module, computation: Computation, one: Instruction) -> int:

@@ -2,7 +2,7 @@
 be split."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -17,9 +17,9 @@ _MEGABYTE = 1e6
 
 def gathered_experts(found: Sequence[Found], parameters: Parameters) -> Iterator[str]:
     """Experts that leave the devices that they are split over: under expert parallelism tokens travel instead."""
-    for one, axes, _ in found:
+    for one, axes, purpose in found:
         names = [name for name in carried(one, parameters) if "experts/" in name]
-        if names and "expert" in axes and one.kind in ("all-gather", "all-to-all", "collective-permute"):
+        if names and "expert" in axes and purpose in ("weights", "ring"):
             size = one.bytes * one.trips / _MEGABYTE
             yield (
                 f"{one.kind} of experts ({names[0]}) over {' × '.join(axes)}, {size:.1f} MB a step on each device: "
@@ -57,11 +57,12 @@ def unsharded_activations(
         for held in combinations(axes, count):
             if "expert" not in held:  # the tokens of this axis are gathered where experts are split over it
                 whole.setdefault(own * math.prod(mesh[axis] for axis in held), held)
+    widths = {size for layer in parameters.layers for size in layer}
     worst: dict[tuple[str, ...], tuple[int, str]] = {}
     for one, array, _ in buffers(module):
-        if parameters.names(array) or _holds(array.shape, own, own, tokens):
+        if parameters.names(array) or _holds(array.shape, own, own, tokens, widths):
             continue
-        rows = next((size for size in whole if _holds(array.shape, size, own, tokens)), 0)
+        rows = next((size for size in whole if _holds(array.shape, size, own, tokens, widths)), 0)
         if rows and array.bytes > worst.get(whole[rows], (0, ""))[0]:
             told = f"{array.dtype}{list(array.shape)} at {_tail(one.op_name) or one.name}"
             worst[whole[rows]] = (array.bytes, told)
@@ -70,9 +71,10 @@ def unsharded_activations(
             yield f"an activation is whole over {' × '.join(held)}: {told}, {size / _MEGABYTE:.1f} MB on each device"
 
 
-def _holds(shape: tuple[int, ...], rows: int, own: int, tokens: int) -> bool:
-    """Whether an array has an axis of ``rows`` samples' tokens, or one of samples before one of tokens."""
-    if rows * tokens in shape:
+def _holds(shape: tuple[int, ...], rows: int, own: int, tokens: int, widths: Container[int]) -> bool:
+    """Whether an array has an axis of ``rows`` samples' tokens, or one of samples before one of tokens; an axis as long
+    as one of a parameter is taken for that."""
+    if rows * tokens in shape and rows * tokens not in widths:
         return True
     together = rows != tokens and own != tokens  # else a square of tokens by tokens would look like it
     return together and any(pair == (rows, tokens) for pair in zip(shape, shape[1:], strict=False))
