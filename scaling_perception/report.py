@@ -1,6 +1,7 @@
 """One self-contained HTML page of a folder's evaluations: tables, error against compute, pictures, training curve.
 
-Reads every evaluation JSON and every `metrics.jsonl` below DIR; pictures are embedded, so that the page opens offline.
+Reads every evaluation JSON, `metrics.jsonl` and `run.json` below DIR; pictures are embedded, so that the page opens
+offline. Of training runs it also prints where their time went: goodput, and badput by cause.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import numpy as np
 from scaling_perception.evaluation.comparisons import Change, best_steps, change, savings, select, values, way
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path, write_text
+from scaling_perception.training.goodput import goodput_tables
 
 EXAMPLES = """
 scaling-perception report runs/quickstart
@@ -62,11 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--title", default="Error against compute", help="heading of the page")
 
 
-def find_evaluations(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+def find_evaluations(folder: Path, needed: bool = True) -> list[tuple[Path, dict[str, Any]]]:
     """Every evaluation JSON below ``folder``, sorted by path: (path, content).
 
     Raises:
-        UserError: the folder is missing or holds no evaluation.
+        UserError: the folder is missing or, if one is ``needed``, holds no evaluation.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give the folder that holds evaluation JSON files")
@@ -78,7 +80,7 @@ def find_evaluations(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
             continue  # other people's JSON may lie here; only evaluations are ours to judge
         if isinstance(value, dict) and "cells" in value and "task" in value:
             found.append((path, value))
-    if not found:
+    if needed and not found:
         raise UserError(
             f"{folder} holds no evaluation: run `scaling-perception evaluate … --json {folder}/eval.json` first"
         )
@@ -412,10 +414,10 @@ def write_report(folder: Path, out: Path, title: str) -> Path:
     """Write the page of all evaluations below ``folder`` to ``out``; returns ``out``.
 
     Raises:
-        UserError: no evaluation is there, or one lacks what the page needs.
+        UserError: neither evaluation nor training run is there, or an evaluation lacks what the page needs.
     """
-    sections = []
-    for path, evaluation in find_evaluations(folder):
+    sections, times = [], goodput_tables(folder)
+    for path, evaluation in find_evaluations(folder, needed=not times):
         try:
             sections.append(_section(path, evaluation))
         except (KeyError, TypeError, ValueError, IndexError, StopIteration) as error:
@@ -423,6 +425,8 @@ def write_report(folder: Path, out: Path, title: str) -> Path:
     for path in sorted(folder.rglob("metrics.jsonl")):
         if picture := _training_curve(path):
             sections.append(f"<h2>Training, {html.escape(path.parent.name)}</h2><div class='plots'>{picture}</div>")
+    for name, table in times.items():
+        sections.append(f"<h2>Where the time went, {html.escape(name)}</h2><pre>{html.escape(table)}</pre>")
     body = "".join(sections)
     page = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
@@ -456,5 +460,7 @@ def run(args: argparse.Namespace) -> int:
     out = write_report(folder, Path(args.out) if args.out else folder / "report.html", args.title)
     for path in write_figures(folder, Path(args.figures)) if args.figures else ():
         print(f"figure: {path}")
+    for name, table in goodput_tables(folder).items():
+        print(f"{name}: {table}")
     print(f"report: {out}")
     return 0

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json
 from scaling_perception.training.record import SPENT, close_killed, seconds_of
 
@@ -156,3 +157,17 @@ def goodput_table(report: Mapping[str, Any]) -> str:
         if share > 0:
             lines.append(f"  {_TOLD[cause]:<20} {share:7.2%}  {duration(report['seconds'][cause])}")
     return "\n".join(lines)
+
+
+def goodput_tables(folder: Path) -> dict[str, str]:
+    """Folder (as seen from ``folder``; its own name for itself) of each run that was started -> ``goodput_table``."""
+    tables = {}
+    for path in sorted(folder.rglob("run.json")):
+        try:
+            report = goodput_report(path.parent)
+        except (KeyError, TypeError, ValueError, UserError):
+            continue  # another program's, or of a version with other fields
+        if report["attempts"]:
+            below = path.parent.relative_to(folder)
+            tables[str(below) if below.parts else folder.resolve().name] = goodput_table(report)
+    return tables

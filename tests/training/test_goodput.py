@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scaling_perception.training.goodput import Clock, account, goodput_report, goodput_table
+from scaling_perception.training.goodput import Clock, account, goodput_report, goodput_table, goodput_tables
 from scaling_perception.training.record import open_record, why_ended
 
 BEGIN = 1_800_000_000.0
@@ -144,3 +144,25 @@ def test_a_report_of_a_run_with_injected_failures(tmp_path):
     table = goodput_table(told)
     assert "2 killed, 1 finished" in table and "steps: 40 kept, 5 done again" in table
     assert f"between attempts     {seconds['down'] / told['wall_seconds']:7.2%}" in table and "evaluating" not in table
+
+
+def test_all_runs_of_a_folder(tmp_path, capsys):
+    from scaling_perception.report import find_evaluations, write_report
+    from scaling_perception.support.verbs import run_verb
+
+    assert goodput_tables(tmp_path) == {}
+    for name in ("one", "two/work"):
+        (tmp_path / name).mkdir(parents=True)
+        live(tmp_path / name, Time(BEGIN), 0, 20, seconds=1.0)
+    for name, text in (("other", "{}"), ("torn", '{"attempts": [')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    tables = goodput_tables(tmp_path)
+    assert list(tables) == ["one", "two/work"] and tables["one"].startswith("goodput 52.6% of 38s")
+    assert list(goodput_tables(tmp_path / "one")) == ["one"]
+    assert run_verb("report", [str(tmp_path)]) == 0  # no evaluation is needed
+    told = capsys.readouterr().out
+    assert "one: goodput 52.6%" in told and "two/work: goodput" in told
+    page = write_report(tmp_path, tmp_path / "page.html", "t").read_text()
+    assert "Where the time went, two/work" in page and "steps: 20 kept, 0 done again" in page
+    assert find_evaluations(tmp_path, needed=False) == []
