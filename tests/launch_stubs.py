@@ -12,6 +12,7 @@ TRAIN = ["--config", "configs/depth.py:model=a1,res=256", "--workdir", 'bucket/r
 TPU = ["mine", "--type", "v5litepod-16", "--zone", "us-west4-a", "--bucket", "data"]
 GKE = ["mine", "--accelerator", "tpu-v6e-slice", "--topology", "8x8", "--image", "registry/me/x:1", "--bucket", "data"]
 DRY = {
+    "with_failures.sh": ["--dry-run", "--kills", "2", "--", "scaling-perception", "train", *TRAIN],
     "local_multiprocess.sh": ["--devices", "4", "--dry-run", "2", "--", *TRAIN],
     "slurm.sbatch": ["--dry-run", *TRAIN],
     "tpu_vm.sh": [*TPU, "--spot", "--dry-run", "--", *TRAIN],

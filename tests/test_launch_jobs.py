@@ -177,3 +177,47 @@ def test_signals_go_to_all_and_are_waited_for(number, code, stubs, tmp_path):
     process.send_signal(number)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == code and out.count("saved") == 2
+
+
+# ---- Rehearsed failures ----------------------------------------------------------------------------------------------
+
+PATIENT = """
+touch "$STUBS/up"
+while ! [ -e "$STUBS/enough" ]; do sleep 0.05; done
+exit ${CODE:-0}
+"""
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_killed_and_run_again_until_it_is_left_in_peace(several, stubs, tmp_path):
+    stubs.add("scaling-perception", PATIENT)
+    trained = str(stubs.folder / "scaling-perception")
+    command = [str(LAUNCH / "local_multiprocess.sh"), "2", "--"] if several else [trained, "train"]
+    options = ["--kills", "2", "--within", "1", "--seed", "9"]
+    process = stubs.start("with_failures.sh", *options, "--", *command, *TRAIN, PYTHON=trained)
+    told = ""
+    for line in process.stderr:
+        told += line
+        if "kill 2 of 2" in line:
+            (tmp_path / "enough").touch()
+    process.communicate(timeout=30)
+    assert process.returncode == 0 and told.count("; again") == 2 and "seed 9" in told and told.count("\n") == 3
+    assert {tuple(call[-len(TRAIN) :]) for call in stubs.calls()} == {tuple(TRAIN)}
+
+
+def test_an_end_of_its_own_ends_the_rehearsal(stubs, tmp_path):
+    stubs.add("scaling-perception", PATIENT)
+    (tmp_path / "enough").touch()
+    words = ["--within", "99", "--seed", "4", "--", str(stubs.folder / "scaling-perception"), "train"]
+    code, _, errors = stubs.run("with_failures.sh", *words, CODE="5")
+    assert code == 5 and "ended before kill 1 of 5" in errors and len(stubs.calls()) == 1
+
+
+def test_a_rehearsal_that_is_stopped_stops_the_run(stubs, tmp_path):
+    stubs.add("scaling-perception", "trap 'exit 143' TERM\n" + PATIENT)
+    command = [str(stubs.folder / "scaling-perception"), "train"]
+    process = stubs.start("with_failures.sh", "--within", "99", "--seed", "4", "--", *command)
+    wait_for(tmp_path / "up")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
