@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, a shared compilation cache, and where reference arrays are."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in a shell's background; the tests' children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 flags.FLAGS.mark_as_parsed()  # grain reads absl flags; a test run has none
 
 HERE = Path(__file__).parent
