@@ -11,6 +11,7 @@ from scaling_perception.models.presets import get_preset, preset_names
 from scaling_perception.parallel.mesh import batch_sharding, make_mesh, replicated
 from scaling_perception.parallel.processes import put_batch, put_tree, to_host
 from scaling_perception.parallel.rules import DIT_RULES, spec_for, tree_shardings
+from scaling_perception.training.checkpoints import Checkpoints
 from scaling_perception.training.diffusion import diffusion_objective
 from scaling_perception.training.optim import make_optimizer
 from scaling_perception.training.state import abstract_state, named_leaves, new_state
@@ -29,8 +30,11 @@ class Longer(LatentBatches):
         }
 
 
-def run(sizes, steps=STEPS, accumulate=1, **changes):
-    """Losses and final state (on the host) of a short run on a mesh of ``sizes``."""
+def run(sizes, steps=STEPS, accumulate=1, start=0, checkpoints=None, **changes):
+    """Losses and final state of a short run on a mesh of ``sizes``: steps ``start`` to ``steps``.
+
+    With a ``start`` it goes on from the newest of ``checkpoints``; one is left there at its end.
+    """
     overrides = [f"{name}={value}" for name, value in changes.items()]
     config = config_of("train.steps=50", "optim.schedule=constant", "optim.grad_clip=1.0", *overrides)
     count = int(np.prod(list(sizes.values()))) if sizes else 1
@@ -38,16 +42,25 @@ def run(sizes, steps=STEPS, accumulate=1, **changes):
     batches = Longer()
     objective = diffusion_objective(config, batches, mesh)
     tx, _ = make_optimizer(config.optim, 50, objective.frozen)
-    places = tree_shardings(abstract_state(objective.init, tx), mesh)
+    shapes = abstract_state(objective.init, tx)
+    places = tree_shardings(shapes, mesh)
     key = jax.device_put(jax.random.key(7), replicated(mesh))
     state = jax.jit(lambda k: new_state(objective.init(k), tx), out_shardings=places)(key)
+    if start:
+        abstract = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+        )
+        state = checkpoints.restore(abstract, lambda identity: None, pytest.fail)
+        assert int(state.step) == start
     step = make_step(objective, tx, 0.9, accumulate, shardings=places)
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
     losses = []
-    for number in range(steps):
+    for number in range(start, steps):
         fields = {name: value for name, value in batches.at(number).items() if name != "key"}
         state, metrics = step(state, put_batch(fields, batch_sharding(mesh)), key)
         losses.append(metrics["loss"])
+    if checkpoints is not None:
+        checkpoints.save(state, {}, wait=True)
     return np.asarray(jax.device_get(losses)), state, mesh
 
 
@@ -67,6 +80,7 @@ def alone(steps, **changes):
 def held(sizes, changes, steps):
     losses, params = alone(steps, **changes)
     found, state, mesh = run(sizes, steps, **changes)
+    print(f"largest relative difference of {steps} losses: {np.abs(found / losses - 1).max():.1e}")
     np.testing.assert_allclose(found, losses, rtol=1e-5)
     for name, leaf in named_leaves(to_host(state.params, mesh)).items():
         np.testing.assert_allclose(leaf, params[name], atol=2e-4, err_msg=name)
@@ -93,7 +107,24 @@ def test_losses_are_those_of_one_device(sizes, changes):
 @pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "changes"), COMBINATIONS, ids=name_of)
 def test_fifty_losses_are_those_of_one_device(sizes, changes):
+    """``pytest -m slow tests/training/test_meshes.py -s`` (four minutes)."""
     held(sizes, changes, STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [DENSE, EXPERTS], ids=name_of)
+def test_from_mesh_to_mesh_the_curve_is_that_of_one_device(tmp_path, changes):
+    """Every ten steps the state is saved, and restored on the next mesh."""
+    losses, params = alone(STEPS, **changes)
+    checkpoints, found = Checkpoints(tmp_path / "checkpoints", keep=2), []
+    for number, sizes in enumerate([MESHES[0], MESHES[3], {}, MESHES[2], MESHES[1]]):
+        part, state, mesh = run(sizes, 10 * (number + 1), start=10 * number, checkpoints=checkpoints, **changes)
+        found.extend(part)
+    checkpoints.close()
+    print(f"largest relative difference of {STEPS} losses: {np.abs(found / losses - 1).max():.1e}")
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    for name, leaf in named_leaves(to_host(state.params, mesh)).items():
+        np.testing.assert_allclose(leaf, params[name], atol=2e-4, err_msg=name)
 
 
 @pytest.mark.parametrize(("sizes", "changes"), [({}, DENSE), ({"data": 2, "fsdp": 2}, EXPERTS)], ids=name_of)

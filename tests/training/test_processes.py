@@ -1,92 +1,71 @@
-"""Two real processes as one run: the losses of one process, stopped together, continued by one process elsewhere."""
+"""Several real processes as one run: the losses of one process, stopped together, continued elsewhere."""
 
-import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import jax
 import pytest
+from runs import finish, losses, scenes_command, start
 
-from scaling_perception.models import tiny_vae
-from scaling_perception.models.autoencoders import save_part
 from scaling_perception.parallel.processes import COORDINATOR, PROCESS, PROCESSES, join
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.verbs import run_verb
 
 STEPS = 24
-ROOT = Path(__file__).parent.parent.parent
+CHANGES = ("train.checkpoint_every=12", "optim.warmup=4", "optim.name=adamw", "optim.ema=0.9")
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """The words of a training command on a small cache of 32-pixel scenes, less its --workdir."""
-    folder = tmp_path_factory.mktemp("processes")
-    thin = {"encoder_widths": (4, 4, 4), "encoder_blocks": (1, 1, 1), "decoder_widths": (4, 4, 4)}
-    config = tiny_vae.TinyVAEConfig(**thin, decoder_blocks=(1, 1, 1), patch=2)
-    for part in ("encoder", "decoder"):
-        save_part(folder / "vae", part, config, tiny_vae.init_part(part, config, jax.random.key(0)), {})
-    words = ["scenes", "--out", str(folder / "cache"), "--latents", "--vae", str(folder / "vae"), "--resolution", "32"]
-    assert run_verb("prepare", [*words, "--count", "6", "--batch", "8", "--workers", "0"]) == 0
-    spec = f"configs/mini.py:model=nano,res=32,cache={folder / 'cache'},vae={folder / 'vae'},batch=8,steps={STEPS}"
-    changes = ["train.checkpoint_every=12", "train.log_every=1", "optim.warmup=4", "optim.name=adamw"]
-    return ["--config", spec, *(f"--config.{change}" for change in [*changes, "latent_norm=auto", "optim.ema=0.9"])]
+    return scenes_command(tmp_path_factory.mktemp("processes"), STEPS, 8, *CHANGES)
 
 
-def start(command, workdir, processes=1, devices=4):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    running = []
-    for index in range(processes):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
-        environment["XLA_FLAGS"] = flags
-        if processes > 1:
-            environment |= {COORDINATOR: f"127.0.0.1:{port}", PROCESSES: str(processes), PROCESS: str(index)}
-        words = [sys.executable, "-m", "scaling_perception", "train", *command, "--workdir", str(workdir)]
-        log = open(f"{workdir}.{index}.log", "a")  # noqa: SIM115
-        running.append(subprocess.Popen(words, stderr=log, stdout=log, cwd=ROOT, env=environment))
-        log.close()
-    return running
-
-
-def finish(running, code, workdir):
-    try:
-        codes = [process.wait(timeout=240) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    told = Path(f"{workdir}.0.log").read_text()
-    assert codes == [code] * len(running), told[-3000:]
-    return told
-
-
-def losses(workdir):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    return [row["loss"] for row in rows]
+def stop_after(running, workdir, step, index):
+    """SIGTERM to one of the processes once ``step`` was told; all stop. Returns the step they stopped at."""
+    log = Path(f"{workdir}.0.log")
+    while all(process.poll() is None for process in running) and f"train: step {step}/" not in log.read_text():
+        time.sleep(0.05)
+    running[index].send_signal(signal.SIGTERM)
+    told = finish(running, 143, workdir)
+    return int(told.split("stopped at step ")[1].split()[0])
 
 
 def test_two_processes_stop_together_and_one_goes_on(command, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start(command, one), 0, one)
     running = start([*command, "--config.mesh.fsdp=2"], two, processes=2, devices=2)
-    log = Path(f"{two}.0.log")
-    while all(process.poll() is None for process in running) and "train: step 6/" not in log.read_text():
-        time.sleep(0.05)
-    running[1].send_signal(signal.SIGTERM)  # the other one is told
-    told = finish(running, 143, two)
-    stopped = int(told.split("stopped at step ")[1].split()[0])
+    stopped = stop_after(running, two, 6, 1)  # the other one is told
+    told = Path(f"{two}.0.log").read_text()
     assert 6 < stopped < STEPS and len(losses(two)) == stopped
     assert "2 process(es)" in told and "data 2 × fsdp 2" in told
     told = finish(start(command, two, devices=1), 0, two)  # another mesh, another number of processes
     assert f"resuming from step {stopped}" in told
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_fifty_losses_are_those_of_one_process(tmp_path):
+    """``pytest -m slow tests/training/test_processes.py`` (three minutes): 1, 2 and 4 processes; then from 4 to 2."""
+    command = scenes_command(tmp_path, 50, 8, *CHANGES)
+    alone = tmp_path / "alone"
+    finish(start(command, alone, devices=1), 0, alone)
+    spreads = {2: ["--config.mesh.fsdp=4"], 4: ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]}
+    for count, mesh in spreads.items():
+        work = tmp_path / f"{count}"
+        told = finish(start([*command, *mesh], work, count, 8 // count), 0, work)
+        assert f"{count} process(es)" in told and "on 8 cpu device(s)" in told
+        assert losses(work) == pytest.approx(losses(alone), rel=1e-5)
+    work = tmp_path / "moved"
+    stopped = stop_after(start([*command, *spreads[4]], work, 4, 2), work, 20, 3)
+    told = finish(start([*command, *spreads[2]], work, 2, 4), 0, work)
+    assert 20 <= stopped < 50 and f"resuming from step {stopped}" in told
+    assert losses(work) == pytest.approx(losses(alone), rel=1e-5)
+    for count in spreads:
+        print(f"{count} processes: largest relative difference {difference(tmp_path / str(count), alone):.1e}")
+    print(f"4 processes until step {stopped}, then 2: {difference(work, alone):.1e}")
+
+
+def difference(workdir, other):
+    return max(abs(a / b - 1) for a, b in zip(losses(workdir), losses(other), strict=True))
 
 
 def test_joining_is_told_what_is_missing():
