@@ -165,6 +165,7 @@ class Attention(nn.Module):
     heads: int
     dtype: Any = jnp.float32
     qk_norm: bool = False
+    mesh: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -175,7 +176,7 @@ class Attention(nn.Module):
         if self.qk_norm:  # in float32, as all norms
             query = nn.LayerNorm(NORM_EPSILON, name="q_norm")(query.astype(jnp.float32)).astype(self.dtype)
             key = nn.LayerNorm(NORM_EPSILON, name="k_norm")(key.astype(jnp.float32)).astype(self.dtype)
-        mixed = attention(query, key, value).reshape(-1, dim)
+        mixed = attention(query, key, value, self.mesh).reshape(-1, dim)
         return nn.Dense(dim, kernel_init=_xavier, dtype=self.dtype, name="proj")(mixed).reshape(x.shape)
 
 
@@ -215,7 +216,7 @@ class Block(nn.Module):
             modulation = nn.Dense(6 * config.dim, kernel_init=_zeros, name="modulation")(condition)
         x, modulation = split_batch(x, self.mesh), split_batch(modulation, self.mesh)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
-        attend = Attention(config.heads, dtype, config.qk_norm, name="attn")
+        attend = Attention(config.heads, dtype, config.qk_norm, self.mesh, name="attn")
         mixed = attend(modulate(layer_norm(x), shift_a, scale_a))
         x = (x + gate_a[:, None, :] * mixed).astype(dtype)
         inner, stats = modulate(layer_norm(x), shift_m, scale_m), None

@@ -1,21 +1,72 @@
 """Attention as a pure function of arrays: one signature, a program for each platform, one oracle."""
 
+import warnings
+from functools import lru_cache, partial
+from typing import Any
+
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 
+from scaling_perception.ops.flash import LANES, LEAST_TOKENS, flash_attention, local_plan
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, mesh: Any = None) -> jax.Array:
     """Softmax attention of every token to every token, scaled by head_dim ** -0.5 (facts 1.1; no mask).
+
+    On a TPU the kernel of ``ops/flash.py``, on an NVIDIA GPU cuDNN's, where they are for such arrays (docs/kernels.md);
+    on a CPU one head after the other.
 
     Args:
         query, key, value: (B, T, heads, head_dim), of one dtype.
+        mesh: the mesh that they live on, None = one device.
 
     Returns:
         (B, T, heads, head_dim) in the dtype of ``value``. Logits and softmax are float32 whatever the inputs are.
     """
-    # both branches keep no more than their inputs for the backward pass: a branch that is not taken costs nothing
+    # every branch keeps no more than its inputs for the backward pass: a branch that is not taken costs nothing
     by_head, whole = jax.checkpoint(attention_by_head), jax.checkpoint(attention_einsum)
-    return jax.lax.platform_dependent(query, key, value, cpu=by_head, default=whole)
+    fused = {}
+    if _flash_is_for(query, key, mesh):
+        fused["tpu"] = partial(flash_attention, mesh=mesh)
+    if _cudnn_is_for(query):
+        fused["cuda"] = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    return jax.lax.platform_dependent(query, key, value, cpu=by_head, default=whole, **fused)
+
+
+def _flash_is_for(query: jax.Array, key: jax.Array, mesh: Any) -> bool:
+    tokens, heads = query.shape[1:3]
+    if query.shape != key.shape or heads < 2 or tokens < LEAST_TOKENS:
+        return False  # not worth a kernel
+    fits = local_plan(mesh, query.shape, query.dtype) is not None
+    if not fits and jax.default_backend() == "tpu":
+        _warn("TPU", f"bfloat16 or float32, head_dim a multiple of 8 up to {LANES}", query.dtype.name, query.shape)
+    return fits
+
+
+def _cudnn_is_for(query: jax.Array) -> bool:
+    """Asked while tracing: cuDNN's own rules for gradients and meshes are then in force, but it must be there."""
+    half, head_dim = query.dtype in (jnp.bfloat16, jnp.float16), query.shape[-1]
+    if not half or query.shape[2] < 2 or not _on_cuda():
+        return False
+    fits = head_dim % 8 == 0 and head_dim <= 128
+    if not fits:
+        _warn("GPU", "head_dim a multiple of 8 up to 128", query.dtype.name, query.shape)
+    return fits
+
+
+@lru_cache(maxsize=1)
+def _on_cuda() -> bool:
+    return jax.default_backend() == "gpu" and "cuda" in jax.extend.backend.get_backend().platform_version
+
+
+@lru_cache(maxsize=1)
+def _warn(chip: str, needs: str, dtype: str, shape: tuple[int, ...]) -> None:
+    text = (
+        f"attention on this {chip} is not fused for {dtype} arrays of {shape[2]} heads of {shape[3]} at {shape[1]} "
+        f"tokens, so its logits go through main memory: the kernel takes {needs}"
+    )
+    warnings.warn(text, stacklevel=2)
 
 
 def attention_einsum(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -1,0 +1,229 @@
+"""Fused attention for a TPU: heads side by side in the lanes, as the projection leaves them; logits never leave the chip.
+
+The arrays stay (B, T, heads * head_dim). A visit takes all tokens of one sample and the fewest heads that fill whole
+tiles of 128 lanes (``PACKINGS``), and goes through them one by one, so that nothing is transposed and nothing is padded
+on its way to and from main memory. All keys are on the chip at once (T is at most some thousands here): each softmax is
+computed whole, forward and again backward, and nothing but query, key and value is kept for the backward pass.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from scaling_perception.ops.by_platform import by_platform
+
+LANES = 128
+LEAST_TOKENS = 128  # below, the logits are small and a tile of them is mostly padding
+BLOCKS = 40 * 2**20  # bytes of a visit's arrays, each twice; of the 64 MiB that the smallest chip (v5p) has
+ALL_MEMORY = 60 * 2**20
+_NT, _NN, _TN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ())), (((0,), (0,)), ((), ()))
+
+
+class Plan(NamedTuple):
+    """How one device's (B, T, heads, head_dim) is computed; static.
+
+    Attributes:
+        size: lanes of a head: head_dim, or more where heads are padded. lanes: those of one visit, all its heads'.
+        tokens: T, padded to a multiple of 128. queries: how many at a time.
+    """
+
+    size: int
+    lanes: int
+    tokens: int
+    queries: int
+
+
+def plan(tokens: int, heads: int, head_dim: int, dtype: Any) -> Plan | None:
+    """How to compute it, or None where the kernel is not for these arrays."""
+    size = jnp.dtype(dtype).itemsize
+    if heads < 2 or head_dim > LANES or head_dim % 8 or tokens < LEAST_TOKENS or size not in (2, 4):
+        return None  # one head is an autoencoder's, whose program is told of no mesh
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
+        return None
+    padded = -(-tokens // LANES) * LANES
+    queries = 256 if padded % 256 == 0 and padded <= 1024 else 128
+    for wide in (head_dim, LANES):  # as they are; or each padded to a tile, where too many heads share tiles
+        together = math.lcm(wide, LANES) // wide
+        lanes = (together if heads % together == 0 else heads) * wide
+        if 2 * 7 * padded * lanes * size <= BLOCKS:  # backward: q, k, v, the gradient, and theirs
+            return Plan(wide, lanes, padded, queries)
+    return None
+
+
+# --- One visit -----------------------------------------------------------------------------------------------------
+
+
+def _dot(a: jax.Array, b: jax.Array, dims: Any) -> jax.Array:
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _without_padding(logits: jax.Array, axis: int, keys: int) -> jax.Array:
+    if logits.shape[axis] == keys:
+        return logits
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) < keys, logits, -1e30)
+
+
+def _over_queries(tokens: int, queries: int, body: Any, carry: Any) -> Any:
+    from jax.experimental import pallas as pl
+
+    def step(i: Any, carry: Any) -> Any:
+        return body(pl.ds(pl.multiple_of(i * queries, queries), queries), carry)
+
+    return jax.lax.fori_loop(0, tokens // queries, step, carry)
+
+
+def _forward_visit(q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, *, plan: Plan, scale: float, keys: int) -> None:
+    for start in range(0, plan.lanes, plan.size):
+        head = slice(start, start + plan.size)
+        k, v = k_ref[0, :, head], v_ref[0, :, head]
+
+        def some(rows: Any, carry: None, head: Any = head, k: Any = k, v: Any = v) -> None:
+            logits = _without_padding(_dot(q_ref[0, rows, head], k, _NT), 1, keys)  # (queries, keys)
+            weights = jnp.exp((logits - logits.max(axis=1, keepdims=True)) * scale)
+            mixed = _dot(weights.astype(v.dtype), v, _NN) / weights.sum(axis=1, keepdims=True)
+            out_ref[0, rows, head] = mixed.astype(out_ref.dtype)
+
+        _over_queries(plan.tokens, plan.queries, some, None)
+
+
+def _backward_visit(
+    q_ref: Any, k_ref: Any, v_ref: Any, g_ref: Any, dq_ref: Any, dk_ref: Any, dv_ref: Any, *, plan: Plan, scale: float,
+    keys: int,
+) -> None:  # fmt: skip
+    for start in range(0, plan.lanes, plan.size):
+        head = slice(start, start + plan.size)
+        k, v = k_ref[0, :, head], v_ref[0, :, head]
+
+        def some(rows: Any, carry: Any, head: Any = head, k: Any = k, v: Any = v) -> Any:
+            dk, dv = carry
+            q, g = q_ref[0, rows, head], g_ref[0, rows, head]
+            # keys by queries: of the five products only one then needs a transpose, and sums go down, not across
+            logits = _without_padding(_dot(k, q, _NT), 0, keys)
+            weights = jnp.exp((logits - logits.max(axis=0, keepdims=True)) * scale)
+            weights = weights * (1.0 / weights.sum(axis=0, keepdims=True))
+            to_weights = _dot(v, g, _NT)
+            to_logits = weights * (to_weights - (weights * to_weights).sum(axis=0, keepdims=True))
+            to_logits = to_logits.astype(q.dtype)
+            dq_ref[0, rows, head] = (_dot(to_logits, k, _TN) * scale).astype(dq_ref.dtype)
+            return dk + _dot(to_logits, q, _NN), dv + _dot(weights.astype(g.dtype), g, _NN)
+
+        zero = jnp.zeros((plan.tokens, plan.size), jnp.float32)
+        dk, dv = _over_queries(plan.tokens, plan.queries, some, (zero, zero))
+        dk_ref[0, :, head] = (dk * scale).astype(dk_ref.dtype)
+        dv_ref[0, :, head] = dv.astype(dv_ref.dtype)
+
+
+# --- All visits ----------------------------------------------------------------------------------------------------
+
+
+def _visits(kernel: Any, name: str, results: int, products: int, arrays: tuple[jax.Array, ...], interpret: bool) -> Any:
+    from jax.experimental import pallas as pl  # only where it is used: a slow import
+    from jax.experimental.pallas import tpu as pltpu
+
+    batch, tokens, heads, head_dim = arrays[0].shape
+    how = plan(tokens, heads, head_dim, arrays[0].dtype)
+    assert how is not None, "the caller asks plan()"
+    width, padded = heads * how.size, (0, how.tokens - tokens)
+    if how.size > head_dim:
+        arrays = tuple(jnp.pad(array, (*[(0, 0)] * 3, (0, how.size - head_dim))) for array in arrays)
+    arrays = tuple(array.reshape(batch, tokens, width) for array in arrays)
+    if padded[1]:  # a padded query's gradient is 0, a padded key has no weight
+        arrays = tuple(jnp.pad(array, ((0, 0), padded, (0, 0))) for array in arrays)
+    block = pl.BlockSpec((1, how.tokens, how.lanes), lambda sample, part: (sample, 0, part))
+    shape = jax.ShapeDtypeStruct((batch, how.tokens, width), arrays[0].dtype)
+    logits = batch * heads * tokens**2
+    moved = (len(arrays) + results) * math.prod(shape.shape) * shape.dtype.itemsize
+    found = pl.pallas_call(
+        partial(kernel, plan=how, scale=head_dim**-0.5, keys=tokens),
+        grid=(batch, width // how.lanes),
+        in_specs=[block] * len(arrays),
+        out_specs=[block] * results,
+        out_shape=[shape] * results,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=ALL_MEMORY),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * logits * head_dim, transcendentals=logits, bytes_accessed=moved
+        ),
+        interpret=interpret,
+        name=name,
+    )(*arrays)
+    found = [array[:, :tokens].reshape(batch, tokens, heads, how.size)[..., :head_dim] for array in found]
+    return found[0] if results == 1 else tuple(found)
+
+
+def _on_mesh(function: Any, mesh: Any, arrays: tuple[jax.Array, ...]) -> Any:
+    """A kernel is not the compiler's to split: each device calls it on its samples and, with ``tensor``, its heads."""
+    if mesh is None or mesh.size == 1:
+        return function(*arrays)
+    spec = mesh_spec(mesh, arrays[0].shape)
+    # every array is split alike and there is no sum over devices: nothing for check_vma to check
+    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+
+
+def mesh_spec(mesh: Any, shape: tuple[int, ...]) -> PartitionSpec:
+    """How (B, T, heads, head_dim) is split over a mesh: the batch as elsewhere, heads over ``tensor``; what does not
+    divide is whole on every device."""
+    axes = tuple(name for name in mesh.axis_names if name != "tensor")
+    parts, tensor = math.prod(mesh.shape[name] for name in axes), mesh.shape.get("tensor", 1)
+    return PartitionSpec(axes if shape[0] % parts == 0 else None, None, "tensor" if shape[2] % tensor == 0 else None)
+
+
+def local_plan(mesh: Any, shape: tuple[int, ...], dtype: Any) -> Plan | None:
+    """``plan`` for what one device of the mesh (None: the only one) has of (B, T, heads, head_dim)."""
+    _, tokens, heads, head_dim = shape
+    tensor = 1 if mesh is None else mesh.shape.get("tensor", 1)
+    return plan(tokens, heads // tensor if heads % tensor == 0 else heads, head_dim, dtype)
+
+
+def flash_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, mesh: Any = None, interpret: bool = False
+) -> jax.Array:
+    """Attention of arrays (B, T, heads, head_dim) with the TPU's kernel, where ``local_plan`` is not None; no gradient.
+    ``interpret`` runs it anywhere, slowly."""
+
+    def local(*arrays: jax.Array) -> Any:
+        return _visits(_forward_visit, "attention_forward", 1, 2, arrays, interpret)
+
+    return _on_mesh(local, mesh, (query, key, value))
+
+
+def flash_backward(
+    query: jax.Array, key: jax.Array, value: jax.Array, gradient: jax.Array, mesh: Any = None, interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key and value for that of the result, all (B, T, heads, head_dim). See ``flash_forward``."""
+
+    def local(*arrays: jax.Array) -> Any:
+        return _visits(_backward_visit, "attention_backward", 3, 5, arrays, interpret)
+
+    return _on_mesh(local, mesh, (query, key, value, gradient))
+
+
+# --- As one function -----------------------------------------------------------------------------------------------
+
+
+def _elsewhere(*arrays: jax.Array, mesh: Any) -> Any:
+    raise NotImplementedError("the kernel is for a TPU")
+
+
+_forward = by_platform("attention_forward", lambda *arrays, mesh: arrays[0], _elsewhere, tpu=flash_forward)
+_backward = by_platform("attention_backward", lambda *arrays, mesh: arrays[:3], _elsewhere, tpu=flash_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, mesh: Any = None) -> jax.Array:
+    """Attention of arrays (B, T, heads, head_dim) on a TPU, where ``local_plan`` is not None. See ``ops.attention``."""
+    return _forward(query, key, value, mesh=mesh)
+
+
+def _keep(query: jax.Array, key: jax.Array, value: jax.Array, mesh: Any) -> tuple[jax.Array, Any]:
+    return _forward(query, key, value, mesh=mesh), (query, key, value)
+
+
+def _pull(mesh: Any, kept: Any, gradient: jax.Array) -> Any:
+    return _backward(*kept, gradient, mesh=mesh)
+
+
+flash_attention.defvjp(_keep, _pull)
