@@ -147,7 +147,7 @@ def analyse(program: Any, compiled: Any, text: str, topology: Any, mesh: Any) ->
     own = {name: shape for name, shape in program.shapes.items() if name.startswith("params/")}
     parameters = collectives.parameters_of(own, program.rules, sizes)
     travelling = (
-        parameters if program.rules else collectives.Parameters({}, {}, {})
+        parameters if program.rules else collectives.Parameters({}, {}, {}, {})
     )  # a sampler's weights stay where they are
     flat = list(mesh.devices.flat)
     found, rows, links = [], [], {}
@@ -176,10 +176,13 @@ def analyse(program: Any, compiled: Any, text: str, topology: Any, mesh: Any) ->
         )
     products, kernels = costs.matmuls(module), costs.kernels(module)
     by_name = costs.traffic(module)
+    # a grouped matmul passes over the rows that are nobody's, though its operands have room for them
+    shares = [min(1.0, program.expert_rows / one.rows) if "gmm" in one.op_name else 1.0 for one in kernels]
+    for op_name, share in {one.op_name: share for one, share in zip(kernels, shares, strict=True)}.items():
+        by_name[op_name] = round(by_name[op_name] * share)
     moved = sum(by_name.values())
-    shares = [(one, min(1.0, program.expert_rows / one.rows) if "gmm" in one.op_name else 1.0) for one in kernels]
     counted = sum(one.flops * one.trips for one in products)
-    by_kernels = sum(one.flops * one.trips * share for one, share in shares)
+    by_kernels = sum((one.flops or 0) * one.trips * share for one, share in zip(kernels, shares, strict=True))
     flops = {
         "model": program.flops,
         "model_per_device": program.flops / mesh.size,
@@ -194,24 +197,27 @@ def analyse(program: Any, compiled: Any, text: str, topology: Any, mesh: Any) ->
         "devices": mesh.size,
         "slices": len({getattr(device, "slice_index", None) or 0 for device in flat}),
         "mesh": sizes,
-        "memory": _memory(compiled, chip),
+        "memory": {**_memory(compiled, chip), "state": _state(program, sizes)},
         "flops": flops,
         "memory_traffic": moved,
         "memory_traffic_by_part": _by_part(by_name),
         "loops_of_unknown_length": sorted(
             {loop.name for place in hlo.places(module) for loop in place.loops if not loop.known}
         ),
+        "kernels_of_unknown_cost": sorted({one.op_name for one in kernels if one.flops is None}),
         "collectives": rows,
         "warnings": [
             *partition.gathered_experts(found, parameters),
-            *partition.unsharded_activations(module, sizes, program.batch, program.tokens, parameters),
+            *partition.unsharded_activations(module, sizes, program, parameters),
             *partition.repeated_work(counted + by_kernels, program.flops / mesh.size),
             *partition.resharded_layers(found),
             *partition.replicated_state(program.shapes, program.rules, program.specs, sizes),
         ],
     }
     if chip is not None:
-        bound = roofline.estimate(chip, products, shares, moved, links)
+        narrow = roofline.padding(program.head, chip.matrix) if program.head else 1.0
+        takes = [share * (narrow if "attn" in one.op_name else 1.0) for one, share in zip(kernels, shares, strict=True)]
+        bound = roofline.estimate(chip, products, zip(kernels, takes, strict=True), moved, links)
         per_device = program.flops / mesh.size / chip.flops
         report["estimate"] = {
             **bound._asdict(),
@@ -247,6 +253,20 @@ def _memory(compiled: Any, chip: Any) -> dict[str, Any]:
     return {**sizes, "total": total, "limit": limit, "fits": None if limit is None else total <= limit}
 
 
+_KINDS = {"params": "weights", "opt_state": "moments", "ema": "average"}
+
+
+def _state(program: Any, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes on each device of what stays from call to call, by what it is; all of it has four bytes a number."""
+    found: dict[str, int] = {}
+    for name, shape in program.shapes.items():
+        entries = ((entry,) if isinstance(entry, str) else entry or () for entry in program.specs.get(name, ()))
+        parts = math.prod(sizes[axis] for entry in entries for axis in entry)
+        kind = _KINDS.get(name.split("/")[0], "other")
+        found[kind] = found.get(kind, 0) + 4 * math.prod(shape) // parts
+    return found
+
+
 _RATES = {"memory": "bandwidth", "a link": "link", "network": "network"}
 
 
@@ -262,6 +282,8 @@ def describe(report: Mapping[str, Any]) -> str:
     lines += [*_memory_lines(report), "", *_flop_lines(report), "", *_collective_lines(report)]
     if report["loops_of_unknown_length"]:
         lines += ["", f"counted once, of unknown length: loops {', '.join(report['loops_of_unknown_length'])}"]
+    if report["kernels_of_unknown_cost"]:
+        lines += ["", f"not counted, for they state no cost: kernels {', '.join(report['kernels_of_unknown_cost'])}"]
     lines += ["", *(f"warning: {line}" for line in report["warnings"])]
     return "\n".join(
         lines if report["warnings"] else [*lines, "no avoidable collective, no array whole that is to be split"]
@@ -273,6 +295,9 @@ def _memory_lines(report: Mapping[str, Any]) -> list[str]:
     lines = ["memory on each device (GiB)"]
     for name in ("arguments", "outputs", "aliased", "temporaries", "code", "total"):
         note = {"aliased": "  outputs that take the place of donated arguments"}.get(name, "")
+        if name == "arguments":
+            state = ", ".join(f"{kind} {size / GIB:.3f}" for kind, size in memory["state"].items() if size > GIB / 1e3)
+            note = f"  of them {state}" if state else ""
         if name == "total" and memory["limit"]:
             verdict = "fits" if memory["fits"] else "DOES NOT FIT"
             note = f"  of {memory['limit'] / GIB:.2f}: {memory['total'] / memory['limit']:.0%}, {verdict}"

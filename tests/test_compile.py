@@ -84,6 +84,9 @@ def test_state_is_spread_and_donated(dense):
     params = count_params(network_of(config_of()))
     whole = 4 * 4 * params  # weights, two moments and the average, float32
     assert dense["memory"]["arguments"] < 0.3 * whole
+    state = dense["memory"]["state"]
+    assert sum(state.values()) < dense["memory"]["arguments"] < 1.1 * sum(state.values())
+    assert state["moments"] < 2.01 * state["weights"] == 2.01 * state["average"]
     assert dense["memory"]["aliased"] > 0.9 * dense["memory"]["outputs"]
     assert dense["memory"]["fits"] and dense["estimate"]["best"] <= dense["estimate"]["worst"]
 

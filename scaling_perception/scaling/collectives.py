@@ -165,11 +165,13 @@ class Parameters(NamedTuple):
 
     Attributes:
         sizes: number of elements to names. layers: a layer's shape to name. axes: name to the axes that split it.
+        parts: name to the number of devices that share it.
     """
 
     sizes: dict[int, tuple[str, ...]]
     layers: dict[tuple[int, ...], str]
     axes: dict[str, tuple[str, ...]]
+    parts: dict[str, int]
 
     def names(self, array: Array) -> tuple[str, ...]:
         """Those that ``array`` may be, by its size; or by its shape, if a compiler padded one side by up to a
@@ -177,14 +179,25 @@ class Parameters(NamedTuple):
         if array.size in self.sizes:
             return self.sizes[array.size]
         shape = tuple(size for size in array.shape if size > 1)
-        return tuple(name for layer, name in self.layers.items() if _is_padded(shape, layer))
+        return tuple(name for layer, name in self.layers.items() if 1 < _side(shape, layer) <= _PADDED)
+
+    def pieces(self, array: Array) -> tuple[str, ...]:
+        """Those of which ``array`` may be a piece of a device's part, as a ring passes on."""
+        shape = tuple(size for size in array.shape if size > 1)
+        return tuple(
+            name for layer, name in self.layers.items() if 0 < _side(shape, layer) * self.parts[name] <= _PADDED
+        )
 
 
-def _is_padded(shape: tuple[int, ...], layer: tuple[int, ...]) -> bool:
+_PADDED = 1.25
+
+
+def _side(shape: tuple[int, ...], layer: tuple[int, ...]) -> float:
+    """The one side in which ``shape`` differs from a layer's, as a multiple of it; 0 where they differ in more."""
     if len(shape) != len(layer) or len(shape) < 2:
-        return False
-    other = [(have, own) for have, own in zip(shape, layer, strict=True) if have != own]
-    return len(other) == 1 and other[0][1] < other[0][0] <= 1.25 * other[0][1]
+        return 0.0
+    other = [have / own for have, own in zip(shape, layer, strict=True) if have != own]
+    return other[0] if len(other) == 1 else 0.0
 
 
 def parameters_of(shapes: Mapping[str, Any], specs: Mapping[str, Any], mesh: Mapping[str, int]) -> Parameters:
@@ -210,7 +223,8 @@ def parameters_of(shapes: Mapping[str, Any], specs: Mapping[str, Any], mesh: Map
                 for size in (whole // parts, whole // parts // 2 if parts > 1 else 0):
                     if size > 1:
                         found.setdefault(size, {})[name] = None
-    return Parameters({size: tuple(names) for size, names in found.items()}, layers, split)
+    parts = {name: math.prod(mesh[axis] for axis in axes) for name, axes in split.items()}
+    return Parameters({size: tuple(names) for size, names in found.items()}, layers, split, parts)
 
 
 SMALL = 64 * 1024  # bytes: scalars, norms, statistics
@@ -257,6 +271,8 @@ def _may_be(array: Array, kind: str, axes: tuple[str, ...], parameters: Paramete
     if kind not in _OF_WEIGHTS:
         return False
     names = parameters.names(array)
+    if kind == "collective-permute":
+        names += parameters.pieces(array)
     return bool(names) if kind == "all-reduce" else any(set(axes) <= set(parameters.axes[name]) for name in names)
 
 

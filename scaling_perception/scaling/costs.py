@@ -101,26 +101,28 @@ def _valid(given: int, out: int, window: int, stride: int, low: int, base: int, 
 
 
 class Kernel(NamedTuple):
-    """A kernel that XLA did not write (Pallas), by its own account: FLOPs each time, most rows that it is given."""
+    """A kernel that XLA did not write (Pallas), by its own account: FLOPs each time (None: it does not say), most rows
+    that it is given."""
 
     op_name: str
-    flops: int
+    flops: int | None
     rows: int
     trips: int
 
 
 def kernels(module: Module) -> list[Kernel]:
-    """Every call of a hand-written TPU kernel that states its cost. Grouped matmuls state it for all rows that there
-    is room for."""
+    """Every call of a hand-written TPU kernel. Grouped matmuls state their cost for all rows that there is room for."""
     found = []
     for place in places(module):
         computation = module.computations[place.computation]
         for one in computation.values():
-            told = re.search(r'"cost_estimate":\{"flops":"(\d+)"', one.rest) if one.opcode == "custom-call" else None
-            if told:
+            if one.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in one.rest:
+                told = re.search(r'"cost_estimate":\{"flops":"(\d+)"', one.rest)
                 shapes = [array.shape for name in one.operands for array in arrays_of(computation, name)]
-                rows = max((max(shape) for shape in shapes if len(shape) == 2), default=1)
-                found.append(Kernel(one.op_name, int(told.group(1)), rows, place.trips))
+                rows = [1, *(shape[0] for shape in shapes if len(shape) == 2)][
+                    -1
+                ]  # (rows, in); (in, rows), (rows, out)
+                found.append(Kernel(one.op_name, int(told.group(1)) if told else None, rows, place.trips))
     return found
 
 
@@ -155,6 +157,8 @@ def traffic(module: Module) -> dict[str, int]:
 def _moved(module: Module, computation: Computation, one: Instruction) -> int:
     if one.opcode == "custom-call" and "AllocateBuffer" in one.rest:
         return 0
+    if one.opcode == "slice-start":  # (whole, slice, …); what it writes is counted where it is done
+        return one.arrays[1].bytes if one.arrays[0].space == 0 else 0
     inner = module.computations.get(one.named("calls")) if one.opcode == "fusion" else None
     read = 0
     for index, name in enumerate(one.operands):
@@ -178,6 +182,19 @@ def _moved(module: Module, computation: Computation, one: Instruction) -> int:
     return read + written
 
 
+# A TPU carries a collective out piece by piece, in fusions with other work: the first takes what goes in, the last
+# gives what comes out, and those between hand both on.
+_COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
+
+
+def _handed_on(inner: Computation, one: Instruction) -> bool:
+    """Whether a value of a fused computation is a collective that others begin or end."""
+    root = root_of(inner)
+    return one.opcode in _COLLECTIVES and (
+        "AsyncCollectiveDone" in root.rest or (root.opcode == "tuple" and one.name in root.operands)
+    )
+
+
 def _read(module: Module, inner: Computation, index: int) -> int:
     """Bytes that a fused computation takes of its parameter ``index``."""
     parameter = next((p for p in inner.values() if p.opcode == "parameter" and p.inside.strip() == str(index)), None)
@@ -188,7 +205,9 @@ def _used(module: Module, inner: Computation, value: Instruction) -> int:
     whole, total = sum(array.bytes for array in value.arrays), 0
     for user in inner.values():
         for at, name in enumerate(user.operands):
-            if name != value.name:
+            if name != value.name or (user.root and user.opcode == "tuple") or _handed_on(inner, user):
+                continue
+            if user.root and "AsyncCollective" in user.rest:
                 continue
             if user.opcode in _SLICES and at == 0:
                 total += sum(array.bytes for array in user.arrays)
@@ -203,6 +222,8 @@ def _used(module: Module, inner: Computation, value: Instruction) -> int:
 
 def _written(inner: Computation, root: Instruction) -> int:
     """Bytes that a fused computation writes: of an array that is updated in place, the update."""
+    if root.opcode == "parameter" or _handed_on(inner, root) or "AsyncCollectiveStart" in root.rest:
+        return 0
     if root.opcode == "tuple":
         return sum(_written(inner, inner[name]) for name in root.operands if name in inner)
     if root.opcode == "bitcast" and root.operands and root.operands[0] in inner:

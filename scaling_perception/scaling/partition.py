@@ -39,14 +39,15 @@ def resharded_layers(found: Sequence[Found]) -> Iterator[str]:
 
 
 def unsharded_activations(
-    module: Module, mesh: Mapping[str, int], batch: int, tokens: int, parameters: Parameters
+    module: Module, mesh: Mapping[str, int], program: Any, parameters: Parameters
 ) -> Iterator[str]:
     """The largest array that holds the tokens of more samples than a device should have, for each set of batch axes
     over which it is not split.
 
     Args:
-        batch: samples that are computed together. tokens: of each. parameters: what is none of them.
+        program: whose ``batch`` samples of ``tokens`` are computed together. parameters: what is none of them.
     """
+    batch, tokens = program.batch, program.tokens
     axes = [axis for axis in BATCH_AXES if mesh.get(axis, 1) > 1]
     parts = math.prod(mesh[axis] for axis in axes)
     if not axes or batch % parts:
@@ -58,6 +59,7 @@ def unsharded_activations(
             if "expert" not in held:  # the tokens of this axis are gathered where experts are split over it
                 whole.setdefault(own * math.prod(mesh[axis] for axis in held), held)
     widths = {size for layer in parameters.layers for size in layer}
+    widths |= {int(program.expert_rows), int(program.expert_rows) * mesh.get("expert", 1)}  # a token for each expert
     worst: dict[tuple[str, ...], tuple[int, str]] = {}
     for one, array, _ in buffers(module):
         if parameters.names(array) or _holds(array.shape, own, own, tokens, widths):
@@ -73,7 +75,7 @@ def unsharded_activations(
 
 def _holds(shape: tuple[int, ...], rows: int, own: int, tokens: int, widths: Container[int]) -> bool:
     """Whether an array has an axis of ``rows`` samples' tokens, or one of samples before one of tokens; an axis as long
-    as one of a parameter is taken for that."""
+    as one in ``widths`` is taken for that."""
     if rows * tokens in shape and rows * tokens not in widths:
         return True
     together = rows != tokens and own != tokens  # else a square of tokens by tokens would look like it

@@ -46,6 +46,7 @@ class Program(NamedTuple):
         shapes: name -> shape of every array that stays from call to call.
         rules, specs: name -> the PartitionSpec of its rule, and its own; nothing where every device has all of it.
         expert_rows: rows that a device's experts compute in one layer if their load is even; 0 = no experts.
+        head: width of an attention head; 0 = no attention.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Program(NamedTuple):
     rules: dict[str, PartitionSpec]
     specs: dict[str, PartitionSpec]
     expert_rows: float
+    head: int
 
 
 class _Stand:
@@ -173,6 +175,7 @@ def train_program(config: Config, mesh: Mesh) -> Program:
         rules={name: spec_for(name) if leaf.ndim else PartitionSpec() for name, leaf in arrays.items()},
         specs={name: place.spec for name, place in named_leaves(places).items()},
         expert_rows=_expert_rows(objective.model, batch / count / _parts(mesh)),
+        head=objective.model.dim // objective.model.heads,
     )
 
 
@@ -219,7 +222,7 @@ def sample_program(config: Config, mesh: Mesh, images: int, steps: int, members:
     flops = 2.0 * (inference_macs(dit, steps, members, passes) + decoder * members * passes) * images
     share = _expert_rows(dit, rows / _parts(mesh))
     shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves({"params": abstract_params(dit)}).items()}
-    return Program("sample", compile_it, flops, rows, dit.tokens, shapes, {}, {}, share)
+    return Program("sample", compile_it, flops, rows, dit.tokens, shapes, {}, {}, share, dit.dim // dit.heads)
 
 
 def encode_program(config: Config, mesh: Mesh, images: int) -> Program:
@@ -232,4 +235,4 @@ def encode_program(config: Config, mesh: Mesh, images: int) -> Program:
         return engine.compiled("encode", engine._encode, engine.autoencoder.params, pictures)
 
     macs = part_size(engine.autoencoder, "encoder", config.resolution, config.resolution)[1]
-    return Program("encode", compile_it, 2.0 * macs * images * fields, images * fields, 0, {}, {}, {}, 0.0)
+    return Program("encode", compile_it, 2.0 * macs * images * fields, images * fields, 0, {}, {}, {}, 0.0, 0)

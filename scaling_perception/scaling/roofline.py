@@ -33,8 +33,12 @@ def padded_flops(one: Matmul, side: int) -> float:
     """FLOPs that a matrix unit of ``side`` × ``side`` spends on one product: the summed side and the shorter of the
     others are padded to it, the third streams through."""
     short = max(min(one.m, one.n), 1)
-    waste = math.ceil(one.k / side) * side / max(one.k, 1) * math.ceil(short / side) * side / short
-    return one.flops * waste
+    return one.flops * padding(one.k, side) * padding(short, side)
+
+
+def padding(size: int, side: int) -> float:
+    """How many times longer a matrix unit of ``side`` takes for a short side of ``size`` than for its share."""
+    return math.ceil(size / side) * side / max(size, 1)
 
 
 def estimate(
@@ -47,11 +51,12 @@ def estimate(
     """The bounds of a step.
 
     Args:
-        kernels: hand-written kernels, and which share of their rows is really computed.
+        kernels: hand-written kernels, and how many times the FLOPs that they state they take: less, where rows are not
+            computed, and more, where short sides are padded. What states nothing counts nothing.
         traffic: bytes to and from main memory. links: seconds by axes.
     """
     flops = sum(padded_flops(one, chip.matrix) * one.trips for one in matmuls)
-    flops += sum(one.flops * one.trips * share for one, share in kernels)
+    flops += sum((one.flops or 0) * one.trips * share for one, share in kernels)
     compute, memory = flops / chip.flops, traffic / chip.bandwidth
     together = sum(links.values())
     return Estimate(compute, memory, dict(links), max(compute, memory, together), compute + memory + together)

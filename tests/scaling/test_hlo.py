@@ -211,6 +211,75 @@ def test_what_a_tpu_program_looks_like():
     assert sum(costs.traffic(module).values()) == 5 * 4 * (64 * 128 * 2) + 8 * 128 * 4 + counting
 
 
+KERNELS = """HloModule jit_step, is_scheduled=true, num_partitions=1
+
+ENTRY %main (x: bf16[96,128], w: bf16[4,128,256]) -> bf16[96,256] {
+  %x = bf16[96,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = bf16[4,128,256]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %gmm.1 = bf16[96,256]{1,0:T(8,128)(2,1)} custom-call(%x, %w), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/moe/jit(gmm)/pallas_call"}, backend_config={"custom_call_config":{"body":"TUzv","cost_estimate":{"flops":"6291456","transcendentals":"0","bytes_accessed":"4096"}}}
+  %other = bf16[96,256]{1,0:T(8,128)(2,1)} custom-call(%gmm.1), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/attn/pallas_call"}, backend_config={"custom_call_config":{"body":"TUzv"}}
+  ROOT %room = bf16[96,256]{1,0:T(8,128)(2,1)} custom-call(%other), custom_call_target="ConcatBitcast"
+}
+"""  # noqa: E501
+
+
+# An all-gather that begins, goes on beside a product, and ends; a slice that is fetched to the chip ahead of its use.
+PIECES = """HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%first (p.0: bf16[64,128]) -> (bf16[64,128], bf16[256,128], u32[]) {
+  %p.0 = bf16[64,128]{1,0} parameter(0)
+  %all-gather.1 = bf16[256,128]{1,0} all-gather(%p.0), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %start = (bf16[64,128]{1,0}, bf16[256,128]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%between (p.1: bf16[64,128], p.2: bf16[256,128], y: bf16[32,32]) -> (bf16[32,32], bf16[64,128], bf16[256,128]) {
+  %p.1 = bf16[64,128]{1,0} parameter(0)
+  %p.2 = bf16[256,128]{1,0} parameter(1)
+  %y = bf16[32,32]{1,0} parameter(2)
+  %all-gather.2 = bf16[256,128]{1,0} all-gather(%p.1), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}
+  %product = bf16[32,32]{1,0} convolution(%y, %y), dim_labels=bf_io->bf
+  ROOT %both = (bf16[32,32]{1,0}, bf16[64,128]{1,0}, bf16[256,128]{1,0}) tuple(%product, %p.1, %all-gather.2)
+}
+
+%last (p.3: bf16[64,128], p.4: bf16[256,128]) -> bf16[256,128] {
+  %p.3 = bf16[64,128]{1,0} parameter(0)
+  %p.4 = bf16[256,128]{1,0} parameter(1)
+  %all-gather.3 = bf16[256,128]{1,0} all-gather(%p.3), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %done = bf16[256,128]{1,0} custom-call(%p.3, %p.4, %all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: bf16[64,128], z: bf16[32,32]) -> bf16[256,128] {
+  %x = bf16[64,128]{1,0} parameter(0)
+  %z = bf16[32,32]{1,0} parameter(1)
+  %one = (bf16[64,128]{1,0}, bf16[256,128]{1,0}, u32[]{:S(2)}) fusion(%x), kind=kCustom, calls=%first
+  %a = bf16[64,128]{1,0} get-tuple-element(%one), index=0
+  %b = bf16[256,128]{1,0} get-tuple-element(%one), index=1
+  %two = (bf16[32,32]{1,0}, bf16[64,128]{1,0}, bf16[256,128]{1,0}) fusion(%a, %b, %z), kind=kOutput, calls=%between
+  %c = bf16[64,128]{1,0} get-tuple-element(%two), index=1
+  %d = bf16[256,128]{1,0} get-tuple-element(%two), index=2
+  %e = bf16[256,128]{1,0} fusion(%c, %d), kind=kCustom, calls=%last
+  %ahead = (bf16[256,128]{1,0}, bf16[16,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%e), slice={[0:16], [0:128]}
+  %there = bf16[16,128]{1,0:S(1)} slice-done(%ahead)
+  ROOT %out = bf16[256,128]{1,0} bitcast(%e)
+}
+"""  # noqa: E501
+
+
+def test_what_is_carried_out_in_pieces_moves_once():
+    module = hlo.parse(PIECES)
+    (gather,) = collectives.collectives(module)
+    assert gather.bytes == 256 * 128 * 2
+    gathered, product, slice_ = (64 + 256) * 128 * 2, 2 * 32 * 32 * 2, 16 * 128 * 2
+    assert sum(costs.traffic(module).values()) == gathered + product + slice_
+
+
+def test_kernels_and_what_they_say_they_cost():
+    assert costs.kernels(hlo.parse(KERNELS)) == [
+        ("jit(step)/moe/jit(gmm)/pallas_call", 2 * 96 * 128 * 256, 96, 1),
+        ("jit(step)/attn/pallas_call", None, 96, 1),
+    ]
+
+
 def test_text_that_is_none():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.parse("module @jit_step attributes {}")

@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec
 from scaling_perception.scaling import partition
 from scaling_perception.scaling.collectives import Collective, carried, parameters_of, purpose
 from scaling_perception.scaling.costs import Kernel, Matmul
-from scaling_perception.scaling.hlo import Array, Loop
-from scaling_perception.scaling.roofline import estimate, padded_flops
+from scaling_perception.scaling.hlo import Array, Loop, parse
+from scaling_perception.scaling.roofline import estimate, padded_flops, padding
 from scaling_perception.scaling.topologies import CHIPS, Topology, get_topology, route, transfer_seconds
 from scaling_perception.support.errors import UserError
 
@@ -76,12 +76,13 @@ def test_short_sides_are_padded_to_the_matrix_unit():
     logits, values = Matmul(1024, 1024, 72, 1000, 1), Matmul(1024, 72, 1024, 1000, 1)
     assert padded_flops(logits, 128) == padded_flops(values, 128) == pytest.approx(1000 * 128 / 72)
     assert padded_flops(Matmul(16384, 1152, 4608, 1000, 1), 128) == 1000
+    assert padding(72, 128) == 128 / 72 and padding(128, 128) == 1
 
 
 def test_bounds_of_a_step():
     chip = CHIPS["v5p"]
     products = [Matmul(4096, 4096, 4096, int(459e9), 3)]
-    kernels = [(Kernel("gmm", int(459e9), 8, 2), 0.5)]
+    kernels = [(Kernel("gmm", int(459e9), 8, 2), 0.5), (Kernel("of unknown cost", None, 1, 12), 1.0)]
     found = estimate(chip, products, kernels, int(2765e6), {"fsdp": 0.002, "data": 0.0005})
     assert found.compute == pytest.approx(0.004) and found.memory == pytest.approx(0.001)
     assert found.best == pytest.approx(0.004) and found.worst == pytest.approx(0.0075)
@@ -118,6 +119,8 @@ def collective(kind, *shapes, loops=LOOP, op_name="jit(step)/while/body/dot_gene
         (collective("all-gather", (128, 2048)), ("fsdp",), "weights"),
         (collective("reduce-scatter", (512, 2048)), ("fsdp",), "kept"),
         (collective("collective-permute", (64, 2048)), ("fsdp",), "ring"),  # half of a part: both directions
+        (collective("collective-permute", (48, 2048)), ("fsdp",), "ring"),  # what padding moved over a part's end
+        (collective("collective-permute", (256, 2048)), ("fsdp",), "reshard"),  # more than a part
         (collective("reduce-scatter", (640, 2048), dtype="f32"), ("fsdp",), "kept"),  # 512 rows padded
         (collective("all-reduce", (1, 128, 2048), (2048,)), ("data",), "gradients"),
         (collective("all-reduce", (), dtype="f32"), ("data",), "scalars"),
@@ -146,6 +149,26 @@ def test_warnings_of_experts_and_of_layers_that_change_how_they_are_split():
     (line,) = partition.resharded_layers(found)
     assert "all-to-all of activations bf16[8192, 512] over fsdp inside a loop, 12 times" in line
     assert not list(partition.resharded_layers([(tokens._replace(loops=()), ("fsdp",), "reshard")]))
+
+
+def test_warnings_of_activations_that_are_whole():
+    """Four samples of 80 tokens on each of 16 devices; each token meets two experts."""
+    text = """HloModule jit_step, num_partitions=16
+
+ENTRY %main (x: bf16[320,512]) -> s32[1280,300] {
+  %x = bf16[320,512]{1,0} parameter(0)
+  %all = bf16[2560,512]{1,0} all-gather(%x), replica_groups={}, metadata={op_name="jit(step)/blocks/mlp/dot"}
+  ROOT %pairs = s32[1280,300]{1,0} iota(), iota_dimension=0, metadata={op_name="jit(step)/blocks/moe/shard_map/eq"}
+}
+"""
+
+    def told(expert_rows):
+        program = types.SimpleNamespace(batch=64, tokens=80, expert_rows=expert_rows)
+        return list(partition.unsharded_activations(parse(text), MESH, program, KNOWN))
+
+    (line,) = told(640.0)  # 1280 rows are those of two experts, of the tokens of two devices
+    assert "whole over data × fsdp: bf16[2560, 512] at jit(step)/blocks/mlp/dot, 2.6 MB" in line
+    assert len(told(0.0)) == 2
 
 
 def test_warnings_of_state_and_of_repeated_work():
