@@ -1,8 +1,10 @@
 """A run that was interrupted, killed or damaged ends where an undisturbed one ends, bit for bit."""
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from runs import ROOT, scenes_command
 from toys import LinearBatches, config_of, linear_objective
 
 from scaling_perception import train as verb
 from scaling_perception.interop.model_folder import load_model
-from scaling_perception.models import tiny_vae
-from scaling_perception.models.autoencoders import save_part
 from scaling_perception.parallel.mesh import make_mesh
-from scaling_perception.support.verbs import run_verb
+from scaling_perception.support.errors import UserError
 from scaling_perception.training.checkpoints import Checkpoints
 from scaling_perception.training.goodput import goodput_report
 from scaling_perception.training.optim import make_optimizer
@@ -85,19 +86,89 @@ def test_two_halves_make_the_whole_bit_for_bit(monkeypatch, tmp_path, stop, opti
     assert 0 < report["goodput"] < 1 and report["seconds"]["lost"] == 0 and report["seconds"]["compile"] > 0
 
 
-def test_a_damaged_checkpoint_costs_steps_but_no_bits(monkeypatch, tmp_path, capsys):
-    linear_run(monkeypatch, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The last state of a linear run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        linear_run(monkeypatch, folder)
+    return last_state(folder)
+
+
+def assert_same(state, expected):
+    assert state.keys() == expected.keys()
+    for name, leaf in state.items():
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "one flipped bit": flip,
+    "deleted": Path.unlink,
+}
+
+
+def damage_one(work, copy, damage):
+    """Damage one file of arrays of checkpoint 14 that restoring needs (Orbax leaves some that nothing refers to)."""
+    for path in sorted((work / "checkpoints" / "14").rglob("d/*")):
+        shutil.copytree(work / "checkpoints", copy / "checkpoints")
+        damage(copy / path.relative_to(work))
+        step = int(last_state(copy)["step"])
+        shutil.rmtree(copy)
+        if step == 12:
+            damage(path)
+            return path
+    return None
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_costs_steps_but_no_bits(monkeypatch, tmp_path, capsys, undisturbed, damage):
     with pytest.raises(verb.Stopped):
-        linear_run(monkeypatch, tmp_path / "halves", LinearBatches(signal_at=13))
-    newest = tmp_path / "halves" / "checkpoints" / "14"
-    for path in newest.rglob("d/*"):
-        path.write_bytes(path.read_bytes()[:-7])
-    linear_run(monkeypatch, tmp_path / "halves")
+        linear_run(monkeypatch, tmp_path, LinearBatches(signal_at=13))
+    assert damage_one(tmp_path, tmp_path.with_name(f"{tmp_path.name} copy"), DAMAGES[damage])
+    linear_run(monkeypatch, tmp_path)
     told = capsys.readouterr().err
     assert "checkpoint 14 is damaged" in told and "resuming from step 12" in told
-    expected, got = last_state(tmp_path / "whole"), last_state(tmp_path / "halves")
-    for name, leaf in got.items():
-        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+    assert_same(last_state(tmp_path), undisturbed)
+
+
+class Filling(LinearBatches):
+    """Fills the disk with one file before step 13."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.file = file
+
+    def at(self, step):
+        if step == 13:
+            with contextlib.suppress(OSError), open(self.file, "wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        return super().at(step)
+
+
+def test_a_full_disk_costs_steps_but_no_bits(monkeypatch, tmp_path, undisturbed):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        with pytest.raises(UserError, match="free space"):
+            linear_run(monkeypatch, disk / "work", Filling(disk / "filler"))
+        (disk / "filler").unlink()
+        assert int(last_state(disk / "work")["step"]) in (8, 12)  # 12 was being written when the disk became full
+        linear_run(monkeypatch, disk / "work")
+        assert_same(last_state(disk / "work"), undisturbed)
+        assert goodput_report(disk / "work")["steps"]["kept"] == 20
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_checkpoint_of_eight_devices_resumes_on_one(monkeypatch, tmp_path):
@@ -119,25 +190,15 @@ STEPS = 100
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """The words of a training command on a small cache of 32-pixel scenes, less its --workdir."""
     folder = tmp_path_factory.mktemp("resume")
-    thin = {"encoder_widths": (4, 4, 4), "encoder_blocks": (1, 1, 1), "decoder_widths": (4, 4, 4)}
-    config = tiny_vae.TinyVAEConfig(**thin, decoder_blocks=(1, 1, 1), patch=2)
-    for part in ("encoder", "decoder"):  # any weights do: they make latents, no pictures
-        save_part(folder / "vae", part, config, tiny_vae.init_part(part, config, jax.random.key(0)), {})
-    words = ["scenes", "--out", str(folder / "cache"), "--latents", "--vae", str(folder / "vae"), "--resolution", "32"]
-    assert run_verb("prepare", [*words, "--count", "6", "--batch", "8", "--workers", "0"]) == 0
-    spec = f"configs/mini.py:model=nano,res=32,cache={folder / 'cache'},vae={folder / 'vae'},batch=4,steps={STEPS}"
-    changes = ["train.checkpoint_every=10", "train.log_every=1", "optim.warmup=10", "latent_norm=auto"]
-    return ["--config", spec, *(f"--config.{change}" for change in changes)]
+    return scenes_command(folder, STEPS, 4, "train.checkpoint_every=10", "optim.warmup=10")
 
 
 def start(command, workdir):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, compiled in half the time
     words = [sys.executable, "-m", "scaling_perception", "train", *command, "--workdir", str(workdir)]
-    root = Path(__file__).parent.parent.parent
-    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=root, env=environment)
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
 
 def signal_at(process, step, number):
