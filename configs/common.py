@@ -75,6 +75,7 @@ def defaults() -> Config:
     # batch), tensor the wide matrices. -1 takes the devices that are left.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "expert": 1, "tensor": 1})
     config.data = ConfigDict({"cache": "", "mixture": {}, "flip": True, "workers": 0})
+    config.held_out = ConfigDict({"cache": "", "mixture": {}})  # as in data; what train.validate_every measures
     config.train = ConfigDict(
         {
             "steps": 30_000,
@@ -83,9 +84,19 @@ def defaults() -> Config:
             "checkpoint_every": 1000,
             "keep": 2,  # newest checkpoints
             "keep_every": 0,  # and every one whose step is a multiple of this, for ever; 0 = none
+            "keep_best": 0,  # and this many whose metric is smallest
+            "best_metric": "",  # which: any that is logged; "" = held_out_loss where there is one, else loss
+            "export_from": "last",  # the finished model is the average of the last step, or of the "best" kept one
+            "validate_every": 0,  # steps between measuring the loss of held_out; 0 = never
+            "validate_samples": 256,  # of held_out
             "dtype": "float32",  # of activations: float32 or bfloat16
             "accumulate": 1,  # parts that a batch is computed in; the update is that of the whole batch
             "on_nan": "raise",  # a loss or gradient that is not finite: raise, or skip (that step changes no weight)
+            "on_spike": "none",  # a loss or gradient norm far above the last steps' median: none, skip or raise
+            "spike_factor": 10.0,  # how far
+            "spike_window": 128,  # steps of the median; the policy holds once half of them are known
+            "check_replicas": 0,  # steps between comparing the copies of the state on all devices; 0 = never
+            "wandb": "",  # project of Weights & Biases to tell, too
             "remat": False,  # recompute activations in the backward pass: slower, much less memory
             "export_dtype": "float32",  # of the exported weights: float32, bfloat16 or float16
         }
@@ -103,6 +114,9 @@ def defaults() -> Config:
             "weight_decay": 0.0,
             "grad_clip": 0.0,  # largest gradient norm; 0 = no clipping
             "ema": 0.9999,
+            "ema_every": 1,  # steps; the decay is that of as many steps
+            "ema_dtype": "float32",  # or bfloat16, rounded at random
+            "ema_place": "device",  # or "host": no device memory; with ema_every of 10 or so
         }
     )
     return config

@@ -7,7 +7,6 @@ weights, ready for predict and evaluate).
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import shlex
@@ -25,10 +24,6 @@ scaling-perception train --config configs/depth.py:model=a1,res=256,root=DATA/hy
 scaling-perception train --config configs/mini.py --workdir runs/short --config.train.steps=500 --config.optim.lr=3e-4
 """
 
-# Fields that change neither the numbers of a run nor its data: they may differ when it is resumed. Where the data lies
-# may change as well, for its content has a fingerprint of its own.
-_FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.export_dtype", "data.workers", "data.cache")
-_FREE += ("train.keep_every", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "train.accumulate", "train.remat")
 _ON_NAN = ("raise", "skip")
 
 
@@ -90,14 +85,20 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     from scaling_perception.parallel.processes import is_first, put_batch, put_tree, to_host
     from scaling_perception.parallel.rules import tree_shardings
     from scaling_perception.support.files import write_json
-    from scaling_perception.training.checkpoints import Checkpoints
+    from scaling_perception.training import averaging, trouble
+    from scaling_perception.training.checkpoints import Checkpoints, load_ema
     from scaling_perception.training.goodput import Clock
+    from scaling_perception.training.identity import as_json, refuse_foreign, same_run, without_places
     from scaling_perception.training.optim import make_optimizer
     from scaling_perception.training.profile import parse_steps, trace_steps
     from scaling_perception.training.record import open_record, why_ended
+    from scaling_perception.training.replicas import differing, replica_sums
+    from scaling_perception.training.saving import from_first
     from scaling_perception.training.silent import Silent
-    from scaling_perception.training.state import abstract_state, new_state
+    from scaling_perception.training.spikes import new_guard, spike_window
+    from scaling_perception.training.state import new_state
     from scaling_perception.training.step import make_step
+    from scaling_perception.training.validation import best_metric, check_metric, make_validation
     from scaling_perception.training.writer import Pace, Window, Writer, duration
 
     clock, traced = Clock(), parse_steps(profile) if profile else (1, 0)
@@ -106,14 +107,17 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     for name in ("steps", "batch_size", "log_every", "checkpoint_every", "accumulate"):
         if config.train[name] < 1:
             raise UserError(f"train.{name} is {config.train[name]}: give a whole number above 0")
-    if not 0.0 <= config.optim.ema < 1.0:
-        raise UserError(f"optim.ema is {config.optim.ema}: give a decay from 0 (no averaging) to below 1")
+    if config.train.check_replicas < 0:
+        raise UserError(f"train.check_replicas is {config.train.check_replicas}: give a number of steps, 0 for none")
     if config.train.on_nan not in _ON_NAN:
         raise UserError(f"train.on_nan is '{config.train.on_nan}'{did_you_mean(config.train.on_nan, _ON_NAN)}")
+    apart, window_size, best = averaging.kept_apart(config.optim), spike_window(config.train), best_metric(config.train)
     mesh = make_mesh(**config.mesh.to_dict())
     objective = _objective(config, mesh)
     tx, schedule = make_optimizer(config.optim, total, objective.frozen)
-    identity = _plain({"config": config.to_dict(), "data": dict(objective.batches.fingerprint), "meta": objective.meta})
+    identity = as_json(
+        {"config": config.to_dict(), "data": dict(objective.batches.fingerprint), "meta": objective.meta}
+    )
 
     # ---- Devices: the batch is split over them, the state by parallel/rules.py -------------------------------------
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * config.train.accumulate
@@ -125,25 +129,32 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     constants = put_tree(objective.constants, jax.tree.map(lambda _: whole, objective.constants))
 
     # ---- Init or restore --------------------------------------------------------------------------------------------
-    shapes = abstract_state(objective.init, tx)
-    places = tree_shardings(shapes, mesh)
+    def begin(params: Any) -> Any:
+        average = averaging.first_average(params, apart, objective.frozen)
+        return new_state(params, tx)._replace(ema=average, guard=new_guard(window_size))
+
+    shapes = jax.eval_shape(lambda key: begin(objective.init(key)), jax.random.key(0))
+    places = averaging.placed(tree_shardings(shapes, mesh), apart)
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
     )
-    _refuse_foreign(workdir)  # 4. refuse: the folder holds something that this run would overwrite
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, config.train.keep_every)
+    refuse_foreign(workdir)  # 4. refuse: the folder holds something that this run would overwrite
+    keeping = (config.train.keep, config.train.keep_every, config.train.keep_best, best)
+    checkpoints = Checkpoints(workdir / "checkpoints", *keeping)
     with contextlib.ExitStack() as closing:
         closing.callback(checkpoints.close)
         with clock.spend("restore"):
-            state = checkpoints.restore(abstract, lambda saved: _same_run(saved, identity, workdir), _say)
+            state = checkpoints.restore(abstract, lambda saved: same_run(saved, identity, workdir), _say)
         if state is not None:  # 1. our own earlier run
+            if window_size and not state.guard:  # the policy for spikes is new
+                state = state._replace(guard=jax.jit(lambda: new_guard(window_size), out_shardings=places.guard)())
             story = f"resuming from step {int(state.step)}"
         elif objective.starting_params is not None:  # 2. another model's weights
             params = put_tree(objective.starting_params, places.params)
-            state = jax.jit(lambda params: new_state(params, tx), out_shardings=places)(params)
+            state = jax.jit(begin, out_shardings=places)(params)
             story = f"starting from the weights of {config.init}"
         else:  # 3. from scratch
-            state = jax.jit(lambda key: new_state(objective.init(key), tx), out_shardings=places)(key)
+            state = jax.jit(lambda key: begin(objective.init(key)), out_shardings=places)(key)
             story = "starting from scratch"
         if is_first():
             write_json(workdir / "config.json", identity["config"])
@@ -166,42 +177,67 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
                 record.attempt_ended(step, why_ended(error), clock.totals(), str(error or ""))
 
             closing.push(ended)
-            writer = Writer(workdir, start, total) if is_first() else Silent()
+            told = {"wandb": config.train.wandb, "config": identity["config"]}
+            writer = Writer(workdir, start, total, **told) if is_first() else Silent()
             closing.callback(writer.close)
             several = jax.process_count() > 1
             asked = closing.enter_context(_asked_to_stop(several))
             step_of = make_step(
-                objective, tx, config.optim.ema, config.train.accumulate, config.train.on_nan == "skip", places
+                objective,
+                tx,
+                None if apart else config.optim.ema,
+                config.train.accumulate,
+                config.train.on_nan == "skip",
+                places,
+                config.train.spike_factor if window_size else 0.0,
+                config.train.on_spike == "skip",
             )
-            jitted = jax.jit(step_of, donate_argnums=0, out_shardings=(places, whole))
-            pace, compiled = Pace(), None
-            window, waited, late = Window(), 0.0, None
+            inside = places._replace(ema=()) if apart else places  # what the step is given
+            jitted = jax.jit(step_of, donate_argnums=0, out_shardings=(inside, whole))
+            validate = make_validation(objective, config, mesh) if config.train.validate_every else None
+            pace, advance = Pace(), None
+            window, since_saved, waited, told_at, late = Window(), Window(), 0.0, start, None
             hook = closing.enter_context(trace_steps(workdir, *traced, _say))
-            kind, tokens = (
-                mesh.devices.flat[0].device_kind,
-                getattr(getattr(objective.model, "config", None), "tokens", 0),
-            )
+            kind, tokens = mesh.devices.flat[0].device_kind, getattr(objective.model, "tokens", 0)
 
-            def take(number: int, metrics: Mapping[str, Any], keys: Sequence[str]) -> None:
-                """Look at the metrics of step ``number``; stops the run at a loss or gradient that is not finite."""
-                nonlocal waited
+            def take(
+                number: int, metrics: Mapping[str, Any], keys: Sequence[str], copies: Any, held: Mapping[str, float]
+            ) -> None:
+                """Look at what step ``number`` told; stops the run where its state must not be saved."""
+                nonlocal waited, told_at
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-                    if config.train.on_nan == "raise":
+                finite = trouble.is_finite(values)
+                if not finite or values.get("spike"):
+                    if (config.train.on_spike if finite else config.train.on_nan) == "raise":
                         checkpoints.wait()
-                        raise _diverged(number, values, keys, workdir, checkpoints.steps())
-                    _note_skipped(number, values, keys, workdir)
+                        raise trouble.went_wrong(number, values, keys, workdir, checkpoints.steps())
+                    trouble.note_skipped(number, values, keys, workdir)
+                refuse_differing(number, copies)
+                if number == start + 1:
+                    check_metric(best, [*values], config.train)
                 window.add(values)
+                since_saved.add(values)
                 writer.tick()
                 pace.tick()
-                if number % config.train.log_every == 0 or number == total:
-                    steps = min(number - start, (number - 1) % config.train.log_every + 1)
+                if number % config.train.log_every == 0 or number == total or held:
+                    steps, told_at = number - told_at, number
                     samples = number * objective.samples_per_step
-                    row = {**window.means(), "lr": float(np.asarray(schedule(number - 1))), "samples": samples}
+                    row = {**window.means(), **held, "lr": float(np.asarray(schedule(number - 1))), "samples": samples}
                     row |= pace.row(objective.samples_per_step, macs, mesh.size, kind, tokens)
                     row |= {"data_wait": waited / steps / row["seconds_per_step"], "macs": samples * macs}
                     writer.report(number, {**row, **clock.row()})
                     waited = 0.0
+
+            def refuse_differing(number: int, copies: Any) -> None:
+                what = differing(copies) if copies is not None else ""
+                if what:
+                    checkpoints.wait()
+                    raise trouble.replicas_differ(number, what, checkpoints.steps())
+
+            def save(held: Mapping[str, float]) -> None:
+                """Save the state, all of whose steps have been looked at; the copies of it are looked at here."""
+                refuse_differing(step, replica_sums(state) if config.train.check_replicas else None)
+                checkpoints.save(state, identity, metrics={**since_saved.means(), **held})
 
             batches = objective.batches.iterate(step)
             closing.callback(getattr(batches, "close", lambda: None))  # lets the readers' threads or processes end
@@ -213,28 +249,37 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
                 waited += time.monotonic() - before
                 keys = list(batch.pop("key", ()))
                 arrays = put_batch(batch, split)
-                if compiled is None:
+                if advance is None:
                     with clock.spend("compile"):
-                        compiled = jitted.lower(state, arrays, key, constants).compile()
+                        given = state._replace(ema=()) if apart else state
+                        compiled = jitted.lower(given, arrays, key, constants).compile()
+                        advance = averaging.around(compiled, apart, total, places.ema)
                     writer.say(f"compiled the step in {duration(time.monotonic() - before)}")
                     writer.begin()
                     pace.resume()
                     waited = 0.0
                 # nothing may travel that is not asked for
                 with hook(step + 1, state), jax.transfer_guard("disallow"):
-                    state, metrics = compiled(state, arrays, key, constants)
+                    state, metrics = advance(step + 1, state, arrays, key, constants)
                 step += 1
                 checkpoints.poll()  # a save that failed behind our back is told here
                 if late is not None:  # one step late: the device is already busy with the next
                     take(*late)
-                late = (step, metrics, keys)
+                copies, held = None, {}
+                if config.train.check_replicas and step % config.train.check_replicas == 0:
+                    copies = replica_sums(state)
+                if validate and (step % config.train.validate_every == 0 or step == total):
+                    with clock.spend("evaluate"):
+                        held = validate(state.ema, key, constants)
+                    pace.resume()
+                late = (step, metrics, keys, copies, held)
                 if several and reached_preemption_sync_point(step):  # all processes stop at the same step
                     asked.append(signal.SIGTERM)
                 if step % every == 0 or step == total or asked:  # before the next batch, and never unchecked weights
                     take(*late)
                     late = None
                     with clock.spend("checkpoint"):
-                        checkpoints.save(state, identity)
+                        save(held)
                     record.seen(step, clock.totals())
                     pace.resume()  # the pace of training is told without saving
             if late is not None:  # the signal came after the last look
@@ -242,7 +287,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
             writer.close()
             if asked and step < total:
                 with clock.spend("checkpoint"):
-                    checkpoints.save(state, identity)
+                    save({})
                     checkpoints.wait()
                 _say(f"stopped at step {step} of {total}; to resume run: {command}")
                 raise Stopped(128 + asked[0])
@@ -254,13 +299,17 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         if start == total and model.exists():
             _say(f"already finished: {model}")
             return model
-        samples = total * objective.samples_per_step
-        info = {"steps": total, "samples": samples, "macs": samples * macs, "data": identity["data"]}
-        info |= {"config": _without_places(identity["config"])}
-        average = to_host(state.ema, mesh)
+        ema, at = state.ema, total
+        if config.train.export_from == "best":
+            at = from_first(next((one for _, one in checkpoints.best()), total))
+            ema = ema if at == total else load_ema(checkpoints.folder, abstract.ema, _say, at)[0]
+        samples = at * objective.samples_per_step
+        info = {"steps": at, "samples": samples, "macs": samples * macs, "data": identity["data"]}
+        info |= {"config": without_places(identity["config"])}
+        average = jax.tree.map(lambda leaf, like: np.asarray(leaf, like.dtype), to_host(ema, mesh), shapes.params)
         if is_first():
             objective.export(average, str(model), info)
-        _say(f"exported the averaged weights to {model}")
+        _say(f"exported the averaged weights {'' if at == total else f'of step {at} '}to {model}")
         return model
 
 
@@ -283,73 +332,6 @@ def _macs(objective: Any) -> float:
     from scaling_perception.scaling.compute import forward_macs
 
     return float(forward_macs(objective.model))
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as JSON reads it back (tuples become lists), so that it compares equal to what was saved."""
-    return json.loads(json.dumps(value))
-
-
-def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` for a model's card, its folders by name alone: where they lay says something about a machine only."""
-    told = json.loads(json.dumps(config))
-    for table in (told, told["data"], *told["data"]["mixture"].values()):
-        for field in ("cache", "root", "init", "autoencoder", "teacher"):
-            if isinstance(table.get(field), str) and Path(table[field]).is_absolute():
-                table[field] = Path(table[field]).name
-    return told
-
-
-def _refuse_foreign(workdir: Path) -> None:
-    if (workdir / "model.safetensors").exists():
-        raise UserError(f"{workdir} is a model, not a work folder: start from it with --config.init and choose another")
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"{workdir} is a file: choose another --workdir")
-    if (workdir / "model").exists() and not (workdir / "checkpoints").exists():
-        raise UserError(f"{workdir} holds a finished model without checkpoints: choose another --workdir, or move it")
-
-
-def _same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
-    """Raise a UserError that says what changed, unless ``saved`` and ``now`` describe the same run."""
-    from scaling_perception.support.configs import flatten
-
-    for part, what in (("config", "config"), ("data", "data"), ("meta", "model")):
-        both = (flatten(saved.get(part, {})), flatten(now[part]))
-        old, new = ({name: value for name, value in side.items() if value != {}} for side in both)
-        for name in sorted(old.keys() | new.keys()):
-            free = part == "config" and (name in _FREE or (name.startswith("data.") and name.endswith(".root")))
-            if old.get(name) != new.get(name) and not free:
-                was, is_now = (json.dumps(side.get(name, "absent"))[:80] for side in (old, new))
-                raise UserError(
-                    f"cannot resume in {workdir}: {what} {name} was {was} and is now {is_now}; "
-                    "restore it, or choose another --workdir"
-                )
-
-
-def _diverged(
-    step: int, values: Mapping[str, float], keys: Sequence[str], workdir: Path, good: Sequence[int]
-) -> UserError:
-    """The error for a loss that is not finite; all sample keys go to ``bad_batch.json``."""
-    from scaling_perception.support.files import write_json
-
-    told = {name: repr(value) for name, value in values.items()}
-    write_json(workdir / "bad_batch.json", {"step": step, "keys": list(keys), "metrics": told})
-    last = f"the last good checkpoint is step {good[-1]}" if good else "no checkpoint was saved before"
-    what = f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}"
-    which = f"samples {', '.join(keys[:3])}…, all in {workdir / 'bad_batch.json'}"
-    return UserError(f"{what} ({which}; {last}): lower optim.lr or set optim.grad_clip=1, and look at these samples")
-
-
-def _note_skipped(step: int, values: Mapping[str, float], keys: Sequence[str], workdir: Path) -> None:
-    """One line for a step that changed nothing, and its samples' keys in ``skipped.jsonl``."""
-    from scaling_perception.parallel.processes import is_first
-
-    told = {name: repr(value) for name, value in values.items()}
-    if not is_first():
-        return
-    with open(workdir / "skipped.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "keys": list(keys), "metrics": told}) + "\n")
-    _say(f"step {step} skipped: loss {values['loss']}, gradient norm {values['grad_norm']}; keys in skipped.jsonl")
 
 
 @contextlib.contextmanager

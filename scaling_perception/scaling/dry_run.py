@@ -136,6 +136,7 @@ def _memory(config: Config, dit: DiTConfig, devices: int | None) -> dict[str, An
     state = abstract_state(lambda key: init_params(dit, key), tx)
     placed = tree_shardings(state, mesh)
     sums = {name: _bytes(getattr(state, name), getattr(placed, name)) for name in ("params", "opt_state", "ema")}
+    sums["ema"] = sums["ema"] * _ITEM[config.optim.ema_dtype] // 4 if config.optim.ema_place == "device" else 0
     local = config.train.batch_size // shares  # samples of a step
     part = local // accumulate  # at a time
     kinds = {

@@ -1,6 +1,7 @@
 """Checkpoints: folders that are whole or absent, written while the run goes on, checked leaf by leaf when read back.
 
-The folder of a step holds five items: ``state`` (step, params, opt_state) and ``ema``, arrays as Orbax writes them;
+The folder of a step holds five items: ``state`` (step, params, opt_state) and ``ema``, arrays as Orbax writes them
+(and ``guard``, what the policy for loss spikes remembers, where there is one);
 ``config`` and ``data`` (JSON: the run's settings, the fingerprint of its data); ``meta`` (JSON: the model, metrics, for
 every leaf dtype, shape and checksum, and a digest of all that is JSON). The checksums are ours because Orbax restores a
 file with one flipped byte without a word.
@@ -95,6 +96,7 @@ class Checkpoints:
         if from_first(step in self.steps()):
             return False
         items = {"state": {"step": state.step, "params": state.params, "opt_state": state.opt_state}, "ema": state.ema}
+        items["guard"] = state.guard
         items = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
         finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
         meta = {"format": _FORMAT, "step": step, "model": identity.get("meta"), "metrics": finite}
@@ -184,7 +186,7 @@ class Checkpoints:
 
     def _finish(self, saving: Saving) -> None:
         """In a thread of the first process: from parts to a checkpoint, and farewell to old ones."""
-        for name in ("state", "ema"):
+        for name in ("state", "ema", "guard"):
             if (saving.place / name).exists():
                 ocp.StandardCheckpointHandler().finalize(epath.Path(saving.place / name))  # joins the processes' parts
         for path in (saving.place, self.folder):
@@ -197,17 +199,21 @@ class Checkpoints:
                 os.rename(self.folder / str(step), gone)  # a folder half deleted must not look like a checkpoint
                 shutil.rmtree(gone, ignore_errors=True)
 
+    def best(self) -> list[tuple[float, int]]:
+        """(metric, step) of the checkpoints that were saved with it, the smallest first; of equals, the newest."""
+        marks = []
+        for step in self.steps():
+            with contextlib.suppress(Exception):  # a damaged one is the best of nothing
+                marks.append((_read_documents(self.folder / str(step))["meta"]["metrics"][self._metric], step))
+        return sorted(marks, key=lambda mark: (mark[0], -mark[1]))
+
     def _superfluous(self) -> list[int]:
         steps = self.steps()
         kept = set(steps[-self._keep :])
         if self._keep_every:
             kept |= {step for step in steps if step % self._keep_every == 0}
         if self._keep_best:
-            marks = {}
-            for step in steps:
-                with contextlib.suppress(Exception):  # a damaged one is the best of nothing
-                    marks[step] = _read_documents(self.folder / str(step))["meta"]["metrics"][self._metric]
-            kept |= set(sorted(marks, key=lambda step: (marks[step], -step))[: self._keep_best])
+            kept |= {step for _, step in self.best()[: self._keep_best]}
         return [step for step in steps if step not in kept]
 
     def _give_up(self, saving: Saving) -> None:
@@ -237,6 +243,9 @@ class Checkpoints:
     ) -> TrainState | None:
         """The newest checkpoint that is whole, or None if there is none at all.
 
+        Its ``guard`` is () where ``abstract`` has one and the checkpoint none of the same size: what a policy remembers
+        may begin anew, and the policy may change.
+
         Args:
             abstract: shapes, dtypes and shardings to restore to: any mesh of any number of processes.
             check: called with the saved identity before any array is read; raises UserError to refuse.
@@ -252,17 +261,19 @@ class Checkpoints:
 
         def prepare(identity: Mapping[str, Any], leaves: Mapping[str, Any], place: Path) -> dict[str, Any]:
             check(identity)
-            stored = _as_stored(abstract, leaves, place, cast)
+            wanted, leaves = _with_same_guard(abstract, leaves)
+            stored = _as_stored(wanted, leaves, place, cast)
             tree = {"step": stored.step, "params": stored.params, "opt_state": stored.opt_state}
-            return {"state": tree, "ema": stored.ema}
+            return {"state": tree, "ema": stored.ema, "guard": stored.guard}
 
         seen = False
         while (step := from_first(max(self.steps(), default=-1))) >= 0:
             seen = True
             items, error = _read(self.folder / str(step), prepare)
             if error is None:
-                state = TrainState(**items["state"], ema=items.get("ema", abstract.ema))
-                return jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), state, abstract) if cast else state
+                state = TrainState(**items["state"], ema=items.get("ema", abstract.ema), guard=items.get("guard", ()))
+                wanted = abstract._replace(guard=abstract.guard if "guard" in items else ())
+                return jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), state, wanted) if cast else state
             del items  # makes room for the next one
             self._set_aside(step, error, warn)
         if seen:
@@ -286,8 +297,10 @@ class Checkpoints:
             raise UserError(f"cannot move the damaged {self.folder / str(step)} to {place}: move or remove it")
 
 
-def load_ema(folder: Path, abstract: Any = None, warn: Callable[[str], None] | None = None) -> tuple[Any, int]:
-    """The averaged weights alone of the newest checkpoint that is whole, and its step. Moves nothing.
+def load_ema(
+    folder: Path, abstract: Any = None, warn: Callable[[str], None] | None = None, step: int | None = None
+) -> tuple[Any, int]:
+    """The averaged weights alone of the newest checkpoint that is whole, or of ``step``, and its step. Moves nothing.
 
     Args:
         folder: where ``Checkpoints`` saved.
@@ -303,12 +316,13 @@ def load_ema(folder: Path, abstract: Any = None, warn: Callable[[str], None] | N
         wanted = {"ema": _tree_of(saved)["ema"] if abstract is None else abstract}
         return _as_stored(wanted, saved, place, cast=False)
 
-    for step in reversed(finished_steps(folder)):
-        items, error = _read(folder / str(step), prepare)
+    for one in reversed(finished_steps(folder) if step is None else [step]):
+        items, error = _read(folder / str(one), prepare)
         if error is None:
-            return items["ema"], step
-        (warn or _tell)(f"checkpoint {step} in {folder} is damaged ({_reason(error)}); passed over")
-    raise UserError(f"{folder} holds no whole checkpoint: give the checkpoints folder of a run that has saved")
+            return items["ema"], one
+        (warn or _tell)(f"checkpoint {one} in {folder} is damaged ({_reason(error)}); passed over")
+    what = "whole checkpoint" if step is None else f"whole checkpoint {step}"
+    raise UserError(f"{folder} holds no {what}: give the checkpoints folder of a run that has saved")
 
 
 def finished_steps(folder: Path) -> list[int]:
@@ -352,7 +366,7 @@ def _read(
         error = caught
     error = failure(error)
     if error is None:
-        found = describe_leaves({**items.get("state", {}), **({"ema": items["ema"]} if "ema" in items else {})})
+        found = describe_leaves({**items.get("state", {}), **{name: items[name] for name in items if name != "state"}})
         bad = [name for name, row in found.items() if row != list(meta["leaves"][name])]
         error = ValueError(f"{bad[0]} does not match the checksum it was saved with") if bad else None
     return items, error
@@ -370,6 +384,14 @@ def _read_documents(place: Path) -> dict[str, Any]:
     if old or meta["format"] != _FORMAT:
         raise UserError(f"{place} is of another version's format: go on with that version, or in another --workdir")
     return documents
+
+
+def _with_same_guard(abstract: TrainState, saved: Mapping[str, Any]) -> tuple[TrainState, Mapping[str, Any]]:
+    """State and saved leaves without a guard, unless both have one of the same size."""
+    has = {name: tuple(row[1]) for name, row in saved.items() if name.startswith("guard/")}
+    if has == {name: tuple(leaf.shape) for name, leaf in named_leaves({"guard": abstract.guard}).items()}:
+        return abstract, saved
+    return abstract._replace(guard=()), {name: row for name, row in saved.items() if name not in has}
 
 
 def _as_stored(abstract: Any, saved: Mapping[str, Any], place: Path, cast: bool) -> Any:

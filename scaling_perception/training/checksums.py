@@ -34,14 +34,14 @@ def describe_leaves(tree: Any) -> dict[str, list[Any]]:
     together, alone = {}, {}
     for name, leaf in leaves.items():
         _refuse_odd(name, leaf)
-        (alone if isinstance(leaf, jax.Array) and _off_device(leaf) else together)[name] = leaf
+        (alone if isinstance(leaf, jax.Array) and is_off_device(leaf) else together)[name] = leaf
     meshes = [
         leaf.sharding.mesh for leaf in leaves.values() if isinstance(getattr(leaf, "sharding", None), NamedSharding)
     ]
     add_up = _adder(meshes[0] if meshes else None)
     sums = dict(zip(together, np.asarray(add_up([_as_words(leaf) for leaf in together.values()])), strict=True))
     for name, leaf in alone.items():  # one by one, so that no device ever holds more than one of them
-        sums[name] = np.asarray(add_up([_on_device(leaf)]))[0]
+        sums[name] = np.asarray(add_up([on_device(leaf)]))[0]
     return {
         name: [str(leaf.dtype), list(leaf.shape), "".join(f"{int(word):08x}" for word in sums[name])]
         for name, leaf in leaves.items()
@@ -54,12 +54,12 @@ def _adder(mesh: Mesh | None) -> Callable[[list[Any]], jax.Array]:
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     nothing = jnp.zeros((0, 2), jnp.uint32)
     return jax.jit(
-        lambda leaves: jnp.stack([_sums(leaf) for leaf in leaves]) if leaves else nothing, out_shardings=whole
+        lambda leaves: jnp.stack([word_sums(leaf) for leaf in leaves]) if leaves else nothing, out_shardings=whole
     )
 
 
-def _sums(leaf: jax.Array) -> jax.Array:
-    """(2,) uint32."""
+def word_sums(leaf: jax.Array) -> jax.Array:
+    """The two sums of a leaf's bits, (2,) uint32; pure."""
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)
     if leaf.dtype.itemsize == 8:  # as two words, the lower one first
@@ -97,11 +97,13 @@ def _as_words(leaf: Any) -> Any:
     return np.ascontiguousarray(leaf).reshape(-1).view(np.uint32).reshape((*leaf.shape, 2))
 
 
-def _off_device(leaf: jax.Array) -> bool:
+def is_off_device(leaf: jax.Array) -> bool:
+    """Whether the leaf lies in host memory that belongs to its devices."""
     kind = leaf.sharding.memory_kind
     return kind is not None and kind != next(iter(leaf.sharding.device_set)).default_memory().kind
 
 
-def _on_device(leaf: jax.Array) -> jax.Array:
+def on_device(leaf: jax.Array) -> jax.Array:
+    """A copy in the devices' own memory."""
     kind = next(iter(leaf.sharding.device_set)).default_memory().kind
     return jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))

@@ -36,6 +36,7 @@ from scaling_perception.tasks import PASSES, TaskOptions, pass_indices
 from scaling_perception.training.objective import Batches, Metrics, Objective
 from scaling_perception.training.prompts import prompt_table, with_table
 from scaling_perception.training.start import starting_point
+from scaling_perception.training.validation import held_out_batches
 
 LATENT = 4  # channels of every latent
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -117,7 +118,7 @@ def make_loss(
         metrics = {"valid": jnp.mean(valid.astype(jnp.float32)), "weight": jnp.sum(valid.astype(jnp.float32))}
         if stats:
             metrics["mse"] = value
-        value = with_balance(value, stats, dit, config, metrics)
+        value = with_balance(value, stats, dit, config, metrics, len(clean))
         if len(passes) > 1:
             for index in passes:
                 cells = valid & (task == index)[:, None, None]
@@ -129,15 +130,20 @@ def make_loss(
 
 
 def with_balance(
-    value: jax.Array, stats: Mapping[str, jax.Array], dit: DiTConfig, config: Config, metrics: Metrics
+    value: jax.Array, stats: Mapping[str, jax.Array], dit: DiTConfig, config: Config, metrics: Metrics, pictures: int
 ) -> jax.Array:
-    """``value`` plus the balance loss of a model with experts; ``metrics`` is told how they are used."""
+    """``value`` plus the balance loss of a model with experts; ``metrics`` is told how they are used.
+
+    ``dropped`` counts what no expert got of the (token, expert) pairs of ``pictures``: 0, or something is wrong.
+    """
     if not stats:
         return value
     metrics["balance"] = jnp.mean(stats["balance"])
     metrics["expert_load_max"] = jnp.max(stats["load"]) * dit.experts  # 1: all experts get as much
     metrics["expert_load_min"] = jnp.min(stats["load"]) * dit.experts
     metrics["router_entropy"] = jnp.mean(stats["entropy"])
+    pairs = pictures * dit.tokens * dit.active_experts  # whole numbers: float32 shares of them add up to 1 or nearly so
+    metrics["dropped"] = jnp.sum(jnp.round(pairs * (1.0 - jnp.sum(stats["load"], axis=-1))))
     return value + config.balance_loss * jnp.sum(stats["balance"])
 
 
@@ -219,7 +225,7 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
     dit = network_of(config)
     preset = get_diffusion(config.diffusion, **config.diffusion_changes.to_dict())
     options = TaskOptions.from_dict(config.task_options.to_dict())
-    whole = None
+    whole = held_out = None
     if batches is None:
         from scaling_perception.data.pipeline import open_batches
 
@@ -227,6 +233,7 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
         batches = open_batches(data, config.train.batch_size, config.seed)
         if jax.process_count() > 1:  # what is measured must not depend on this process's share
             whole = open_batches(data, config.train.batch_size, config.seed, 0, 1)
+        held_out = held_out_batches(config, data, batches)
     moments, constants, encoder_id = _encoder(config, batches)
     encode = None if moments is None else _mean_of(moments)
 
@@ -284,6 +291,7 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
         frozen=frozen,
         starting_params=None if start is None else with_table(start, table),
         meta=meta,
+        held_out=held_out,
     )
 
 

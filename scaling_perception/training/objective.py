@@ -51,6 +51,7 @@ class Objective(NamedTuple):
         starting_params: params to start from instead of ``init`` (None = from scratch); host arrays.
         meta: JSON-able facts fixed before the first step (such as the latent normalisation); stored with each
             checkpoint, and a resumed run must find the same.
+        held_out: batches of samples that are not trained on, as ``validation.py`` wants them; None = none.
     """
 
     init: Callable[[jax.Array], Params]
@@ -63,3 +64,4 @@ class Objective(NamedTuple):
     frozen: tuple[str, ...] = ()
     starting_params: Params | None = None
     meta: Mapping[str, Any] = {}
+    held_out: Batches | None = None

@@ -88,7 +88,7 @@ def generation_loss(
                 tables, preset.prediction, out[..., :LATENT], out[..., LATENT:], clean, noisy, t
             ).mean()
             metrics["bound"], value = bits, value + bits
-        return with_balance(value, stats, dit, config, metrics), metrics
+        return with_balance(value, stats, dit, config, metrics, len(clean)), metrics
 
     return loss
 

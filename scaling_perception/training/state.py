@@ -16,12 +16,14 @@ class TrainState(NamedTuple):
         params: the trained weights.
         opt_state: the optimiser's moments and counters.
         ema: running average of ``params`` (same tree), which is what gets evaluated and exported.
+        guard: what the policy for loss spikes remembers (``spikes.py``); () without one.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     ema: Any
+    guard: Any = ()
 
 
 def new_state(params: Any, tx: optax.GradientTransformation) -> TrainState:

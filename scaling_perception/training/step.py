@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from scaling_perception.training.objective import Batch, Metrics, Objective
+from scaling_perception.training.spikes import look
 from scaling_perception.training.state import TrainState, path_name
 
 Step = Callable[[TrainState, Batch, jax.Array, Any], tuple[TrainState, Metrics]]
@@ -35,19 +36,24 @@ def average(ema: Any, params: Any, decay: float) -> Any:
 def make_step(
     objective: Objective,
     tx: optax.GradientTransformation,
-    ema_decay: float,
+    ema_decay: float | None,
     accumulate: int = 1,
     skip: bool = False,
     shardings: TrainState | None = None,
+    spike_factor: float = 0.0,
+    skip_spikes: bool = False,
 ) -> Step:
     """The step of ``objective`` under the optimiser ``tx``.
 
     Args:
+        ema_decay: of the running average; None leaves it to somebody else (``averaging.py``).
         accumulate: parts that a batch is computed in, one after the other; the update is that of the whole batch, to
             rounding, except for a balance loss, whose shares are then those of each part.
         skip: a step whose loss or gradient is not finite changes nothing but the step's number; ``skipped`` tells.
         shardings: where the state lives. Gradients are kept so, too, which makes the reduction over the batch a
             reduce-scatter for leaves that are split.
+        spike_factor: above 0, ``spike`` tells whether this step is a loss spike (``spikes.look``), by ``state.guard``.
+        skip_spikes: a step that is one changes nothing but the step's number and the guard; ``skipped`` tells.
 
     Returns:
         step(state, batch, key, constants) -> (state, metrics). ``batch``: arrays (B, ...). ``key``: the run's key; the
@@ -75,14 +81,19 @@ def make_step(
         metrics = {name: value for name, value in metrics.items() if name != "weight"}
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = average(state.ema, params, ema_decay)
-        new, norm = TrainState(state.step + 1, params, opt_state, ema), optax.tree.norm(gradient)
+        ema = state.ema if ema_decay is None else average(state.ema, params, ema_decay)
+        norm = optax.tree.norm(gradient)
+        new = state._replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
         told = {**metrics, "loss": loss, "grad_norm": norm}
-        if skip:
-            sound = jnp.isfinite(loss) & jnp.isfinite(norm)
-            kept = state._replace(step=new.step)
+        sound = jnp.isfinite(loss) & jnp.isfinite(norm) if skip else jnp.ones((), jnp.bool_)
+        if spike_factor:
+            spike, guard = look(state.guard, loss, norm, spike_factor)
+            new, told["spike"] = new._replace(guard=guard), spike
+            sound = sound & ~spike if skip_spikes else sound
+        if skip or skip_spikes:
+            kept = state._replace(step=new.step, guard=new.guard)
             new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, kept)
-            told["skipped"] = 1.0 - sound
+            told["skipped"] = ~sound
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in told.items()}
 
     return step

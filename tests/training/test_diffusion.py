@@ -87,7 +87,12 @@ def test_balance_of_every_layer_joins_the_loss_and_is_told():
     assert float(metrics["mse"]) == float(plain)
     assert float(metrics["balance"]) == pytest.approx(1.75) and float(metrics["router_entropy"]) == pytest.approx(1.1)
     assert float(metrics["expert_load_max"]) == pytest.approx(1.6)
-    assert float(metrics["expert_load_min"]) == pytest.approx(0.4)
+    assert float(metrics["expert_load_min"]) == pytest.approx(0.4) and metrics["dropped"] == 0
+    lost = {**stats, "load": stats["load"] * 0.75}  # a quarter of all pairs, in both layers
+    told = make_loss(StubModel(get_preset("nano", experts=4), lost), preset, config, PLAIN, None)
+    nano = get_preset("nano", experts=4)
+    pairs = len(fields["task"]) * nano.tokens * nano.active_experts
+    assert told(jnp.asarray(0.3), fields, jax.random.key(5))[1]["dropped"] == 2 * pairs / 4
 
 
 def test_input_is_image_prompt_noisy_and_the_task_label():

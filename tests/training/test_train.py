@@ -14,6 +14,7 @@ from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import run_verb
 from scaling_perception.training.diffusion import diffusion_objective
+from scaling_perception.training.identity import without_places
 from scaling_perception.training.state import named_leaves
 
 
@@ -69,7 +70,7 @@ def test_the_average_is_what_is_exported(linear, tmp_path):
 
 def test_a_model_does_not_tell_where_its_data_lay(tmp_path):
     config = config_of(f"data.cache={tmp_path / 'latents'}", f"init={tmp_path / 'start'}").to_dict()
-    told = verb._without_places(config)
+    told = without_places(config)
     assert told["data"]["cache"] == "latents" and told["init"] == "start" and str(tmp_path) not in json.dumps(told)
     assert config["data"]["cache"] == str(tmp_path / "latents")
 

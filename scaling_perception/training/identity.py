@@ -1,0 +1,69 @@
+"""Which run a work folder holds: what may change when it is resumed, and what the model's card tells of it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scaling_perception.support.configs import flatten
+from scaling_perception.support.errors import UserError
+
+# Fields that change neither the numbers of a run nor its data: they may differ when it is resumed. Where the data lies
+# may change as well, for its content has a fingerprint of its own.
+FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.export_dtype", "data.workers", "data.cache")
+FREE += ("train.keep_every", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "train.accumulate", "train.remat")
+FREE += ("train.keep_best", "train.best_metric", "train.export_from", "train.check_replicas", "train.validate_every")
+FREE += ("train.wandb",)
+# What is done at a step that went wrong: whoever was stopped by one may choose to go on, and no step before it differs.
+FREE += ("train.on_nan", "train.on_spike", "train.spike_factor", "train.spike_window")
+
+# What a held-out loss is measured on: free while nothing is measured; later numbers must compare with earlier ones.
+_MEASURED = ("train.validate_samples", "held_out.")
+
+# Fields that came later, with the value by which a run behaves as runs did before them: a checkpoint may lack them.
+LATER = {"optim.ema_every": 1, "optim.ema_dtype": "float32", "optim.ema_place": "device"}
+
+
+def as_json(value: Any) -> Any:
+    """``value`` as JSON reads it back (tuples become lists), so that it compares equal to what was saved."""
+    return json.loads(json.dumps(value))
+
+
+def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` for a model's card, its folders by name alone: where they lay says something about a machine only."""
+    told = as_json(config)
+    places = [told["data"], told.get("held_out", {})]
+    for table in (told, *places, *(entry for place in places for entry in place.get("mixture", {}).values())):
+        for field in ("cache", "root", "init", "autoencoder", "teacher"):
+            if isinstance(table.get(field), str) and Path(table[field]).is_absolute():
+                table[field] = Path(table[field]).name
+    return told
+
+
+def refuse_foreign(workdir: Path) -> None:
+    """Raise a UserError where a run in ``workdir`` would overwrite what is none."""
+    if (workdir / "model.safetensors").exists():
+        raise UserError(f"{workdir} is a model, not a work folder: start from it with --config.init and choose another")
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file: choose another --workdir")
+    if (workdir / "model").exists() and not (workdir / "checkpoints").exists():
+        raise UserError(f"{workdir} holds a finished model without checkpoints: choose another --workdir, or move it")
+
+
+def same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
+    """Raise a UserError that says what changed, unless ``saved`` and ``now`` describe the same run."""
+    for part, what in (("config", "config"), ("data", "data"), ("meta", "model")):
+        both = [flatten(saved.get(part, {})), flatten(now[part])]
+        if part == "config":
+            both[0] = {**LATER, **both[0]}
+        old, new = ({name: value for name, value in side.items() if value != {}} for side in both)
+        measured = bool(old.get("train.validate_every")) and bool(new.get("train.validate_every"))
+        for name in sorted(old.keys() | new.keys()):
+            free = part == "config" and (name in FREE or (name.startswith("data.") and name.endswith(".root")))
+            free |= part == "config" and name.startswith(_MEASURED) and not measured
+            if old.get(name) != new.get(name) and not free:
+                was, is_now = (json.dumps(side.get(name, "absent"))[:80] for side in (old, new))
+                raise UserError(
+                    f"cannot resume in {workdir}: {what} {name} was {was} and is now {is_now}; "
+                    "restore it, or choose another --workdir"
+                )
