@@ -203,10 +203,15 @@ def _gather(plan: _Plan, *arrays: jax.Array) -> list[jax.Array]:
     return [jax.lax.all_gather(array, "expert", axis=0, tiled=True) if plan.ring else array for array in arrays]
 
 
-def _give_back(plan: _Plan, array: jax.Array) -> jax.Array:
-    """Sum (N, …) float32 over the devices that each did a part of it; each is left with its own tokens."""
+def _give_back(plan: _Plan, array: jax.Array, dtype: Any) -> jax.Array:
+    """Sum (N, …) float32 over the devices that each did a part of it; each is left with its own tokens, in ``dtype``.
+
+    What crosses the axis "expert" is in ``dtype`` already: half the bytes in bfloat16, and of two experts, which were
+    rounded as they came from their matmul, the sum is the same.
+    """
     if plan.split:
         array = jax.lax.psum(array, "tensor")
+    array = array.astype(dtype)
     return jax.lax.psum_scatter(array, "expert", scatter_dimension=0, tiled=True) if plan.ring else array
 
 
@@ -231,7 +236,7 @@ def _local_forward(keep: bool, plan: _Plan, x: jax.Array, index: jax.Array, weig
     experts, first, count = _local_experts(plan, experts)
     rows, position, block = _sort(index, weight, first, count)
     out, hidden = mlp_forward(x, rows, experts, plan.kind, block, keep)
-    return _give_back(plan, _sum_over_experts(out, position)).astype(x.dtype), hidden
+    return _give_back(plan, _sum_over_experts(out, position), x.dtype), hidden
 
 
 def _local_backward(
@@ -242,8 +247,8 @@ def _local_backward(
     rows, position, block = _sort(index, weight, first, count)
     to_rows, to_scale, grads = mlp_backward(x, rows, experts, hidden, gradient, plan.kind, block)
     to_weight = to_scale.at[position].get(mode="fill", fill_value=0)
-    to_x = _give_back(plan, _sum_over_experts(to_rows, position)).astype(x.dtype)
+    to_x = _give_back(plan, _sum_over_experts(to_rows, position), x.dtype)
     if plan.mesh is not None:
         others = tuple(name for name in plan.batch if not (plan.ring and name == "expert"))
         grads = jax.lax.psum(grads, others)
-    return to_x, _give_back(plan, to_weight), grads
+    return to_x, _give_back(plan, to_weight, jnp.float32), grads
