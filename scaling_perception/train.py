@@ -236,6 +236,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
 
             def save(held: Mapping[str, float]) -> None:
                 """Save the state, all of whose steps have been looked at; the copies of it are looked at here."""
+                assert state is not None
                 refuse_differing(step, replica_sums(state) if config.train.check_replicas else None)
                 checkpoints.save(state, identity, metrics={**since_saved.means(), **held})
 

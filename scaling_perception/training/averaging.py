@@ -70,8 +70,8 @@ def first_average(params: Any, apart: Apart | None, frozen: tuple[str, ...] = ()
     """The average before the first step: a copy of the weights, of the kept dtype; frozen leaves stay as they are."""
 
     def copy(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        same = apart is None or is_frozen(path_name(path), frozen)
-        return jnp.array(leaf, dtype=leaf.dtype if same else apart.dtype, copy=True)  # the state gives its buffers away
+        dtype = apart.dtype if apart is not None and not is_frozen(path_name(path), frozen) else leaf.dtype
+        return jnp.array(leaf, dtype=dtype, copy=True)  # the state gives its buffers away
 
     return jax.tree_util.tree_map_with_path(copy, params)
 

@@ -54,7 +54,7 @@ def replica_sums(tree: Any) -> Table:
     for group in [together, *alone]:
         if group:
             leaves = [on_device(leaf) if is_off_device(leaf) else leaf for leaf, _ in group.values()]
-            specs = tuple(leaf.sharding.spec for leaf in leaves)
+            specs = tuple(leaf.sharding.spec for leaf in leaves)  # type: ignore[attr-defined]
             parts.append(([*group], [copies for _, copies in group.values()], _adder(mesh, specs)(*leaves)))
     return Table(mesh, parts)
 
