@@ -19,7 +19,7 @@ from flax import linen as nn
 from scaling_perception.models.config import DiTConfig as DiTConfig
 from scaling_perception.models.config import config_from_dict as config_from_dict
 from scaling_perception.models.moe import MoE
-from scaling_perception.ops.attention import attention
+from scaling_perception.ops.attention import attention, split_heads
 from scaling_perception.parallel.mesh import split_batch
 from scaling_perception.support.errors import UserError
 
@@ -172,7 +172,7 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         flat = x.reshape(-1, dim)  # on a CPU the gradient of a (B, T, D) matmul is far slower than of a (B T, D) one
         qkv = nn.Dense(3 * dim, kernel_init=_xavier, dtype=self.dtype, name="qkv")(flat)
-        query, key, value = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, dim // self.heads), 2, 0)
+        query, key, value = split_heads(qkv.reshape(batch, tokens, 3 * dim), self.heads)
         if self.qk_norm:  # in float32, as all norms
             query = nn.LayerNorm(NORM_EPSILON, name="q_norm")(query.astype(jnp.float32)).astype(self.dtype)
             key = nn.LayerNorm(NORM_EPSILON, name="k_norm")(key.astype(jnp.float32)).astype(self.dtype)

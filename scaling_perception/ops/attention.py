@@ -34,6 +34,23 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mesh: Any = No
     return jax.lax.platform_dependent(query, key, value, cpu=by_head, default=whole, **fused)
 
 
+def split_heads(qkv: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query, key and value (B, T, heads, head_dim) of a fused projection (B, T, 3 * heads * head_dim), laid out
+    (3, heads, head_dim)."""
+    batch, tokens, width = qkv.shape
+    shape = (batch, tokens, heads, width // (3 * heads))
+
+    def at_once(qkv: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jnp.moveaxis(qkv.reshape(batch, tokens, 3, *shape[2:]), 2, 0))
+
+    def in_parts(qkv: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1))
+
+    # the same numbers: told of heads first, a TPU lays the projection out by them, and then copies it for the kernel
+    query, key, value = jax.lax.platform_dependent(qkv, cpu=at_once, default=in_parts)
+    return query, key, value
+
+
 def _flash_is_for(query: jax.Array, key: jax.Array, mesh: Any) -> bool:
     tokens, heads = query.shape[1:3]
     if query.shape != key.shape or heads < 2 or tokens < LEAST_TOKENS:

@@ -1,4 +1,4 @@
-"""Fused attention for a TPU: heads side by side in the lanes, as the projection leaves them; logits never leave the chip.
+"""Fused attention for a TPU: heads side by side in the lanes, as the projection leaves them, logits on the chip alone.
 
 The arrays stay (B, T, heads * head_dim). A visit takes all tokens of one sample and the fewest heads that fill whole
 tiles of 128 lanes (``PACKINGS``), and goes through them one by one, so that nothing is transposed and nothing is padded
