@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from scaling_perception import bench_sample
+from scaling_perception import bench_sample, bench_train
 
 EXAMPLES = """
 scaling-perception bench moe
 scaling-perception bench moe --tokens 4096 --dim 384 --experts 8 --active 2 --json out/moe.json
 scaling-perception bench moe --kind swiglu --dtype bfloat16 --repeats 15
 scaling-perception bench sample --model a1 --against torch --levers --json out/sample.json
+scaling-perception bench train --model a1 --batch 32 --against torch --json out/train.json
 """
 
 
@@ -29,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     moe.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     sample = kinds.add_parser("sample", help="a whole prediction, and its way from a plain loop", allow_abbrev=False)
     bench_sample.add_arguments(sample)
-    for kind in (moe, sample):
+    train = kinds.add_parser("train", help="a training step", allow_abbrev=False)
+    bench_train.add_arguments(train)
+    for kind in (moe, sample, train):
         kind.add_argument("--repeats", type=int, default=7, help="rounds; the median is told")
         kind.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
 
@@ -162,6 +165,7 @@ def _moe_table(result: dict[str, Any]) -> str:
 _KINDS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[..., str]]] = {
     "moe": (bench_moe, _moe_table),
     "sample": (bench_sample.bench_sample, bench_sample.sample_table),
+    "train": (bench_train.bench_train, bench_train.train_table),
 }
 
 

@@ -292,3 +292,68 @@ class Sampler:
                         estimates.append(clean.permute(0, 2, 3, 1).numpy())
                 members.append(self.decode(x)[0].permute(1, 2, 0).numpy())
         return np.stack(members)
+
+
+class Trainer:
+    """One training step of a depth specialist as `training.step` defines it: loss, gradient, AdamW, running average.
+
+    Args:
+        network: from `make_dit`; its parameters are what is trained.
+        forward: the network, or that compiled.
+        optim: ``lr``, ``b1``, ``b2``, ``eps``, ``ema`` (no weight decay, no clipping).
+        batch: ``image``, ``target`` (B, h, w, 4) and ``valid`` (B, h, w), numpy.
+        label: row of the label table.
+    """
+
+    def __init__(
+        self,
+        network: TorchDiT,
+        forward: Any,
+        diffusion: DiffusionPreset,
+        optim: Any,
+        batch: Mapping[str, np.ndarray],
+        label: int,
+    ) -> None:
+        if diffusion.prediction != "v":
+            raise ValueError("written for v-prediction")
+        self.network, self.forward, self.decay = network.train(), forward, optim.ema
+        self.trained = [leaf for leaf in network.parameters() if leaf.requires_grad]
+        betas = (optim.b1, optim.b2)
+        # fused: its fastest, one pass over all parameters
+        self.optimizer = torch.optim.AdamW(self.trained, optim.lr, betas, optim.eps, weight_decay=0.0, fused=True)
+        self.ema = [leaf.detach().clone() for leaf in self.trained]
+        levels = torch.from_numpy(diffusion.alphas_cumprod())
+        self.signal, self.noise = levels.sqrt().float(), (1 - levels).sqrt().float()
+        self.image, self.target = (
+            torch.from_numpy(batch[name].transpose(0, 3, 1, 2).copy()) for name in ("image", "target")
+        )
+        self.valid = torch.from_numpy(batch["valid"])[:, None].expand(self.target.shape)
+        self.target = torch.where(self.valid, self.target, 0)
+        self.label = torch.full((len(self.target),), label)
+
+    def __call__(self, draws: tuple[np.ndarray, np.ndarray] | None = None) -> float:
+        """The loss before the step. ``draws``: timesteps (B,) and noise (B, h, w, 4); None draws them.
+
+        The gradient stays in the leaves until the next call.
+        """
+        if draws is None:
+            t, eps = torch.randint(0, TRAIN_STEPS, self.label.shape), torch.randn_like(self.target)
+        else:
+            t, eps = (
+                torch.from_numpy(draws[0].astype(np.int64)),
+                torch.from_numpy(draws[1].transpose(0, 3, 1, 2).copy()),
+            )
+        signal, noise = self.signal[t, None, None, None], self.noise[t, None, None, None]
+        noisy, wanted = signal * self.target + noise * eps, signal * eps - noise * self.target
+        out = self.forward(torch.cat([self.image, noisy], dim=1), t, self.label)[:, : noisy.shape[1]]
+        loss = torch.where(self.valid, out - wanted, 0).square().sum() / self.valid.sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        torch._foreach_lerp_(self.ema, [leaf.detach() for leaf in self.trained], 1 - self.decay)
+        return loss.item()
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        """Of the last step, by the names that a checkpoint has for the parameters."""
+        named = self.network.named_parameters()
+        return {name: leaf.grad.numpy() for name, leaf in named if leaf.grad is not None}
