@@ -74,7 +74,8 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         profile: steps to trace, ``FIRST:COUNT``; "" = none.
 
     Raises:
-        UserError: a field is wrong, the folder belongs to another run, the disk is full, or the loss is not finite.
+        UserError: a field is wrong, the folder belongs to another run, the disk is full, the loss is not finite or a
+            spike, or the copies of the state differ.
         Stopped: SIGINT or SIGTERM arrived; everything up to the finished step is saved.
     """
     import jax
@@ -216,7 +217,8 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
                 if number == start + 1:
                     check_metric(best, [*values], config.train)
                 window.add(values)
-                since_saved.add(values)
+                if not values.get("skipped"):
+                    since_saved.add(values)
                 writer.tick()
                 pace.tick()
                 if number % config.train.log_every == 0 or number == total or held:
@@ -270,9 +272,11 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
                 if config.train.check_replicas and step % config.train.check_replicas == 0:
                     copies = replica_sums(state)
                 if validate and (step % config.train.validate_every == 0 or step == total):
+                    jax.block_until_ready(metrics)
+                    before = time.monotonic()
                     with clock.spend("evaluate"):
                         held = validate(state.ema, key, constants)
-                    pace.resume()
+                    pace.leave_out(time.monotonic() - before)
                 late = (step, metrics, keys, copies, held)
                 if several and reached_preemption_sync_point(step):  # all processes stop at the same step
                     asked.append(signal.SIGTERM)

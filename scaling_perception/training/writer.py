@@ -18,7 +18,8 @@ import numpy as np
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_text
 
-_SHOWN = {"loss": "loss", "lr": "lr", "grad_norm": "grad", "samples_per_second": "samples/s", "mfu": "MFU"}
+_SHOWN = {"loss": "loss", "held_out_loss": "held out", "lr": "lr", "grad_norm": "grad"}
+_SHOWN |= {"samples_per_second": "samples/s", "mfu": "MFU"}
 _HIDDEN = ("time", "spent_")  # begin fields that are for goodput.py: in the rows alone, for no curve is in them
 
 # Dense bfloat16 FLOP/s of one device as JAX counts them, by what its kind begins with or holds (makers' data sheets).
@@ -61,6 +62,10 @@ class Pace:
     def resume(self) -> None:
         """What came since the last tick was no training (compiling, saving, evaluating): the next step begins now."""
         self._mark = self._now()
+
+    def leave_out(self, seconds: float) -> None:
+        """So much of the time since the last tick was no training, in the midst of a step."""
+        self._mark += seconds
 
     def tick(self) -> None:
         """One more step is done."""

@@ -155,6 +155,10 @@ def test_an_upcycled_model_goes_on_with_the_loss_of_the_dense_one(dense, scenes,
     jax.tree.map(np.testing.assert_array_equal, state.ema, objective.starting_params)
     model, rows = run(tmp_path / "run", config)
     assert rows[-1]["mse"] < 0.95 * rows[0]["mse"]
+    for row in rows:  # how the experts are used is told to the end
+        assert row["grad_norm"] > 0 and row["dropped"] == 0 and row["tokens_per_second"] > 0
+        assert 0 <= row["expert_load_min"] <= 1 <= row["expert_load_max"] <= 4
+        assert 0 < row["router_entropy"] <= np.log(4) + 1e-6 and row["balance"] > 0.9
     params, meta = load_model(model)
     steps = ["MLPs upcycled to 4 experts, 2 active (gating renormalised: same function)"]
     assert meta["init"] == {"model": "nano", "steps": steps} and meta["model"]["experts"] == 4
