@@ -51,7 +51,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0, keep_best: int = 0, metric: str = "loss") -> None:
-        self.folder = folder
+        self.folder = folder.absolute()  # Orbax takes no other
         self._keep, self._keep_every, self._keep_best, self._metric = keep, keep_every, keep_best, metric
         self._saving: Saving | None = None
         if keep < 1:
@@ -317,7 +317,7 @@ def load_ema(
         return _as_stored(wanted, saved, place, cast=False)
 
     for one in reversed(finished_steps(folder) if step is None else [step]):
-        items, error = _read(folder / str(one), prepare)
+        items, error = _read(folder.absolute() / str(one), prepare)
         if error is None:
             return items["ema"], one
         (warn or _tell)(f"checkpoint {one} in {folder} is damaged ({_reason(error)}); passed over")

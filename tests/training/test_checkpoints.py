@@ -2,6 +2,7 @@ import errno
 import json
 import shutil
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,16 @@ def test_the_average_alone(saved):
     assert step == 2 and len(lines) == 1 and "checkpoint 3 in" in lines[0] and saved.steps() == [2, 3]
     with pytest.raises(UserError, match="holds no whole checkpoint"):
         load_ema(saved.folder / "nowhere")
+
+
+def test_a_folder_that_is_named_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints(Path("run/checkpoints"), keep=2)
+    checkpoints.save(state_at(1), IDENTITY, wait=True)
+    state, _ = restore(checkpoints)
+    same(state, state_at(1))
+    assert load_ema(Path("run/checkpoints"))[1] == 1
+    checkpoints.close()
 
 
 def test_nothing_to_restore(tmp_path):
