@@ -225,9 +225,12 @@ def _local_experts(plan: _Plan, experts: Any) -> tuple[Any, Any, int]:
     return experts, jax.lax.axis_index("expert") * count if plan.ring else 0, count
 
 
-def _sum_over_experts(rows: jax.Array, position: jax.Array) -> jax.Array:
-    """Rows (R, D) to (N, D) float32: a gather for each of a token's experts. Pairs that are not here count 0."""
-    parts = [rows.at[position[:, k]].get(mode="fill", fill_value=0) for k in range(position.shape[1])]
+def _sum_over_experts(rows: jax.Array, position: jax.Array, count: int) -> jax.Array:
+    """Rows (R, D) to (N, D) float32: a gather for each of a token's experts, of which ``count`` are here at most. The
+    rows of all others are nobody's, so 0, and come after those that are here."""
+    if count < position.shape[1]:
+        position = jnp.sort(position, axis=1)[:, :count]
+    parts = [rows.at[position[:, k]].get(mode="clip") for k in range(position.shape[1])]
     return jnp.sum(jnp.stack(parts), axis=0, dtype=jnp.float32)
 
 
@@ -236,7 +239,7 @@ def _local_forward(keep: bool, plan: _Plan, x: jax.Array, index: jax.Array, weig
     experts, first, count = _local_experts(plan, experts)
     rows, position, block = _sort(index, weight, first, count)
     out, hidden = mlp_forward(x, rows, experts, plan.kind, block, keep)
-    return _give_back(plan, _sum_over_experts(out, position), x.dtype), hidden
+    return _give_back(plan, _sum_over_experts(out, position, count), x.dtype), hidden
 
 
 def _local_backward(
@@ -247,7 +250,7 @@ def _local_backward(
     rows, position, block = _sort(index, weight, first, count)
     to_rows, to_scale, grads = mlp_backward(x, rows, experts, hidden, gradient, plan.kind, block)
     to_weight = to_scale.at[position].get(mode="fill", fill_value=0)
-    to_x = _give_back(plan, _sum_over_experts(to_rows, position), x.dtype)
+    to_x = _give_back(plan, _sum_over_experts(to_rows, position, count), x.dtype)
     if plan.mesh is not None:
         others = tuple(name for name in plan.batch if not (plan.ring and name == "expert"))
         grads = jax.lax.psum(grads, others)
