@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -170,14 +171,18 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         on = f"{mesh.size} {mesh.devices.flat[0].platform} device(s) ({spread})"
         _say(f"{total} steps of {config.train.batch_size} on {on}, {jax.process_count()} process(es)")
 
-        # ---- Loop ---------------------------------------------------------------------------------------------------
-        if step < total:
-            record.attempt_started(step)
+        model = workdir / "model"
+        finished = step == total and model.exists()
+        if not finished:
+            record.attempt_started(step, clock.elapsed())
 
             def ended(_: Any, error: BaseException | None, __: Any) -> None:
                 record.attempt_ended(step, why_ended(error), clock.totals(), str(error or ""))
 
             closing.push(ended)
+
+        # ---- Loop ---------------------------------------------------------------------------------------------------
+        if step < total:
             told = {"wandb": config.train.wandb, "config": identity["config"]}
             writer = Writer(workdir, start, total, **told) if is_first() else Silent()
             closing.callback(writer.close)
@@ -300,8 +305,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         checkpoints.wait()
 
         # ---- Export -------------------------------------------------------------------------------------------------
-        model = workdir / "model"
-        if start == total and model.exists():
+        if finished:
             _say(f"already finished: {model}")
             return model
         ema, at = state.ema, total
@@ -313,7 +317,11 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         info |= {"config": without_places(identity["config"])}
         average = jax.tree.map(lambda leaf, like: np.asarray(leaf, like.dtype), to_host(ema, mesh), shapes.params)
         if is_first():
-            objective.export(average, str(model), info)
+            half = workdir / ".model"  # who is killed meanwhile leaves nothing that looks like a finished model
+            shutil.rmtree(half, ignore_errors=True)
+            objective.export(average, str(half), info)
+            shutil.rmtree(model, ignore_errors=True)
+            os.rename(half, model)
         _say(f"exported the averaged weights {'' if at == total else f'of step {at} '}to {model}")
         return model
 

@@ -26,8 +26,8 @@ from scaling_perception.training.optim import make_optimizer
 from scaling_perception.training.state import abstract_state, named_leaves
 
 
-def linear_run(monkeypatch, workdir, batches=None, optimizer="adamw"):
-    objective = linear_objective(batches)
+def linear_run(monkeypatch, workdir, batches=None, optimizer="adamw", **fields):
+    objective = linear_objective(batches)._replace(**fields)
     monkeypatch.setattr(verb, "_objective", lambda config, *_: objective)
     fields = ("optim.lr=0.05", "optim.lr_final=0.01", "train.steps=20", f"optim.name={optimizer}")
     return verb.train(config_of(*fields), workdir)
@@ -169,6 +169,31 @@ def test_a_full_disk_costs_steps_but_no_bits(monkeypatch, tmp_path, undisturbed)
         assert goodput_report(disk / "work")["steps"]["kept"] == 20
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_killed_while_exporting(monkeypatch, tmp_path, undisturbed):
+    def half(params, path, info):
+        Path(path).mkdir()
+        (Path(path) / "model.npz").write_bytes(b"PK")
+        raise Killed
+
+    class Killed(BaseException):
+        pass
+
+    with pytest.raises(Killed):
+        linear_run(monkeypatch, tmp_path, export=half)
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["attempts"][0].update(why=None, ended=None, end_step=None)  # who is killed says nothing
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    linear_run(monkeypatch, tmp_path)  # no step is left, but the model
+    np.testing.assert_array_equal(np.load(tmp_path / "model" / "model.npz")["kernel"], undisturbed["ema/layer/kernel"])
+    attempts = json.loads((tmp_path / "run.json").read_text())["attempts"]
+    assert [(one["start_step"], one["end_step"], one["why"]) for one in attempts] == [
+        (0, 20, "killed"),
+        (20, 20, "finished"),
+    ]
+    report = goodput_report(tmp_path)
+    assert report["steps"] == {"done": 20, "kept": 20, "lost": 0} and "running or killed" not in report["attempts"]
 
 
 def test_a_checkpoint_of_eight_devices_resumes_on_one(monkeypatch, tmp_path):
