@@ -1,0 +1,186 @@
+"""The TPU's attention kernel, run by an interpreter, against the oracle; and that the compilers take it."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scaling_perception.models.presets import at_resolution, get_preset
+from scaling_perception.ops import flash
+from scaling_perception.ops.attention import attention, attention_einsum, split_heads
+from scaling_perception.ops.flash import flash_backward, flash_forward, local_plan, plan
+from scaling_perception.parallel.mesh import make_mesh
+
+DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
+
+
+def draw(shape, dtype):
+    rng = np.random.default_rng(0)
+    return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(4))
+
+
+def check(shape, dtype, mesh=None):
+    """Values and gradients of the kernel are the oracle's; returns the kernel's."""
+    *inputs, gradient = draw(shape, dtype)
+
+    @jax.jit
+    def kernel(*arrays):
+        return flash_forward(*arrays[:3], mesh, True), *flash_backward(*arrays, mesh, True)
+
+    @jax.jit
+    def oracle(*arrays):
+        out, pull = jax.vjp(attention_einsum, *(array.astype(jnp.float32) for array in arrays[:3]))
+        return out, *pull(arrays[3].astype(jnp.float32))
+
+    found = kernel(*inputs, gradient)
+    for name, own, true in zip(("out", "dq", "dk", "dv"), found, oracle(*inputs, gradient), strict=True):
+        own, true = np.asarray(own, np.float64), np.asarray(true, np.float64)
+        tolerance = 2e-6 if dtype == jnp.float32 else 0.02
+        assert np.abs(own - true).max() < tolerance * np.abs(true).max(), name
+    assert all(array.dtype == dtype for array in found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, lanes",
+    [
+        ((1, 130, 2, 64), jnp.bfloat16, 128),  # two heads in a tile; keys that are padding
+        ((1, 256, 16, 16), jnp.float32, 128),  # two visits
+        ((1, 130, 2, 72), jnp.float32, 144),  # a head in two tiles
+    ],
+)
+def test_values_and_gradients(shape, dtype, lanes):
+    assert plan(*shape[1:], dtype).lanes == lanes
+    check(shape, dtype)
+
+
+def test_padded_heads_and_queries_in_parts(monkeypatch):
+    monkeypatch.setattr(flash, "BLOCKS", 14 * 384 * 144 * 4 - 1)  # a byte too few for the heads as they are
+    assert plan(384, 2, 72, jnp.float32) == (128, 128, 384, 128)
+    check((1, 384, 2, 72), jnp.float32)
+
+
+def test_on_a_mesh():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    shape = (4, 128, 4, 32)
+    assert local_plan(mesh, shape, jnp.float32).lanes == 64  # each device has two of the four heads
+    for array in check(shape, jnp.float32, mesh):
+        assert array.sharding.shard_shape(shape) == (1, 128, 2, 32)
+    assert flash.mesh_spec(mesh, (3, 128, 3, 32)) == jax.sharding.PartitionSpec(None, None, None)
+
+
+def test_where_the_kernel_is_not_for_the_arrays():
+    assert plan(96, 4, 32, jnp.float32) is None  # few tokens
+    assert plan(256, 1, 64, jnp.float32) is None  # an autoencoder's head
+    assert plan(256, 8, 136, jnp.float32) is None and plan(256, 8, 20, jnp.float32) is None
+    assert plan(256, 8, 64, jnp.float16) is None
+    assert plan(4096, 16, 72, jnp.bfloat16).size == 128  # sixteen heads at once are too much for the chip
+
+
+def test_each_platform_gets_its_program():
+    def text(platform, tokens):
+        shape = jax.ShapeDtypeStruct((2, tokens, 4, 32), jnp.bfloat16)
+        gradient = jax.grad(lambda *arrays: attention(*arrays).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+        return jax.jit(gradient).trace(shape, shape, shape).lower(lowering_platforms=(platform,)).as_text()
+
+    assert text("tpu", 256).count("@tpu_custom_call") == 1  # backward alone: nobody asks for the result
+    assert "x256x256" not in text("tpu", 256)
+    for platform, tokens in (("tpu", 64), ("cpu", 128), ("cuda", 128)):
+        assert "custom_call @tpu" not in text(platform, tokens)
+
+
+def test_heads_are_split_alike_everywhere():
+    qkv = jnp.arange(2 * 3 * 24.0).reshape(2, 3, 24)
+    query, key, value = split_heads(qkv, 2)
+    np.testing.assert_array_equal(query, qkv[..., :8].reshape(2, 3, 2, 4))
+    np.testing.assert_array_equal(key, qkv[..., 8:16].reshape(2, 3, 2, 4))
+    np.testing.assert_array_equal(value, qkv[..., 16:].reshape(2, 3, 2, 4))
+    text = jax.jit(split_heads, static_argnums=1).trace(qkv, 2).lower(lowering_platforms=("tpu",)).as_text()
+    assert "transpose" not in text
+
+
+def test_the_table_of_the_docs():
+    rows = re.findall(r"^\| ([\w/, -]+) \| (\d+) \| (\d+) \| (\d+) in (\d+) \|", DOCS.read_text(), re.MULTILINE)
+    told = {name.strip() for row in rows for name in row[0].split(",")}
+    assert told == {"a1", "a2", "a3", "a4", "a5", "a6", "S/2", "B/2", "L/2", "XL/2"}
+    for names, heads, head_dim, together, lanes in rows:
+        for name in names.split(","):
+            for pixels in (256, 512):
+                config = at_resolution(get_preset(name.strip()), pixels)
+                size = config.dim // config.heads
+                how = plan(config.tokens, config.heads, size, jnp.bfloat16)
+                assert (config.heads, size) == (int(heads), int(head_dim))
+                assert how.size == size and (how.lanes // size, how.lanes) == (int(together), int(lanes))
+
+
+def topology(name):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install 'scaling-perception[tpu]'")
+    from scaling_perception.scaling.topologies import get_topology, prepare_environment
+
+    prepare_environment(name)
+    return get_topology(name).devices
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("preset, pixels", [("a1", 256), ("a3", 256), ("XL/2", 512)])
+def test_compilers_take_it(chip, preset, pixels):
+    """`pytest -m slow tests/ops/test_flash.py` where libtpu is; on one device and on four, under remat and the scan of
+    layers. Nothing but weights is gathered, and there is no array of logits."""
+    import dataclasses
+
+    from scaling_perception.models.dit import DiT, abstract_params
+    from scaling_perception.parallel.mesh import batch_sharding, replicated
+
+    devices = topology(chip)
+    config = dataclasses.replace(at_resolution(get_preset(preset), pixels), depth=2)
+    for mesh in (None, make_mesh(data=1, fsdp=4, devices=devices)):
+        one = jax.sharding.SingleDeviceSharding(devices[0])
+        whole, split = (one, one) if mesh is None else (replicated(mesh), batch_sharding(mesh))
+        model, size = DiT(config, dtype=jnp.bfloat16, remat=True, mesh=mesh), config.input_size
+
+        def shape(sizes, dtype=jnp.float32, place=split):
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+        def loss(params, x, t, label, model=model):
+            return jnp.square(model.apply({"params": params}, x, t, label)).mean()
+
+        params = jax.tree.map(lambda leaf, at=whole: shape(leaf.shape, leaf.dtype, at), abstract_params(config))
+        given = shape((8, size, size, config.input_channels)), shape((8,)), shape((8,), jnp.int32)
+        text = jax.jit(jax.grad(loss)).lower(params, *given).compile().as_text()
+        assert re.search(r"attention_forward.*tpu_custom_call", text), (preset, chip)
+        assert re.search(r"attention_backward.*tpu_custom_call", text)
+        assert f",{config.tokens},{config.tokens}]" not in text
+        moved = [line for line in text.splitlines() if re.search(r" all-(gather|to-all)(-start)?\(", line)]
+        assert not [line for line in moved if "attn" in line]
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("head_dim", [16, 64, 72])
+def test_on_an_accelerator(head_dim):
+    """`pytest -m device tests/ops/test_flash.py` on a machine with a GPU or TPU: what runs there is the oracle's."""
+    if jax.default_backend() == "cpu":
+        pytest.skip("no accelerator here")
+    *inputs, gradient = draw((2, 256, 16, head_dim), jnp.bfloat16)
+
+    @jax.jit
+    def fused(*arrays):
+        out, pull = jax.vjp(attention, *arrays[:3])
+        return out, *pull(arrays[3])
+
+    @jax.jit
+    def oracle(*arrays):
+        with jax.default_matmul_precision("float32"):
+            out, pull = jax.vjp(attention_einsum, *(array.astype(jnp.float32) for array in arrays[:3]))
+            return out, *pull(arrays[3].astype(jnp.float32))
+
+    text = fused.lower(*inputs, gradient).compile().as_text()
+    assert "cudnn" in text or "tpu_custom_call" in text
+    for own, true in zip(fused(*inputs, gradient), oracle(*inputs, gradient), strict=True):
+        own, true = np.asarray(own, np.float64), np.asarray(true, np.float64)
+        assert np.abs(own - true).max() < 0.02 * np.abs(true).max()
