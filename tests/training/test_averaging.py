@@ -8,6 +8,7 @@ from toys import LinearBatches, config_of, linear_objective
 
 from scaling_perception import train as verb
 from scaling_perception.parallel.mesh import make_mesh, replicated
+from scaling_perception.scaling.dry_run import describe_run
 from scaling_perception.support.errors import UserError
 from scaling_perception.training.averaging import HOST, first_average, kept_apart, make_update, round_at_random
 
@@ -94,6 +95,14 @@ def test_an_update_of_every_third_step_by_hand(place):
             expected = decay * expected + (1 - decay) * weights[number]
         np.testing.assert_allclose(np.asarray(ema["a"]), expected, rtol=1e-5)
     assert ema["a"].sharding == sharding
+
+
+def test_a_dry_run_tells_what_is_saved():
+    found = {}
+    for field in ("optim.ema_dtype=float32", "optim.ema_dtype=bfloat16", "optim.ema_place=host"):
+        told = describe_run(config_of(field, spec="configs/depth.py:model=nano,res=64"), devices=1)
+        found[field.split("=")[1]] = told["memory"]["bytes"]["ema"]
+    assert found["float32"] == 2 * found["bfloat16"] > 0 == found["host"]
 
 
 def test_frozen_leaves_are_not_rounded():
