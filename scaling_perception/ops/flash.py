@@ -137,6 +137,8 @@ def _visits(kernel: Any, name: str, results: int, products: int, arrays: tuple[j
         arrays = tuple(jnp.pad(array, ((0, 0), padded, (0, 0))) for array in arrays)
     block = pl.BlockSpec((1, how.tokens, how.lanes), lambda sample, part: (sample, 0, part))
     shape = jax.ShapeDtypeStruct((batch, how.tokens, width), arrays[0].dtype)
+    held = 2 * (len(arrays) + results) * how.tokens * how.lanes * shape.dtype.itemsize  # while one visit's are used,
+    working = 16 * 2**20 + 8 * 4 * how.tokens * how.queries  # the next's come in; some float32 arrays of logits
     logits = batch * heads * tokens**2
     moved = (len(arrays) + results) * math.prod(shape.shape) * shape.dtype.itemsize
     found = pl.pallas_call(
@@ -145,7 +147,9 @@ def _visits(kernel: Any, name: str, results: int, products: int, arrays: tuple[j
         in_specs=[block] * len(arrays),
         out_specs=[block] * results,
         out_shape=[shape] * results,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=ALL_MEMORY),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=min(held + working, ALL_MEMORY)
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * logits * head_dim, transcendentals=logits, bytes_accessed=moved
         ),
