@@ -15,6 +15,8 @@ takes 2 (1 - d^k) of it away, so that it tends to u g / 2, whatever d and k are.
 error itself, that is an error of about u / 2: what rounding once costs. The random bits come from the run's key and
 the step, so that a resumed run draws the same, on any mesh.
 
+A step that is skipped leaves the weights, and the average takes them in as they are.
+
 An average in host memory takes none of the devices' between updates: leaf by leaf it travels there, is updated and
 travels back, so that the largest leaf alone takes room. That moves the average twice over the bus, which is why it pays
 every few steps.

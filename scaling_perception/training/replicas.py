@@ -4,8 +4,9 @@ A device that computed one wrong number goes on with weights of its own: the los
 and what is saved is one device's opinion. So now and then every device adds up the bits of what it holds
 (``checksums.py``), the sums (8 bytes for each leaf and device) are gathered, and those of equal parts are compared.
 
-Cost: the state is read once, and each number takes some thirty integer operations; nothing but the sums travels, and
-the host looks at them a step later. Leaves that no two devices share, as under full fsdp, are left out.
+Cost: the state is read once, and each number takes some forty integer operations; nothing but the sums travels, and
+the host looks at them a step later. Leaves that no two devices share, as under full fsdp, are left out. An average in
+host memory comes to the devices for it, leaf by leaf, and the host waits.
 """
 
 import functools
@@ -55,7 +56,10 @@ def replica_sums(tree: Any) -> Table:
         if group:
             leaves = [on_device(leaf) if is_off_device(leaf) else leaf for leaf, _ in group.values()]
             specs = tuple(leaf.sharding.spec for leaf in leaves)  # type: ignore[attr-defined]
-            parts.append(([*group], [copies for _, copies in group.values()], _adder(mesh, specs)(*leaves)))
+            sums = _adder(mesh, specs)(*leaves)
+            if group is not together:
+                sums.block_until_ready()  # or room for all of them would be taken at once
+            parts.append(([*group], [copies for _, copies in group.values()], sums))
     return Table(mesh, parts)
 
 
