@@ -43,7 +43,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from scaling_perception.parallel.processes import join
+    from scaling_perception.parallel.processes import join, leaving_at_once
     from scaling_perception.support.configs import load_config
 
     join()
@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int | None:
         raise UserError("--workdir is missing: give the folder of this run (or --dry-run)")
     words = ["scaling-perception", "train", "--config", args.config, "--workdir", args.workdir]
     words += [f"--config.{override}" for override in overrides]
-    train(config, Path(args.workdir), shlex.join(words), args.profile)
+    with leaving_at_once():
+        train(config, Path(args.workdir), shlex.join(words), args.profile)
     return None
 
 

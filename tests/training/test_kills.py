@@ -147,7 +147,9 @@ def test_twenty_kills_change_nothing(command, tmp_path, processes):
     hits = disturb(work, lambda: begin(work, "another"), draw, startup, processes)
     told = finish(begin(work, "another"), 0, work)
     print("hit:", dict(collections.Counter(hit[1] for hit in hits)), "of", len(hits))
-    print("processes that did not end by themselves:", sum(hit[3] for hit in hits))
+    late = [phase for _, phase, _, left in hits if left]
+    print("processes that did not end by themselves:", dict(collections.Counter(late)))
+    assert not {"training", "saving"} & set(late)  # before and after they may be waiting for each other
     assert "is damaged" not in told and not (work / "damaged").exists()
 
     hashes = [leaf_hashes(folder, STEPS) for folder in (whole, work)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from runs import finish, losses, scenes_command, start
 
-from scaling_perception.parallel.processes import COORDINATOR, PROCESS, PROCESSES, join
+from scaling_perception.parallel.processes import COORDINATOR, PROCESS, PROCESSES, join, leaving_at_once
 from scaling_perception.support.errors import UserError
 
 STEPS = 24
@@ -66,6 +66,26 @@ def test_fifty_losses_are_those_of_one_process(tmp_path):
 
 def difference(workdir, other):
     return max(abs(a / b - 1) for a, b in zip(losses(workdir), losses(other), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [(UserError("no disk"), 2, "scaling-perception: no disk\n"), (ValueError("reset by peer"), 1, "reset by peer")],
+)
+def test_an_error_among_several_processes_waits_for_nobody(monkeypatch, capsys, error, code, told):
+    def leave(code):
+        raise SystemExit(code)  # which leaves the block as os._exit would the process
+
+    monkeypatch.setattr("os._exit", leave)
+    with pytest.raises(type(error)), leaving_at_once():
+        raise error
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    with pytest.raises(SystemExit) as left, leaving_at_once():
+        raise error
+    assert left.value.code == code and told in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left, leaving_at_once():
+        raise SystemExit(143)  # all stop together
+    assert left.value.code == 143
 
 
 def test_joining_is_told_what_is_missing():
