@@ -222,9 +222,10 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
                 refuse_differing(number, copies)
                 if number == start + 1:
                     check_metric(best, [*values], config.train)
+                if values.get("skipped"):  # its loss is in skipped.jsonl, and no part of a mean
+                    values = {name: values[name] for name in ("skipped", "spike") if name in values}
                 window.add(values)
-                if not values.get("skipped"):
-                    since_saved.add(values)
+                since_saved.add(values)
                 writer.tick()
                 pace.tick()
                 if number % config.train.log_every == 0 or number == total or held:

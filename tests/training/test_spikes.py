@@ -95,6 +95,8 @@ def test_spikes_are_skipped_told_and_resumed_bit_for_bit(monkeypatch, tmp_path, 
     assert [(row["step"], row["why"]) for row in told] == [(6, "spike"), (12, "spike")]
     assert told[0]["keys"] == [f"sample5-{i}" for i in range(BATCH)]
     assert "step 6 skipped (spike)" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows] == [0, 0.25, 0.25, 0] and all(row["loss"] < 100 for row in rows)
     with pytest.raises(verb.Stopped):  # between the two, where the second depends on what the first left behind
         linear_run(monkeypatch, tmp_path / "halves", Spiking(spikes, signal_at=7), *SKIP)
     linear_run(monkeypatch, tmp_path / "halves", Spiking(spikes), *SKIP)
