@@ -350,7 +350,8 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        torch._foreach_lerp_(self.ema, [leaf.detach() for leaf in self.trained], 1 - self.decay)
+        now = [leaf.detach() for leaf in self.trained]
+        torch._foreach_lerp_(self.ema, now, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
         return loss.item()
 
     def gradients(self) -> dict[str, np.ndarray]:
