@@ -211,6 +211,8 @@ def analyse(program: Any, compiled: Any, text: str, topology: Any, mesh: Any) ->
             *partition.unsharded_activations(module, sizes, program, parameters),
             *partition.repeated_work(counted + by_kernels, program.flops / mesh.size),
             *partition.resharded_layers(found),
+            # a CPU's compiler knows no reduce-scatter of its own
+            *(partition.whole_gradients(found, travelling) if topology.shape else ()),
             *partition.replicated_state(program.shapes, program.rules, program.specs, sizes),
         ],
     }

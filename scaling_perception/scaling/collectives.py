@@ -232,7 +232,7 @@ PURPOSES = {
     "weights": "weights that are split at rest, gathered where a layer is computed",
     "ring": "weights or their gradients, passed around a ring while the product with them is computed",
     "kept": "gradients, summed over the batch; each device keeps the part of the weights that it has",
-    "gradients": "gradients of weights that are whole along this axis, summed over the batch",
+    "gradients": "gradients, summed over the batch; each device gets the whole sum",
     "tokens": "tokens and their routing, to the devices that have their experts",
     "results": "what the experts made, summed back to the devices that have the tokens",
     "partial": "partial sums of a matrix that is split over tensor",

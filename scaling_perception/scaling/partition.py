@@ -27,6 +27,26 @@ def gathered_experts(found: Sequence[Found], parameters: Parameters) -> Iterator
             )
 
 
+def whole_gradients(found: Sequence[Found], parameters: Parameters) -> Iterator[str]:
+    """Gradients of split weights that every device gets whole, and then drops all but its part of."""
+    for one, axes, purpose in found:
+        if purpose != "gradients":
+            continue
+        split = {
+            name: array
+            for array in one.arrays
+            for name in parameters.names(array)
+            if axes and set(axes) <= set(parameters.axes[name])
+        }
+        size = sum(array.bytes for array in dict.fromkeys(split.values())) * one.trips / _MEGABYTE
+        if size >= 1:
+            yield (
+                f"all-reduce of gradients ({next(iter(split))}) over {' × '.join(axes)}, {size:.1f} MB a step on each "
+                "device, though each keeps a part alone: a reduce-scatter sends half (the compiler has none for parts "
+                "that are no whole tiles: a smaller axis, perhaps)"
+            )
+
+
 def resharded_layers(found: Sequence[Found]) -> Iterator[str]:
     """Activations that change how they are split inside a loop, so once for every layer."""
     for one, axes, purpose in found:

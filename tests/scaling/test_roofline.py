@@ -151,6 +151,15 @@ def test_warnings_of_experts_and_of_layers_that_change_how_they_are_split():
     assert not list(partition.resharded_layers([(tokens._replace(loops=()), ("fsdp",), "reshard")]))
 
 
+def test_warnings_of_gradients_that_are_whole():
+    split, whole = collective("all-reduce", (512, 2048), (2048,)), collective("all-reduce", (1, 128, 2048))
+    (line,) = partition.whole_gradients([(split, ("fsdp",), "gradients")], KNOWN)
+    assert "(params/blocks/mlp/fc1/kernel) over fsdp, 25.2 MB a step" in line
+    assert not list(partition.whole_gradients([(whole, ("data",), "gradients")], KNOWN))
+    assert not list(partition.whole_gradients([(split, ("data", "fsdp"), "gradients")], KNOWN))
+    assert not list(partition.whole_gradients([(split, ("fsdp",), "kept")], KNOWN))
+
+
 def test_warnings_of_activations_that_are_whole():
     """Four samples of 80 tokens on each of 16 devices; each token meets two experts."""
     text = """HloModule jit_step, num_partitions=16
