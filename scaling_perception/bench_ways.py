@@ -226,7 +226,10 @@ def make_levers(case: Case, parts: Parts) -> dict[str, Function]:
     plain = Engine(config, engine.autoencoder, model.dtype, engine.mesh)
 
     def without() -> np.ndarray:
-        with mock.patch.object(dit, "attention", attention_einsum):  # looked up while the graph is traced
+        def einsum(query: Any, key: Any, value: Any, mesh: Any) -> Any:
+            return attention_einsum(query, key, value)
+
+        with mock.patch.object(dit, "attention", einsum):  # looked up while the graph is traced
             return pixels_of(case, parts, plain)
 
     return {

@@ -26,7 +26,7 @@ def test_renders_trains_evaluates_and_reports(tmp_path, small, capfd):
         assert found["images"] == 2 and len(found["cells"]) == 4  # two presets, two sizes
         assert all(len(cell["rows"]) == 2 and metric in cell["metrics"] for cell in found["cells"])
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<h2>") == 4 and "http" not in page.replace("http-equiv", "")
+    assert page.count("<h2>") == 5 and "http" not in page.replace("http-equiv", "")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluations").glob("*.json")}
     assert main(words) == 0
     assert "is already there" in capfd.readouterr().out

@@ -88,6 +88,7 @@ def _dot_macs(jaxpr, times=1):
         inner = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
         if equation.primitive.name == "cond":  # a choice of platform: every branch does the same work
             branches = {_dot_macs(branch.jaxpr, inner) for branch in equation.params["branches"]}
+            branches -= {0} if len(branches) > 1 else set()  # a kernel, whose products are not seen here
             assert len(branches) == 1
             total += branches.pop()
             continue
@@ -109,7 +110,7 @@ def test_equals_the_traced_program(name, pixels):
 
 def test_compiler_counts_the_same_within_its_elementwise_work(monkeypatch):
     # one layer and all heads at once, for the compiler counts the body of a scan once; wide, so that matmuls outweigh
-    monkeypatch.setattr(dit, "attention", attention_einsum)
+    monkeypatch.setattr(dit, "attention", lambda query, key, value, mesh: attention_einsum(query, key, value))
     config = get_preset("a4", depth=1, num_classes=1)
     compiled = jax.jit(lambda params, *inputs: DiT(config).apply({"params": params}, *inputs))
     flops = compiled.lower(*_inputs(config)).compile().cost_analysis()["flops"]

@@ -209,7 +209,7 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
         assert_a_full_disk_is_told(Checkpoints(disk / "checkpoints", keep=2))
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 # ---- Killed processes ------------------------------------------------------------------------------------------------
