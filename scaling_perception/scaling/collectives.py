@@ -253,6 +253,8 @@ def purpose(one: Collective, axes: tuple[str, ...], parameters: Parameters) -> s
         return _OF_WEIGHTS[one.kind]
     if one.bytes <= SMALL:
         return "scalars"
+    if axes == ("expert",) and one.kind == "reduce-scatter":
+        return "results"  # a TPU may drop the name
     if axes == ("tensor",) and one.kind in ("all-reduce", "reduce-scatter", "all-gather"):
         return "partial"
     return "rows" if one.kind == "all-gather" and not one.loops else "reshard"
