@@ -170,9 +170,18 @@ class Engine:
 
     def _spread(self, rows: jax.Array) -> jax.Array:
         """Rows (N, ...) split over the devices, where they divide."""
-        if self.mesh is None or rows.shape[0] % self.mesh.size:
+        if self.mesh is None or self.mesh.size == 1 or rows.shape[0] % self.mesh.size:
             return rows
         return jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))
+
+    def _on_each(self, function: Callable[..., Any], vae: Any, rows: jax.Array) -> Any:
+        """``function(vae, rows)``, each device with its own rows. It may loop over rows, a few at a time, and a loop
+        over an array that is split would have every device compute all of it."""
+        if self.mesh is None or self.mesh.size == 1 or rows.shape[0] % self.mesh.size:
+            return function(vae, rows)
+        split = PartitionSpec(BATCH_AXES)
+        takes = (PartitionSpec(), split)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=takes, out_specs=split, check_vma=False)(vae, rows)
 
     def _known(self, params: Any, latents: jax.Array, labels: jax.Array) -> jax.Array:
         """Tokens of the conditions, (I, P, T, D)."""
@@ -275,7 +284,7 @@ class Engine:
     def _decode(self, vae: Any, z: jax.Array, passes: Passes) -> jax.Array:
         rows, latent = z.shape[:3], z.shape[3:]
         z = z * passes.scale[None, None, :, None, None, :] + passes.shift[None, None, :, None, None, :]
-        pixels = self.autoencoder.decode(vae, self._spread(z.reshape(-1, *latent))).astype(jnp.float32)
+        pixels = self._on_each(self.autoencoder.decode, vae, z.reshape(-1, *latent)).astype(jnp.float32)
         return pixels.reshape(*rows, *pixels.shape[1:]).swapaxes(1, 2)
 
     def _round_trip(self, vae: Any, pictures: jax.Array) -> jax.Array:
