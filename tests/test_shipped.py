@@ -1,15 +1,19 @@
 """The shipped generalist beats the trivial answers on held-out scenes, for each task, by the paired difference."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import scaling_perception as sp
 from scaling_perception.data.sources.scenes import ScenesSource
 from scaling_perception.evaluation.baselines import bootstrap_ci
+from scaling_perception.evaluation.budgets import choose, load_budgets
 from scaling_perception.evaluation.protocols import get_protocol
 from scaling_perception.evaluation.sweep import sweep
 
 IMAGES = 32
+FOLDER = Path(sp.__file__).parent / "weights" / "mini"
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +38,14 @@ def test_beats_every_trivial_answer(predictor, task, metric, steps, sign, trivia
         theirs = np.asarray([row[metric] for row in found["baselines"][name]["rows"]])
         low, _ = bootstrap_ci(sign * (theirs - mine), seed=0)
         assert low > 0, f"{task}: {metric} {mine.mean():.3f} against {theirs.mean():.3f} of {name}"
+
+
+def test_budgets_are_those_of_these_weights(predictor):
+    table = load_budgets(FOLDER)
+    assert table and set(table["tasks"]) == set(predictor.tasks)
+    for task, entry in table["tasks"].items():
+        assert (entry["weights"], entry["autoencoder"]) == (predictor.id, predictor.autoencoder_id)
+        fast, balanced, best = (choose(table, task, name=name) for name in ("fast", "balanced", "best"))
+        assert fast.macs <= balanced.macs <= best.macs
+        for one in (fast, balanced, best):
+            assert one.macs == pytest.approx(predictor.macs(task, one.steps, one.ensemble), rel=1e-6)
