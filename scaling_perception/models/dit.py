@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from scaling_perception.models.config import DiTConfig as DiTConfig
 from scaling_perception.models.config import config_from_dict as config_from_dict
@@ -176,7 +177,7 @@ class Attention(nn.Module):
         if self.qk_norm:  # in float32, as all norms
             query = nn.LayerNorm(NORM_EPSILON, name="q_norm")(query.astype(jnp.float32)).astype(self.dtype)
             key = nn.LayerNorm(NORM_EPSILON, name="k_norm")(key.astype(jnp.float32)).astype(self.dtype)
-        mixed = attention(query, key, value, self.mesh).reshape(-1, dim)
+        mixed = checkpoint_name(attention(query, key, value, self.mesh), "attention").reshape(-1, dim)
         return nn.Dense(dim, kernel_init=_xavier, dtype=self.dtype, name="proj")(mixed).reshape(x.shape)
 
 
@@ -312,7 +313,8 @@ class DiT(nn.Module):
         # Storing every elementwise intermediate of every layer is slower than recomputing it (by a quarter of the
         # gradient's time on a CPU), and the attention logits would grow with T squared.
         policies = jax.checkpoint_policies
-        named = policies.save_only_these_names("moe_hidden", "moe_out")  # grouped matmuls are not seen as dots
+        # neither grouped matmuls nor attention are seen as dots
+        named = policies.save_only_these_names("moe_hidden", "moe_out", "attention")
         dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)
         kept = policies.nothing_saveable if self.remat else dots
         stack = nn.scan(

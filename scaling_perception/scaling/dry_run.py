@@ -7,7 +7,7 @@ device at a time, T tokens, width D, MLP width F, K active experts, S the shared
 and else 1, in units of B T D numbers:
 
     kept for the backward pass, in the compute dtype, each layer: 1 with remat, else
-        6 + F/D dense, 6 + m K F/D + (2 S + 1 with a shared expert) with experts
+        7 + F/D dense, 7 + m K F/D + (2 S + 1 with a shared expert) with experts
     at work in one layer, float32: 16 + 4 F/D dense, 16 + (2 + 2 m) K F/D + 4 K + 6 S with experts
     attention scores of one layer, float32: 3 B heads T^2, where no fused kernel is at hand
 
@@ -177,10 +177,10 @@ def _bytes(tree: Any, placed: Any) -> int:
 
 def _activations(config: Config, dit: DiTConfig, samples: int) -> dict[str, int]:
     unit, ratio = samples * dit.tokens * dit.dim, dit.hidden / dit.dim
-    kept, working = 6 + ratio, 16 + 4 * ratio
+    kept, working = 7 + ratio, 16 + 4 * ratio
     if dit.experts:
         matrices, chosen = (2 if dit.expert_mlp == "swiglu" else 1), dit.active_experts
-        kept = 6 + matrices * chosen * ratio + (2 * dit.shared_experts + 1 if dit.shared_experts else 0)
+        kept = 7 + matrices * chosen * ratio + (2 * dit.shared_experts + 1 if dit.shared_experts else 0)
         working = 16 + (2 + 2 * matrices) * chosen * ratio + 4 * chosen + 6 * dit.shared_experts
     kept = 1 if config.train.remat else kept
     return {
