@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # Measuring
 
 
-def _rounds(functions: Mapping[str, Function], repeats: int) -> dict[str, dict[str, Any]]:
+def in_rounds(functions: Mapping[str, Function], repeats: int) -> dict[str, dict[str, Any]]:
     """Seconds by the clock and of all processors together, in turns; each round starts one function further."""
     first = {}
     for name, function in functions.items():
@@ -99,7 +99,7 @@ def ratio(found: Mapping[str, Any], slow: str, fast: str) -> dict[str, float]:
     }
 
 
-def _keep_to(cores: int) -> None:
+def keep_to(cores: int) -> None:
     """Before the first array: so many processors are seen by JAX as by torch."""
     if not hasattr(os, "sched_setaffinity"):
         raise UserError("--cores cannot be kept to on this system: leave it out")
@@ -166,7 +166,7 @@ def bench_sample(args: argparse.Namespace) -> dict[str, Any]:
     if args.quick:
         vars(args).update(_QUICK)
     if args.cores is not None:
-        _keep_to(args.cores)
+        keep_to(args.cores)
     if args.once:
         return _once(args)
     case = make_case(args)
@@ -202,7 +202,7 @@ def bench_sample(args: argparse.Namespace) -> dict[str, Any]:
             raise RuntimeError(f"'{name}' differs from the predictor by {off:.1e}")
     timed = {name: (lambda lever=lever: finish(case, lever())) for name, lever in levers.items()}
     load = os.getloadavg() if hasattr(os, "getloadavg") else ()
-    found = _rounds({**ways, **stages, **timed}, args.repeats)
+    found = in_rounds({**ways, **stages, **timed}, args.repeats)
 
     forward, resolution = forward_macs(case.config), args.resolution
     coding = {
@@ -252,6 +252,17 @@ def _lever_rows(found: Mapping[str, Any], names: list[str], opponent: str | None
     return rows
 
 
+def ratio_lines(against: Mapping[str, Any]) -> Iterator[str]:
+    """What each way of torch takes over ours, and how far their results are apart."""
+    for name, row in against["ratios"].items():
+        marked = " (the opponent)" if name == against["opponent"] else ""
+        off = ", ".join(f"{what} {value:.1e}" for what, value in against["differences"][name].items())
+        yield (
+            f"x {name}{marked}: {row['ratio']:.2f} (fastest {row['ratio_of_fastest']:.2f}, processor seconds "
+            f"{row['ratio_of_processor_seconds']:.2f}); differences: {off}"
+        )
+
+
 def sample_table(result: Mapping[str, Any]) -> str:
     """The result as lines of text."""
     return "\n".join(_lines(result))
@@ -276,14 +287,7 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
         f"{ours['network_gflops_per_second']:.0f} GFLOP/s; all {ours['gflops_per_second']:.0f} GFLOP/s{share}"
     )
     if against := result.get("against"):
-        for name, row in against["ratios"].items():
-            off = against["differences"][name]
-            marked = " (the opponent)" if name == against["opponent"] else ""
-            yield (
-                f"x {name}{marked}: {row['ratio']:.2f} (fastest {row['ratio_of_fastest']:.2f}, processor seconds "
-                f"{row['ratio_of_processor_seconds']:.2f}); differences: pixels {off['pixels']:.1e}, estimates "
-                f"{off['estimates']:.1e}"
-            )
+        yield from ratio_lines(against)
         if against["torch_compile"] != "works":
             yield f"torch.compile: {against['torch_compile']}"
     if levers := result.get("levers"):

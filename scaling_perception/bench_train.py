@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scaling_perception.bench_sample import _keep_to, _rounds, ratio
-from scaling_perception.bench_ways import _draw, difference
+from scaling_perception.bench_sample import in_rounds, keep_to, ratio, ratio_lines
+from scaling_perception.bench_ways import difference, draw_leaves, prepare_torch
 from scaling_perception.support.errors import UserError
 
 LARGEST_LOSS, LARGEST_GRADIENT = 1e-5, 1e-3  # relative difference from torch in float32
@@ -71,7 +71,7 @@ def make_case(args: argparse.Namespace) -> Case:
     config = at_resolution(get_preset(args.model, **specialist), args.resolution)
     rng = np.random.default_rng(0)
     shapes = {name: leaf.shape for name, leaf in flatten_tree(abstract_params(config)).items()}
-    params = unflatten_tree(_draw(shapes, rng))
+    params = unflatten_tree(draw_leaves(shapes, rng))
     params["pos_embed"] = position_table(config.dim, config.grid)
     latents = (args.batch, config.input_size, config.input_size, 4)
     batch = {name: rng.standard_normal(latents, np.float32) for name in ("image", "target")}
@@ -152,19 +152,11 @@ def make_torch(case: Case, kind: str) -> Any:
     Raises:
         UserError: no torch here, a model it is not written for, or an accelerator on our side.
     """
-    import importlib.util
-
-    import jax
-
-    if importlib.util.find_spec("torch") is None:
-        raise UserError("--against torch needs PyTorch: pip install 'scaling-perception[torch]', or leave it out")
-    if jax.default_backend() != "cpu":
-        raise UserError("--against torch compares on the processor: set JAX_PLATFORMS=cpu, or leave it out")
+    prepare_torch()
     import torch
 
     from scaling_perception.torch_peer import Trainer, make_dit
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     network = make_dit(case.config, case.params, "sdpa" if kind == "compiled" else kind)
     forward: Any = torch.compile(network) if kind == "compiled" else network
     return Trainer(network, forward, case.diffusion, case.optim, case.batch, case.config.null_label)
@@ -222,7 +214,7 @@ def bench_train(args: argparse.Namespace) -> dict[str, Any]:
     if args.quick:
         vars(args).update(_QUICK)
     if args.cores is not None:
-        _keep_to(args.cores)
+        keep_to(args.cores)
     case = make_case(args)
     kinds = ("explicit", "sdpa", "compiled")[: 2 if args.no_compile or args.quick else 3] if args.against else ()
     trainers = {f"torch {kind}": make_torch(case, kind) for kind in kinds}
@@ -241,7 +233,7 @@ def bench_train(args: argparse.Namespace) -> dict[str, Any]:
     for name, way in ways.items():
         ways[name], steps[name] = _several(way, 0.0 if args.quick else _SPAN)
     load = os.getloadavg() if hasattr(os, "getloadavg") else ()
-    found = _rounds(ways, args.repeats)
+    found = in_rounds(ways, args.repeats)
     work = 2 * TRAINING_FACTOR * forward_macs(case.config) * args.batch
     for name, row in found.items():
         count = steps[name]
@@ -272,13 +264,6 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name:<16} {times} {row['gflops_per_second']:8.0f} {result['batch'] / row['seconds']:9.2f}"
     yield f"ours: compiling {result['compile_seconds']:.1f} s"
     if against := result.get("against"):
-        for name, row in against["ratios"].items():
-            off = against["differences"][name]
-            marked = " (the opponent)" if name == against["opponent"] else ""
-            yield (
-                f"x {name}{marked}: {row['ratio']:.2f} (fastest {row['ratio_of_fastest']:.2f}, processor seconds "
-                f"{row['ratio_of_processor_seconds']:.2f}); differences: loss {off['loss']:.1e}, gradients "
-                f"{off['gradient']:.1e}"
-            )
+        yield from ratio_lines(against)
         for name, reason in against["failed"].items():
             yield f"{name}: {reason}"

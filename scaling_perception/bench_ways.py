@@ -40,7 +40,7 @@ class Case(NamedTuple):
         return self.settings.steps * self.settings.ensemble
 
 
-def _draw(shapes: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+def draw_leaves(shapes: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Kernels that keep the size of what goes through them, norms near 1, small biases."""
     drawn = {}
     for name, shape in shapes.items():
@@ -65,7 +65,7 @@ def _autoencoder(family: str, rng: np.random.Generator) -> Any:
         raise UserError(f"unknown autoencoder '{family}'{did_you_mean(family, AUTOENCODERS)}")
     config: Any = {"tiny": tiny_vae.SMALL, "taesd": tiny_vae.TAESD, "sd": vae.VAEConfig()}[family]
     module: Any = vae if family == "sd" else tiny_vae
-    trees = {part: tiny_vae.unflatten(_draw(module.part_shapes(part, config), rng)) for part in PARTS}
+    trees = {part: tiny_vae.unflatten(draw_leaves(module.part_shapes(part, config), rng)) for part in PARTS}
     return (make_kl if family == "sd" else make_tiny)(family, config, trees)
 
 
@@ -92,7 +92,7 @@ def make_case(args: argparse.Namespace) -> Case:
     rng = np.random.default_rng(0)
     autoencoder = _autoencoder(args.autoencoder, rng)
     shapes = {name: leaf.shape for name, leaf in flatten_tree(abstract_params(config)).items()}
-    params = unflatten_tree(_draw(shapes, rng))
+    params = unflatten_tree(draw_leaves(shapes, rng))
     params["pos_embed"] = position_table(config.dim, config.grid)
     meta = {
         "model": dataclasses.asdict(config),
@@ -246,11 +246,11 @@ def make_levers(case: Case, parts: Parts) -> dict[str, Function]:
 # PyTorch
 
 
-def make_torch(case: Case, kind: str) -> Any:
-    """A `torch_peer.Sampler` of the case's weights; ``kind``: explicit, sdpa, or compiled (sdpa).
+def prepare_torch() -> None:
+    """As many threads for torch as there are processors for JAX.
 
     Raises:
-        UserError: no torch here, a model it is not written for, or an accelerator on our side.
+        UserError: no torch here, or an accelerator on our side.
     """
     import importlib.util
 
@@ -262,9 +262,20 @@ def make_torch(case: Case, kind: str) -> Any:
         raise UserError("--against torch compares on the processor: set JAX_PLATFORMS=cpu, or leave it out")
     import torch
 
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def make_torch(case: Case, kind: str) -> Any:
+    """A `torch_peer.Sampler` of the case's weights; ``kind``: explicit, sdpa, or compiled (sdpa).
+
+    Raises:
+        UserError: no torch here, a model it is not written for, or an accelerator on our side.
+    """
+    prepare_torch()
+    import torch
+
     from scaling_perception.torch_peer import Sampler, make_dit
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     predictor = case.predictor
     network: Any = make_dit(case.config, predictor.params, "sdpa" if kind == "compiled" else kind)
     network = torch.compile(network) if kind == "compiled" else network

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scaling_perception import bench_sample
-from scaling_perception.bench_ways import _draw, make_case, make_torch
+from scaling_perception.bench_ways import draw_leaves, make_case, make_torch
 from scaling_perception.models import tiny_vae, vae
 from scaling_perception.models.autoencoders import make_kl, make_tiny
 from scaling_perception.models.presets import get_preset
@@ -64,7 +64,7 @@ def test_autoencoders_in_torch(family):
     config = vae.VAEConfig((8, 16), 1, norm_num_groups=4) if family == "kl" else tiny_vae.SMALL
     rng, module = np.random.default_rng(0), (vae if family == "kl" else tiny_vae)
     parts = ("encoder", "decoder")
-    trees = {p: tiny_vae.unflatten(_draw(module.part_shapes(p, config), rng)) for p in parts}
+    trees = {p: tiny_vae.unflatten(draw_leaves(module.part_shapes(p, config), rng)) for p in parts}
     ours = (make_kl if family == "kl" else make_tiny)("drawn", config, trees)
     encode, decode = make_coders(ours)
     picture = rng.uniform(-1, 1, (1, 32, 32, 3)).astype(np.float32)
@@ -88,7 +88,7 @@ def test_differences_end_the_run(monkeypatch):
 def test_rounds_take_turns():
     calls = []
     ways = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    found = bench_sample._rounds(ways, 2)
+    found = bench_sample.in_rounds(ways, 2)
     assert "".join(calls) == "abc" + "abc" + "bca"
     assert len(found["a"]["rounds"]) == 2 and found["a"]["fastest"] <= found["a"]["seconds"]
 

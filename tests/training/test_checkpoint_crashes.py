@@ -24,6 +24,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from toys import small_disk
 
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.errors import UserError
@@ -199,17 +200,10 @@ def test_a_file_that_cannot_grow(tmp_path):
 
 
 def test_a_disk_that_is_full(tmp_path, monkeypatch):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(words, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small file system")
-    try:
+    with small_disk(tmp_path, megabytes=1) as disk:
         usage = shutil.disk_usage(disk)._replace(free=10**12)  # it was free when we looked
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
         assert_a_full_disk_is_told(Checkpoints(disk / "checkpoints", keep=2))
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 # ---- Killed processes ------------------------------------------------------------------------------------------------

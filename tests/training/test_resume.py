@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from runs import ROOT, scenes_command
-from toys import LinearBatches, config_of, linear_objective
+from toys import LinearBatches, config_of, linear_objective, small_disk
 
 from scaling_perception import train as verb
 from scaling_perception.interop.model_folder import load_model
@@ -154,12 +154,7 @@ class Filling(LinearBatches):
 
 
 def test_a_full_disk_costs_steps_but_no_bits(monkeypatch, tmp_path, undisturbed):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(words, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small file system")
-    try:
+    with small_disk(tmp_path, megabytes=4) as disk:
         with pytest.raises(UserError, match="free space"):
             linear_run(monkeypatch, disk / "work", Filling(disk / "filler"))
         (disk / "filler").unlink()
@@ -167,8 +162,6 @@ def test_a_full_disk_costs_steps_but_no_bits(monkeypatch, tmp_path, undisturbed)
         linear_run(monkeypatch, disk / "work")
         assert_same(last_state(disk / "work"), undisturbed)
         assert goodput_report(disk / "work")["steps"]["kept"] == 20
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_killed_while_exporting(monkeypatch, tmp_path, undisturbed):

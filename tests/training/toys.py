@@ -1,13 +1,17 @@
 """Small problems that compile in no time: a linear regression with noise, and latents for the nano DiT."""
 
+import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from scaling_perception.support.configs import load_config
@@ -90,3 +94,17 @@ class LatentBatches:
         while True:
             yield self.at(step)
             step += 1
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A file system of its own in ``folder``; skips the test where it may not be mounted."""
+    disk = folder / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        yield disk
+    finally:  # lazily, for files in it may still be open
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
