@@ -38,7 +38,7 @@ from scaling_perception.scaling.compute import TRAINING_FACTOR, forward_macs
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import fields_of, pass_indices
-from scaling_perception.training.diffusion import network_of, tasks_of
+from scaling_perception.training.diffusion import check_dtypes, network_of, tasks_of
 from scaling_perception.training.optim import make_optimizer
 from scaling_perception.training.state import abstract_state
 
@@ -50,7 +50,7 @@ LENGTHS = {"imagenet": 1_281_167, "hypersim": 53_885, "flying_chairs": 22_232}
 
 _NETWORK = ("activations_kept", "activations_at_work", "attention_scores", "layer_weights")
 _ENCODING = "autoencoder_activations"
-_ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ITEM = {"float32": 4, "bfloat16": 2}
 
 
 def describe_run(config: Config, devices: int | None = None, mfu: float = MFU) -> dict[str, Any]:
@@ -69,6 +69,7 @@ def describe_run(config: Config, devices: int | None = None, mfu: float = MFU) -
     """
     if config.objective != "diffusion":
         raise UserError(f"objective is '{config.objective}': a dry run is known for diffusion models")
+    check_dtypes(config)
     dit = network_of(config)
     batch, steps = int(config.train.batch_size), int(config.train.steps)
     macs, encoding = forward_macs(dit), _encoding_macs(config)

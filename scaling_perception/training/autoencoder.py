@@ -163,9 +163,7 @@ class BankBatches:
     only), all float16; weight (B,) float32; key.
     """
 
-    def __init__(
-        self, bank: Bank, batch_size: int, seed: int, own: np.ndarray | None = None, own_id: str = ""
-    ) -> None:
+    def __init__(self, bank: Bank, batch_size: int, seed: int, own: np.ndarray | None = None, own_id: str = "") -> None:
         if batch_size > len(bank):
             raise UserError(f"train.batch_size {batch_size} exceeds the {len(bank)} pictures: raise config.bank")
         self.bank, self.batch_size, self.seed, self.own, self.own_id = bank, batch_size, seed, own, own_id

@@ -39,7 +39,8 @@ from scaling_perception.training.start import starting_point
 from scaling_perception.training.validation import held_out_batches
 
 LATENT = 4  # channels of every latent
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # of activations
+EXPORT_DTYPES = {**DTYPES, "float16": jnp.float16}  # of exported weights
 TIMESTEP_SAMPLINGS = ("uniform", "high_noise")
 NOISES = ("gaussian", "multires")
 LATENT_NORMS = ("none", "auto")
@@ -219,9 +220,7 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
     for field, options in (("timestep_sampling", TIMESTEP_SAMPLINGS), ("noise", NOISES), ("latent_norm", LATENT_NORMS)):
         if config[field] not in options:
             raise UserError(f"{field} is '{config[field]}'{did_you_mean(config[field], options)}")
-    for field in ("dtype", "export_dtype"):
-        if config.train[field] not in DTYPES:
-            raise UserError(f"train.{field} is '{config.train[field]}'{did_you_mean(config.train[field], DTYPES)}")
+    check_dtypes(config)
     dit = network_of(config)
     preset = get_diffusion(config.diffusion, **config.diffusion_changes.to_dict())
     options = TaskOptions.from_dict(config.task_options.to_dict())
@@ -272,7 +271,7 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
     def export(params: Any, path: str, info: Mapping[str, Any]) -> None:
         from scaling_perception.interop.model_folder import save_model
 
-        dtype = DTYPES[config.train.export_dtype]
+        dtype = EXPORT_DTYPES[config.train.export_dtype]
         small = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf, dtype)), params)
         save_model(path, small, {**meta, "training": dict(info)})
         if generation:
@@ -293,6 +292,23 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
         meta=meta,
         held_out=held_out,
     )
+
+
+def check_dtypes(config: Config) -> None:
+    """Refuse what no training or export is done in.
+
+    Raises:
+        UserError: ``train.dtype`` is neither float32 nor bfloat16 (without loss scaling, float16 rounds most gradients
+            to zero), or ``train.export_dtype`` is unknown.
+    """
+    if config.train.dtype == "float16":
+        raise UserError(
+            "train.dtype is 'float16', in which most gradients round to zero: give bfloat16, or float32 "
+            "(train.export_dtype may be float16)"
+        )
+    for field, known in (("dtype", DTYPES), ("export_dtype", EXPORT_DTYPES)):
+        if config.train[field] not in known:
+            raise UserError(f"train.{field} is '{config.train[field]}'{did_you_mean(config.train[field], known)}")
 
 
 def network_of(config: Config) -> DiTConfig:

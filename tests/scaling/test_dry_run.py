@@ -149,6 +149,7 @@ def test_what_is_printed(capsys):
     [
         (["mesh.fsdp=3"], {}, "train.batch_size is 1024: give a multiple of 3"),
         (["mesh.fsdp=0"], {}, "give sizes of 1 or more"),
+        (["train.dtype=float16"], {}, "give bfloat16"),
         (["mesh.data=2"], {"devices": 3}, "does not fit 3 devices"),
         (["objective=autoencoder"], {}, "known for diffusion models"),
         ([], {"mfu": 40}, "MFU 40: give a share"),

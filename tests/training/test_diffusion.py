@@ -302,6 +302,8 @@ def test_networks_that_cannot_serve_the_tasks(spec, overrides, words):
         ("noise=multi", "did you mean 'multires'"),
         ("latent_norm=yes", "known: auto, none"),
         ("train.dtype=float64", "train.dtype"),
+        ("train.dtype=float16", "give bfloat16, or float32"),
+        ("train.export_dtype=float8", "known: bfloat16, float16, float32"),
         ("diffusion=fix", "did you mean 'fixed'"),
         ("diffusion_changes={'shedule': 'linear'}", "did you mean 'schedule'"),
         ("task_options.flow_divisor=-1", "flow_divisor"),

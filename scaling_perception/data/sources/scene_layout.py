@@ -272,7 +272,7 @@ def _keep(things: list[Thing], thing: Thing, camera: Camera, gap: float) -> bool
         return False
     for other in things:
         if not other.backdrop:
-            apart = np.linalg.norm((thing.position - other.position)[:2 if gap < 0.8 else 3])
+            apart = np.linalg.norm((thing.position - other.position)[: 2 if gap < 0.8 else 3])
             if apart < gap * (thing.radius + other.radius):
                 return False
     things.append(thing)
