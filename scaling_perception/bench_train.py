@@ -153,7 +153,7 @@ def make_torch(case: Case, kind: str) -> Any:
         UserError: no torch here, a model it is not written for, or an accelerator on our side.
     """
     prepare_torch()
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     from scaling_perception.torch_peer import Trainer, make_dit
 

@@ -260,7 +260,7 @@ def prepare_torch() -> None:
         raise UserError("--against torch needs PyTorch: pip install 'scaling-perception[torch]', or leave it out")
     if jax.default_backend() != "cpu":
         raise UserError("--against torch compares on the processor: set JAX_PLATFORMS=cpu, or leave it out")
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
@@ -272,7 +272,7 @@ def make_torch(case: Case, kind: str) -> Any:
         UserError: no torch here, a model it is not written for, or an accelerator on our side.
     """
     prepare_torch()
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     from scaling_perception.torch_peer import Sampler, make_dit
 

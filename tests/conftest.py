@@ -1,8 +1,11 @@
-"""Eight CPU devices for every test, a shared compilation cache, and where reference arrays are."""
+"""Eight CPU devices for every test, a shared compilation cache, where reference arrays are, and what is skipped."""
 
+import importlib.util
 import os
+import re
 import signal
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,6 +24,55 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in a shell's ba
 flags.FLAGS.mark_as_parsed()  # grain reads absl flags; a test run has none
 
 HERE = Path(__file__).parent
+SHARED = Path(os.environ.get("SCALING_PERCEPTION_SHARED", HERE.parent.parent / "shared"))
+# Marker: the fixture that gives it, whether it is here, and the reason to skip where it is not.
+NEEDS = {
+    "torch": (
+        "torch",
+        importlib.util.find_spec("torch") is not None,
+        "needs PyTorch: pip install 'scaling-perception[torch]'",
+    ),
+    "shared": (
+        "shared_dir",
+        (SHARED / "golden").is_dir(),
+        f"needs ../shared: no reference material at {SHARED}; set SCALING_PERCEPTION_SHARED",
+    ),
+}
+
+
+def pytest_configure(config):
+    if "SCALING_PERCEPTION_SHARED" in os.environ and not NEEDS["shared"][1]:
+        raise pytest.UsageError(f"SCALING_PERCEPTION_SHARED={SHARED} has no folder golden: correct or unset it")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """Whoever asks for PyTorch or the reference material, through a fixture too, carries the marker."""
+    for item in items:
+        for marker, (fixture, _, _) in NEEDS.items():
+            if fixture in item.fixturenames:
+                item.add_marker(marker)
+
+
+def pytest_runtest_setup(item):
+    for marker, (_, here, reason) in NEEDS.items():
+        if not here and item.get_closest_marker(marker):
+            pytest.skip(reason)
+
+
+def count_reasons(reasons: list[str]) -> str:
+    """One line: «skipped: 12 need PyTorch, 7 need ../shared». A reason reads «needs WHAT: how to get it»."""
+    missing = [re.sub(r"^could not import '([\w.]+)'", r"needs \1", reason) for reason in reasons]
+    counts = Counter(reason.split(": ")[0] for reason in missing)
+    words = (f"{n} {what.replace('needs ', 'need ', 1) if n > 1 else what}" for what, n in counts.most_common())
+    return "skipped: " + ", ".join(words)
+
+
+@pytest.hookimpl(trylast=True)  # the last line but pytest's own
+def pytest_terminal_summary(terminalreporter):
+    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])]
+    if reasons:
+        terminalreporter.write_line(count_reasons(reasons))
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +83,11 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Real samples and larger reference arrays, beside the checkout; tests that need them skip without."""
-    folder = Path(os.environ.get("SCALING_PERCEPTION_SHARED", HERE.parent.parent / "shared"))
-    if not (folder / "golden").is_dir():
-        pytest.skip(f"reference material not found at {folder} (set SCALING_PERCEPTION_SHARED)")
-    return folder
+    """Real samples and larger reference arrays. Tests that ask for them carry the marker `shared`."""
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """PyTorch, for comparison. Tests that ask for it carry the marker `torch`."""
+    return pytest.importorskip("torch")

@@ -22,8 +22,7 @@ def parse(*words):
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
-    pytest.importorskip("torch")
+def result(tmp_path_factory, torch):
     file = tmp_path_factory.mktemp("bench") / "sample.json"
     assert run_verb("bench", [*NANO, "--against", "torch", "--levers", "--peak", "1", "--json", str(file)]) == 0
     return json.loads(file.read_text())
@@ -57,8 +56,7 @@ def test_torch_gives_the_same_prediction(result):
 
 
 @pytest.mark.parametrize("family", ["kl", "tiny"])
-def test_autoencoders_in_torch(family):
-    torch = pytest.importorskip("torch")
+def test_autoencoders_in_torch(family, torch):
     from scaling_perception.torch_peer import make_coders
 
     config = vae.VAEConfig((8, 16), 1, norm_num_groups=4) if family == "kl" else tiny_vae.SMALL
@@ -76,8 +74,7 @@ def test_autoencoders_in_torch(family):
     np.testing.assert_allclose(theirs, pixels, atol=1e-4 * np.abs(pixels).max())
 
 
-def test_differences_end_the_run(monkeypatch):
-    pytest.importorskip("torch")
+def test_differences_end_the_run(monkeypatch, torch):
     from scaling_perception import bench_ways
 
     monkeypatch.setattr(bench_ways, "LARGEST_ESTIMATE", 0.0)
@@ -113,8 +110,7 @@ def test_refusals(monkeypatch):
         make_torch(make_case(parse()), "sdpa")
 
 
-def test_torch_refuses_what_it_has_not():
-    pytest.importorskip("torch")
+def test_torch_refuses_what_it_has_not(torch):
     from scaling_perception.torch_peer import make_dit
 
     with pytest.raises(UserError, match="dense models alone, and nano is none"):

@@ -19,8 +19,7 @@ def make_case():
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
-    pytest.importorskip("torch")
+def result(tmp_path_factory, torch):
     file = tmp_path_factory.mktemp("bench") / "train.json"
     assert run_verb("bench", [*NANO, "--against", "torch", "--json", str(file)]) == 0
     return json.loads(file.read_text())
@@ -43,10 +42,9 @@ def test_torch_computes_the_same_loss_and_gradient(result):
         assert found["loss"] < 1e-6 and 0 < found["gradient"] < 1e-4
 
 
-def test_torch_takes_the_same_step():
+def test_torch_takes_the_same_step(torch):
     """Weights and running average after it: with the rate as a bound, for Adam's first step is the rate wherever a
     gradient is not zero, and near zero rounding decides the sign."""
-    pytest.importorskip("torch")
     import jax
 
     from scaling_perception.interop.torch_dit import dit_to_torch
@@ -67,8 +65,7 @@ def test_torch_takes_the_same_step():
         np.testing.assert_allclose(mean.numpy(), ema[name], atol=3e-4 * case.optim.lr, rtol=1e-6)
 
 
-def test_differences_end_the_run(monkeypatch):
-    pytest.importorskip("torch")
+def test_differences_end_the_run(monkeypatch, torch):
     monkeypatch.setattr(bench_train, "LARGEST_LOSS", -1.0)
     with pytest.raises(RuntimeError, match="do not compute the same"):
         run_verb("bench", [*NANO, "--against", "torch"])

@@ -151,7 +151,7 @@ def test_mistakes(words, message, capsys):
 
 def test_a_step_for_a_tpu():
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'scaling-perception[tpu]'")
+        pytest.skip("needs libtpu: pip install 'scaling-perception[tpu]'")
     from scaling_perception.scaling.topologies import prepare_environment
 
     prepare_environment("v5e:2x2")

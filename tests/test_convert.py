@@ -77,8 +77,7 @@ def file(tmp_path, routed):
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_back_and_forth_changes_nothing(shared_dir, tmp_path, name, capsys):
-    pytest.importorskip("torch")
+def test_back_and_forth_changes_nothing(shared_dir, torch, tmp_path, name, capsys):
     layout, flags = CHECKPOINTS[name]
     source = shared_dir / "golden" / "checkpoints" / name
     ours, file, again, split, back = (tmp_path / n for n in ("ours", "file.pt", "again", "split", "back"))
@@ -270,8 +269,7 @@ def test_half_precision_keeps_the_router_and_comes_back(file, tmp_path, routed):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_taesd_as_two_files_one_file_and_ours(tmp_path, dtype):
-    pytest.importorskip("torch")
+def test_taesd_as_two_files_one_file_and_ours(tmp_path, dtype, torch):
     rng, pair = np.random.default_rng(3), tmp_path / "pair"
     pair.mkdir()
     for part in exchange.PARTS:
@@ -292,8 +290,7 @@ def test_taesd_as_two_files_one_file_and_ours(tmp_path, dtype):
     assert len({one.id for one in loaded}) == 1
 
 
-def test_shipped_models_go_out_and_come_back(tmp_path):
-    pytest.importorskip("torch")
+def test_shipped_models_go_out_and_come_back(tmp_path, torch):
     mini = ROOT / "scaling_perception" / "weights" / "mini"
     convert(mini, tmp_path / "mini.pt")
     assert tensors(tmp_path / "mini.pt")["x_embedder.proj.conv_in_4.weight"].shape == (128, 12, 2, 2)
@@ -324,10 +321,8 @@ def test_a_full_disk_is_told_before_anything_is_written(file, tmp_path, monkeypa
     assert os.listdir(tmp_path) == ["in.safetensors"]
 
 
-@pytest.mark.parametrize("to", ["ours", "safetensors", "torch"])
+@pytest.mark.parametrize("to", ["ours", "safetensors", pytest.param("torch", marks=pytest.mark.torch)])
 def test_interrupted_it_leaves_nothing(file, tmp_path, monkeypatch, to):
-    if to == "torch":
-        pytest.importorskip("torch")
     target = tmp_path / ("out.pt" if to == "torch" else "out")
     name = "to_ours" if to == "ours" else "to_published"
     real = getattr(exchange, name)

@@ -26,7 +26,7 @@ def _run(*words: str) -> None:
 
 def _tracked(*patterns: str) -> list[Path]:
     if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout: the list of tracked files is unknown")
+        pytest.skip("needs a git checkout: else the list of tracked files is unknown")
     listed = subprocess.run(["git", "ls-files", "--", *patterns], cwd=ROOT, capture_output=True, text=True, check=True)
     return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
 
@@ -37,6 +37,17 @@ def test_ruff():
 
 def test_types():
     _run(_tool("basedpyright"), "--pythonpath", sys.executable, "--level", "error")
+
+
+def test_what_needs_pytorch_carries_the_marker():
+    """A test that skips itself without the marker would run nowhere: the README's command has no PyTorch."""
+    here = Path(__file__)
+    skipping = re.compile(r"""importorskip\(["'](torch|diffusers)|^(import|from) torch\b""", re.M)
+    for path in set(_tracked("tests/*.py")) - {here, here.parent / "conftest.py"}:
+        text = path.read_text()
+        for found in skipping.finditer(text):
+            asks = re.search(r"^pytestmark = pytest.mark.torch|\(.*\btorch\b.*\):$", text[: found.start()], re.M)
+            assert asks or path.name == "torch_reference.py", f"{path}: use the fixture torch, or mark the file"
 
 
 def test_imports_go_one_way():

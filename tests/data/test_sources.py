@@ -92,7 +92,6 @@ def test_every_file_source_refuses_nothing(name, tmp_path):
 
 
 def test_scenes_open_by_the_same_call():
-    pytest.importorskip("scaling_perception.data.sources.scenes")
     for task in ("depth", "flow", "amodal"):
         source = open_source("scenes", "", "val", task, count=2, resolution=32)
         assert len(source) == 2

@@ -179,8 +179,8 @@ def test_ancestral_variances_enclose_the_data_and_close_in_on_it():
 
 
 @pytest.fixture(scope="module")
-def libraries():
-    return pytest.importorskip("torch"), pytest.importorskip("diffusers")
+def libraries(torch):
+    return torch, pytest.importorskip("diffusers")
 
 
 @jax.jit

@@ -86,9 +86,8 @@ def test_clipping_to_the_range_of_the_data_set():
     np.testing.assert_allclose(align(gt, gt, valid, 1.5, 10), [1.5, 2, 3, 10])
 
 
-def test_a_fit_of_large_maps_looks_at_some_columns_only():
+def test_a_fit_of_large_maps_looks_at_some_columns_only(torch):
     """ETH3D's rule: 1024 on the long side, which its filter applies to the width alone."""
-    torch = pytest.importorskip("torch")
     for size, resolution in (((4032, 6048), 1024), ((40, 60), 25), ((75, 31), 20), ((37, 53), 7)):
         ramp = torch.arange(size[1], dtype=torch.float64).repeat(2, 1)[None]
         factor = min(resolution / size[0], resolution / size[1])

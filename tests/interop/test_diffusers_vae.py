@@ -154,9 +154,8 @@ def test_a_written_folder_is_read_back(published, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", [0, 1])
-def test_random_sizes_against_the_original(seed, tmp_path):
+def test_random_sizes_against_the_original(seed, tmp_path, torch):
     """Moments, pictures and, once, the gradient of a decoded picture; and our file is read by the original."""
-    torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     rng = np.random.default_rng(seed)
     groups, levels = int(rng.integers(2, 5)), 2 + seed

@@ -24,12 +24,11 @@ GIB = 2**30
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory, torch):
     """A state dict of the released layout; its tensors are windows of a file, so that making it takes no memory."""
-    torch = pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("full")
     if shutil.disk_usage(folder).free < 36 * GIB:
-        pytest.skip(f"less than 36 GB free in {folder}: set TMPDIR")
+        pytest.skip(f"needs 36 GB of disk: {folder} has less free; set TMPDIR")
     pieces = [piece for plan in leaf_pieces(get_preset("XL-8E2A")).values() for piece in plan.pieces]
     count = sum(int(np.prod(piece.shape)) for piece in pieces)
     assert count == count_params(get_preset("XL-8E2A")) == 2_758_511_264
@@ -58,7 +57,7 @@ def convert(*words):
 
 
 @pytest.mark.timeout(3600)
-def test_converting_takes_little_more_memory_than_the_file(checkpoint, tmp_path):
+def test_converting_takes_little_more_memory_than_the_file(checkpoint, tmp_path, torch):
     size = checkpoint.stat().st_size
     peak = convert(checkpoint, tmp_path / "ours", "--layout", "generalist")
     print(f"\nfile {size / 1e9:.2f} GB; peak memory of convert {peak / 1e9:.2f} GB, {peak / size:.2f} of the file")
@@ -66,7 +65,7 @@ def test_converting_takes_little_more_memory_than_the_file(checkpoint, tmp_path)
 
     config = get_preset("XL-8E2A")
     source = open_sharded(tmp_path / "ours")
-    state = pytest.importorskip("torch").load(checkpoint, weights_only=True, mmap=True)
+    state = torch.load(checkpoint, weights_only=True, mmap=True)
     for leaf, plan in leaf_pieces(config).items():  # some of every leaf
         for piece in (plan.pieces[0], plan.pieces[-1]):
             ours = source.read(leaf)[piece.index]

@@ -100,8 +100,7 @@ def test_flow_and_amodal_are_bilinear_with_the_prompts_of_the_facts(raw):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (5, 5), (13, 13)])
-def test_nearest_of_everything_is_torchs_nearest_exact(raw, size):
-    torch = pytest.importorskip("torch")
+def test_nearest_of_everything_is_torchs_nearest_exact(raw, size, torch):
     options = TaskOptions(image_resize="nearest")
 
     def resized(array):

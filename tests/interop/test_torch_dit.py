@@ -248,8 +248,7 @@ def test_export_refuses_a_tree_that_does_not_fit(state):
         leaf_pieces(dataclasses.replace(_SMALL, context_dim=8))
 
 
-def test_published_file_forms_give_the_reference_output(shared_dir):
-    pytest.importorskip("torch")
+def test_published_file_forms_give_the_reference_output(shared_dir, torch):
     folder = shared_dir / "golden" / "checkpoints" / "dit"
     expected = load_file(folder / "expected.safetensors")
     config = DiTConfig("tiny", input_size=8, dim=32, depth=2, heads=4, num_classes=10)
@@ -263,8 +262,7 @@ def test_published_file_forms_give_the_reference_output(shared_dir):
         np.testing.assert_allclose(out.transpose(0, 3, 1, 2), expected[f"out/{name}"], atol=2e-5)
 
 
-def test_released_generalist_files_hold_the_reference_weights(shared_dir, golden):
-    pytest.importorskip("torch")
+def test_released_generalist_files_hold_the_reference_weights(shared_dir, golden, torch):
     for suffix, case, heads in (("", "uc_e8_top2", 4), ("_ema", "uc_e8_top2_shared", 2)):
         source = open_torch(
             shared_dir / "golden" / "checkpoints" / "generalist" / f"dit_moe_generalist_tiny{suffix}.pt"

@@ -17,7 +17,8 @@ from scaling_perception.interop import torch_files
 from scaling_perception.interop.torch_files import open_tensors, open_torch, write_torch
 from scaling_perception.support.errors import UserError
 
-torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+torch = pytest.importorskip("torch", reason="needs PyTorch")
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7, dtype=torch.int64)}
 

@@ -16,7 +16,8 @@ from scaling_perception.interop.torch_dit import dit_from_torch, dit_to_torch
 from scaling_perception.models.dit import DiT, DiTConfig, position_table
 from scaling_perception.models.surgery import upcycle
 
-torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+torch = pytest.importorskip("torch", reason="needs PyTorch")
 import torch_reference  # noqa: E402
 from torch_reference import TorchDiT, randomise, sincos_table  # noqa: E402
 

@@ -26,6 +26,7 @@ from scaling_perception.models.vae_torch import vae_config_from_json, vae_from_t
 from scaling_perception.support.errors import UserError
 
 NARROW = vae.VAEConfig((8, 16), layers_per_block=1, norm_num_groups=4)
+LARGER = ("l1_64x64", "l1_64x96", "l2_64x64")  # too large to travel with the tests
 
 
 def nhwc(array):
@@ -51,9 +52,9 @@ def narrow():
     return params
 
 
-@pytest.mark.parametrize("name", ["small_32x32", "l1_64x64", "l1_64x96", "l2_64x64"])
+@pytest.mark.parametrize("name", ["small_32x32", *(pytest.param(n, marks=pytest.mark.shared) for n in LARGER)])
 def test_the_original_s_outputs(name, golden, request):
-    folder = golden if name == "small_32x32" else request.getfixturevalue("shared_dir") / "golden"
+    folder = request.getfixturevalue("shared_dir") / "golden" if name in LARGER else golden
     file = folder / "vae" / f"{name}.safetensors"
     with safe_open(file, "np") as handle:
         config = vae_config_from_json(json.loads(handle.metadata()["config"]))

@@ -119,7 +119,7 @@ def test_the_table_of_the_docs():
 
 def topology(name):
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'scaling-perception[tpu]'")
+        pytest.skip("needs libtpu: pip install 'scaling-perception[tpu]'")
     from scaling_perception.scaling.topologies import get_topology, prepare_environment
 
     prepare_environment(name)
@@ -165,7 +165,7 @@ def test_compilers_take_it(chip, preset, pixels):
 def test_on_an_accelerator(head_dim):
     """`pytest -m device tests/ops/test_flash.py` on a machine with a GPU or TPU: what runs there is the oracle's."""
     if jax.default_backend() == "cpu":
-        pytest.skip("no accelerator here")
+        pytest.skip("needs an accelerator")
     *inputs, gradient = draw((2, 256, 16, head_dim), jnp.bfloat16)
 
     @jax.jit

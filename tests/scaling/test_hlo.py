@@ -287,7 +287,7 @@ def test_text_that_is_none():
 
 def test_a_tpu_slice_that_is_not_here(tmp_path):
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'scaling-perception[tpu]'")
+        pytest.skip("needs libtpu: pip install 'scaling-perception[tpu]'")
     prepare_environment("v5e:2x2")
     topology = get_topology("v5e:2x2")
     mesh = make_mesh(fsdp=4, devices=topology.devices)

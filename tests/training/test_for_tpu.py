@@ -29,7 +29,7 @@ def no_cache():
 
 def mesh_of(**sizes):
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'scaling-perception[tpu]'")
+        pytest.skip("needs libtpu: pip install 'scaling-perception[tpu]'")
     prepare_environment("v5e:2x2")
     return make_mesh(**sizes, devices=get_topology("v5e:2x2").devices)
 
