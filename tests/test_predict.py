@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scaling_perception.data.formats import read_flo, read_image, read_kitti_flow, read_mask, read_png16
+from scaling_perception.data.formats import read_flo, read_image, read_kitti_flow, read_png16
+from scaling_perception.data.masks import read_mask
 
 pytest_plugins = ("nano", "predicting")
 

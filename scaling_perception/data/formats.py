@@ -1,4 +1,4 @@
-"""Files of ground truth and pictures: .flo, .pfm, 16-bit PNG, ordinary images, and colours for flow and depth.
+"""Files of ground truth: .flo, .pfm, .npy, 16-bit PNG (pictures and masks from their own modules), and their colours.
 
 Readers raise ``UserError`` that names the file and the mending for anything missing, truncated, corrupt or of the wrong
 kind. Writers go through ``atomic_path``: a file is whole or absent.
@@ -6,18 +6,18 @@ kind. Writers go through ``atomic_path``: a file is whole or absent.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
+from scaling_perception.data.images import AGAIN, FilePath, file_errors
+from scaling_perception.data.images import image_size as image_size
+from scaling_perception.data.images import read_image as read_image
+from scaling_perception.data.images import read_png16 as read_png16
+from scaling_perception.data.images import write_image as write_image
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path
 
@@ -25,28 +25,13 @@ FLO_MAGIC = 202021.25
 UNKNOWN_FLOW = 1e9
 """Middlebury: a component beyond this is unknown."""
 
-_AGAIN = "copy or download it again"
-FilePath = str | os.PathLike[str]
-
 
 # Bytes
 
 
 def _read_bytes(path: FilePath) -> bytes:
-    with _file_errors(path):
+    with file_errors(path):
         return Path(path).read_bytes()
-
-
-@contextlib.contextmanager
-def _file_errors(path: FilePath) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: check the path") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not a file: check the path") from None
-    except PermissionError:
-        raise UserError(f"{path} cannot be read: give yourself permission to read it") from None
 
 
 # Optical flow
@@ -63,14 +48,14 @@ def read_flo(path: FilePath) -> np.ndarray:
     """
     data = _read_bytes(path)
     if len(data) < 12:
-        raise UserError(f"{path} is cut short ({len(data)} bytes, a .flo header has 12): {_AGAIN}")
+        raise UserError(f"{path} is cut short ({len(data)} bytes, a .flo header has 12): {AGAIN}")
     magic, width, height = struct.unpack("<fii", data[:12])
     if magic != FLO_MAGIC:
         raise UserError(f"{path} is no .flo file (magic {magic:g}, not {FLO_MAGIC}): check the file")
     wanted = 12 + 8 * width * height
     if width < 1 or height < 1 or len(data) != wanted:
         size = f"{len(data)} bytes where {width}x{height} needs {wanted}"
-        raise UserError(f"{path} is cut short or damaged ({size}): {_AGAIN}")
+        raise UserError(f"{path} is cut short or damaged ({size}): {AGAIN}")
     return np.frombuffer(data, "<f4", offset=12).reshape(height, width, 2).astype(np.float32)
 
 
@@ -95,10 +80,18 @@ def read_kitti_flow(path: FilePath) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         flow float32 (H, W, 2), -512 where the file stores 0; valid bool (H, W).
+
+    Raises:
+        UserError: as ``read_png16``, one channel, or a third channel that is not 0 or 1.
     """
     stored = read_png16(path)
     if stored.ndim != 3:
         raise UserError(f"{path} has one channel, a KITTI flow file has three: check the file")
+    if (top := int(stored[..., 2].max())) > 1:
+        raise UserError(
+            f"{path} is no KITTI flow: its third channel must be 0 or 1 (valid) and holds {top}: "
+            "was it written as BGR (OpenCV)? Swap the channels"
+        )
     flow = (stored[..., :2].astype(np.float32) - 32768) / 64
     return flow, stored[..., 2] > 0
 
@@ -126,7 +119,7 @@ def read_flow(path: FilePath) -> tuple[np.ndarray, np.ndarray]:
     elif suffix == ".png":
         flow, known = read_kitti_flow(path)
     elif suffix in (".pfm", ".npy"):
-        flow = read_pfm(path) if suffix == ".pfm" else _read_npy(path)
+        flow = read_pfm(path) if suffix == ".pfm" else read_npy(path)
         if flow.ndim != 3 or flow.shape[-1] not in (2, 3):
             raise UserError(f"{path} holds {flow.shape}: flow needs (H, W, 2)")
         flow = flow[..., :2].astype(np.float32)
@@ -160,7 +153,7 @@ def read_pfm(path: FilePath) -> np.ndarray:
     wanted = header.end() + 4 * width * height * channels
     if len(data) != wanted or not width or not height:
         size = f"{len(data)} bytes where {width}x{height} needs {wanted}"
-        raise UserError(f"{path} is cut short or damaged ({size}): {_AGAIN}")
+        raise UserError(f"{path} is cut short or damaged ({size}): {AGAIN}")
     rows = np.frombuffer(data, order, offset=header.end()).reshape(height, width, channels)[::-1].astype(np.float32)
     return rows if channels == 3 else rows[..., 0]
 
@@ -176,8 +169,13 @@ def write_pfm(path: FilePath, array: np.ndarray) -> None:
         temporary.write_bytes(header + np.ascontiguousarray(array[::-1], "<f4").tobytes())
 
 
-def _read_npy(path: FilePath, kinds: str = "fiu") -> np.ndarray:
-    with _file_errors(path):
+def read_npy(path: FilePath, kinds: str = "fiu") -> np.ndarray:
+    """The array of an ``.npy`` file, of one of the numpy ``kinds``; nothing is unpickled.
+
+    Raises:
+        UserError: missing, damaged, empty, or of another kind.
+    """
+    with file_errors(path):
         try:
             array = np.load(path, allow_pickle=False)
         except (ValueError, EOFError) as error:
@@ -188,36 +186,6 @@ def _read_npy(path: FilePath, kinds: str = "fiu") -> np.ndarray:
 
 
 # PNG of 16 bits
-
-
-def read_png16(path: FilePath) -> np.ndarray:
-    """All 16 bits of a grey or RGB PNG (8-bit grey is taken too, as its numbers).
-
-    Returns:
-        uint16 (H, W) or (H, W, 3).
-    """
-    stored_as = []
-    with _open_image(path, lambda image: stored_as.extend(_raw_mode(tile.args) for tile in image.tile)) as image:
-        if image.format == "PNG" and image.mode in ("I;16", "L"):
-            return np.asarray(image).astype(np.uint16)
-        if image.format != "PNG" or stored_as != ["RGB;16B"]:
-            kind = f"a {image.format} picture of {image.mode}"
-            raise UserError(f"{path} is {kind}: give a 16-bit grey PNG for depth (16-bit RGB for KITTI flow)")
-        high = np.asarray(image)
-    # Pillow keeps 8 bits a channel. Asked for the other byte order it keeps the other half: two readings give all 16.
-    with _open_image(path, _swap_byte_order) as image:
-        return (high.astype(np.uint16) << 8) | np.asarray(image)
-
-
-def _raw_mode(args: Any) -> str:
-    return args if isinstance(args, str) else args[0]  # an interlaced picture has further arguments
-
-
-def _swap_byte_order(image: Any) -> None:
-    image.tile = [
-        tile._replace(args="RGB;16L" if isinstance(tile.args, str) else ("RGB;16L", *tile.args[1:]))
-        for tile in image.tile
-    ]
 
 
 def write_png16(path: FilePath, array: np.ndarray) -> None:
@@ -246,18 +214,19 @@ def read_depth(path: FilePath, scale: float | None = None) -> np.ndarray:
 
     Args:
         path: the file.
-        scale: stored units a metre. None: 1000 (millimetres) for integers, 1 for floats.
+        scale: stored units a metre. None: 1000 (millimetres) for integers, 1 for floats; a PNG of 8 bits, which is
+            more often a picture of depth than depth, is refused then.
 
     Returns:
         float32 (H, W) metres; whatever marks invalid pixels (0, NaN, inf) is kept.
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".png":
-        stored = read_png16(path)
+        stored = read_png16(path, eight_bits=scale is not None)
     elif suffix == ".pfm":
         stored = read_pfm(path)
     elif suffix == ".npy":
-        stored = _read_npy(path)
+        stored = read_npy(path)
     else:
         raise UserError(f"{path}: unknown depth format '{suffix}': give a 16-bit .png, .pfm or .npy")
     if stored.ndim == 3 and stored.shape[-1] == 1:
@@ -285,7 +254,7 @@ def read_raw_depth(path: FilePath, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     if len(data) != 4 * height * width:
         wanted = f"{len(data)} bytes where float32 of {width}x{height} needs {4 * height * width}"
-        raise UserError(f"{path} is no raw depth of its picture ({wanted}): {_AGAIN}")
+        raise UserError(f"{path} is no raw depth of its picture ({wanted}): {AGAIN}")
     return np.frombuffer(data, "<f4").reshape(height, width).astype(np.float32)
 
 
@@ -298,108 +267,6 @@ def write_depth_png(path: FilePath, depth: np.ndarray, scale: float = 1000.0) ->
     with np.errstate(invalid="ignore"):
         known = np.isfinite(depth) & (depth > 0)
     write_png16(path, np.clip(np.round(np.where(known, depth, 0) * scale), 0, 65535).astype(np.uint16))
-
-
-# Pictures and masks
-
-
-@contextlib.contextmanager
-def _open_image(path: FilePath, prepare: Any = None) -> Iterator[Image.Image]:
-    """A loaded Pillow image; Pillow reports damage with many kinds of exceptions, all become one UserError."""
-    with _file_errors(path):
-        try:
-            image = Image.open(path)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
-                raise
-            raise UserError(f"{path} is no image, or a damaged one: {_AGAIN}") from None
-        except Exception as error:
-            raise UserError(f"{path} is a damaged image ({error}): {_AGAIN}") from None
-        with image:
-            try:
-                if prepare is not None:
-                    prepare(image)
-                image.load()
-            except Exception as error:
-                raise UserError(f"{path} is cut short or damaged ({error}): {_AGAIN}") from None
-            yield image
-
-
-def image_size(path: FilePath) -> tuple[int, int]:
-    """(H, W) of a picture as it is stored, from its header alone."""
-    with _file_errors(path):
-        try:
-            with Image.open(path) as image:
-                return image.height, image.width
-        except (FileNotFoundError, IsADirectoryError, PermissionError):
-            raise
-        except Exception:
-            raise UserError(f"{path} is no image, or a damaged one: {_AGAIN}") from None
-
-
-def read_image(path: FilePath, upright: bool = True) -> np.ndarray:
-    """Any ordinary picture as uint8 RGB (H, W, 3).
-
-    Grey is repeated, palettes and CMYK are converted, 16 bits keep their upper 8, transparency is laid on white (as
-    the whole-object pictures are), of an animation the first frame is taken. The EXIF orientation is applied, unless
-    ``upright`` is False: pixels as they are stored, which is how the truth of a data set lies on them.
-
-    Raises:
-        UserError: missing, damaged, no picture, or of 32-bit pixels (whose range nobody can know).
-    """
-    with _open_image(path) as image:
-        if image.mode in ("I", "F"):
-            raise UserError(f"{path} has 32-bit pixels ({image.mode}): save it as an 8-bit or 16-bit picture")
-        try:
-            image = ImageOps.exif_transpose(image) if upright else image
-        except Exception:  # a damaged EXIF block must not cost a sound picture
-            pass
-        if image.mode.startswith("I;16"):
-            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image)
-        return np.array(image.convert("RGB"))
-
-
-def write_image(path: FilePath, pixels: np.ndarray) -> None:
-    """Write uint8 (H, W) or (H, W, 3) in the format of the suffix."""
-    with atomic_path(path) as temporary:
-        Image.fromarray(np.ascontiguousarray(pixels, np.uint8)).save(temporary)
-
-
-def read_mask(path: FilePath) -> np.ndarray:
-    """A mask as bool (H, W): from the middle of the range up, or above 0 where nothing exceeds 1 (0/1 masks).
-
-    Of a palette picture every colour but black is object. An ``.npy`` file holds (H, W) or (H, W, 1).
-
-    Raises:
-        UserError: missing, damaged, or with transparency (is the object in the alpha or in the colours?).
-    """
-    if Path(path).suffix.lower() == ".npy":
-        array = _read_npy(path, "fiub")
-        array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
-        if array.ndim != 2:
-            raise UserError(f"{path} holds {array.shape}: a mask needs one channel (H, W)")
-        return _object(array)
-    with _open_image(path) as image:
-        if image.mode == "P":
-            return np.asarray(np.asarray(image.convert("RGB")).any(axis=-1))
-        if image.mode in ("RGBA", "LA"):
-            if np.asarray(image.getchannel("A")).min() < 255:
-                raise UserError(f"{path} has transparency, which a mask must not have: save it as grey 0 and 255")
-            image = image.convert("RGB")
-        array = np.asarray(image)
-    if array.ndim == 3:
-        array = array.max(axis=-1)
-    return _object(array)
-
-
-def _object(array: np.ndarray) -> np.ndarray:
-    if array.dtype == bool or array.max() <= 1:
-        return array > 0
-    return array >= (32768 if array.max() > 255 else 128)
 
 
 # Colours

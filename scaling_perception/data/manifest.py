@@ -16,6 +16,7 @@ from scaling_perception.data.pipeline import open_subset
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import atomic_path, write_json
 from scaling_perception.tasks import TaskOptions, get_task
+from scaling_perception.tasks.amodal import EMPTY_PROMPT
 
 MANIFEST = "manifest.jsonl"
 SUMMARY = "summary.json"
@@ -164,7 +165,7 @@ def _flow(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
 def _amodal(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     visible = _field(raw, "visible_mask", size).astype(bool)
     if not visible.any():
-        raise UserError("visible_mask is empty")
+        raise UserError(f"visible_mask is empty: {EMPTY_PROMPT}")
     if raw.get("whole_mask") is not None and not _field(raw, "whole_mask", size).any():
         raise UserError("whole_mask is empty")
     return {"visible": float(visible.mean())}

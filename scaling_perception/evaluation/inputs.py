@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from scaling_perception.data.formats import read_image, read_mask
+from scaling_perception.data.images import from_array, from_pil, read_image
+from scaling_perception.data.masks import to_mask
 from scaling_perception.interop.layouts import INDEX_END, SUFFIXES, locate
 from scaling_perception.interop.model_folder import CONFIG, SHIPPED, WEIGHTS
 from scaling_perception.models.presets import preset_names
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import read_json
+from scaling_perception.tasks.amodal import EMPTY_PROMPT
 from scaling_perception.tasks.common import require
 
 INDEX = "model" + INDEX_END  # of weights in several files
@@ -25,73 +27,14 @@ def to_rgb(image: Any) -> np.ndarray:
     """One picture as uint8 RGB (H, W, 3).
 
     Args:
-        image: a path; a PIL picture of any mode; or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8,
-            uint16 (its upper 8 bits are kept), bool, or float in [0, 1]. Transparency is laid on white.
+        image: a path; a PIL picture of any mode; or an array, see ``images.from_array``. Transparency is laid on white.
 
     Raises:
         UserError: an unreadable file, or an array of another shape, type or range.
     """
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
-    if hasattr(image, "convert"):
-        return _from_pil(image)
-    array = np.asarray(image)
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
-        raise UserError(f"image array has shape {np.shape(image)}: give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
-    array = _to_uint8(array)
-    if array.shape[-1] == 4:
-        alpha = array[..., 3:].astype(np.float32) / 255
-        array = np.round(array[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
-
-
-def _to_uint8(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.uint16:
-        return (array >> 8).astype(np.uint8)
-    if array.dtype == bool:
-        return array.astype(np.uint8) * 255
-    if not np.issubdtype(array.dtype, np.floating):
-        raise UserError(f"image array has type {array.dtype}: give uint8, uint16, or float in [0, 1]")
-    low, high = float(array.min()), float(array.max())
-    if not (low >= 0 and high <= 1):  # also false for NaN
-        raise UserError(f"image array of type {array.dtype} spans {low:g} to {high:g}: floats must be in [0, 1]")
-    return np.round(array * 255).astype(np.uint8)
-
-
-def _from_pil(image: Any) -> np.ndarray:
-    from PIL import ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F"):
-        raise UserError(f"the picture has 32-bit pixels ({image.mode}): convert it to an 8-bit or 16-bit picture")
-    if image.mode.startswith("I;16"):
-        return to_rgb(np.asarray(image).astype(np.uint16))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        return to_rgb(np.asarray(image.convert("RGBA")))
-    return np.array(image.convert("RGB"))
-
-
-def to_mask(mask: Any) -> np.ndarray:
-    """One mask as bool (H, W): object where a picture or an array of bytes is at least half bright, or bool is True.
-
-    Raises:
-        UserError: an unreadable file, or an array of another shape.
-    """
-    if isinstance(mask, (str, os.PathLike)):
-        return read_mask(mask)
-    array = np.asarray(mask.convert("L") if hasattr(mask, "convert") else mask)
-    if array.ndim == 3 and array.shape[-1] in (1, 3):
-        array = array.max(axis=-1)
-    if array.ndim != 2 or 0 in array.shape:
-        raise UserError(f"mask array has shape {np.shape(mask)}: give (H, W)")
-    if array.dtype == bool:
-        return array
-    top = array.max()
-    return array > 0.5 if top <= 1 else array >= (32768 if top > 255 else 128)
+    return from_pil(image) if hasattr(image, "convert") else from_array(np.asarray(image))
 
 
 def raw_samples(images: Sequence[Any], task: str, prompt: Any = None) -> list[dict[str, Any]]:
@@ -117,7 +60,9 @@ def raw_samples(images: Sequence[Any], task: str, prompt: Any = None) -> list[di
         for i, (image, one) in enumerate(zip(images, prompts, strict=True))
     ]
     for raw in raws:
-        require(raw, field, like="image")  # told now, and not in the middle of a batch
+        require(raw, field, like="image")  # an error now, and not in the middle of a batch
+        if task == "amodal" and not raw[field].any():
+            raise UserError(f"sample '{raw['key']}': the mask is empty: {EMPTY_PROMPT}")
     return raws
 
 

@@ -29,6 +29,7 @@ from scaling_perception.evaluation.metrics import (
     mask_metrics,
 )
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.tasks.amodal import EMPTY_PROMPT
 
 TASKS: dict[str, dict[str, Any]] = {
     "depth": {
@@ -269,7 +270,7 @@ def unmeasurable(raw: dict[str, Any], protocol: dict[str, Any]) -> str:
     if protocol["task"] == "amodal":
         if not raw["whole_mask"].any():
             return "the true mask is empty"
-        return "" if np.any(raw["visible_mask"]) else "no part of the object is visible: nothing asks for it"
+        return "" if np.any(raw["visible_mask"]) else EMPTY_PROMPT
     lacking = [name for name in protocol["metrics"] if name in OCCLUSION_METRICS and raw.get("occluded") is None]
     if lacking:
         return f"it has no mask of occlusions, which {lacking[0]} needs"

@@ -12,6 +12,8 @@ from scaling_perception.tasks.resize import resize_bilinear, resize_nearest
 
 PASSES = ("amodal",)
 
+EMPTY_PROMPT = "no part of the object is visible: nothing asks for it"
+
 # Blue's weight falls on red and red's on blue: pix2gestalt applies OpenCV's BGR-to-grey to an RGB array. Kept, because
 # its numbers were measured so.
 GREY_WEIGHTS = (0.114, 0.587, 0.299)

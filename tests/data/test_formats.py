@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from scaling_perception.data import formats
+from scaling_perception.data.masks import read_mask
 from scaling_perception.support.errors import UserError
 
 
@@ -208,7 +209,7 @@ def test_wrong_magic_and_sizes(files, tmp_path):
 
 
 def test_missing_folders_and_suffixes(tmp_path):
-    for read in (formats.read_flo, formats.read_pfm, formats.read_image, formats.read_mask, formats.read_png16):
+    for read in (formats.read_flo, formats.read_pfm, formats.read_image, read_mask, formats.read_png16):
         refuse(read, tmp_path / "nothing", "does not exist")
         refuse(read, tmp_path, "is a folder")
     refuse(formats.read_flow, tmp_path / "x.jpg", "unknown flow format '.jpg'")
@@ -347,18 +348,18 @@ def test_masks_of_every_kind(tmp_path):
     pictures["palette"] = palette
     for name, image in pictures.items():
         image.save(tmp_path / f"{name}.png")
-        out = formats.read_mask(tmp_path / f"{name}.png")
+        out = read_mask(tmp_path / f"{name}.png")
         assert out.dtype == bool
         np.testing.assert_array_equal(out, truth, err_msg=name)
     Image.new("RGBA", (4, 4), (255, 255, 255, 0)).save(tmp_path / "clear.png")
-    refuse(formats.read_mask, tmp_path / "clear.png", "transparency")
+    refuse(read_mask, tmp_path / "clear.png", "transparency")
     for kind in (bool, np.uint8, np.float64):
         np.save(tmp_path / "m.npy", truth[..., None].astype(kind))
-        np.testing.assert_array_equal(formats.read_mask(tmp_path / "m.npy"), truth)
+        np.testing.assert_array_equal(read_mask(tmp_path / "m.npy"), truth)
     np.save(tmp_path / "m.npy", np.zeros((4, 4, 2)))
-    refuse(formats.read_mask, tmp_path / "m.npy", "one channel")
+    refuse(read_mask, tmp_path / "m.npy", "one channel")
     Image.new("L", (4, 4), 0).save(tmp_path / "empty.png")
-    assert not formats.read_mask(tmp_path / "empty.png").any()
+    assert not read_mask(tmp_path / "empty.png").any()
 
 
 # Colours

@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from scaling_perception.data import formats
+from scaling_perception.data.images import orientation, turned
+from scaling_perception.data.masks import read_mask
 from scaling_perception.support.errors import UserError, did_you_mean
 
 _PICTURES = ("image", "image2", "whole")
@@ -147,15 +149,11 @@ class FileSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self.entries[int(index)]
-        raw: dict[str, Any] = {"key": entry.key}
-        masks = {}
-        for field, path in entry.files.items():
-            value = self._read(field, self.root / path, entry)
-            if field == "flow":
-                raw["flow"], raw["valid"] = value
-            else:
-                (masks if field in ("valid_mask", "invalid_mask") else raw)[field] = value
-        self._check_sizes(entry, {**raw, **masks})
+        found = self._arrays(entry)
+        masks = {field: found.pop(field) for field in ("valid_mask", "invalid_mask") if field in found}
+        raw: dict[str, Any] = {"key": entry.key, **found}
+        if "flow" in raw:
+            raw["flow"], raw["valid"] = raw["flow"]
         if "depth" in raw:
             depth, (near, far) = raw["depth"], self.depth_range
             with np.errstate(invalid="ignore"):
@@ -171,22 +169,43 @@ class FileSource:
             raw["label"] = int(entry.values["label"])
         return raw
 
+    def _arrays(self, entry: Entry) -> dict[str, Any]:
+        """What every file of a sample holds, all of them as they are stored, or all set upright by their EXIF tags.
+
+        Truth lies on the pixels as they are stored, unless the sizes say that it was made for the upright picture.
+
+        Raises:
+            UserError: sizes that differ either way.
+        """
+        found = {field: self._read(field, self.root / path, entry) for field, path in entry.files.items()}
+        misfit = _misfit(found)
+        if misfit and any(orientation(self.root / path) > 1 for path in entry.files.values()):
+            upright = {f: self._upright(f, found[f], self.root / path) for f, path in entry.files.items()}
+            if not _misfit(upright):
+                return upright
+        if misfit:
+            path, image = self.root / entry.files[misfit], self.root / entry.files["image"]
+            size, wanted = (_text(_size(found[field])) for field in (misfit, "image"))
+            turn = orientation(image)
+            exif = f" (as stored; its EXIF orientation is {turn})" if turn > 1 else ""
+            raise UserError(f"{path} is {size} but {image} is {wanted}{exif}: give both the same size")
+        return found
+
+    def _upright(self, field: str, value: Any, path: Path) -> Any:
+        turn = orientation(path)
+        if field == "flow" and turn > 1:
+            raise UserError(f"{path} has an EXIF orientation, which vectors cannot follow: remove the tag")
+        return value if field == "flow" else np.ascontiguousarray(turned(value, turn))
+
     def _read(self, field: str, path: Path, entry: Entry) -> Any:
+        """What a file holds, pixels as they are stored; of flow the field and its valid mask."""
         if field in _PICTURES:
-            return formats.read_image(path)
+            return formats.read_image(path, upright=False)
         if field in _MASKS:
-            return formats.read_mask(path)
+            return read_mask(path, upright=False)
         if field == "depth":
             return formats.read_depth(path, entry.values.get("depth_scale", self.depth_scale))
         return formats.read_flow(path)
-
-    def _check_sizes(self, entry: Entry, arrays: Mapping[str, Any]) -> None:
-        height, width = arrays["image"].shape[:2]
-        for field, path in entry.files.items():
-            high, wide = arrays[field].shape[:2]
-            if (high, wide) != (height, width):
-                sizes = f"is {wide}x{high} but {self.root / entry.files['image']} is {width}x{height}"
-                raise UserError(f"{self.root / path} {sizes}: give both the same size")
 
     def _refuse_invalid(self, entry: Entry, raw: Mapping[str, Any]) -> None:
         if "depth" not in raw:
@@ -195,6 +214,23 @@ class FileSource:
         why = f"depths {low:g}..{high:g} m, valid {self.depth_range[0]:g}..{self.depth_range[1]:g} m"
         path = self.root / entry.files["depth"]
         raise UserError(f"{path} has no valid pixel ({why}): check depth_scale and the mask")
+
+
+# Sizes
+
+
+def _size(value: Any) -> tuple[int, int]:
+    array = value[0] if isinstance(value, tuple) else value
+    return array.shape[0], array.shape[1]
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]}"
+
+
+def _misfit(found: Mapping[str, Any]) -> str:
+    """The first field whose size is not that of the image; empty where all are alike."""
+    return next((field for field, value in found.items() if _size(value) != _size(found["image"])), "")
 
 
 # Finding files

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from scaling_perception.data.images import read_image
 from scaling_perception.data.sources.base import Entry, FileSource, list_files
 from scaling_perception.data.sources.coco_masks import segmentation_mask
 from scaling_perception.data.sources.lists import list_path, locate
@@ -25,13 +26,17 @@ REGIONS = ("all", "occluded")
 
 
 class Region(NamedTuple):
-    """One annotated object: its image's name, its number within the image, its masks as they are stored."""
+    """One annotated object: its image's name, its number within the image, its masks as they are stored.
+
+    ``size`` is the image's (H, W) by the annotation file, where it says.
+    """
 
     image: str
     number: int
     visible: Any
     whole: Any
     file: str
+    size: tuple[int, int] | None = None
 
     def mask(self, stored: Any, name: str, size: tuple[int, int]) -> np.ndarray:
         """One of its masks as bool (H, W)."""
@@ -116,15 +121,17 @@ class CocoAmodal(FileSource):
         try:
             if "regions" in content:
                 images, annotations = {None: self._image_beside(path)}, [{**content, "image_id": None}]
+                sizes = {None: _declared(content)}
             else:
                 images = {image["id"]: str(image["file_name"]) for image in content["images"]}
+                sizes = {image["id"]: _declared(image) for image in content["images"]}
                 annotations = content["annotations"]
             for annotation in annotations:
                 image = images[annotation["image_id"]]
                 for number, region in enumerate(annotation["regions"]):
                     visible, whole = region.get("visible_mask"), region["segmentation"]
                     if visible is not None or self.regions == "all":
-                        yield Region(image, number, visible, whole, path.name)
+                        yield Region(image, number, visible, whole, path.name, sizes[annotation["image_id"]])
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no file of amodal annotations ({error!r}): download it again") from None
 
@@ -133,6 +140,19 @@ class CocoAmodal(FileSource):
         if image is None or not image.is_relative_to(self.root):
             raise UserError(f"{path} has no picture beside it in {self.root}: put {path.stem}.jpg there")
         return image.relative_to(self.root).as_posix()
+
+    def _arrays(self, entry: Entry) -> dict[str, Any]:
+        """The picture as the annotation lies on it: as it is stored, unless the declared size is that of it upright."""
+        found, declared = super()._arrays(entry), entry.values["region"].size
+        if declared is None or found["image"].shape[:2] == declared:
+            return found
+        path = self.root / entry.files["image"]
+        upright = read_image(path)
+        if upright.shape[:2] != declared:
+            (height, width), (high, wide) = declared, upright.shape[:2]
+            what = f"{entry.values['region'].file} declares {width}x{height} for {path}, which is {wide}x{high}"
+            raise UserError(f"{what}: give the picture that was annotated")
+        return {**found, "image": upright}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         raw = super().__getitem__(index)
@@ -164,6 +184,12 @@ class Mp3dAmodal(CocoAmodal):
 
 
 # Annotation files
+
+
+def _declared(image: Any) -> tuple[int, int] | None:
+    """(H, W) as an annotation file declares it; None where it does not."""
+    height, width = image.get("height"), image.get("width")
+    return (int(height), int(width)) if height and width else None
 
 
 def _read_annotations(path: Path) -> Any:

@@ -138,7 +138,7 @@ class Eth3d(DepthBenchmark):
         if field == "depth":
             stored = formats.read_raw_depth(path, formats.image_size(self.root / entry.files["image"]))
             return stored / self.depth_scale
-        return formats.read_image(path, upright=False)  # the depth lies on the pixels as they are stored
+        return super()._read(field, path, entry)
 
 
 class ScanNet(DepthBenchmark):
