@@ -156,7 +156,8 @@ def run(args: argparse.Namespace) -> int:
     if not words and not listed:
         raise UserError("no input was given: name an image, a folder, a glob, a video or a --list")
     search = Search(bool(args.recursive), args.every, args.start, args.end, out)
-    items = name_results(find_inputs(words, args.task, args.mask, search, listed), args.task)
+    found = find_inputs(words, args.task, args.mask, search, listed, lambda line: print(line, file=sys.stderr))
+    items = name_results(found, args.task)
     return _predict(_request(args), items, out, args)
 
 

@@ -1,18 +1,20 @@
 """Which pictures a person means: files, folders, globs, lists and videos, and a name for each of their results."""
 
+import collections
 import glob
 import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scaling_perception.data.images import suffixes
 from scaling_perception.data.video import count_frames, is_video, require_pyav
 from scaling_perception.support.errors import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+_MASK_NAME = re.compile(r"(?P<picture>.+?)_(?:visible_)?mask_?\d*")
 
 
 class Picture(NamedTuple):
@@ -105,28 +107,46 @@ def _natural(path: Any) -> list[Any]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
-def _in_folder(folder: Path, below: str = "") -> list[Picture]:
-    found = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != "."]
-    return [Picture(path, folder=below) for path in sorted(found, key=_natural)]
+def _pictures(paths: Sequence[Path], where: object, note: Callable[[str], None]) -> list[Path]:
+    """Of files found together the pictures that are inputs; the others are counted by kind in one line.
+
+    ``cat_mask.png`` beside ``cat.jpg`` is a mask, not a picture to predict from.
+    """
+    found = [path for path in paths if path.suffix.lower() in suffixes()]
+    stems = {(path.parent, path.stem.removesuffix("_occlusion")) for path in found}
+    masks = {p for p in found if (m := _MASK_NAME.fullmatch(p.stem)) and (p.parent, m["picture"]) in stems}
+    others = collections.Counter(path.suffix.lower() or "(no suffix)" for path in paths if path not in set(found))
+    left = [f"{len(masks)} mask(s) beside their picture"] if masks else []
+    videos = sum(count for suffix, count in others.items() if is_video(Path("x" + suffix)))
+    left += [f"{count} {suffix}" for suffix, count in sorted(others.items())]
+    if left:
+        hint = "; name a video itself, or a glob" if videos else ""
+        note(f"{where}: {len(found) - len(masks)} picture(s) taken, left out {', '.join(left)}{hint}")
+    return sorted((path for path in found if path not in masks), key=_natural)
 
 
-def _folder(folder: Path, search: Search) -> list[list[Picture]]:
+def _in_folder(folder: Path, note: Callable[[str], None], below: str = "") -> list[Picture]:
+    paths = [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."]
+    return [Picture(path, folder=below) for path in _pictures(paths, folder, note)]
+
+
+def _folder(folder: Path, search: Search, note: Callable[[str], None]) -> list[list[Picture]]:
     out = None if search.out is None else search.out.resolve()
     if folder.resolve() == out:
         raise UserError(f"--out {search.out} is an input folder: its results would become inputs; choose another")
     if not search.recursive:
-        found = [_in_folder(folder)]
+        found = [_in_folder(folder, note)]
     else:
         found = []
         for place, folders, _ in os.walk(folder):
             inside = [name for name in folders if name[0] != "." and Path(place, name).resolve() != out]
             folders[:] = sorted(inside, key=_natural)
             below = os.path.relpath(place, folder)
-            found.append(_in_folder(Path(place), "" if below == "." else below))
+            found.append(_in_folder(Path(place), note, "" if below == "." else below))
     found = [sequence for sequence in found if sequence]
     if not found:
         hint = "check the folder" if search.recursive else "check the folder, or give --recursive for those below it"
-        raise UserError(f"{folder} holds no picture ({', '.join(SUFFIXES)}): {hint}")
+        raise UserError(f"{folder} holds no picture ({', '.join(suffixes()[:8])} and more): {hint}")
     return found
 
 
@@ -139,7 +159,7 @@ def _video(path: Path, search: Search) -> list[Picture]:
     return [Picture(path, index) for index in chosen]
 
 
-def _matches(word: str, search: Search) -> list[list[Picture]]:
+def _matches(word: str, search: Search, note: Callable[[str], None]) -> list[list[Picture]]:
     paths = [Path(p) for p in glob.glob(os.path.expanduser(word), recursive=True)]
     paths = sorted((p for p in paths if p.is_file()), key=_natural)
     if not paths:
@@ -149,22 +169,24 @@ def _matches(word: str, search: Search) -> list[list[Picture]]:
         paths = [path for path in paths if out not in path.resolve().parents]
         if not paths:
             raise UserError(f"--out {search.out} holds what '{word}' matches, as it will the results: choose another")
-    pictures = [Picture(path) for path in paths if not is_video(path)]
+    pictures = [Picture(path) for path in _pictures([path for path in paths if not is_video(path)], f"'{word}'", note)]
+    if not pictures and not any(is_video(path) for path in paths):
+        raise UserError(f"'{word}' matches no picture and no video: check the pattern")
     sequences = [pictures[search.start : search.end : search.every]] if pictures else []
     return sequences + [_video(path, search) for path in paths if is_video(path)]
 
 
-def _expand(word: str, search: Search, literal: bool) -> _Found:
+def _expand(word: str, search: Search, literal: bool, note: Callable[[str], None]) -> _Found:
     """A file, a folder's pictures, a video's frames, or what a glob matches (unless the word is ``literal``)."""
     path = Path(word).expanduser() if not literal else Path(word)
     if path.is_dir():
-        found = [s[search.start : search.end : search.every] for s in _folder(path, search)]
+        found = [s[search.start : search.end : search.every] for s in _folder(path, search, note)]
     elif path.exists() and not is_video(path):
         return _Found([[Picture(path)]], True)
     elif path.exists():
         found = [_video(path, search)]
     elif not literal and glob.has_magic(word):
-        found = _matches(word, search)
+        found = _matches(word, search, note)
     elif literal:  # one of many: told when it is read, so that the others go on
         return _Found([[Picture(path)]], True)
     else:
@@ -180,6 +202,7 @@ def find_inputs(
     mask: str | None = None,
     search: Search | None = None,
     listed: Sequence[str] = (),
+    note: Callable[[str], None] = lambda line: None,
 ) -> list[tuple[Picture, ...]]:
     """The inputs of every prediction: (image,), flow (first, second), amodal (image, mask).
 
@@ -188,15 +211,18 @@ def find_inputs(
 
     Args:
         listed: more words, in which nothing is a glob and ~ is no home; those that do not exist are taken as they are.
+        note: gets one line on what was left out of a folder or glob.
 
     Raises:
-        UserError: a word that does not exist, fewer than two frames, or a --mask that does not fit.
+        UserError: a word that does not exist, fewer than two frames, a --mask that does not fit, or a picture that is
+            its own mask or second frame.
     """
     search = (search or Search()).check()
     marked = [(word, False) for word in words] + [(word, True) for word in listed]
     if task == "flow":
-        return _find_pairs(marked, search)
-    found = [picture for word, literal in marked for s in _expand(word, search, literal).sequences for picture in s]
+        return [_distinct(pair, "second frame") for pair in _find_pairs(marked, search, note)]
+    sequences = [s for word, literal in marked for s in _expand(word, search, literal, note).sequences]
+    found = [picture for sequence in sequences for picture in sequence]
     images = [image for (image,) in _unique([(picture,) for picture in found])]
     if task == "depth":
         return [(image,) for image in images]
@@ -204,12 +230,25 @@ def find_inputs(
         raise UserError("amodal needs --mask: the mask of the object's visible part, or a folder of masks")
     place = Path(mask).expanduser()
     if place.is_dir():
-        return [(image, _mask_of(image, place)) for image in images]
+        listings: dict[Path, dict[str, list[Path]]] = {}
+        return [_distinct((image, _mask_of(image, place, listings)), "mask") for image in images]
     if not place.exists():
         raise UserError(f"--mask {mask} does not exist: check the path")
     if len(images) != 1:
         raise UserError(f"--mask {mask} is one file but there are {len(images)} images: give a folder of masks")
-    return [(images[0], Picture(place))]
+    return [_distinct((images[0], Picture(place)), "mask")]
+
+
+def _distinct(pair: tuple[Picture, ...], what: str) -> tuple[Picture, ...]:
+    first, second = pair
+    if (
+        first.frame == second.frame
+        and first.path.exists()
+        and second.path.exists()
+        and first.path.samefile(second.path)
+    ):
+        raise UserError(f"{first} would be its own {what}: name another file")
+    return pair
 
 
 def _is_frame(sequence: list[Picture]) -> bool:
@@ -229,19 +268,35 @@ def _unique(inputs: Iterable[tuple[Picture, ...]]) -> list[tuple[Picture, ...]]:
     return list(first.values())
 
 
-def _mask_of(image: Picture, folder: Path) -> Picture:
+def _mask_of(image: Picture, folder: Path, listings: dict[Path, dict[str, list[Path]]]) -> Picture:
+    """The mask of a picture in a folder of masks; ``listings`` keeps what each folder holds, by stem."""
     short = image.stem.removesuffix("_occlusion")  # pix2gestalt: ID_occlusion.png and ID_visible_mask.png
-    suffixes = SUFFIXES if image.frame is not None else (image.path.suffix, *SUFFIXES)
+    own = image.path.suffix.lower() if image.frame is None else ".png"
     for place in dict.fromkeys((folder / image.folder, folder)):
-        for stem in (image.stem, f"{image.stem}_mask", f"{short}_visible_mask"):
-            for suffix in suffixes:
-                if (place / (stem + suffix)).is_file():
-                    return Picture(place / (stem + suffix))
-    # missing: told when it is read, so that the other images go on
-    return Picture(folder / image.folder / f"{image.stem}.png")
+        if place not in listings:
+            listings[place] = collections.defaultdict(list)
+            for path in sorted(place.iterdir()) if place.is_dir() else ():
+                if path.suffix.lower() in (*suffixes(), ".npy") and path.is_file():
+                    listings[place][path.stem].append(path)
+        found = listings[place]
+        numbered = [stem for stem in found if re.fullmatch(re.escape(image.stem) + r"_mask_?\d+", stem)]
+        for stem in (
+            f"{image.stem}_mask",
+            f"{short}_visible_mask",
+            image.stem,
+            *(numbered if len(numbered) == 1 else ()),
+        ):
+            for path in sorted(found.get(stem, ()), key=lambda path: path.suffix.lower() != own):
+                if not (image.path.is_file() and path.samefile(image.path)):
+                    return Picture(path)
+    # missing: reported when it is read, so that the other images go on
+    named = folder / image.folder / f"{image.stem}.png"
+    return Picture(named.with_name(f"{image.stem}_mask.png") if named.exists() else named)
 
 
-def _find_pairs(words: Iterable[tuple[str, bool]], search: Search) -> list[tuple[Picture, ...]]:
+def _find_pairs(
+    words: Iterable[tuple[str, bool]], search: Search, note: Callable[[str], None]
+) -> list[tuple[Picture, ...]]:
     pairs: list[tuple[Picture, ...]] = []
     frames: list[Picture] = []
     for word, literal in words:
@@ -251,7 +306,7 @@ def _find_pairs(words: Iterable[tuple[str, bool]], search: Search) -> list[tuple
                 raise UserError(f"'{word}' is no pair of frames: write FIRST.png,SECOND.png")
             pairs.append(tuple(Picture(Path(part) if literal else Path(part).expanduser()) for part in parts))
             continue
-        found = _expand(word, search, literal)
+        found = _expand(word, search, literal, note)
         if found.single:
             frames += found.sequences[0]
             continue

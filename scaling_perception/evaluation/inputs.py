@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from scaling_perception.data.images import from_array, from_pil, read_image
+from scaling_perception.data.images import from_array, from_pil, orientation, read_image
 from scaling_perception.data.masks import to_mask
 from scaling_perception.interop.layouts import INDEX_END, SUFFIXES, locate
 from scaling_perception.interop.model_folder import CONFIG, SHIPPED, WEIGHTS
@@ -59,11 +59,25 @@ def raw_samples(images: Sequence[Any], task: str, prompt: Any = None) -> list[di
         {"key": _name(image, i), "image": to_rgb(image), field: read(one)}
         for i, (image, one) in enumerate(zip(images, prompts, strict=True))
     ]
-    for raw in raws:
+    for raw, image, one in zip(raws, images, prompts, strict=True):
+        _same_way_up(raw, field, image, one)
         require(raw, field, like="image")  # an error now, and not in the middle of a batch
         if task == "amodal" and not raw[field].any():
             raise UserError(f"sample '{raw['key']}': the mask is empty: {EMPTY_PROMPT}")
     return raws
+
+
+def _same_way_up(raw: dict[str, Any], field: str, image: Any, prompt: Any) -> None:
+    """UserError where EXIF turned one of two files and their sizes differ because of it."""
+    high, wide = raw["image"].shape[:2]
+    if raw[field].shape[:2] == (high, wide) or raw[field].shape[:2] != (wide, high):
+        return
+    turns = [orientation(one) if isinstance(one, (str, os.PathLike)) else 1 for one in (image, prompt)]
+    if max(turns) > 1:
+        raise UserError(
+            f"{raw['key']} is {wide}x{high} upright (EXIF orientation {turns[0]}) but {field} is {high}x{wide} "
+            f"(EXIF orientation {turns[1]}): turn both upright"
+        )
 
 
 def _name(image: Any, index: int) -> str:

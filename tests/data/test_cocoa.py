@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from small_sets import check_raw, picture, refuse, write
 
 from scaling_perception.data.sources import open_source
@@ -251,3 +252,28 @@ def test_nothing_in_a_pickle_is_run(tmp_path):
     refuse("10.29.pkl: it asks for posix.mkdir, which could do harm", "mp3d_amodal", tmp_path, "val")
     path.write_bytes(path.read_bytes()[:90])
     refuse("10.29.pkl is no whole pickle", "mp3d_amodal", tmp_path, "val")
+
+
+@pytest.mark.parametrize(("turn", "declared"), [(6, (40, 60)), (6, (60, 40)), (3, (40, 60))])
+def test_polygons_lie_on_the_frame_that_the_file_declares(tmp_path, turn, declared):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    for folder in ("annotations", "val2014"):
+        (tmp_path / folder).mkdir()
+    picture = np.zeros((40, 60, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "val2014" / "x.jpg", exif=exif)
+    region = {"segmentation": [10, 5, 30, 5, 30, 15, 10, 15]}
+    content = {
+        "images": [{"id": 1, "file_name": "x.jpg", "height": declared[0], "width": declared[1]}],
+        "annotations": [{"id": 1, "image_id": 1, "regions": [region]}],
+    }
+    path = tmp_path / "annotations" / "COCO_amodal_val2014.json"
+    path.write_text(json.dumps(content))
+    raw = open_source("coco_amodal", tmp_path, "val", "amodal")[0]
+    assert (
+        raw["image"].shape[:2] == declared and raw["whole_mask"].sum() == 200 and raw["whole_mask"][5:15, 10:30].all()
+    )
+    content["images"][0]["width"] = 61
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="declares 61x40|declares 61x60"):
+        _ = open_source("coco_amodal", tmp_path, "val", "amodal")[0]

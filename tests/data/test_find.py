@@ -123,3 +123,41 @@ def test_lists_take_names_as_they_are(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be read"):
         read_list("none")
     assert names(find_inputs([], "depth", listed=["*.png"])) == ["*.png"], "told among the failures"
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+
+
+def test_masks_beside_pictures_are_masks(tmp_path):
+    touch(
+        tmp_path, "cat.jpg", "cat_mask.png", "cat_mask001.png", "dog.JPEG", "dog_mask7.TIF", "owl_mask.png", "notes.txt"
+    )
+    lines = []
+    found = find_inputs([str(tmp_path)], "amodal", str(tmp_path), note=lines.append)
+    assert [[f.path.name for f in pair] for pair in found] == [
+        ["cat.jpg", "cat_mask.png"],
+        ["dog.JPEG", "dog_mask7.TIF"],
+        ["owl_mask.png", "owl_mask_mask.png"],  # a picture, and its mask is missing: it fails when it is read
+    ]
+    assert lines == [f"{tmp_path}: 3 picture(s) taken, left out 3 mask(s) beside their picture, 1 .txt"]
+    assert names(find_inputs([f"{tmp_path}/*_mask.png"], "depth")) == ["cat_mask.png", "owl_mask.png"]
+
+
+def test_a_prompt_is_another_file(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    with pytest.raises(UserError, match="its own mask"):
+        find_inputs([f"{tmp_path}/a.png"], "amodal", f"{tmp_path}/link.png")
+    with pytest.raises(UserError, match="its own second frame"):
+        find_inputs([f"{tmp_path}/a.png,{tmp_path}/a.png"], "flow")
+    ((_, mask),) = find_inputs([f"{tmp_path}/b.png"], "amodal", str(tmp_path))
+    assert mask.path == tmp_path / "b_mask.png"
+
+
+def test_every_suffix_of_pictures_and_videos_counts(tmp_path):
+    touch(tmp_path, "a.jfif", "b.JPE", "c.AVIF", "d.heic", "e.MTS", "f.m2ts", "g.3GP", "h.csv", "noname")
+    lines = []
+    assert names(find_inputs([str(tmp_path)], "depth", note=lines.append)) == ["a.jfif", "b.JPE", "c.AVIF", "d.heic"]
+    assert "left out 1 (no suffix), 1 .3gp, 1 .csv, 1 .m2ts, 1 .mts; name a video itself" in lines[0]

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from scaling_perception.data import formats
+from scaling_perception.data.images import turned
 from scaling_perception.data.sources import open_source
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import TaskOptions, get_task
@@ -267,3 +268,35 @@ def test_folders_that_do_not_match(tmp_path):
     refuse("holds no samples of folder", empty)
     (empty / "visible_mask").mkdir()
     refuse("has neither whole nor whole_mask", empty, "amodal")
+
+
+def turned_sample(root, turn, upright_truth):
+    """A photo whose camera was turned, and its depth: on the stored pixels, or made for the upright picture."""
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    ramp = np.arange(8 * 12, dtype=np.uint8).reshape(8, 12)
+    for field in ("image", "depth", "valid_mask"):
+        (root / field).mkdir(exist_ok=True)
+    Image.fromarray(ramp).save(root / "image" / "a.png", exif=exif)
+    Image.fromarray((ramp > 40).astype(np.uint8)).save(root / "valid_mask" / "a.png", exif=exif)
+    depth = turned(ramp, turn) if upright_truth else ramp
+    np.save(root / "depth" / "a.npy", depth.astype(np.float32) + 1)
+
+
+@pytest.mark.parametrize("turn", [1, 2, 3, 6, 8])
+@pytest.mark.parametrize("upright_truth", [False, True])
+def test_exif_turns_all_of_a_sample_or_nothing(tmp_path, turn, upright_truth):
+    if upright_truth and turn < 5:
+        return  # the sizes do not tell: truth lies on the stored pixels
+    turned_sample(tmp_path, turn, upright_truth)
+    raw = open_source("folder", tmp_path, "all", "depth")[0]
+    assert raw["image"].shape[:2] == ((12, 8) if upright_truth else (8, 12))
+    np.testing.assert_array_equal(raw["image"][..., 0] + 1, raw["depth"])
+    np.testing.assert_array_equal(raw["valid"], raw["image"][..., 0] > 40)
+
+
+def test_sizes_that_no_turn_explains_are_refused_with_the_tag(tmp_path):
+    turned_sample(tmp_path, 6, True)
+    np.save(tmp_path / "depth" / "a.npy", np.ones((12, 9), np.float32))
+    with pytest.raises(UserError, match="EXIF orientation is 6"):
+        _ = open_source("folder", tmp_path, "all", "depth")[0]
