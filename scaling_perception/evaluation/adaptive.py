@@ -8,7 +8,8 @@ are s sqrt(1/n - 1/N) apart, root mean square; a median is sqrt(pi/2) times as u
 distance over its pixels is within the tolerance: a prediction of how far it would still move, from its own members.
 
 **Steps.** The sampler's clean estimate is the prediction at every step. An image is done when none of its members or
-passes changes by more than the tolerance over a chunk of steps, and the estimate is then its result.
+passes changes by more than the tolerance over a chunk of steps, and the estimate is then its result. Only members that
+are asked for have a say: those that fill up a batch of the plan's size are not part of the result (``rests``).
 """
 
 import itertools
@@ -110,6 +111,12 @@ def estimate_change(now: np.ndarray, last: np.ndarray) -> np.ndarray:
     return np.sqrt(np.mean(np.square(now - last), axis=(3, 4, 5))).max(axis=2)
 
 
+def rests(change: np.ndarray, tolerance: float, wanted: int) -> np.ndarray:
+    """(I,) whether images take no further steps, by the change (I, M) of their members, the first ``wanted`` of which
+    are asked for."""
+    return change[:, :wanted].max(axis=1) <= tolerance
+
+
 def _sample(
     predictor: "Predictor",
     group: list[dict[str, Any]],
@@ -128,7 +135,8 @@ def _sample(
     if settings.step_tolerance is None:
         pixels = predictor.engine.sample(*predictor.weights, padded, draw, predictor.passes(task), tables)
         return np.asarray(pixels)[: len(group)], [settings.steps] * len(group)
-    return _until_settled(predictor, padded, len(group), task, settings, tables, draw)
+    wanted = min(count, settings.ensemble - first)
+    return _until_settled(predictor, padded, len(group), task, settings, tables, draw, wanted)
 
 
 def _until_settled(
@@ -139,6 +147,7 @@ def _until_settled(
     settings: Settings,
     tables: SamplerTables,
     draw: Any,
+    wanted: int,
 ) -> tuple[np.ndarray, list[int]]:
     engine, passes, params = predictor.engine, predictor.passes(task), predictor.params
     known, ahead, state = engine.begin(params, latents, draw, passes, tables)
@@ -152,10 +161,11 @@ def _until_settled(
         state = engine.go_on(params, known, ahead, state, passes.labels, tables, first, count)
         first += count
         now = np.asarray(state.x0)
-        change = None if last is None else estimate_change(now, last).max(axis=1)
         at_end = first >= settings.steps
-        tolerance = settings.step_tolerance or 0.0
-        stops = [at_end or (change is not None and change[i] <= tolerance) for i in range(len(images))]
+        if last is None or at_end:
+            stops = [at_end] * len(images)
+        else:
+            stops = [*rests(estimate_change(now, last), settings.step_tolerance or 0.0, wanted)][: len(images)]
         for row, image in enumerate(images):
             if stops[row]:
                 clean[image], taken[image] = np.asarray(state.x[row]) if at_end else now[row], first

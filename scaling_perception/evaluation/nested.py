@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from scaling_perception.diffusion.sampler import SamplerTables
-from scaling_perception.evaluation.adaptive import estimate_change, settled
+from scaling_perception.evaluation.adaptive import estimate_change, rests, settled
 from scaling_perception.evaluation.batches import Plan
 from scaling_perception.evaluation.engine import draw_members
 from scaling_perception.evaluation.prediction import Estimate
@@ -164,8 +164,9 @@ class Nested:
         parts, stops, forwards = [], [], 0
         for first in range(0, size, at_once):
             members = slice(first, min(first + at_once, size))
-            rests = [bool(change[self.index, members].max() <= tolerance) for change in looks.change]
-            stop = rests.index(True) if any(rests) else None
+            own = slice(self.index, self.index + 1)
+            calm = [bool(rests(change[own, members], tolerance, size)[0]) for change in looks.change]
+            stop = calm.index(True) if any(calm) else None
             stops.append(stop)
             forwards += (self.total if stop is None else looks.steps[stop]) * (members.stop - members.start)
             parts.append(self.members[members] if stop is None else self._at(stop, first)[: members.stop - first])

@@ -1,9 +1,13 @@
 """Compute by image: members until the prediction rests, steps until the estimate rests, and what it saves."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from scaling_perception.evaluation.adaptive import remaining_change
+from scaling_perception.diffusion.sampler import State
+from scaling_perception.evaluation.adaptive import _until_settled, remaining_change
+from scaling_perception.evaluation.settings import Settings
 from scaling_perception.support.errors import UserError
 
 pytest_plugins = ("nano",)
@@ -76,6 +80,37 @@ def test_steps_stop_when_the_estimate_rests(predictor, make_image):
         assert stage.forwards == 8
     both = predictor(images, step_tolerance=1e9, tolerance=1e9, first=1, **{**options, "ensemble": 4})
     assert (both.forwards <= 8).all()
+
+
+class ScriptedEngine:
+    """Clean estimates (I, M, P, 1, 1, 1) by script: a member moves by 1 a step until its turn comes, then rests."""
+
+    def __init__(self, turns):
+        self.turns = np.asarray(turns, np.float32)[..., None, None, None, None]  # (I, M)
+
+    def begin(self, params, latents, draw, passes, tables):
+        index = np.arange(len(latents))
+        return index, None, State(np.zeros(self.turns.shape, np.float32), np.zeros(self.turns.shape, np.float32))
+
+    def go_on(self, params, known, ahead, state, labels, tables, first, count):
+        x0 = np.minimum(first + count, self.turns[known])
+        return State(x0, x0)
+
+    def finish(self, vae, z, passes):
+        return np.swapaxes(z, 1, 2)
+
+
+@pytest.mark.parametrize(("wanted", "taken"), [(1, [3, 6]), (2, [3, 10])])
+def test_members_that_only_fill_a_batch_hold_up_no_exit(wanted, taken):
+    """The rule of `nested.stopped`, which never looks at them. The change is first seen to be 0 a step after."""
+    engine = ScriptedEngine([[2, 2], [5, 99], [99, 99]])  # the third image fills the batch as well
+    predictor = SimpleNamespace(
+        engine=engine, params=None, weights=(None, None), passes=lambda _: SimpleNamespace(labels=None)
+    )
+    settings = Settings(steps=10, ensemble=1, step_tolerance=0.5, step_chunk=1)
+    pixels, steps = _until_settled(predictor, np.zeros((3, 1)), 2, "depth", settings, None, None, wanted)
+    assert steps == taken and pixels.shape == (2, 1, 2, 1, 1, 1)
+    assert pixels[:, 0, 0].ravel().tolist() == [2, 5]
 
 
 def test_few_graphs_serve_many_images(make_predictor, make_image):
