@@ -18,10 +18,14 @@ infinite at both ends: at alpha_bar = 1 (the step is then x <- x0 exactly) and, 
 * ``unipc``: UniPC-2 with B(h) = exp(h) - 1, data prediction (Zhao et al. 2023). The predictor UniP-2 (algorithm 2) is
   then the step of dpm++2m. The corrector UniC (algorithm 1) redoes the last step with the network's output at its end,
   which the next step needs anyhow, and raises the order by one (theorem 3.1): no further call.
-* ``single``: one call at t = 999, whatever the preset's grid.
+* ``single``: one call at t = 999, whatever the preset's grid. An epsilon network is refused: its clean estimate there
+  is its error times sqrt(1 / alpha_bar_999 - 1), 2e4 with the cosine schedule.
 
 The solvers of second order begin with a step of first order. They end with one where the last step goes to
 alpha_bar = 1 (lambda is infinite), and where there are fewer than 15 steps, as the authors of DPM-Solver++ advise.
+A leading or linspace grid comes to t = 0 (or 1) before its last step, and it is the step to there, not the last one,
+that extrapolates the farthest: it is of first order too where its rise in lambda is above 1.75 times the one before.
+On a trailing grid, whose noise falls by 3:2 and 2:1 at its end, that ratio is log 2 / log 1.5 = 1.71.
 """
 
 from functools import partial
@@ -37,6 +41,8 @@ VARIANCES = ("small", "large")
 
 _ALIASES = {"ancestral": "ddpm", "dpmpp_2m": "dpm++2m", "dpm++": "dpm++2m", "dpmsolver++": "dpm++2m"}
 _FEW_STEPS = 15  # below it, a last step of second order does harm
+_TOO_FAR = 1.75  # rise over the one before it, above which the step to t = 0 stays of first order
+_AMPLIFIED = 10.0  # a clean estimate that is the network's error times more than this is noise
 
 Column = Any  # a numpy array on the host, a jax array inside jit
 
@@ -102,8 +108,9 @@ def sampler_tables(
         steps: 1..1000.
         eta: noise of ddim and dpm++2m: 0 is deterministic, 1 has the variance of ancestral sampling.
         grid: (t, t_next) integer arrays to use in place of the preset's grid; a negative t_next is the end of the
-            schedule. For reproducing another sampler's jumps. A solver with history needs each step to start where the
-            last one ended.
+            schedule. For reproducing another sampler's jumps, and with them its orders: only the last step is then
+            held at first order, as in diffusers. A solver with history needs each step to start where the last one
+            ended.
         solver: a name of `SOLVERS`, described at the top of this module.
         clip: bound of the clean estimate, None for none.
         variance: of ddpm: ``small`` or ``large``.
@@ -118,6 +125,12 @@ def sampler_tables(
     """
     solver = choose_name("solver", solver, SOLVERS, _ALIASES)
     _check(solver, steps, eta, grid, clip, choose_name("variance", variance, VARIANCES, {}))
+    if solver == "single" and preset.prediction == "epsilon":
+        raise UserError(
+            f"solver 'single' asks for the clean picture at t = {TRAIN_STEPS - 1}, where an epsilon model's output is "
+            "amplified noise: use another solver with more steps, or a model of v or x0"
+        )
+    comes_to_zero = grid is None and preset.spacing != "trailing"
     if grid is None:
         spacing = "trailing" if solver == "single" else preset.spacing
         grid = timestep_grid(spacing, steps, preset.steps_offset)
@@ -144,7 +157,7 @@ def sampler_tables(
         rise = _rises(now, after)
         same = History(one, zero, zero, zero, zero, zero)
         history = _corrector(next_x, next_x0, rise) if solver == "unipc" else same
-        more = next_x0 * _second_order(rise)
+        more = next_x0 * _second_order(rise, comes_to_zero)
         next_x0, history = next_x0 + more, history._replace(next_last=-more)
     real, whole = partial(np.asarray, dtype=dtype), partial(np.asarray, dtype=np.int32)
     return SamplerTables(
@@ -189,15 +202,32 @@ def _rises(now: np.ndarray, after: np.ndarray) -> np.ndarray:
     return end - start
 
 
-def _second_order(rise: np.ndarray) -> np.ndarray:
+def _second_order(rise: np.ndarray, comes_to_zero: bool) -> np.ndarray:
     """h / (2 h_last), the weight of x0 - x0_last; 0 on the steps that stay of first order.
 
     (Lu et al. 2022, algorithm 2, where r = h_last / h; Zhao et al. 2023, UniP-2 with B(h) = exp(h) - 1 and a = 1 / 2.)
+    ``comes_to_zero``: the step before the last one ends at t near 0.
     """
     weight = np.zeros_like(rise)
     last = len(rise) - (len(rise) < _FEW_STEPS or np.isinf(rise[-1]))
     weight[1:last] = rise[1:last] / (2 * rise[: last - 1])
+    if comes_to_zero and len(rise) > 2 and rise[-2] > _TOO_FAR * rise[-3]:
+        weight[-2] = 0.0
     return weight
+
+
+def refuse_amplified(tables: SamplerTables) -> SamplerTables:
+    """``tables`` (host arrays), unless they are one step whose clean estimate is amplified noise.
+
+    Raises:
+        UserError: an epsilon network is asked for the clean picture at once where hardly any of it is left.
+    """
+    if len(tables.t) == 1 and abs(float(tables.x0_out[0])) > _AMPLIFIED:
+        raise UserError(
+            f"one step at t = {int(tables.t[0])} multiplies the error of an epsilon model by "
+            f"{abs(float(tables.x0_out[0])):,.0f}: take more steps, or a model of v or x0"
+        )
+    return tables
 
 
 def _corrector(next_x: np.ndarray, next_x0: np.ndarray, rise: np.ndarray) -> History:

@@ -5,6 +5,7 @@ from typing import Any
 
 from scaling_perception.diffusion.sampler import SamplerTables, sampler_tables
 from scaling_perception.diffusion.schedules import DiffusionPreset
+from scaling_perception.diffusion.solvers import refuse_amplified
 from scaling_perception.evaluation.aspect import check_aspect
 from scaling_perception.support.errors import UserError
 
@@ -71,9 +72,9 @@ class Settings:
         """The sampler's table for a model's diffusion on the chosen grid.
 
         Raises:
-            UserError: a value that the solver does not take.
+            UserError: a value that the solver does not take, or a single step that would return amplified noise.
         """
-        return sampler_tables(diffusion, self.steps, self.eta, solver=self.solver, clip=self.clip)
+        return refuse_amplified(sampler_tables(diffusion, self.steps, self.eta, solver=self.solver, clip=self.clip))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""

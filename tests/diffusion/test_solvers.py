@@ -8,6 +8,7 @@ import pytest
 from scaling_perception.diffusion.sampler import sample, sampler_tables
 from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion, timestep_grid
 from scaling_perception.diffusion.solvers import SOLVERS
+from scaling_perception.evaluation.settings import Settings
 from scaling_perception.support.errors import UserError
 
 # Data N(MEAN, SPREAD^2), each coordinate by itself.
@@ -128,6 +129,95 @@ def test_single_is_one_call_at_the_noisy_end_on_any_grid():
     assert tables.t == [999] and tables.t_next == [-1]
     trailing = sampler_tables(get_diffusion("released", spacing="trailing"), 1)
     assert all(np.array_equal(one, other) for one, other in zip(tables[:-1], trailing[:-1], strict=True))
+
+
+# A mixture of two normals in one dimension: its exact clean estimate, and the ODE that the solvers approximate.
+SHARES, CENTRES, WIDTHS = np.array([0.3, 0.7]), np.array([-1.5, 0.8]), np.array([0.25, 0.4])
+
+
+def mixture_x0(x, alpha_bar):
+    """E[x0 | x], (N,), in closed form."""
+    variance = alpha_bar * WIDTHS**2 + 1 - alpha_bar
+    away = x[:, None] - np.sqrt(alpha_bar) * CENTRES
+    log = np.log(SHARES) - 0.5 * np.log(variance) - 0.5 * away**2 / variance
+    odds = np.exp(log - log.max(axis=1, keepdims=True))
+    means = CENTRES + np.sqrt(alpha_bar) * WIDTHS**2 / variance * away
+    return (odds * means).sum(axis=1) / odds.sum(axis=1)
+
+
+def mixture_flow(x, alpha_bar, pieces=3000):
+    """Where the probability-flow ODE takes x from ``alpha_bar`` to the data: midpoint rule in the log of the SNR."""
+    edges = np.linspace(0.5 * np.log(alpha_bar / (1 - alpha_bar)), 9.0, pieces + 1)
+
+    def step(x, begin, end, x0):
+        noises = [1 / np.sqrt(1 + np.exp(2 * edge)) for edge in (begin, end)]
+        return noises[1] / noises[0] * x - np.sqrt(1 - noises[1] ** 2) * np.expm1(begin - end) * x0
+
+    def level(edge):
+        return 1 / (1 + np.exp(-2 * edge))
+
+    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+        middle = (begin + end) / 2
+        half = step(x, begin, middle, mixture_x0(x, level(begin)))
+        x = step(x, begin, end, mixture_x0(half, level(middle)))
+    return mixture_x0(x, level(edges[-1]))
+
+
+def mixture_run(preset, tables, x):
+    """The tables of a run on the mixture, as `SamplerTables` describes them, in float64."""
+    levels, last, older, start = preset.alphas_cumprod()[tables.t], np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
+    for i, level in enumerate(levels):
+        x0 = mixture_x0(x, level)
+        if tables.history is None:
+            x = tables.next_x[i] * x + tables.next_x0[i] * x0
+            continue
+        past = type(tables.history)(*(column[i] for column in tables.history))
+        y = past.now_x * x + past.now_start * start + past.now_x0 * x0 + past.now_last * last + past.now_older * older
+        x = tables.next_x[i] * y + tables.next_x0[i] * x0 + past.next_last * last
+        last, older, start = x0, last, y
+    return x
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing", "steps"),
+    [("paper", "leading", 5), ("paper", "leading", 10), ("released", "leading", 7), ("paper", "linspace", 10)],
+)
+def test_second_order_is_better_than_first_on_grids_that_come_to_zero(name, spacing, steps):
+    """On the step to t = 0 it used to extrapolate three to five times as far as it could see."""
+    preset = get_diffusion(name, spacing=spacing)
+    begin = np.random.default_rng(0).standard_normal(64)
+    first = timestep_grid(spacing, steps, preset.steps_offset)[0][0]
+    exact = mixture_flow(begin, preset.alphas_cumprod()[first])
+
+    def error(solver):
+        tables = sampler_tables(preset, steps, solver=solver, dtype=np.float64)
+        return np.sqrt(np.mean((mixture_run(preset, tables, begin) - exact) ** 2))
+
+    errors = {solver: error(solver) for solver in ("ddim", "dpm++2m", "unipc")}
+    assert errors["dpm++2m"] < 0.75 * errors["ddim"] and errors["unipc"] < 0.75 * errors["ddim"], errors
+
+
+def test_trailing_grids_and_the_grids_of_other_samplers_keep_their_orders():
+    for steps in (2, 3, 5, 10, 14, 15, 50, 667, 1000):
+        for solver in ("dpm++2m", "unipc"):
+            own = sampler_tables(get_diffusion("fixed"), steps, solver=solver)
+            given = sampler_tables(get_diffusion("fixed"), steps, grid=timestep_grid("trailing", steps), solver=solver)
+            jax.tree.map(np.testing.assert_array_equal, own, given)
+    paper, grid = get_diffusion("paper"), timestep_grid("leading", 20)
+    own, given = sampler_tables(paper, 20, solver="unipc"), sampler_tables(paper, 20, grid=grid, solver="unipc")
+    differing = np.flatnonzero(own.history.next_last != given.history.next_last)
+    assert differing.tolist() == [18] and own.history.next_last[18] == 0 and own.t_next[18] == 0
+
+
+def test_one_step_that_returns_amplified_noise_is_refused():
+    """An epsilon model at t = 999: its clean estimate is its error, times 2.0e4 with the cosine schedule."""
+    with pytest.raises(UserError, match="single.*amplified noise"):
+        sampler_tables(get_diffusion("paper"), 1, solver="single")
+    with pytest.raises(UserError, match="t = 999 multiplies the error of an epsilon model by 20,") as caught:
+        Settings(steps=1).tables(get_diffusion("paper", spacing="trailing"))
+    assert "\n" not in str(caught.value)
+    for preset in (get_diffusion("paper"), get_diffusion("fixed"), get_diffusion("released")):
+        assert len(Settings(steps=1).tables(preset).t) == 1
 
 
 # Noise
