@@ -27,6 +27,8 @@ VERBS = {
     "bench": "measure speed: ratios in one run on this machine",
     "doctor": "what is wrong with this machine: devices, versions, memory, weights, data",
 }
+# Each of several processes that run one of these would do all of it, and write the same files.
+IN_ONE_PROCESS = ("quickstart", "prepare", "evaluate", "predict", "generate", "convert", "bench")
 
 
 def _overview() -> str:
@@ -57,6 +59,10 @@ def _run(words: Sequence[str]) -> int:
     verb, *rest = words
     if verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'{did_you_mean(verb, VERBS)}")
+    if verb in IN_ONE_PROCESS and not {"-h", "--help"} & {*rest}:
+        from scaling_perception.parallel.joining import refuse_several
+
+        refuse_several(verb)
     keep_compiled_programs()
     return run_verb(verb, rest)
 
@@ -67,7 +73,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return _run(list(sys.argv[1:] if words is None else words))
     except UserError as error:
         print(f"scaling-perception: {error}", file=sys.stderr)
-        return 2
+        return error.code
     except KeyboardInterrupt:
         print("scaling-perception: interrupted", file=sys.stderr)
         return 130

@@ -91,6 +91,20 @@ def _check_devices() -> list[Finding]:
     return [Finding("ok", "devices", text), *extra]
 
 
+def _check_processes() -> Finding:
+    from scaling_perception.parallel.joining import PROCESSES, other_processes
+    from scaling_perception.support.errors import UserError
+
+    try:
+        seen = other_processes()
+    except UserError as error:
+        return Finding("FAIL", "processes", str(error))
+    if not seen:
+        return Finding("ok", "processes", "runs alone")
+    text = f"one of several ({seen}): train joins the others, other verbs run in one ({PROCESSES}=1: alone)"
+    return Finding("note", "processes", text)
+
+
 def _check_arithmetic() -> Finding:
     """A small gradient, compiled: finds broken installs that merely import."""
     import jax
@@ -158,6 +172,7 @@ def findings(dataset: str | None = None, root: str = "") -> list[Finding]:
         _check_python(),
         *_check_packages(),
         *_check_devices(),
+        _check_processes(),
         _check_arithmetic(),
         _check_memory(),
         _check_disk(),

@@ -43,7 +43,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from scaling_perception.parallel.processes import join, leaving_at_once
+    from scaling_perception.parallel.processes import is_first, join, leaving_at_once
     from scaling_perception.support.configs import load_config
 
     join()
@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> int | None:
     if args.dry_run:
         from scaling_perception.scaling.dry_run import describe_run, print_run
 
-        print_run(describe_run(config))
+        described = describe_run(config)
+        if is_first():
+            print_run(described)
         return None
     if not args.workdir:
         raise UserError("--workdir is missing: give the folder of this run (or --dry-run)")
@@ -85,13 +87,13 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     from jax.experimental.multihost_utils import reached_preemption_sync_point
 
     from scaling_perception.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
-    from scaling_perception.parallel.processes import is_first, put_batch, put_tree, to_host
+    from scaling_perception.parallel.processes import is_first, own_places, places_of, put_batch, put_tree, to_host
     from scaling_perception.parallel.rules import tree_shardings
     from scaling_perception.support.files import write_json
     from scaling_perception.training import averaging, trouble
     from scaling_perception.training.checkpoints import Checkpoints, load_ema
     from scaling_perception.training.goodput import Clock
-    from scaling_perception.training.identity import as_json, refuse_foreign, same_run, without_places
+    from scaling_perception.training.identity import as_json, refuse_foreign, same_everywhere, same_run, without_places
     from scaling_perception.training.optim import make_optimizer
     from scaling_perception.training.profile import parse_steps, trace_steps
     from scaling_perception.training.record import open_record, why_ended
@@ -115,19 +117,23 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     if config.train.on_nan not in _ON_NAN:
         raise UserError(f"train.on_nan is '{config.train.on_nan}'{did_you_mean(config.train.on_nan, _ON_NAN)}")
     apart, window_size, best = averaging.kept_apart(config.optim), spike_window(config.train), best_metric(config.train)
-    mesh = make_mesh(**config.mesh.to_dict())
+    mesh, size = make_mesh(**config.mesh.to_dict()), config.train.batch_size
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * config.train.accumulate
+    if size % parts:
+        what = f"{parts // config.train.accumulate} device(s) that share it times train.accumulate"
+        raise UserError(f"train.batch_size is {size}: give a multiple of {parts}, the {what}")
     objective = _objective(config, mesh)
     tx, schedule = make_optimizer(config.optim, total, objective.frozen)
     identity = as_json(
         {"config": config.to_dict(), "data": dict(objective.batches.fingerprint), "meta": objective.meta}
     )
 
+    same_everywhere(identity)
+
     # ---- Devices: the batch is split over them, the state by parallel/rules.py -------------------------------------
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * config.train.accumulate
-    if config.train.batch_size % parts:
-        what = f"{parts // config.train.accumulate} device(s) that share it times train.accumulate"
-        raise UserError(f"train.batch_size is {config.train.batch_size}: give a multiple of {parts}, the {what}")
     whole, split = replicated(mesh), batch_sharding(mesh)
+    rows = own_places(split, size).tolist()
+    shared = sum(len(places) for places in places_of(split, size).values()) > size  # some rows in several processes
     key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=whole)()
     constants = put_tree(objective.constants, jax.tree.map(lambda _: whole, objective.constants))
 
@@ -208,18 +214,24 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
             kind, tokens = mesh.devices.flat[0].device_kind, getattr(objective.model, "tokens", 0)
 
             def take(
-                number: int, metrics: Mapping[str, Any], keys: Sequence[str], copies: Any, held: Mapping[str, float]
+                number: int,
+                metrics: Mapping[str, Any],
+                keys: Mapping[int, str],
+                read: Any,
+                copies: Any,
+                held: Mapping[str, float],
             ) -> None:
                 """Look at what step ``number`` told; stops the run where its state must not be saved."""
                 nonlocal waited, told_at
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                refuse_differing(number, read, trouble.inputs_differ)
                 finite = trouble.is_finite(values)
                 if not finite or values.get("spike"):
                     if (config.train.on_spike if finite else config.train.on_nan) == "raise":
                         checkpoints.wait()
                         raise trouble.went_wrong(number, values, keys, workdir, checkpoints.steps())
                     trouble.note_skipped(number, values, keys, workdir)
-                refuse_differing(number, copies)
+                refuse_differing(number, copies, trouble.replicas_differ)
                 if number == start + 1:
                     check_metric(best, [*values], config.train)
                 if values.get("skipped"):  # its loss is in skipped.jsonl, and no part of a mean
@@ -237,16 +249,17 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
                     writer.report(number, {**row, **clock.row()})
                     waited = 0.0
 
-            def refuse_differing(number: int, copies: Any) -> None:
+            def refuse_differing(number: int, copies: Any, error: Callable[..., UserError]) -> None:
                 what = differing(copies) if copies is not None else ""
                 if what:
                     checkpoints.wait()
-                    raise trouble.replicas_differ(number, what, checkpoints.steps())
+                    raise error(number, what, checkpoints.steps())
 
             def save(held: Mapping[str, float]) -> None:
                 """Save the state, all of whose steps have been looked at; the copies of it are looked at here."""
                 assert state is not None
-                refuse_differing(step, replica_sums(state) if config.train.check_replicas else None)
+                copies = replica_sums(state) if config.train.check_replicas else None
+                refuse_differing(step, copies, trouble.replicas_differ)
                 checkpoints.save(state, identity, metrics={**since_saved.means(), **held})
 
             batches = objective.batches.iterate(step)
@@ -257,8 +270,9 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
                 with clock.spend("data_wait"):
                     batch = dict(next(batches))
                 waited += time.monotonic() - before
-                keys = list(batch.pop("key", ()))
-                arrays = put_batch(batch, split)
+                keys = dict(zip(rows, batch.pop("key", ()), strict=False))
+                arrays = put_batch(batch, split, size)
+                read = replica_sums(arrays) if shared and config.train.check_replicas else None
                 if advance is None:
                     with clock.spend("compile"):
                         given = state._replace(ema=()) if apart else state
@@ -284,7 +298,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
                     with clock.spend("evaluate"):
                         held = validate(state.ema, key, constants)
                     pace.leave_out(time.monotonic() - before)
-                late = (step, metrics, keys, copies, held)
+                late = (step, metrics, keys, read, copies, held)
                 if several and reached_preemption_sync_point(step):  # all processes stop at the same step
                     asked.append(signal.SIGTERM)
                 if step % every == 0 or step == total or asked:  # before the next batch, and never unchecked weights
@@ -336,7 +350,7 @@ def _objective(config: Any, mesh: Any) -> Any:
     if config.objective == "autoencoder":
         from scaling_perception.training.autoencoder import autoencoder_objective
 
-        return autoencoder_objective(config)
+        return autoencoder_objective(config, mesh)
     raise UserError(f"objective is '{config.objective}'{did_you_mean(config.objective, ('diffusion', 'autoencoder'))}")
 
 

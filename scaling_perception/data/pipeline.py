@@ -2,10 +2,12 @@
 
 For each source and pass: all samples, shuffled anew each epoch, without end. These streams are mixed by weight into one
 global stream; its element i says which sample and whether it is flipped, drawn from (seed, i) alone. Batch s is the
-elements s * B .. (s+1) * B - 1, and process p of P takes the p-th of P equal runs of them, so the global batch is the
-same whatever P is. Only then are samples read: from a latent cache, or rendered or read and encoded by their task.
+elements s * B .. (s+1) * B - 1; of several processes each takes those at the places that its devices hold, so the
+global batch is the same whatever the processes. Only then are samples read: from a latent cache, or rendered or read
+and encoded by their task.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -218,7 +220,7 @@ class Batches:
     """Batches of a mixture, see :func:`open_batches`.
 
     A batch holds image, prompt, target float32 (B, h, w, c) latents or (B, R, R, 3) pixels; valid bool (B, h, w) or
-    (B, R, R); task and label int32 (B,); key, a list of B sample ids. B is this process's share of the global batch.
+    (B, R, R); task and label int32 (B,); key, a list of B sample ids; fewer than B after :meth:`holding`.
     Of generation there is the target alone, and with a cache its ``target_logvar`` where the autoencoder has one.
     """
 
@@ -227,19 +229,14 @@ class Batches:
         data: dict[str, Any],
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
         in_memory: bool | None = None,
     ):
         _check_keys(data, _KEYS, "data")
-        if batch_size < 1 or batch_size % process_count:
-            raise UserError(
-                f"batch size {batch_size} cannot be shared by {process_count} process(es): choose a multiple of that"
-            )
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size}: give a whole number above 0")
         if not 0 <= seed < 2**32:
             raise UserError(f"seed {seed} must be in 0..{2**32 - 1}")
-        self._share = batch_size // process_count
-        self._first = process_index * self._share
+        self._places: Sequence[int] = range(batch_size)
         self._size, self._seed = batch_size, int(seed)
         self._workers = int(data.get("workers") or 0)
         self._flip = bool(data.get("flip", False))
@@ -293,12 +290,19 @@ class Batches:
             "caches" if self.cached else "sources": _jsonable(held.fingerprint()),
         }
 
+    def holding(self, places: Sequence[int]) -> "Batches":
+        """The same batches, of which only the samples at ``places`` (0 .. B - 1) are read, in that order."""
+        if not places or not 0 <= min(places) <= max(places) < self._size:
+            raise ValueError(f"places {places} of a batch of {self._size}")
+        held = copy.copy(self)
+        held._places = places
+        return held
+
     def elements(self, step: int) -> list[Element]:
-        """Which samples this process's share of batch ``step`` holds."""
+        """Which samples batch ``step`` holds, at the places that are read."""
         if step < 0:
             raise ValueError(f"step {step} is negative")
-        first = step * self._size + self._first
-        return [self._stream[i] for i in range(first, first + self._share)]
+        return [self._stream[step * self._size + place] for place in self._places]
 
     def at(self, step: int) -> dict[str, Any]:
         """The batch of ``step``, the same every time and in every process that shares its settings."""
@@ -339,13 +343,7 @@ class Batches:
         return found
 
 
-def open_batches(
-    data_config: Any,
-    batch_size: int,
-    seed: int,
-    process_index: int | None = None,
-    process_count: int | None = None,
-) -> Batches:
+def open_batches(data_config: Any, batch_size: int, seed: int) -> Batches:
     """Open the batches that a config describes.
 
     Args:
@@ -356,17 +354,15 @@ def open_batches(
             tasks of the cache weigh the same. A task's passes share its weight equally.
         batch_size: global batch size B.
         seed: of order and flips.
-        process_index, process_count: this process among those that share the batch; default: jax's.
+
+    Returns:
+        Whole batches; where several processes run, each takes its own places of them: :meth:`Batches.holding`.
 
     Raises:
         UserError: an unknown field, source or task, a cache that is damaged or does not fit, an impossible batch size.
     """
-    if process_index is None or process_count is None:
-        import jax
-
-        process_index, process_count = jax.process_index(), jax.process_count()
     data = data_config.to_dict() if hasattr(data_config, "to_dict") else dict(data_config)
-    return Batches(data, batch_size, seed, process_index, process_count)
+    return Batches(data, batch_size, seed)
 
 
 def _check_keys(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

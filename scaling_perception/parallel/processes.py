@@ -1,56 +1,28 @@
-"""Several processes as one program: joining, handing out batches, bringing results back to where they are written.
+"""Several processes as one program: which rows of a batch each reads, bringing results back to where they are written.
 
 A run has one process for each host. Every process runs the same code on its own share of the data; only the first one
 writes files and talks, and checkpoints are written by all together.
 """
 
 import contextlib
+import functools
+import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from scaling_perception.parallel.mesh import replicated
+from scaling_perception.parallel.joining import COORDINATOR as COORDINATOR
+from scaling_perception.parallel.joining import PROCESS as PROCESS
+from scaling_perception.parallel.joining import PROCESSES as PROCESSES
+from scaling_perception.parallel.joining import join as join
+from scaling_perception.parallel.mesh import BATCH_AXES, replicated
 from scaling_perception.support.errors import UserError
-
-COORDINATOR, PROCESSES, PROCESS = (f"SCALING_PERCEPTION_{name}" for name in ("COORDINATOR", "PROCESSES", "PROCESS"))
-# Variables by which JAX recognises a cluster that it can join without being told how.
-_CLUSTERS = ("SLURM_JOB_ID", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS", "OMPI_COMM_WORLD_SIZE")
-
-
-def join(environment: Mapping[str, str] = os.environ) -> None:
-    """Join the other processes of this run, if the environment says that there are any. Call before any computation.
-
-    ``SCALING_PERCEPTION_COORDINATOR`` (host:port), ``_PROCESSES`` and ``_PROCESS`` say it outright; in a Slurm step or
-    on a TPU slice of several hosts JAX finds out by itself.
-
-    Raises:
-        UserError: the three variables are incomplete or no numbers.
-    """
-    given = [name for name in (COORDINATOR, PROCESSES, PROCESS) if environment.get(name)]
-    if given:
-        missing = [name for name in (COORDINATOR, PROCESSES, PROCESS) if name not in given]
-        if missing:
-            raise UserError(f"{given[0]} is set but {missing[0]} is not: set all three or none")
-        try:
-            count, index = int(environment[PROCESSES]), int(environment[PROCESS])
-        except ValueError:
-            raise UserError(f"{PROCESSES} and {PROCESS} must be whole numbers") from None
-        if not 0 <= index < count:
-            raise UserError(f"{PROCESS}={index} is not in 0..{count - 1} ({PROCESSES}={count})")
-        if count > 1:
-            jax.distributed.initialize(environment[COORDINATOR], count, index)
-        return
-    hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
-    tasks = environment.get("SLURM_NTASKS", environment.get("OMPI_COMM_WORLD_SIZE", "1"))
-    several = len(hosts.split(",")) > 1 or (tasks.isdigit() and int(tasks) > 1)
-    if several and any(name in environment for name in _CLUSTERS):
-        jax.distributed.initialize()
 
 
 @contextlib.contextmanager
@@ -80,11 +52,70 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def put_batch(batch: Mapping[str, Any], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """This process's share of a batch (arrays (B / P, ...)) as global arrays (B, ...)."""
+def places_of(
+    sharding: NamedSharding, size: int, process_of: Callable[[Any], int] = lambda device: device.process_index
+) -> dict[int, np.ndarray]:
+    """Process -> the places of a batch of ``size`` that its devices hold, int64, ascending, each once.
+
+    They come from the sharding alone: on a torus the devices of one host need not follow each other along the batch,
+    and where the mesh splits a sample's work over hosts (``tensor``) several processes hold the same places.
+
+    Args:
+        sharding: of arrays (B, ...), as ``mesh.batch_sharding`` makes it. process_of: the process of a device.
+
+    Raises:
+        UserError: the devices cannot share ``size`` samples.
+    """
+    shares = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
+    if size < 1 or size % shares:
+        raise UserError(f"a batch of {size} cannot be shared by {shares} device(s): choose a multiple of {shares}")
+    found: dict[int, set[int]] = {}
+    for device, (rows,) in sharding.devices_indices_map((size,)).items():
+        found.setdefault(process_of(device), set()).update(range(size)[rows])
+    return {process: np.array(sorted(places), np.int64) for process, places in found.items()}
+
+
+@functools.lru_cache(maxsize=16)
+def own_places(sharding: NamedSharding, size: int) -> np.ndarray:
+    """The places of a batch of ``size`` that this process reads: those of its own devices, see :func:`places_of`."""
+    return places_of(sharding, size)[jax.process_index()]
+
+
+def part_of(values: np.ndarray, places: np.ndarray, index: tuple[slice, ...], size: int) -> np.ndarray:
+    """What a device holds: the part ``index`` of an array (B, ...), of which ``values`` are the rows at ``places``.
+
+    Args:
+        places: ascending; those of ``index`` are among them. size: B.
+    """
+    rows = range(size)[index[0]]
+    first = int(np.searchsorted(places, rows.start))
+    return values[(slice(first, first + len(rows)), *index[1:])]
+
+
+def put_batch(batch: Mapping[str, Any], sharding: NamedSharding, size: int | None = None) -> dict[str, jax.Array]:
+    """A batch as global arrays (B, ...), of which each device gets its part.
+
+    Args:
+        batch: arrays of this process's rows alone, those at :func:`own_places`, in that order.
+        size: B; None: this process holds all of them.
+
+    Raises:
+        ValueError: the batch has another number of rows.
+    """
+    host = {name: np.asarray(value) for name, value in batch.items()}
+    rows = {len(value) for value in host.values()}
+    size = max(rows) if size is None else size
+    places = own_places(sharding, size)
+    if rows != {len(places)}:
+        raise ValueError(f"a batch of {size} has {len(places)} rows in this process, not {sorted(rows)}")
     if jax.process_count() == 1:
-        return jax.device_put({name: np.asarray(value) for name, value in batch.items()}, sharding)
-    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for name, v in batch.items()}
+        return jax.device_put(host, sharding)
+
+    def put(values: np.ndarray) -> jax.Array:
+        shape = (size, *values.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, lambda index: part_of(values, places, index, size))
+
+    return {name: put(values) for name, values in host.items()}
 
 
 def put_tree(tree: Any, shardings: Any) -> Any:

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 class UserError(Exception):
     """The user's input is wrong. The message names the file, field or flag, what is wrong, and how to mend it.
 
-    The command line prints the message alone and exits with 2.
+    The command line prints the message alone and exits with ``code``.
     """
+
+    code = 2
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

@@ -6,16 +6,18 @@ pictures from the frozen encoder's latents and the teacher's, mixed. Both read a
 where it stopped. No photograph takes part.
 """
 
+import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from scaling_perception.data.sources.textures import RGB_KINDS, TARGET_KINDS, texture
 from scaling_perception.models import tiny_vae
@@ -30,7 +32,7 @@ from scaling_perception.models.autoencoders import (
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import atomic_path, read_json, write_json
 from scaling_perception.support.progress import progress
-from scaling_perception.training.objective import Objective
+from scaling_perception.training.objective import Objective, own_share
 
 PHASES = ("encoder", "decoder")
 BLOCK = 250  # pictures a bank file; texture and scene blocks alternate
@@ -167,17 +169,24 @@ class BankBatches:
         if batch_size > len(bank):
             raise UserError(f"train.batch_size {batch_size} exceeds the {len(bank)} pictures: raise config.bank")
         self.bank, self.batch_size, self.seed, self.own, self.own_id = bank, batch_size, seed, own, own_id
+        self.places: Sequence[int] = range(batch_size)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must find unchanged."""
         return {**self.bank.description, "seed": self.seed, "batch_size": self.batch_size, "encoder": self.own_id}
 
+    def holding(self, places: Sequence[int]) -> "BankBatches":
+        """The same batches, of which only the pictures at ``places`` are read, in that order."""
+        held = copy.copy(self)
+        held.places = places
+        return held
+
     def at(self, step: int) -> dict[str, Any]:
-        """The batch of ``step``."""
+        """The batch of ``step``, at the places that are read."""
         epoch, place = divmod(step, len(self.bank) // self.batch_size)
         order = _permutation(self.seed, epoch, len(self.bank))
-        indices = order[place * self.batch_size : (place + 1) * self.batch_size]
+        indices = order[place * self.batch_size + np.asarray(self.places)]
         batch: dict[str, Any] = {
             "image": self.bank.rows(self.bank.pictures, indices),
             "latent": self.bank.rows(self.bank.latents, indices),
@@ -246,14 +255,14 @@ def _by_sort(name: str, error: jax.Array, weight: jax.Array) -> dict[str, jax.Ar
     }
 
 
-def autoencoder_objective(config: Any) -> Objective:
+def autoencoder_objective(config: Any, mesh: Mesh | None = None) -> Objective:
     """The objective of ``configs/tiny_vae.py``.
 
     Reads ``config.phase`` ('encoder' | 'decoder'), ``config.teacher`` (folder or hub id with TAESD), ``config.vae``
     (fields of TinyVAEConfig), ``config.bank`` (number of pictures), ``config.data.cache`` (folder of the bank),
     ``config.resolution``, ``config.seed``, ``config.train.batch_size``, and ``config.init``: an exported folder. The
     encoder phase goes on from its encoder; the decoder phase freezes its encoder, and goes on from its decoder if there
-    is one.
+    is one. ``mesh``: what the step runs on, by which several processes share the batches.
 
     Raises:
         UserError: an unknown phase, a missing teacher or encoder.
@@ -289,7 +298,7 @@ def autoencoder_objective(config: Any) -> Objective:
         def export(params: Any, path: str, info: Mapping[str, Any]) -> None:
             save_part(path, "encoder", network, params, told(info))
 
-        batches = BankBatches(bank, batch_size, seed)
+        batches = own_share(BankBatches(bank, batch_size, seed), mesh, batch_size)
         return Objective(init, loss, batches, export, batch_size, starting_params=start)
 
     own, own_id = _own_latents(Path(config.data.cache), bank, network, encoder)
@@ -304,7 +313,7 @@ def autoencoder_objective(config: Any) -> Objective:
             with atomic_path(target) as temporary:
                 temporary.write_bytes(source.read_bytes())
 
-    batches = BankBatches(bank, batch_size, seed, own, own_id)
+    batches = own_share(BankBatches(bank, batch_size, seed, own, own_id), mesh, batch_size)
     return Objective(init, decoding_loss, batches, export_both, batch_size, starting_params=start)
 
 

@@ -33,7 +33,7 @@ from scaling_perception.models.presets import at_resolution, get_preset
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks import PASSES, TaskOptions, pass_indices
-from scaling_perception.training.objective import Batches, Metrics, Objective
+from scaling_perception.training.objective import Batches, Metrics, Objective, own_share
 from scaling_perception.training.prompts import prompt_table, with_table
 from scaling_perception.training.start import starting_point
 from scaling_perception.training.validation import held_out_batches
@@ -224,15 +224,15 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
     dit = network_of(config)
     preset = get_diffusion(config.diffusion, **config.diffusion_changes.to_dict())
     options = TaskOptions.from_dict(config.task_options.to_dict())
-    whole = held_out = None
+    whole, held_out = batches, None
     if batches is None:
         from scaling_perception.data.pipeline import open_batches
 
         data = {**config.data.to_dict(), "resolution": config.resolution, "task_options": options.to_dict()}
-        batches = open_batches(data, config.train.batch_size, config.seed)
-        if jax.process_count() > 1:  # what is measured must not depend on this process's share
-            whole = open_batches(data, config.train.batch_size, config.seed, 0, 1)
+        whole = open_batches(data, config.train.batch_size, config.seed)
+        batches = own_share(whole, mesh, config.train.batch_size)
         held_out = held_out_batches(config, data, batches)
+    assert batches is not None and whole is not None
     moments, constants, encoder_id = _encoder(config, batches)
     encode = None if moments is None else _mean_of(moments)
 
@@ -244,7 +244,8 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
             f"init {config.init} was trained in the latents of autoencoder {start_meta['autoencoder']}, which is not "
             f"'{config.autoencoder}' of this config: use the same"
         )
-    norm = _latent_norm(config, whole or batches, encode, constants, start_meta, dit.cond_channels)
+    # what is measured must not depend on this process's share
+    norm = _latent_norm(config, whole, encode, constants, start_meta, dit.cond_channels)
     mesh = mesh if mesh is not None and mesh.size > 1 else None
     model = DiT(dit, dtype=DTYPES[config.train.dtype], remat=config.train.remat, mesh=mesh)
     meta = {

@@ -1,5 +1,6 @@
 """Which run a work folder holds: what may change when it is resumed, and what the model's card tells of it."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from scaling_perception.support.configs import flatten
 from scaling_perception.support.errors import UserError
+from scaling_perception.training.saving import gather
 
 # Fields that change neither the numbers of a run nor its data: they may differ when it is resumed. Where the data lies
 # may change as well, for its content has a fingerprint of its own.
@@ -48,6 +50,18 @@ def refuse_foreign(workdir: Path) -> None:
         raise UserError(f"{workdir} is a file: choose another --workdir")
     if (workdir / "model").exists() and not (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} holds a finished model without checkpoints: choose another --workdir, or move it")
+
+
+def same_everywhere(identity: Mapping[str, Any]) -> None:
+    """Raise a UserError in every process unless all of them were started alike. All must call this."""
+    for part, what in (("config", "config"), ("data", "data"), ("meta", "model")):
+        digest = hashlib.sha256(json.dumps(identity[part], sort_keys=True).encode()).digest()
+        found = gather(int.from_bytes(digest[:4], "big") >> 1)
+        other = next((process for process, one in enumerate(found) if one != found[0]), None)
+        if other is not None:
+            raise UserError(
+                f"process {other} has another {what} than process 0: start all with the same command, code and data"
+            )
 
 
 def same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:

@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from jax.sharding import Mesh
+
+from scaling_perception.parallel.mesh import batch_sharding
+from scaling_perception.parallel.processes import own_places
 
 Params = Any  # a nested dict of arrays
 Batch = Mapping[str, Any]  # field -> array (B, ...); "key" alone is a list of str and stays on the host
@@ -30,6 +34,16 @@ class Batches(Protocol):
         ...
 
 
+def own_share(batches: Any, mesh: Mesh | None, size: int) -> Any:
+    """``batches`` (of ``size``) with the rows alone that this process's devices hold, where several processes run.
+
+    They need ``holding(places)``: the same batches, of which only the rows at ``places`` are read, in that order.
+    """
+    if jax.process_count() == 1 or mesh is None:
+        return batches
+    return batches.holding(own_places(batch_sharding(mesh), size).tolist())
+
+
 class Objective(NamedTuple):
     """A trainable problem.
 
@@ -40,7 +54,7 @@ class Objective(NamedTuple):
             must depend on (and not on how the batch is cut up). A metric is a scalar, and NaN where it is undefined for
             this batch (such as the loss of a task that the batch has no sample of); one called ``weight`` says how much
             this loss counts beside those of other parts of the same batch (default 1).
-        batches: where the batches come from.
+        batches: where the batches come from; of several processes each has its own rows (``own_share``).
         export: (params, path, info) -> None: writes the finished model as a folder or file; ``params`` are the averaged
             ones, on the host; ``info`` is JSON-able (steps, samples, macs, seconds, ...).
         samples_per_step: global batch size B.
@@ -51,7 +65,7 @@ class Objective(NamedTuple):
         starting_params: params to start from instead of ``init`` (None = from scratch); host arrays.
         meta: JSON-able facts fixed before the first step (such as the latent normalisation); stored with each
             checkpoint, and a resumed run must find the same.
-        held_out: batches of samples that are not trained on, as ``validation.py`` wants them; None = none.
+        held_out: batches of samples that are not trained on, whole, as ``validation.py`` wants them; None = none.
     """
 
     init: Callable[[jax.Array], Params]

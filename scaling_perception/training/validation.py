@@ -17,11 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from scaling_perception.parallel.mesh import BATCH_AXES, batch_sharding, replicated
-from scaling_perception.parallel.processes import put_batch
+from scaling_perception.parallel.processes import own_places, put_batch
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.training.checksums import is_off_device, on_device
-from scaling_perception.training.objective import Batches, Objective
+from scaling_perception.training.objective import Batches, Objective, own_share
 
 EXPORTS = ("last", "best")
 HEAD = "held_out_"  # begins the names of what is measured here
@@ -91,7 +91,8 @@ def make_validation(objective: Objective, config: Config, mesh: Mesh) -> Callabl
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if size % shares:
         raise UserError(f"train.validate_samples is {count}: give a multiple of {shares}, the devices that share them")
-    split, local = batch_sharding(mesh), size // jax.process_count()
+    split, held = batch_sharding(mesh), own_share(held, mesh, size)
+    places = own_places(split, size).astype(np.int32)
 
     def measure(params: Any, batch: Any, key: jax.Array, constants: Any) -> dict[str, jax.Array]:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
@@ -108,9 +109,8 @@ def make_validation(objective: Objective, config: Config, mesh: Mesh) -> Callabl
         for part in range(count // size):
             batch = dict(held.at(part))  # read anew: held in memory, pixels would fill it
             batch.pop("key", None)
-            first = part * size + jax.process_index() * local
-            batch["index"] = np.arange(first, first + local, dtype=np.int32)
-            found = jax.device_get(measured(ema, put_batch(batch, split), key, constants))
+            batch["index"] = part * size + places
+            found = jax.device_get(measured(ema, put_batch(batch, split, size), key, constants))
             weight = float(found.pop("weight", 1.0))
             for name, value in found.items():
                 if math.isfinite(value):

@@ -40,8 +40,8 @@ def cached(cache, **changes):
     return {"cache": cache, "flip": True, **changes}
 
 
-def open_(data, batch_size=8, seed=1, index=0, count=1, **more):
-    return Batches(data, batch_size, seed, index, count, **more)
+def open_(data, batch_size=8, seed=1, **more):
+    return Batches(data, batch_size, seed, **more)
 
 
 def assert_same(a, b):
@@ -84,16 +84,19 @@ def test_shapes_and_types(cache):
 
 
 @pytest.mark.parametrize("kind", ["cached", "online"])
-def test_processes_share_one_global_batch(cache, kind):
-    data = cached(cache) if kind == "cached" else online()
-    for step in (0, 3):
-        whole = open_(data).at(step)
-        for count in (2, 4):
-            parts = [open_(data, index=index, count=count).at(step) for index in range(count)]
-            assert [key for part in parts for key in part["key"]] == whole["key"]
+def test_some_places_of_the_global_batch(cache, kind):
+    whole = open_(cached(cache) if kind == "cached" else online())
+    for places in ([0, 1, 2, 3], [6, 7], [0, 3, 4, 7], [5]):  # a run, the end, interleaved, one
+        held = whole.holding(places)
+        assert held.fingerprint == whole.fingerprint and len(whole.at(0)["key"]) == 8
+        for step, batch in zip((3, 4), held.iterate(3), strict=False):
+            wanted = whole.at(step)
+            assert batch["key"] == held.at(step)["key"] == [wanted["key"][place] for place in places]
             for name in ARRAYS:
-                np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
-    assert open_(data).fingerprint == open_(data, index=1, count=2).fingerprint
+                np.testing.assert_array_equal(batch[name], wanted[name][places])
+    for places in ([], [8], [-1]):
+        with pytest.raises(ValueError):
+            whole.holding(places)
 
 
 def test_every_sample_comes_once_an_epoch_and_in_a_new_order(cache):
@@ -250,8 +253,8 @@ def test_what_does_not_fit_is_refused(cache, tmp_path):
         open_({"resolution": 32})
     with pytest.raises(UserError, match="data.resolution"):
         open_(online(resolution=0))
-    with pytest.raises(UserError, match="3 process"):
-        open_(cached(cache), count=3)
+    with pytest.raises(UserError, match="batch size 0"):
+        open_(cached(cache), 0)
     with pytest.raises(UserError, match="seed"):
         open_(cached(cache), seed=-1)
     with pytest.raises(UserError, match="need a latent cache"):
