@@ -53,8 +53,8 @@ def assert_same(one, two):
 
 
 @pytest.fixture(scope="module")
-def golden_folders(shared_dir):
-    return {name: shared_dir / "golden" / "checkpoints" / f"clip_{name}" for name in CASES}
+def golden_folders(golden):
+    return {name: golden / "checkpoints" / f"clip_{name}" for name in CASES}
 
 
 @pytest.fixture(scope="module")

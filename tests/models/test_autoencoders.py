@@ -239,9 +239,18 @@ def test_stable_diffusion_s_autoencoder_behind_the_same_interface(kl, reference)
         kl.encode(kl.params, np.zeros((1, 16, 20, 3), np.float32))
 
 
-@pytest.mark.parametrize("names", ["vae_new_names", "vae_old_names"])
-def test_published_folders_of_both_generations(names, kl, shared_dir):
-    model = load_autoencoder(str(shared_dir / "golden" / "checkpoints" / names))
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # of the attention, before 0.17
+
+
+@pytest.mark.parametrize("names", ["new", "old"])
+def test_published_folders_of_both_generations(names, kl, reference, golden, tmp_path):
+    fields = json.loads((golden / "checkpoints" / f"vae_{names}_names" / "config.json").read_text())
+    state = dict(reference[1])
+    if names == "old":
+        for now, before in OLD_NAMES.items():
+            state = {name.replace(f".{now}.", f".{before}."): value for name, value in state.items()}
+        assert len(set(state) - set(reference[1])) == 16
+    model = load_autoencoder(str(write_kl(tmp_path / "published", (fields, state))))
     jax.tree.map(np.testing.assert_array_equal, model.params, kl.params)
     assert model.id == kl.id and model.config == kl.config
 

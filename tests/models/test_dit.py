@@ -134,9 +134,9 @@ def test_gradients_equal_the_reference(reference, remat):
             close(theirs[name.removeprefix("out/grad/")], whole, 1e-4)
 
 
-def test_larger_picture_equals_the_reference(shared_dir):
+def test_larger_picture_equals_the_reference(golden):
     config = dataclasses.replace(REFERENCE, input_size=16)
-    config, params, arrays = reference_case(shared_dir / "golden" / "dit_dense" / "p2_16x16.safetensors", config)
+    config, params, arrays = reference_case(golden / "dit_dense" / "p2_16x16.safetensors", config)
     x, t, label = nhwc(arrays["in/x"]), arrays["in/t"].astype(np.int32), arrays["in/y"].astype(np.int32)
     close(DiT(config).apply({"params": params}, x, t, label), nhwc(arrays["out/forward"]), 1e-5)
     close(position_table(64, 8), arrays["out/pos_embed"][0], 1e-6)

@@ -20,8 +20,8 @@ TEXT = "the whole object"
 
 
 @pytest.fixture(scope="module")
-def encoder(shared_dir):
-    return str(shared_dir / "golden" / "checkpoints" / "clip_quickgelu")
+def encoder(golden):
+    return str(golden / "checkpoints" / "clip_quickgelu")
 
 
 def test_one_prompt_begins_as_nothing_and_is_learned(encoder):
