@@ -1,0 +1,137 @@
+"""Fit a scaling law to points of any CSV: parameters with intervals, hold-out, certificate, warnings, figure, JSON.
+
+POINTS is a CSV (any delimiter, long or wide), the CSV or JSON of `evaluate`, or a training run's metrics.jsonl,
+run.json or folder. Without --form the forms for so many columns are compared on held-out points: the largest decade.
+"""
+
+import argparse
+
+from scaling_perception.support.errors import UserError
+
+EXAMPLES = """
+scaling-perception fit points.csv
+scaling-perception fit points.csv --x macs --y absrel --group run --json law.json --figure law.svg
+scaling-perception fit chinchilla.csv --form additive --x N D --y loss --delta 1e-3
+scaling-perception fit runs/sweep.csv --x steps ensemble --form test_time --y abs_rel
+scaling-perception fit runs/sweep.csv --form hull
+scaling-perception fit runs/sweep.csv --form power --loss quantile --tau 0.05
+scaling-perception fit images.csv --x macs --y abs_rel --image key --group model
+scaling-perception fit wide.csv --x macs --y a1 a2 a3 --predict 1e14
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from scaling_perception.scaling.law_forms import FORMS
+
+    forms = "\n".join(f"{name}: {equation}" for name, equation in FORMS.items())
+    parser.add_argument(
+        "points", nargs="+", metavar="POINTS", help="CSV, evaluation, metrics.jsonl, run.json or folder"
+    )
+    parser.add_argument("--x", nargs="+", default=[], metavar="COLUMN", help="one column or more (default: macs, …)")
+    parser.add_argument(
+        "--y", nargs="+", default=[], metavar="COLUMN", help="error; several: wide (default: abs_rel, …)"
+    )
+    parser.add_argument(
+        "--group",
+        nargs="+",
+        metavar="COLUMN",
+        help="clusters, outermost first: run seed (default: run, if there is one)",
+    )
+    parser.add_argument("--image", metavar="COLUMN", help="image of a row: means over images, which are resampled too")
+    parser.add_argument(
+        "--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="use the rows that have all these"
+    )
+    parser.add_argument("--form", default="auto", help=f"auto, or one of: {forms}".replace("%", "%%"))
+    parser.add_argument("--loss", default="huber", help="huber, lsq, or quantile: a lower envelope (default huber)")
+    parser.add_argument("--delta", type=float, help="of Huber's loss on log y, such as 1e-3 (default: by the noise)")
+    parser.add_argument("--tau", type=float, default=0.05, help="of --loss quantile (default %(default)s)")
+    parser.add_argument("--level", type=float, default=0.95, help="of all intervals (default %(default)s)")
+    parser.add_argument("--interval", help="the one shown: bootstrap, bca or profile (default: docs/laws.md)")
+    parser.add_argument("--bootstraps", type=int, default=2000, help="how many (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstraps (default 0)")
+    parser.add_argument(
+        "--drop-invalid", action="store_true", help="leave out rows with zero, negative or infinite values"
+    )
+    parser.add_argument("--keep-duplicates", action="store_true", help="keep rows that are copies of others")
+    parser.add_argument(
+        "--predict", nargs="+", default=[], metavar="X", help="also predict y there; of several columns: 1e9,2e10"
+    )
+    parser.add_argument("--json", metavar="OUT", help="write the law, for `plan` and other programs")
+    parser.add_argument("--figure", metavar="OUT", help="draw points, law, bands and residuals: .svg, .png or .pdf")
+
+
+def options_of(args: argparse.Namespace):
+    """The options of a fit.
+
+    Raises:
+        UserError: a value that makes no sense.
+    """
+    from scaling_perception.scaling.law_fit import Options
+
+    if args.loss not in ("huber", "lsq", "quantile"):
+        raise UserError(f"--loss '{args.loss}': choose huber, lsq or quantile")
+    if args.interval not in (None, "bootstrap", "bca", "profile"):
+        raise UserError(f"--interval '{args.interval}': choose bootstrap, bca or profile")
+    for flag, value, low, high in (("--level", args.level, 0.5, 0.999), ("--tau", args.tau, 0.001, 0.999)):
+        if not low <= value <= high:
+            raise UserError(
+                f"{flag} {value:g}: give a number from {low:g} to {high:g}, such as {0.95 if low else 0.05:g}"
+            )
+    if args.delta is not None and not 0 < args.delta < float("inf"):
+        raise UserError(f"--delta {args.delta:g}: give a number above zero, such as 1e-3")
+    if not 100 <= args.bootstraps <= 1_000_000:
+        raise UserError(f"--bootstraps {args.bootstraps}: give 100 to 1000000")
+    return Options(
+        args.loss, args.delta, args.tau, args.level, args.bootstraps, args.seed, interval=args.interval
+    )  # fmt: skip
+
+
+def predictions(texts: list[str], names: tuple[str, ...]) -> list[list[float]]:
+    """``1e9,2e10`` as a row of numbers above zero for each text.
+
+    Raises:
+        UserError: anything else.
+    """
+    rows = []
+    for text in texts:
+        try:
+            row = [float(part) for part in text.split(",")]
+        except ValueError:
+            row = []
+        if len(row) != len(names) or not all(0 < value < float("inf") for value in row):
+            raise UserError(f"--predict '{text}': give {','.join(names)} as numbers above zero")
+        rows.append(row)
+    return rows
+
+
+def run(args: argparse.Namespace) -> int:
+    from scaling_perception.scaling.law_forms import variable_counts
+    from scaling_perception.scaling.law_text import law_text, prediction_text
+    from scaling_perception.scaling.laws import fit_law, write_law
+    from scaling_perception.scaling.points import read_points
+
+    options = options_of(args)
+    if args.form != "auto":
+        variable_counts(args.form)
+    if args.figure:
+        from scaling_perception.scaling.law_figures import check_name
+
+        check_name(args.figure)
+    points = read_points(
+        args.points, args.x, args.y, args.group, args.image, args.form, args.where, args.drop_invalid,
+        args.keep_duplicates,
+    )  # fmt: skip
+    wanted = predictions(args.predict, points.x_names)
+    law = fit_law(points, args.form, options)
+    print(law_text(law))
+    for row in wanted:
+        print(prediction_text(law, row))
+    if args.json:
+        write_law(args.json, law)
+        print(f"law: {args.json}")
+    if args.figure:
+        from scaling_perception.scaling.law_figures import write_figure
+
+        write_figure(args.figure, law, points)
+        print(f"figure: {args.figure}")
+    return 0

@@ -1,0 +1,159 @@
+"""Hold-out: fit the smaller points and predict the largest decade, how wrong and how sure; and choose a form by it."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scaling_perception.scaling.law_checks import refuse_unfit
+from scaling_perception.scaling.law_fit import Options, Problem, bootstrap, fit_problem, with_noise
+from scaling_perception.scaling.law_forms import make_form
+from scaling_perception.scaling.points import X_NAMES, Points, find_column
+from scaling_perception.support.errors import UserError
+
+_BOOTSTRAPS = 400
+_MOST = 5000
+
+
+class Split(NamedTuple):
+    """Which points (n,) are held out, and how they were chosen."""
+
+    held: np.ndarray
+    what: str
+    start: float | None  # of x where there is one column
+
+
+def split_largest(points: Points, parameters: int) -> Split | None:
+    """The largest decade of x (of several columns: of their product), if enough is left to fit; else the largest
+    quarter; None if that leaves too little as well."""
+    size = np.log10(points.x).sum(0)
+    single = len(points.x) == 1
+    edge = size.max() - 1
+    held = size > edge + 1e-9
+    kept = size[~held]
+    enough = max(parameters + 2, int(1.5 * parameters))
+    if len(kept) >= enough and len(np.unique(kept)) > parameters and np.ptp(kept) >= 0.5:
+        what = "the largest decade" + ("" if single else " of " + " x ".join(points.x_names))
+        return Split(held, what, 10**edge if single else None)
+    values = np.unique(size)
+    for share in (0.25, 0.1):
+        edge = values[min(int(len(values) * (1 - share)), len(values) - 1)]
+        held = size >= edge
+        left = size[~held]
+        if held.any() and len(left) >= enough and len(np.unique(left)) > parameters:
+            return Split(
+                held, f"the largest {'quarter' if share == 0.25 else 'tenth'} of sizes", 10**edge if single else None
+            )
+    return None
+
+
+def _thin(points: Points) -> Points:
+    """At most 5,000 of the points, drawn at random: enough to judge a hold-out."""
+    if len(points) <= _MOST:
+        return points
+    keep = np.zeros(len(points), bool)
+    keep[np.random.default_rng(0).choice(len(points), _MOST, replace=False)] = True
+    return points.take(keep)
+
+
+def _held_out_errors(points: Points, form: str, split: Split, options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """log y - log prediction (m,) of the held-out points, and whether (m,) each lies in its interval."""
+    kept, held = points.take(~split.held), points.take(split.held)
+    problem = Problem.of(kept, form, options)
+    best = fit_problem(problem, options)
+    log_y = np.log(held.y) - math.log(problem.scale)
+    centred = np.log(held.x) - problem.centre[:, None]
+    errors = log_y - np.log(np.maximum(problem.form.evaluate(best.inner[None], centred)[0], 1e-300))
+    samples, _ = bootstrap(problem, best, options._replace(bootstraps=_BOOTSTRAPS))
+    with np.errstate(all="ignore"):
+        logs = np.log(np.maximum(problem.form.value(samples, np.log(held.x)), 1e-300))
+    widen = math.sqrt(len(kept) / max(len(kept) - problem.form.size, 1))
+    residual = np.quantile(problem.residual(best.inner), np.linspace(0, 1, 101)) * widen
+    inside = np.empty(len(held), bool)
+    ends = 0.5 - options.level / 2, 0.5 + options.level / 2
+    for at in range(0, len(held), 64):
+        part = slice(at, at + 64)
+        low, high = np.quantile(with_noise(logs[:, part], residual), ends, axis=0)
+        inside[part] = (np.log(held.y[part]) >= low) & (np.log(held.y[part]) <= high)
+    return errors, inside
+
+
+def hold_out(points: Points, form: str, options: Options) -> dict[str, Any] | None:
+    """Fit without the largest points and predict them: the ``holdout`` of a law; None where too few are left."""
+    if form == "hull" or options.loss == "quantile":
+        return None  # an envelope does not predict a point
+    points = _thin(points)
+    made = make_form(form, points.x_names)
+    split = split_largest(points, made.size)
+    if split is None:
+        return None
+    try:
+        refuse_unfit(points.take(~split.held), form)
+        errors, inside = _held_out_errors(points, form, split, options)
+    except UserError:
+        return None
+    return {
+        "points": len(errors), "fitted": int((~split.held).sum()), "what": split.what,
+        "from": None if split.start is None else {points.x_names[0]: split.start},
+        "error": float(np.sqrt((errors**2).mean())), "bias": float(errors.mean()),
+        "inside": float(inside.mean()), "level": options.level,
+    }  # fmt: skip
+
+
+def candidates(points: Points) -> list[str]:
+    """Forms that these columns may have, the simplest first."""
+    count = len(points.x)
+    if count == 1:
+        return ["power", "power_floor", "broken"]
+    if count == 2:
+        usual = zip(points.x_names, X_NAMES["upcycling"], strict=True)
+        upcycling = all(any(find_column([name], one) for one in options) for name, options in usual)
+        return ["upcycling", "additive"] if upcycling else ["kaplan", "additive", "joint"]
+    return ["test_time"]
+
+
+def choose_form(points: Points, options: Options) -> tuple[str, list[dict[str, Any]], str]:
+    """The form with the smallest error on held-out points, and of those within one standard error the simplest.
+
+    Returns:
+        its name, the errors of all forms, and how it was chosen.
+
+    Raises:
+        UserError: no form has enough points.
+    """
+    names = candidates(points)
+    refuse_unfit(points, names[0])
+    if len(names) == 1:
+        return names[0], [], "the only form for so many columns"
+    if np.ptp(np.log(points.y)) < 1e-12:
+        return names[0], [], "the simplest form: all errors are equal"
+    thin = _thin(points)
+    sizes = {name: make_form(name, points.x_names).size for name in names}
+    usable = [name for name in names if len(points) >= 3 * sizes[name]] or names[:1]
+    split = split_largest(thin, max(sizes[name] for name in usable))
+    while split is None and len(usable) > 1:
+        usable = usable[:-1]
+        split = split_largest(thin, max(sizes[name] for name in usable))
+    if split is None or len(usable) == 1:
+        return usable[0], [], "the simplest form: too few points to compare forms on held-out ones"
+    errors = {}
+    for name in usable:
+        try:
+            refuse_unfit(thin.take(~split.held), name)
+            errors[name] = np.abs(_held_out_errors(thin, name, split, options)[0])
+        except UserError:
+            continue
+    if not errors:
+        return usable[0], [], "the simplest form: too few points to compare forms on held-out ones"
+    means = {name: float(np.sqrt((error**2).mean())) for name, error in errors.items()}
+    best = min(means, key=lambda name: means[name])
+    chosen = next(name for name in errors if name == best or _close(errors[name], errors[best]))
+    rows = [{"form": name, "parameters": sizes[name], "error": means[name]} for name in errors]
+    how = f"error on {split.what}, held out" + ("" if chosen == best else f"; simpler than {best} and as good")
+    return chosen, rows, how
+
+
+def _close(error: np.ndarray, best: np.ndarray) -> bool:
+    """Whether errors are larger than the best form's by less than one standard error of the difference."""
+    change = error**2 - best**2
+    return bool(change.mean() <= change.std(ddof=1) / math.sqrt(len(change))) if len(change) > 1 else False

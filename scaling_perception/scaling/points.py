@@ -1,0 +1,434 @@
+"""Points of a law: from any CSV, long or wide, from `evaluate`'s CSV and JSON, and from what `train` writes."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.tables import Table, read_table, read_text
+
+Y_NAMES = ("abs_rel", "epe", "1-iou", "1-delta1", "error", "err", "eval_loss", "val_loss", "held_out_loss", "loss")
+GROUP_NAMES = ("run", "run_id", "weights")
+X_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "": (("macs", "train_macs", "flops", "compute", "c", "x"),),
+    "two": (("params", "n", "model_size"), ("tokens", "samples", "d", "examples")),
+    "upcycling": (("d1", "dense_tokens", "pretrain_tokens"), ("d2", "moe_tokens", "upcycling_tokens")),
+    "test_time": (
+        ("steps", "denoising_steps"), ("ensemble", "members"), ("params", "model_size"),
+        ("train_macs", "training_macs", "train_compute"),
+    ),
+}  # fmt: skip
+"""Columns that are looked for where --x names none, by form; the first that is there is taken."""
+SETTINGS = (
+    "task", "dataset", "model", "answer", "kind", "preset", "spacing", "solver", "steps", "ensemble", "tolerance",
+    "step_tolerance",
+)  # fmt: skip
+"""Columns that tell the settings of a per-image table apart."""
+SIZES = ("params", "model_size", "model", "size", "n")
+
+
+@dataclass
+class Points:
+    """Positive x (v, n) and y (n,), clusters, and where they come from.
+
+    ``groups``: codes (n,) from the outermost level inwards; ``group_names`` their columns, empty where every point is
+    a cluster of its own. ``images``: per-image errors (n, images), NaN where absent, of which ``y`` is the mean; None:
+    no image level. ``notes``: what was left out or decided, in sentences.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    x_names: tuple[str, ...]
+    y_name: str
+    groups: list[np.ndarray] = field(default_factory=list)
+    group_names: tuple[str, ...] = ()
+    images: np.ndarray | None = None
+    notes: list[str] = field(default_factory=list)
+    source: list[dict[str, str]] = field(default_factory=list)
+    one_size: str = ""
+    labels: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            self.groups = [np.arange(len(self.y))]
+        if not self.labels:
+            self.labels = [""] * len(self.y)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, keep: np.ndarray) -> "Points":
+        """The points where ``keep`` (n,) is true."""
+        images = None if self.images is None else self.images[keep]
+        labels = [label for label, kept in zip(self.labels, keep, strict=True) if kept]
+        return Points(
+            self.x[:, keep], self.y[keep], self.x_names, self.y_name, [g[keep] for g in self.groups],
+            self.group_names, images, list(self.notes), self.source, self.one_size, labels,
+        )  # fmt: skip
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def find_column(names: Sequence[str], wanted: str) -> str | None:
+    """The column ``wanted``, as written or else by its letters and digits alone (``absrel`` finds ``abs_rel``)."""
+    if wanted in names:
+        return wanted
+    same = [name for name in names if _plain(name) == _plain(wanted)]
+    return same[0] if len(same) == 1 else None
+
+
+def _need(table: Table, wanted: str, flag: str) -> str:
+    found = find_column(table.names, wanted)
+    if found is None:
+        raise UserError(f"{flag}: {table.path} has no column '{wanted}'{did_you_mean(wanted, table.names)}")
+    return found
+
+
+def _first(table: Table, options: Sequence[str]) -> str | None:
+    return next((found for one in options if (found := find_column(table.names, one))), None)
+
+
+# Files to one table
+
+
+def load_tables(paths: Sequence[str | Path]) -> tuple[Table, list[dict[str, str]]]:
+    """One table of all files, and of each its path and SHA-256. With several files a column ``file`` is added.
+
+    A folder stands for every ``metrics.jsonl`` below it.
+
+    Raises:
+        UserError: a file cannot be read or is nothing that holds points.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            below = sorted(path.rglob("metrics.jsonl"))
+            if not below:
+                raise UserError(f"{path} holds no metrics.jsonl: give a training run, a CSV or an evaluation's JSON")
+            files += below
+        else:
+            files.append(path)
+    tables, source = [], []
+    for path in files:
+        text = read_text(path)
+        tables.append(_load(path, text))
+        source.append({"file": path.name, "sha256": hashlib.sha256(text.encode()).hexdigest()})
+    return (tables[0] if len(tables) == 1 else _join(tables)), source
+
+
+def _join(tables: Sequence[Table]) -> Table:
+    names = list(dict.fromkeys(name for table in tables for name in table.names))
+    if "file" not in names:
+        names.append("file")
+    rows: list[list[str]] = []
+    for table in tables:
+        at = {name: index for index, name in enumerate(table.names)}
+        stem = Path(table.path).parent.name if Path(table.path).name == "metrics.jsonl" else Path(table.path).stem
+        for row in table.rows:
+            rows.append([row[at[name]] if name in at else stem if name == "file" else "" for name in names])
+    lines = [line for table in tables for line in table.lines]
+    return Table(" + ".join(table.path for table in tables), names, rows, lines)
+
+
+def _load(path: Path, text: str) -> Table:
+    if path.suffix.lower() == ".jsonl":
+        return _training_rows(path, text)
+    if path.suffix.lower() != ".json":
+        return read_table(path, text)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): restore it or make it again") from None
+    if isinstance(value, dict) and "cells" in value and "task" in value:
+        return _evaluation(path, value)
+    if isinstance(value, dict) and {"attempts", "started"} <= value.keys():
+        rows = path.with_name("metrics.jsonl")
+        return _training_rows(rows, read_text(rows))
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        return _records(str(path), value)
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        if len(lengths := {name: len(column) for name, column in value.items()}) and len(set(lengths.values())) > 1:
+            raise UserError(f"{path}: columns are of different lengths ({lengths}): complete them")
+        return _records(str(path), [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)])
+    raise UserError(f"{path} holds no points: give a CSV, `evaluate`'s JSON, `train`'s metrics.jsonl or run.json")
+
+
+def _evaluation(path: Path, value: dict[str, Any]) -> Table:
+    from scaling_perception.evaluation.tables import cells_csv
+
+    try:
+        return read_table(path, cells_csv(value))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is not a whole evaluation: make it again with `evaluate --json`") from None
+
+
+def _records(path: str, rows: Sequence[dict[str, Any]]) -> Table:
+    names = list(dict.fromkeys(str(name) for row in rows for name in row))
+    text = [["" if row.get(name) is None else str(row[name]) for name in names] for row in rows]
+    return Table(path, names, text, range(1, len(text) + 1))
+
+
+def _training_rows(path: Path, text: str) -> Table:
+    """A run's rows with ``run``, ``params``, ``samples`` and ``macs`` (forward, until that step) from its run.json."""
+    rows = []
+    for at, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if at < len(text.splitlines()):  # the last line of a killed run may be torn
+                raise UserError(f"{path} line {at} is not valid JSON: remove the line") from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} has no rows of values: give the metrics.jsonl of a training run")
+    record = path.with_name("run.json")
+    if record.is_file() and "step" in rows[0]:
+        try:
+            facts = json.loads(read_text(record))
+            samples, macs = facts["samples_per_step"], facts["macs_per_sample"]
+            known = {"run": path.parent.name or path.resolve().parent.name, "params": facts["parameters"]["active"]}
+            rows = [
+                {**known, "samples": row["step"] * samples, "macs": row["step"] * samples * macs, **row}
+                for row in rows if "step" in row
+            ]  # fmt: skip
+        except (ValueError, KeyError, TypeError):
+            pass  # an older or foreign run.json: the rows are read without it
+    return _records(str(path), rows)
+
+
+# A table to points
+
+
+def melt(table: Table, y: Sequence[str], x: Sequence[str]) -> tuple[Table, list[str], list[str]]:
+    """A wide table made long: several y columns, or columns whose names are the values of x.
+
+    Returns:
+        the long table and its x and y names; a table that is long is returned as it is.
+    """
+    numeric = [name for name in table.names if _is_positive(name)]
+    if len(numeric) >= 2 and len(y) <= 1 and not any(find_column(table.names, one) for one in x):
+        x_name, y_name = (x[0] if x else "x"), (y[0] if y else "y")
+        kept = [name for name in table.names if name not in numeric]
+        at = {name: index for index, name in enumerate(table.names)}
+        rows, lines = [], []
+        for line, row in zip(table.lines, table.rows, strict=True):
+            for name in numeric:
+                rows.append([*(row[at[k]] for k in kept), name, row[at[name]]])
+                lines.append(line)
+        return Table(table.path, [*kept, x_name, y_name], rows, lines, table.delimiter), [x_name], [y_name]
+    if len(y) < 2:
+        return table, list(x), list(y)
+    columns = [_need(table, one, "--y") for one in y]
+    at = {name: index for index, name in enumerate(table.names)}
+    kept = [name for name in table.names if name not in columns]
+    rows, lines = [], []
+    for line, row in zip(table.lines, table.rows, strict=True):
+        for name in columns:
+            rows.append([*(row[at[k]] for k in kept), name, row[at[name]]])
+            lines.append(line)
+    run = "column" if "run" in kept else "run"
+    return Table(table.path, [*kept, run, "y"], rows, lines, table.delimiter), list(x), ["y"]
+
+
+def _is_positive(name: str) -> bool:
+    return bool(re.fullmatch(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", name)) and float(name) > 0
+
+
+def _expand(names: Sequence[str], y: Sequence[str]) -> list[str]:
+    out = []
+    for one in y:
+        if "*" in one:
+            pattern = re.compile(".*".join(map(re.escape, one.split("*"))))
+            matched = [name for name in names if pattern.fullmatch(name)]
+            if not matched:
+                raise UserError(f"--y '{one}' matches no column{did_you_mean(one, names)}")
+            out += matched
+        else:
+            out.append(one)
+    return out
+
+
+def choose_x(table: Table, form: str) -> list[str]:
+    """The columns of x that a form takes when none are named.
+
+    Raises:
+        UserError: they are not there.
+    """
+    kind = form if form in ("upcycling", "test_time") else "two" if form in ("additive", "joint", "kaplan") else ""
+    found = [(options, _first(table, options)) for options in X_NAMES[kind]]
+    if kind == "test_time":
+        there = [name for _, name in found if name and len(np.unique(table.numbers(name))) > 1]
+        if len(there) < 2:
+            raise UserError(
+                f"--x: name the columns of the surface, such as steps ensemble; known: {', '.join(table.names)}"
+            )
+        return there
+    for options, name in found:
+        if name is None:
+            raise UserError(
+                f"--x: {table.path} has no column {' or '.join(options[:3])}: name it with --x; "
+                f"known: {', '.join(table.names)}"
+            )
+    return [name for _, name in found if name]
+
+
+def read_points(
+    paths: Sequence[str | Path],
+    x: Sequence[str] = (),
+    y: Sequence[str] = (),
+    group: Sequence[str] | None = None,
+    image: str | None = None,
+    form: str = "auto",
+    where: Sequence[str] = (),
+    drop_invalid: bool = False,
+    keep_duplicates: bool = False,
+) -> Points:
+    """Read points.
+
+    Args:
+        paths: files, or folders of training runs.
+        x, y: columns; empty: the usual names. Several ``y``: each is a run of a wide table.
+        group: columns of clusters from the outermost inwards; None: ``run``, ``run_id`` or ``weights`` if one is there;
+            empty: none.
+        image: column of an image's name in a table of one line an image; y becomes the mean over images.
+        where: ``column=value`` conditions; rows that meet all are used.
+        drop_invalid: leave out zero, negative and non-finite values instead of refusing them.
+        keep_duplicates: keep rows that are copies of others in every column.
+
+    Raises:
+        UserError: anything that cannot become points.
+    """
+    table, source = load_tables(paths)
+    notes: list[str] = []
+    table, x, y = melt(table, _expand(table.names, y), x)
+    table = _where(table, where)
+    if not keep_duplicates:
+        table = _without_copies(table, notes)
+    x_names = [_need(table, one, "--x") for one in x] if x else choose_x(table, form)
+    y_name = _need(table, y[0], "--y") if y else _first(table, Y_NAMES)
+    if y_name is None:
+        raise UserError(f"--y: name the column of the error; known: {', '.join(table.names)}")
+    if y_name in x_names or len(set(x_names)) < len(x_names):
+        raise UserError(f"--x {' '.join(x_names)} --y {y_name}: a column is named twice: name different columns")
+    columns = np.stack([table.numbers(name) for name in (*x_names, y_name)])
+    keep = _valid(table, columns, (*x_names, y_name), drop_invalid, notes, zero=image is not None)
+    group_names = _groups(table, group, notes)
+    codes = [np.unique(np.array(table.text(name))[keep], return_inverse=True)[1] for name in group_names]
+    if group is None and group_names and len(np.unique(codes[0])) == 1:
+        notes.append(f"all points are of one {group_names[0]}: intervals treat every point as independent")
+        group_names, codes = (), []
+    size = _first(table, SIZES)
+    one_size = ""
+    if size and size not in x_names:
+        sizes = {word for word, kept in zip(table.text(size), keep, strict=True) if kept} - {""}
+        one_size = f"{size} {next(iter(sizes))}" if len(sizes) == 1 else ""
+    text = table.text(group_names[0]) if group_names else [""] * len(table)
+    labels = [word for word, kept in zip(text, keep, strict=True) if kept]
+    x_kept, y_kept = columns[:-1, keep], columns[-1, keep]
+    points = Points(x_kept, y_kept, tuple(x_names), y_name, codes, group_names, None, notes, source, one_size, labels)
+    return points if image is None else _by_image(points, table, _need(table, image, "--image"), keep)
+
+
+def _where(table: Table, where: Sequence[str]) -> Table:
+    for one in where:
+        name, equals, value = one.partition("=")
+        if not equals:
+            raise UserError(f"--where '{one}': write column=value")
+        words = table.text(_need(table, name, "--where"))
+        keep = [at for at, word in enumerate(words) if word.strip() == value]
+        if not keep:
+            some = sorted(set(words))[:8]
+            raise UserError(f"--where {one}: no row has it{did_you_mean(value, some)}")
+        rows, lines = [table.rows[at] for at in keep], [table.lines[at] for at in keep]
+        table = Table(table.path, table.names, rows, lines, table.delimiter)
+    return table
+
+
+def _without_copies(table: Table, notes: list[str]) -> Table:
+    seen: dict[tuple[str, ...], int] = {}
+    for at, row in enumerate(table.rows):
+        seen.setdefault(tuple(row), at)
+    copies = len(table) - len(seen)
+    if not copies:
+        return table
+    notes.append(
+        f"{copies} row{'s are copies' if copies > 1 else ' is a copy'} of another in every column and left out "
+        "(--keep-duplicates keeps them)"
+    )
+    keep = list(seen.values())
+    rows, lines = [table.rows[at] for at in keep], [table.lines[at] for at in keep]
+    return Table(table.path, table.names, rows, lines, table.delimiter)
+
+
+def _valid(
+    table: Table, columns: np.ndarray, names: Sequence[str], drop: bool, notes: list[str], zero: bool
+) -> np.ndarray:
+    """Rows with all values; missing values are left out and counted, impossible ones refused or left out.
+
+    ``zero``: the last column may be zero, such as an image's error of which the mean is taken.
+    """
+    keep = np.ones(len(table), bool)
+    for name, values in zip(names, columns, strict=True):
+        bad = ~(np.isfinite(values) & ((values > 0) | ((values == 0) & (zero and name == names[-1]))))
+        if not bad.any():
+            continue
+        words = table.text(name)
+        empty = np.array([word.strip().lower() in ("", "na", "n/a", "null", "none", "-") for word in words])
+        wrong = np.flatnonzero(bad & ~empty)
+        if len(wrong) and not drop:
+            first = int(wrong[0])
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise UserError(
+                f"{table.path} line {table.lines[first]}: {name} is {words[first].strip()}{more}; a law needs values "
+                "above zero: mend them, or leave such rows out with --drop-invalid"
+            )
+        keep &= ~bad
+        for which, text in ((wrong, "is not above zero or not finite"), (np.flatnonzero(empty), "is missing")):
+            if len(which):
+                rows = f"{len(which)} row{'s' * (len(which) > 1)}"
+                notes.append(f"{rows} left out: {name} {text} (first at line {table.lines[int(which[0])]})")
+    if not keep.any():
+        raise UserError(f"{table.path}: no row has all of {', '.join(names)}: check --x, --y and --where")
+    return keep
+
+
+def _groups(table: Table, group: Sequence[str] | None, notes: list[str]) -> tuple[str, ...]:
+    if group is not None:
+        return tuple(_need(table, one, "--group") for one in group)
+    found = _first(table, GROUP_NAMES)
+    if found is None:
+        notes.append("no column names the run (--group): intervals treat every point as independent")
+    return (found,) if found else ()
+
+
+def _by_image(points: Points, table: Table, image: str, keep: np.ndarray) -> Points:
+    """One point for each setting: the mean over images, with every image's value kept for the bootstrap."""
+    names = [word for word, kept in zip(table.text(image), keep, strict=True) if kept]
+    told = [found for one in SETTINGS if (found := find_column(table.names, one))]
+    columns = [np.unique(np.array(table.text(one))[keep], return_inverse=True)[1] for one in told if one != image]
+    settings = np.stack([*(columns or list(points.x)), *(points.groups if points.group_names else [])])
+    unique, first, which = np.unique(settings, axis=1, return_index=True, return_inverse=True)
+    which = which.reshape(-1)
+    codes = np.unique(names, return_inverse=True)[1]
+    if len(np.unique(np.stack([which, codes]), axis=1).T) < len(names):
+        raise UserError(
+            f"--image {image}: an image has several values at one setting: tell settings apart with --where or --group"
+        )
+    values = np.full((unique.shape[1], codes.max() + 1), np.nan)
+    values[which, codes] = points.y
+    levels = [group[first] for group in points.groups] if points.group_names else []
+    labels = [points.labels[at] for at in first]
+    number = np.bincount(which)
+    x = np.stack([np.bincount(which, row) / number for row in points.x])  # adaptive compute differs by image
+    return Points(
+        x, np.nanmean(values, 1), points.x_names, points.y_name, levels, points.group_names, values,
+        points.notes, points.source, points.one_size, labels,
+    )  # fmt: skip
