@@ -271,11 +271,13 @@ def _report_skipped(skipped: list[dict[str, str]]) -> int:
 
 def print_table(result: dict[str, Any]) -> None:
     """Print the cells and the trivial answers."""
+    from scaling_perception.evaluation.intervals import interval_text
+
     metrics = list(result["protocol"]["metrics"])
 
     def figures(summary: dict[str, Any]) -> list[str]:
         values = [summary.get(m) for m in metrics]
-        return [f"{v['mean']:.4f} [{v['ci95'][0]:.4f}, {v['ci95'][1]:.4f}]" if v else "" for v in values]
+        return [interval_text(v) if v else "" for v in values]
 
     rows = [["preset", "solver", "steps", "N", "stops at", "GMAC", "s/image", *metrics]]
     for cell in result["cells"]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from scaling_perception.evaluation.comparisons import Change, best_steps, change, savings, select, values, way
+from scaling_perception.evaluation.intervals import FEWEST_IMAGES, interval_text
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path, write_text
 from scaling_perception.training.goodput import goodput_tables
@@ -126,11 +127,6 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _interval(value: dict) -> str:
-    low, high = value["ci95"]
-    return f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
-
-
 def compute_table(evaluation: dict) -> tuple[list[str], list[list[str]]]:
     """Head and rows of error against compute: one row a (preset and solver, steps), one column an ensemble size."""
     metric, label, _ = MAIN_METRIC[evaluation["task"]]
@@ -144,7 +140,7 @@ def compute_table(evaluation: dict) -> tuple[list[str], list[list[str]]]:
             at = {cell["ensemble"]: cell for cell in select(mine, steps=steps)}
             smallest = at[min(at)]
             gmac = "" if smallest["macs"] is None else f"{smallest['macs'] / smallest['ensemble'] / 1e9:.2f}"
-            shown = [_interval(at[size]["metrics"][metric]) if size in at else "" for size in sizes]
+            shown = [interval_text(at[size]["metrics"][metric], 3) if size in at else "" for size in sizes]
             rows.append([name, str(steps), *shown, gmac])
     return head, rows
 
@@ -165,13 +161,10 @@ def adaptive_table(evaluation: dict) -> tuple[list[str], list[list[str]]]:
                 if not select([cell], **wanted):
                     continue
                 tolerance = cell["tolerance" if of == "adaptive" else "step_tolerance"]
-                changes = [
-                    "" if change is None else f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
-                    for change in (found.whole, found.even)
-                ]
+                changes = ["" if change is None else str(change) for change in (found.whole, found.even)]
                 spent = [f"{cell['mean_members']:.1f}", f"{cell['mean_steps']:.1f}", f"{100 * found.share:.0f} %"]
                 first = f"{name}, {cell['steps']} steps, {words} {tolerance:g}"
-                rows.append([first, *spent, _interval(cell["metrics"][metric]), *changes])
+                rows.append([first, *spent, interval_text(cell["metrics"][metric], 3), *changes])
     return head, rows
 
 
@@ -205,9 +198,10 @@ def _line(axes, evaluation: dict, cells: list[dict], xs: list, **style) -> None:
     if not cells:
         return
     means = [cell["metrics"][metric]["mean"] for cell in cells]
-    low, high = np.asarray([cell["metrics"][metric]["ci95"] for cell in cells]).T
     axes.plot(xs, means, **{"marker": "o", "ms": 3.5, "lw": 1.3, **style})
-    if "mfc" not in style:  # adaptive curves lie on constant ones, and so do their intervals
+    ends = [cell["metrics"][metric]["ci95"] for cell in cells]
+    if "mfc" not in style and None not in ends:  # adaptive curves lie on constant ones, and so do their intervals
+        low, high = np.asarray(ends).T
         axes.fill_between(xs, low, high, color=style["color"], alpha=0.06, lw=0)
 
 
@@ -309,19 +303,21 @@ def _verdicts(evaluation: dict) -> list[str]:
             change = None if start == end else paired_change(mine, metric, start, end)
             if change is None:
                 continue
-            mean, low, high = change
-            better = (high < 0) if less_is_better else (low > 0)
-            worse = (low > 0) if less_is_better else (high < 0)
-            word = "better" if better else "worse" if worse else "no clear change"
-            said.append(f"{way_name}: {name}: {label} {mean:+.4f} [{low:+.4f}, {high:+.4f}] — {word}.")
+            if change.low is None or change.high is None:
+                word = f"too few images to tell (fewer than {FEWEST_IMAGES})"
+            elif change.low <= 0 <= change.high:
+                word = "no clear change"
+            else:
+                word = "better" if (change.mean < 0) == less_is_better else "worse"
+            said.append(f"{way_name}: {name}: {label} {change} — {word}.")
     best = (min if less_is_better else max)(cells, key=lambda cell: cell["metrics"][metric]["mean"])
     trivial = [name for name in _shown_baselines(evaluation) if name not in _CEILINGS]
     if trivial:
         value = evaluation["baselines"][trivial[0]]["metrics"][metric]
         said.append(
             f"Best cell ({best['preset']}, {best['steps']} steps, N = {best['ensemble']}): {label} "
-            f"{_interval(best['metrics'][metric])}; strongest trivial answer "
-            f"({BASELINE_NAMES.get(trivial[0], trivial[0])}): {_interval(value)}."
+            f"{interval_text(best['metrics'][metric], 3)}; strongest trivial answer "
+            f"({BASELINE_NAMES.get(trivial[0], trivial[0])}): {interval_text(value, 3)}."
         )
     return said
 
@@ -385,7 +381,7 @@ def _section(path: Path, evaluation: dict) -> str:
     baselines = [
         [
             BASELINE_NAMES.get(name, name),
-            *[_interval(value["metrics"][m]) if m in value["metrics"] else "" for m in names],
+            *[interval_text(value["metrics"][m], 3) if m in value["metrics"] else "" for m in names],
         ]
         for name, value in evaluation["baselines"].items()
     ]

@@ -7,8 +7,8 @@ import pytest
 
 import scaling_perception as sp
 from scaling_perception.data.sources.scenes import ScenesSource
-from scaling_perception.evaluation.baselines import bootstrap_ci
 from scaling_perception.evaluation.budgets import choose, load_budgets
+from scaling_perception.evaluation.intervals import bootstrap_ci
 from scaling_perception.evaluation.protocols import get_protocol
 from scaling_perception.evaluation.sweep import sweep
 

@@ -4,7 +4,7 @@ The depth answers are fitted to the truth itself (as the metric's own alignment 
 kind: what looking at the picture must improve upon.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -114,51 +114,3 @@ def amodal_ceiling(
     if round_trip is not None:
         ceilings["autoencoder"] = score(np.asarray(round_trip(picture[None]), np.float32)[0])
     return ceilings
-
-
-def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean over images of every metric, with its 95 % bootstrap interval: {metric: {"mean", "ci95"}}.
-
-    A metric that some images lack (an image without occluded pixels has no ``epe_occ``) is averaged over the others,
-    and their number is told as "images".
-
-    Args:
-        rows: one an image: {"key": name, metric: value}.
-    """
-    names = dict.fromkeys(name for row in rows for name in row if name != "key")
-    summary: dict[str, dict[str, Any]] = {}
-    for name in names:
-        values = np.asarray([row[name] for row in rows if name in row], np.float64)
-        summary[name] = {"mean": float(values.mean()), "ci95": list(bootstrap_ci(values, seed=0))}
-        if values.size < len(rows):
-            summary[name]["images"] = int(values.size)
-    return summary
-
-
-def bootstrap_ci(
-    values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 1000, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over images. The same values and seed give the same interval.
-
-    Args:
-        values: (n,) one figure an image; one value gives (value, value).
-        resamples: how many times the n images are drawn with replacement.
-        level: coverage, 0.95 for the 2.5 % and 97.5 % quantiles.
-
-    Returns:
-        (low, high), around ``np.mean(values)``.
-
-    Raises:
-        ValueError: no values, or NaN among them.
-    """
-    values = np.asarray(values, np.float64)
-    if values.ndim != 1 or values.size == 0:
-        raise ValueError(f"a confidence interval needs a list of values, not an array of shape {values.shape}")
-    if not np.isfinite(values).all():
-        raise ValueError("NaN or infinity among the values: the mean has no interval")
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for i in range(resamples):  # a row at a time: all draws at once would need resamples x n numbers
-        means[i] = values[rng.integers(0, values.size, values.size)].mean()
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

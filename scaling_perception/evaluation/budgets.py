@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
-from scaling_perception.evaluation.baselines import bootstrap_ci
+from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import read_json, write_text
 
@@ -197,6 +197,10 @@ def error_rows(task: str, rows: list[dict[str, Any]]) -> np.ndarray:
     return 1 - values if metric == "iou" else values
 
 
+def _ends(values: np.ndarray) -> list[float]:
+    return [_short(end) for end in bootstrap_ci(values) or ()]
+
+
 def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> dict[str, Any]:
     """One task's part of the table from an evaluation (`evaluate`'s JSON). Cells of adaptive compute are left out.
 
@@ -204,20 +208,22 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
     ``reference`` is `measure_timing` on the same machine, with which others compare theirs.
 
     Raises:
-        UserError: no cell has a known number of MACs.
+        UserError: no cell has a known number of MACs, or too few images for intervals.
     """
     task = result["task"]
     metric, error = ERRORS[task]
     fixed = [cell for cell in result["cells"] if cell.get("kind", "fixed") == "fixed" and cell["macs"] is not None]
     if not fixed:
         raise UserError("this evaluation has no cell with a known number of MACs: no table of budgets can be made")
+    if result["images"] < FEWEST_IMAGES:
+        raise UserError(f"{result['images']} images tell no settings apart: a table of budgets needs {FEWEST_IMAGES}")
     errors = [error_rows(task, cell["rows"]) for cell in fixed]
     lowest = min(errors, key=lambda values: values.mean())
     cells = []
     for cell, values in zip(fixed, errors, strict=True):
         excess = values - lowest
-        numbers = {"error": _short(values.mean()), "ci95": [_short(end) for end in bootstrap_ci(values)]}
-        numbers["excess"] = {"mean": _short(excess.mean()), "ci95": [_short(end) for end in bootstrap_ci(excess)]}
+        numbers = {"error": _short(values.mean()), "ci95": _ends(values)}
+        numbers["excess"] = {"mean": _short(excess.mean()), "ci95": _ends(excess)}
         known = {name: cell.get(name, "ddim") if name == "solver" else cell[name] for name in _CELL[:5]}
         cells.append({**known, "seconds": _short(cell["seconds"]), **numbers})
     trivial = {

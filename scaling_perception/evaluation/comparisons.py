@@ -12,11 +12,15 @@ Cell = dict[str, Any]
 
 
 class Change(NamedTuple):
-    """Mean over images of a difference, and the ends of its 95 % bootstrap interval."""
+    """Mean over images of a difference, and the ends of its 95 % bootstrap interval (None for too few images)."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None or self.high is None else f" [{self.low:+.4f}, {self.high:+.4f}]"
+        return f"{self.mean:+.4f}{interval}"
 
 
 def kind(cell: Cell) -> str:
@@ -46,10 +50,11 @@ def values(cell: Cell, metric: str) -> dict[str, float]:
 
 def change(start: Mapping[str, float], end: Mapping[str, float]) -> Change:
     """``end - start`` of the images that both have."""
-    from scaling_perception.evaluation.baselines import bootstrap_ci
+    from scaling_perception.evaluation.intervals import bootstrap_ci
 
     found = np.asarray([end[key] - start[key] for key in start if key in end])
-    return Change(float(found.mean()), *map(float, bootstrap_ci(found, seed=0)))
+    low, high = bootstrap_ci(found, seed=0) or (None, None)
+    return Change(float(found.mean()), low, high)
 
 
 def same_compute(fixed: Sequence[Cell], forwards: float, metric: str) -> dict[str, float] | None:

@@ -20,8 +20,8 @@ from scipy.ndimage import distance_transform_edt
 
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
-from scaling_perception.evaluation.baselines import summarise
 from scaling_perception.evaluation.budgets import OWN
+from scaling_perception.evaluation.intervals import summarise
 from scaling_perception.evaluation.journal import Journal
 from scaling_perception.evaluation.nested import Adaptive, Nested, Way, sample_all, sample_with_looks
 from scaling_perception.evaluation.prediction import Estimate

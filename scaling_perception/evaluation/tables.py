@@ -21,7 +21,8 @@ def cells_csv(result: dict[str, Any]) -> str:
 
     Columns: what was evaluated (``task`` … ``resolution``, ``protocol``: the protocol's fingerprint), the cell's
     settings, its compute (means over images), and for every metric its mean, ``_low`` and ``_high``, the ends of the
-    95 % interval. A share that rises has a second set, such as ``1-iou``. What a cell does not have is empty.
+    95 % interval (empty for too few images). A share that rises has a second set, such as ``1-iou``. A field that a
+    cell does not have is empty.
     """
     names = list(dict.fromkeys(name for cell in result["cells"] for name in cell["metrics"]))
     ends = [f"{column}{end}" for name in names for column in _columns(name) for end in ("", "_low", "_high")]
@@ -64,8 +65,10 @@ def _columns(name: str) -> list[str]:
 def _figures(name: str, summary: dict[str, Any] | None) -> list[Any]:
     if summary is None:
         return [None] * 3 * len(_columns(name))
-    mean, (low, high) = summary["mean"], summary["ci95"]
-    return [mean, low, high, 1 - mean, 1 - high, 1 - low][: 3 * len(_columns(name))]
+    mean, ends = summary["mean"], summary["ci95"]
+    low, high = ends or (None, None)
+    falling = [1 - mean, *([None, None] if ends is None else [1 - ends[1], 1 - ends[0]])]
+    return [mean, low, high, *falling][: 3 * len(_columns(name))]
 
 
 def _text(lines: list[list[Any]]) -> str:

@@ -11,10 +11,8 @@ from scaling_perception.evaluation.alignment import align
 from scaling_perception.evaluation.baselines import (
     amodal_baselines,
     amodal_ceiling,
-    bootstrap_ci,
     depth_baselines,
     flow_baselines,
-    summarise,
 )
 from scaling_perception.evaluation.metrics import depth_metrics, flow_metrics, mask_iou
 
@@ -130,36 +128,3 @@ def test_a_light_object_is_lost_to_the_threshold_and_a_small_square_costs_the_bo
     assert amodal_ceiling(light, 64, threshold=253)["threshold"] == 1
     dark = {**light, "image": np.full((64, 64, 3), 20, np.uint8)}
     assert amodal_ceiling(dark, 64)["threshold"] == 1 > amodal_ceiling(dark, 24)["threshold"] > 0.5
-
-
-def test_a_metric_that_some_images_lack_is_averaged_over_the_others():
-    rows = [{"key": "a", "epe": 1.0}, {"key": "b", "epe": 3.0, "epe_occ": 7.0}]
-    found = summarise(rows)
-    assert found["epe"]["mean"] == 2 and "images" not in found["epe"]
-    assert found["epe_occ"] == {"mean": 7.0, "ci95": [7.0, 7.0], "images": 1}
-
-
-def test_bootstrap_interval_has_the_normal_width_and_repeats():
-    values = np.random.default_rng(0).normal(5, 2, 400)
-    low, high = bootstrap_ci(values, seed=1)
-    assert low < values.mean() < high
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(400), rel=0.1)
-    assert bootstrap_ci(list(values), seed=1) == (low, high) != bootstrap_ci(values, seed=2)
-    narrow = bootstrap_ci(values, seed=1, level=0.5)
-    assert low < narrow[0] < narrow[1] < high
-
-
-def test_bootstrap_interval_covers_the_true_mean_as_often_as_it_says():
-    rng = np.random.default_rng(3)
-    hits = 0
-    for i in range(150):
-        low, high = bootstrap_ci(rng.exponential(1.0, 40), seed=i, resamples=200)
-        hits += low <= 1 <= high
-    assert 0.85 <= hits / 150 <= 0.99
-
-
-def test_bootstrap_edges():
-    assert bootstrap_ci([2.5]) == (2.5, 2.5)
-    for bad in ([], [1.0, np.nan], np.ones((2, 2))):
-        with pytest.raises(ValueError):
-            bootstrap_ci(bad)
