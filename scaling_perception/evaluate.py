@@ -145,6 +145,7 @@ def open_data(args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace) -> int:
     from scaling_perception import Predictor, __version__
+    from scaling_perception.data.contents import contents_of, described
     from scaling_perception.evaluation.nested import Adaptive
     from scaling_perception.evaluation.protocols import count_note, get_protocol, reduce_mode
     from scaling_perception.evaluation.sweep import sweep
@@ -172,6 +173,9 @@ def run(args: argparse.Namespace) -> int:
     source = open_data(args)
     if not args.count and (note := count_note(protocol, args.split, len(source))):
         print(note, file=sys.stderr)
+    for note in getattr(source, "notes", ()):
+        print(note, file=sys.stderr)
+    data = described(source, contents_of(source))
     predictor = Predictor.from_pretrained(args.model, autoencoder=args.autoencoder, dtype=args.dtype)
     journal = out.with_name(f"{out.name}.journal")
     found, panels = sweep(
@@ -207,7 +211,7 @@ def run(args: argparse.Namespace) -> int:
         "dtype": args.dtype,
         "seed": args.seed,
         "version": __version__,
-        "data": source.fingerprint(),
+        "data": data,
         "protocol": protocol,
         **found,
         "panels": panels,

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,7 +212,7 @@ def _alone(out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another prepare is writing to {out}: wait for it or choose another --out") from None
-        for pattern in (".latents-*.array_record", ".ledger.*.json"):
+        for pattern in (".latents-*.array_record", ".latents-*.json", ".ledger.*.json"):
             for left in out.glob(pattern):
                 left.unlink()
         yield
@@ -223,6 +222,7 @@ def _latents(args: argparse.Namespace) -> int:
     import jax
 
     from scaling_perception.data.latents import FORMAT
+    from scaling_perception.data.ledger import finished_shards, sources_and_entries
     from scaling_perception.data.manifest import RawSamples
     from scaling_perception.models.autoencoders import load_autoencoder
     from scaling_perception.tasks import FIELDS, TaskOptions, fields_of
@@ -233,6 +233,7 @@ def _latents(args: argparse.Namespace) -> int:
     encoding = TaskOptions(flow_divisor=args.flow_divisor, **chosen)
     options = encoding.to_dict()
     samples = RawSamples(*spec)
+    sources, entries = sources_and_entries(samples)
     autoencoder = load_autoencoder(args.vae)
     if args.resolution % autoencoder.factor:
         raise UserError(f"--resolution {args.resolution} is no multiple of {autoencoder.factor}: choose one")
@@ -242,7 +243,7 @@ def _latents(args: argparse.Namespace) -> int:
         "dataset": args.dataset,
         "split": args.split,
         "tasks": samples.tasks,
-        "sources": samples.fingerprint(),
+        "sources": sources,
         "task_options": encoding.encoding(),
         "resolution": args.resolution,
         "autoencoder": autoencoder.id,
@@ -257,11 +258,13 @@ def _latents(args: argparse.Namespace) -> int:
         raise UserError(f"a cache cannot hold {' and '.join(kinds)} together: prepare generation by itself")
     if kinds[samples.tasks[0]] != FIELDS:
         settings["fields"] = list(kinds[samples.tasks[0]])
-    ledger = {"format": FORMAT, "autoencoder_name": args.vae, "settings": settings, "complete": False, "shards": []}
+    ledger = {"format": FORMAT, "autoencoder_name": args.vae, "settings": settings, "entries": entries}
+    ledger |= {"complete": False, "shards": []}
     with _alone(out):
-        ledger["shards"] = _finished_shards(out, settings)
+        table = samples.contents()  # before anything is read: what changes from now on is noticed next time
+        ledger["shards"] = finished_shards(out, ledger, samples, table)
         begin, before = time.monotonic(), len(ledger["shards"])
-        _build(args, spec, options, len(samples), ledger, autoencoder)
+        _build(args, spec, options, samples, table, ledger, autoencoder)
     shards = ledger["shards"]
     records, new = (sum(shard["records"] for shard in some) for some in (shards, shards[before:]))
     if before == settings["shards"]:
@@ -277,47 +280,24 @@ def _latents(args: argparse.Namespace) -> int:
     return 0
 
 
-def _finished_shards(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The shards that an earlier run finished and that still match their checksums.
-
-    Raises:
-        UserError: the folder holds a cache of other settings; names what differs.
-    """
-    from scaling_perception.data.latents import LEDGER, check_shard, differences, read_ledger
-
-    if not (out / LEDGER).exists():
-        return []
-    ledger = read_ledger(out)
-    if changed := differences(ledger["settings"], settings):
-        raise UserError(
-            f"{out} holds a cache of other settings ({'; '.join(changed[:5])}): choose another --out or the "
-            "same settings"
-        )
-    good = []
-    for shard in ledger["shards"]:
-        problem = check_shard(out, shard, contents=True)
-        if problem:
-            print(f"{shard['file']} {problem}: making it again", file=sys.stderr)
-        else:
-            good.append(shard)
-    return good
-
-
 def _build(
     args: argparse.Namespace,
     spec: tuple[Any, ...],
     options: dict[str, Any],
-    total: int,
+    samples: Any,
+    table: dict[str, str],
     ledger: dict[str, Any],
     autoencoder: Any,
 ) -> None:
     """Make the shards that are still missing; the ledger on disk is brought up to date after each."""
+    from scaling_perception.data.contents import combined
     from scaling_perception.data.latents import LEDGER, sha256, write_shard
+    from scaling_perception.data.ledger import samples_path, shard_files
     from scaling_perception.data.workers import ordered_map
     from scaling_perception.support.files import write_json
     from scaling_perception.support.progress import progress
 
-    out, count = Path(args.out), ledger["settings"]["shards"]
+    out, count, total = Path(args.out), ledger["settings"]["shards"], len(samples)
     names = [f"latents-{number:05d}-of-{count:05d}.array_record" for number in range(count)]
     have = {shard["file"] for shard in ledger["shards"]}
     missing = [number for number, name in enumerate(names) if name not in have]
@@ -332,9 +312,12 @@ def _build(
         with contextlib.closing(results):
             shown = progress(results, len(jobs), "encode")
             for number, part in parts.items():
-                records, passes, bad = _shard(encoder, shown, len(part), args)
-                path = out / names[number]
+                records, passes, bad, seen = _shard(encoder, shown, len(part), args)
+                path, files = out / names[number], shard_files(samples, part, table)
+                pictures = [files.get(next(iter(samples.paths(index)), "")) for index, *_ in seen]
+                rows = [[key, made, picture] for (_, key, made), picture in zip(seen, pictures, strict=True)]
                 write_shard(path, records)
+                write_json(samples_path(path), {"format": 1, "files": files, "samples": rows})
                 entry = {
                     "file": path.name,
                     "records": len(records),
@@ -343,6 +326,7 @@ def _build(
                     "sha256": sha256(path),
                     "bad": bad,
                 }
+                entry |= {"contents": combined(files)} if files else {}
                 ledger["shards"] = sorted([*ledger["shards"], entry], key=lambda shard: shard["file"])
                 ledger["complete"] = len(ledger["shards"]) == count
                 write_json(out / LEDGER, ledger)
@@ -353,8 +337,9 @@ def _build(
 
 def _shard(
     encoder: _Encoder, results: Iterator[dict[str, Any]], count: int, args: argparse.Namespace
-) -> tuple[list[bytes], dict[str, int], list[dict[str, Any]]]:
-    """(records ordered by pass, records a pass, bad samples) of the next ``count`` raw samples."""
+) -> tuple[list[bytes], dict[str, int], list[dict[str, Any]], list[tuple[int, str, str]]]:
+    """Of the next ``count`` raw samples: records ordered by pass, records a pass, bad samples, and of the good ones
+    (index, key, digest of the picture)."""
     from scaling_perception.data.latents import encode_record
     from scaling_perception.diffusion.targets import latent_mask
     from scaling_perception.tasks import ALL_PASSES, FIELDS
@@ -362,7 +347,7 @@ def _shard(
     encoder.clear()
     views = (encoder.AS_IS,) if args.flips == "none" else (encoder.AS_IS, encoder.FLIPPED)
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in ALL_PASSES}
-    bad = []
+    bad, seen = [], []
     for _ in range(count):
         result = next(results)
         if "bad" in result:
@@ -370,6 +355,8 @@ def _shard(
                 raise UserError(f"raw sample {result['index']} is bad ({result['bad']}): mend it or pass --skip-bad")
             bad.append({"index": result["index"], "reason": result["bad"]})
             continue
+        first = result["samples"][0]
+        seen.append((result["index"], first["key"], first["image" if "image" in first else "target"].hex()))
         for sample in result["samples"]:
             samples[ALL_PASSES[sample["task"]]].append(sample)
             for field in (name for name in FIELDS if name in sample):
@@ -388,7 +375,7 @@ def _shard(
                     fields[f"{field}_logvar"] = logvar
             encoded.append(fields)
         records.append(encode_record(int(sample["task"]), int(sample["label"]), sample["key"], encoded))
-    return records, {name: len(made) for name, made in samples.items() if made}, bad
+    return records, {name: len(made) for name, made in samples.items() if made}, bad, seen
 
 
 def _kind(encoder: _Encoder, sample: dict[str, Any], field: str, view: int) -> int:

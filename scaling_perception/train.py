@@ -93,7 +93,14 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     from scaling_perception.training import averaging, trouble
     from scaling_perception.training.checkpoints import Checkpoints, load_ema
     from scaling_perception.training.goodput import Clock
-    from scaling_perception.training.identity import as_json, refuse_foreign, same_everywhere, same_run, without_places
+    from scaling_perception.training.identity import (
+        as_json,
+        keep_table,
+        refuse_foreign,
+        same_everywhere,
+        same_run,
+        without_places,
+    )
     from scaling_perception.training.optim import make_optimizer
     from scaling_perception.training.profile import parse_steps, trace_steps
     from scaling_perception.training.record import open_record, why_ended
@@ -129,6 +136,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     )
 
     same_everywhere(identity)
+    files = getattr(objective.batches, "files", {})
 
     # ---- Devices: the batch is split over them, the state by parallel/rules.py -------------------------------------
     whole, split = replicated(mesh), batch_sharding(mesh)
@@ -153,7 +161,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     with contextlib.ExitStack() as closing:
         closing.callback(checkpoints.close)
         with clock.spend("restore"):
-            state = checkpoints.restore(abstract, lambda saved: same_run(saved, identity, workdir), _say)
+            state = checkpoints.restore(abstract, lambda saved: same_run(saved, identity, workdir, files), _say)
         if state is not None:  # 1. our own earlier run
             if window_size and not state.guard:  # the policy for spikes is new
                 state = state._replace(guard=jax.jit(lambda: new_guard(window_size), out_shardings=places.guard)())
@@ -167,6 +175,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
             story = "starting from scratch"
         if is_first():
             write_json(workdir / "config.json", identity["config"])
+            keep_table(workdir, files)
         start = step = int(state.step)
         macs = _macs(objective)
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))

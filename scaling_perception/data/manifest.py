@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from scaling_perception.data.contents import contents_of
 from scaling_perception.data.pipeline import open_subset
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import atomic_path, write_json
@@ -59,7 +60,7 @@ class RawSamples:
         for task in wanted or served:
             source, chosen = open_subset(dataset, root, split, task, count, start, resolution)
             for other, _, names in self.groups:
-                if other.fingerprint() == source.fingerprint():
+                if not hasattr(source, "file_paths") and other.fingerprint() == source.fingerprint():
                     names.append(task)
                     break
             else:
@@ -76,11 +77,24 @@ class RawSamples:
             for source, chosen, names in self.groups
         ]
 
+    def contents(self) -> dict[str, str]:
+        """Path -> hash of the content of every file that is read; {} for sources without files."""
+        return {path: made for s, chosen, _ in self.groups for path, made in contents_of(s, chosen).items()}
+
+    def paths(self, index: int) -> list[str]:
+        """The files of raw sample ``index``, the picture first; [] for sources without files."""
+        source, place, _ = self._place(index)
+        return source.file_paths([place])[1] if hasattr(source, "file_paths") else []
+
     def read(self, index: int) -> tuple[Mapping[str, Any], list[str]]:
         """Raw sample ``index`` and the tasks that it serves."""
+        source, place, names = self._place(index)
+        return source[place], names
+
+    def _place(self, index: int) -> tuple[Any, int, list[str]]:
         for source, chosen, names in self.groups:
             if index < len(chosen):
-                return source[chosen[index]], names
+                return source, chosen[index], names
             index -= len(chosen)
         raise IndexError(index)
 

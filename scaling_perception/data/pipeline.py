@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from scaling_perception.data.contents import contents_of, described
 from scaling_perception.data.latents import CacheReader, split_record
 from scaling_perception.data.workers import ordered_map
 from scaling_perception.support.errors import UserError, did_you_mean
@@ -175,6 +176,7 @@ class _Online:
         if set(kinds.values()) != {self.fields}:
             raise UserError(f"data.mixture has {', '.join(kinds)}: generation has no conditions, so train it alone")
         self.opened: dict[str, tuple[Any, range, str]] = {}
+        self.files: dict[str, str] = {}  # entry/path -> hash of its content, once the fingerprint was taken
         for name, entry in entries:
             source, chosen = open_subset(
                 entry["source"],
@@ -188,10 +190,13 @@ class _Online:
             self.opened[name] = (source, chosen, entry["task"])
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        return [
-            {"name": name, "task": task, "first": chosen.start, "count": len(chosen), "source": source.fingerprint()}
-            for name, (source, chosen, task) in self.opened.items()
-        ]
+        rows = []
+        for name, (source, chosen, task) in self.opened.items():
+            found = contents_of(source, chosen)
+            self.files |= {f"{name}/{path}": made for path, made in found.items()}
+            about = {"name": name, "task": task, "first": chosen.start, "count": len(chosen)}
+            rows.append({**about, "source": described(source, found)})
+        return rows
 
     def streams(self) -> list[Stream]:
         """One stream for each pass of each entry."""
@@ -275,6 +280,11 @@ class Batches:
                 self._picked.append(chosen)
                 streams.append(Stream(name, pass_name, len(chosen), _weight(name, entry) / len(passes)))
         return streams
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Entry/path -> hash of the content of every file that is read; {} with a cache."""
+        return self.online.files if self.online else {}
 
     def _fingerprint(self, options: TaskOptions) -> dict[str, Any]:
         held = self.cached or self.online

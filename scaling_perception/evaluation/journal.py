@@ -8,9 +8,11 @@ import contextlib
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from scaling_perception.data.contents import changes
 from scaling_perception.support.errors import UserError
 
 _FORMAT = 1
@@ -24,13 +26,20 @@ class Journal:
         groups: what was there when it was opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any], plan: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        identity: dict[str, Any],
+        plan: dict[str, Any],
+        files: Mapping[str, str] | None = None,
+    ) -> None:
         """Open the journal at ``path``, or begin one.
 
         Args:
             identity: JSON values of everything that decides a figure.
             plan: how the work is cut up. A journal that is there brings its own, because figures computed in other
                 batches differ in their last digits.
+            files: path -> hash of the content of each file of the data, to name those that have changed.
 
         Raises:
             UserError: it belongs to another evaluation, is damaged, in use, or cannot be written.
@@ -47,10 +56,10 @@ class Journal:
         try:
             self._lock()
             if lines := self._read():
-                self._check(lines[0], identity)
+                self._check(lines[0], identity, dict(files or {}))
                 self.plan, self.groups = lines[0]["plan"], lines[1:]
             else:
-                self.append({"journal": _FORMAT, "identity": identity, "plan": plan})
+                self.append({"journal": _FORMAT, "identity": identity, "plan": plan, "files": dict(files or {})})
         except BaseException:
             self._file.close()
             raise
@@ -74,11 +83,16 @@ class Journal:
         self._file.truncate(len(whole))
         return lines
 
-    def _check(self, head: Any, identity: dict[str, Any]) -> None:
+    def _check(self, head: Any, identity: dict[str, Any], files: dict[str, str]) -> None:
         if not isinstance(head, dict) or head.get("journal") != _FORMAT:
             raise UserError(f"{self.path} is no journal of this version: remove it to start anew")
         known = head["identity"]
         names = [name for name in {**known, **identity} if known.get(name) != identity.get(name)]
+        if names == ["data"] and head.get("files") and (found := changes(head["files"], files)):
+            raise UserError(
+                f"{self.path} is of an evaluation of other files ({found}): restore them, choose another result, or "
+                "remove the file to start anew"
+            )
         if names:
             told = "; ".join(f"{name} was {_short(known.get(name))}, is {_short(identity.get(name))}" for name in names)
             raise UserError(

@@ -10,7 +10,7 @@ Adaptive compute is read off the same members (``nested``), so that its curves c
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
+from scaling_perception.data.contents import contents_of, described
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
 from scaling_perception.evaluation.budgets import OWN
@@ -121,7 +122,8 @@ def sweep(
     if journal is None:
         run.go(progress)
     else:
-        with Journal(journal, run.identity(), plan._asdict()) as kept:
+        files = contents_of(source)
+        with Journal(journal, run.identity(files), plan._asdict(), files) as kept:
             run.way, run.groups = way._replace(plan=Plan(**kept.plan)), list(kept.groups)
             run.go(progress, kept.append)
     return run.result(forward), run.shown
@@ -203,16 +205,15 @@ class _Run:
         self.groups: list[dict[str, Any]] = []
         self.merging_is_compiled = False
 
-    def identity(self) -> dict[str, Any]:
-        """Everything that decides a figure, for the journal."""
+    def identity(self, files: Mapping[str, str]) -> dict[str, Any]:
+        """Everything that decides a figure, for the journal; ``files``: hashes of the data's contents."""
         from scaling_perception import __version__
 
         way, predictor = self.way, self.way.predictor
-        fingerprint = getattr(self.source, "fingerprint", None)
         return {
             "version": __version__,
             "task": way.task,
-            "data": fingerprint() if fingerprint else len(self.source),
+            "data": described(self.source, files) if hasattr(self.source, "fingerprint") else len(self.source),
             "protocol": way.protocol,
             "model": predictor.id,
             "autoencoder": predictor.autoencoder_id,

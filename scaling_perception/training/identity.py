@@ -1,13 +1,16 @@
 """Which run a work folder holds: what may change when it is resumed, and what the model's card tells of it."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from scaling_perception.data.contents import changes
 from scaling_perception.support.configs import flatten
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import read_json, write_text
 from scaling_perception.training.saving import gather
 
 # Fields that change neither the numbers of a run nor its data: they may differ when it is resumed. Where the data lies
@@ -18,6 +21,9 @@ FREE += ("train.keep_best", "train.best_metric", "train.export_from", "train.che
 FREE += ("train.wandb",)
 # What is done at a step that went wrong: whoever was stopped by one may choose to go on, and no step before it differs.
 FREE += ("train.on_nan", "train.on_spike", "train.spike_factor", "train.spike_window")
+
+FILES = "files.json"  # in the work folder: what the data's files held
+_HASHES = (".source.contents", ".source.entries")
 
 # What a held-out loss is measured on: free while nothing is measured; later numbers must compare with earlier ones.
 _MEASURED = ("train.validate_samples", "held_out.")
@@ -64,12 +70,47 @@ def same_everywhere(identity: Mapping[str, Any]) -> None:
             )
 
 
-def same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
-    """Raise a UserError that says what changed, unless ``saved`` and ``now`` describe the same run."""
+def keep_table(workdir: Path, files: Mapping[str, str]) -> None:
+    """Write the hashes of the run's files, by which a later start names those that have changed."""
+    if files and _table(workdir) != files:
+        write_text(workdir / FILES, json.dumps(dict(files)))
+
+
+def _table(workdir: Path) -> dict[str, str]:
+    with contextlib.suppress(UserError):  # absent or damaged: nothing but names in a message depends on it
+        found = read_json(workdir / FILES)
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _by_name(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fingerprint of data with its lists of sources and caches as tables, so that a difference can be named."""
+    lists = {part: rows for part in ("sources", "caches") if isinstance(rows := data.get(part), list)}
+    return {**data, **{part: {str(r.get("name", i)): r for i, r in enumerate(rows)} for part, rows in lists.items()}}
+
+
+def same_run(
+    saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path, files: Mapping[str, str] | None = None
+) -> None:
+    """Raise a UserError that says what changed, unless ``saved`` and ``now`` describe the same run.
+
+    Args:
+        files: path -> hash of the content of every file that the run reads, to name those that have changed.
+    """
     for part, what in (("config", "config"), ("data", "data"), ("meta", "model")):
         both = [flatten(saved.get(part, {})), flatten(now[part])]
         if part == "config":
             both[0] = {**LATER, **both[0]}
+        if part == "data":
+            both = [flatten(_by_name(side)) for side in (saved.get(part, {}), now[part])]
+            # what was saved before contents were hashed has names and sizes alone
+            both[1] = {name: v for name, v in both[1].items() if not name.endswith(_HASHES) or name in both[0]}
+            before = _table(workdir) if files and both[0] != both[1] else {}
+            if before and (found := changes(before, files or {})):
+                raise UserError(
+                    f"cannot resume in {workdir}: the data's files are others: {found}; restore them, or choose "
+                    "another --workdir"
+                )
         old, new = ({name: value for name, value in side.items() if value != {}} for side in both)
         measured = bool(old.get("train.validate_every")) and bool(new.get("train.validate_every"))
         for name in sorted(old.keys() | new.keys()):

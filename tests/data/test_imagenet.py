@@ -134,6 +134,54 @@ def test_a_list_of_labels(folders, tmp_path):
             open_source("imagenet", folders, "train", "generation", labels=str(tmp_path / "list.txt"))
 
 
+def class_folders(root, *names, split="train"):
+    for name in names:
+        (root / split / name).mkdir(parents=True)
+        (root / split / name / "a.jpg").write_bytes(jpeg(1))
+    return root
+
+
+def labels_of(root, split="train"):
+    source = open_source("imagenet", root, split, "generation")
+    found = {source[i]["key"].split("/")[0]: source[i]["label"] for i in range(len(source))}
+    assert all(source.class_names[label] == name for name, label in found.items())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (("0", "1", "10", "11", "2"), ("0", "1", "2", "10", "11")),
+        (("007", "08", "9", "100"), ("007", "08", "9", "100")),
+        (("b2", "b10", "x", "12", "3"), ("3", "12", "b10", "b2", "x")),
+        (("golden retriever", "Cat", "²"), ("Cat", "golden retriever", "²")),
+    ],
+)
+def test_names_that_are_numbers_are_ordered_as_numbers(tmp_path, names, order):
+    class_folders(tmp_path, *names, ".hidden")
+    (tmp_path / "train" / "0empty").mkdir()
+    assert labels_of(tmp_path) == {name: i for i, name in enumerate(order)}
+    class_folders(tmp_path, *order[1:], split="val")  # one is absent: the others keep their labels
+    assert labels_of(tmp_path, "val") == {name: i for i, name in enumerate(order) if i}
+    assert open_source("imagenet", tmp_path, "val", "generation").fingerprint()["classes"] == len(order)
+
+
+def test_classes_that_do_not_fit_are_refused(tmp_path):
+    class_folders(tmp_path / "one", "7", "07")
+    with pytest.raises(UserError, match="holds 07 and 7, one number: rename one"):
+        labels_of(tmp_path / "one")
+    class_folders(class_folders(tmp_path / "two", "cat", "dog"), "cat", "cow", "gnu", split="val")
+    with pytest.raises(UserError, match=r"val/cow is no class of .*train \(2 are not\)"):
+        labels_of(tmp_path / "two", "val")
+    (tmp_path / "two" / "labels.txt").write_text("gnu\ncow\ndog\ncat\n")
+    assert labels_of(tmp_path / "two", "val") == {"gnu": 0, "cow": 1, "cat": 3}
+    class_folders(tmp_path / "three", "cat dog", "gnu", split="val")
+    with pytest.raises(UserError, match="has val and no train, .*: write labels.txt"):
+        labels_of(tmp_path / "three", "val")
+    (tmp_path / "three" / "labels.txt").write_text("gnu 4\ncat dog\n")
+    assert labels_of(tmp_path / "three", "val") == {"gnu": 4, "cat dog": 1}
+
+
 @pytest.mark.parametrize(
     ("root", "split", "words"),
     [

@@ -153,7 +153,8 @@ def test_full_disk_tells_and_the_same_command_goes_on(tmp_path, stand_in, monkey
     monkeypatch.setattr(latents, "write_shard", write_limited)
     with pytest.raises(UserError, match="cannot write .*latents-00001.*free space"):
         stand_ins.prepare(out)
-    assert set(files(out)) == {"latents-00000-of-00003.array_record", "ledger.json"}
+    whole = {"latents-00000-of-00003.array_record", "latents-00000-of-00003.samples.json", "ledger.json"}
+    assert set(files(out)) == whole
     monkeypatch.setattr(latents, "write_shard", write)
     assert stand_ins.prepare(out) == 0
     assert files(out) == files(tmp_path / "whole")

@@ -1,5 +1,8 @@
 """Where raw samples come from. A source is a sequence: ``len(source)``, ``source[i]``, ``source.fingerprint()``.
 
+A source of files also has ``file_paths(indices)``: their folder, and the files of these samples below it, whose
+contents ``contents.described`` adds to the fingerprint.
+
 A raw sample is a dict of numpy arrays at native size:
 
     key    str, stable id                image  uint8 (H, W, 3)

@@ -87,7 +87,7 @@ class FileSource:
             raise UserError(f"{self.root} holds no samples of {self.NAME}: it should hold {self.LAYOUT}")
         self.entries = entries[:count] if count else entries
         self._check_keys()
-        self._digest = self._check_files()
+        self._digest, self._names = self._check_files()
 
     # For a concrete source
 
@@ -111,22 +111,24 @@ class FileSource:
                 raise UserError(f"{self.root}: two samples are called '{entry.key}': give every sample its own name")
             seen.add(entry.key)
 
-    def _check_files(self) -> str:
-        """Refuse missing and empty files; return a hash of names, sizes and values."""
+    def _check_files(self) -> tuple[str, str]:
+        """Refuse missing and empty files; return a hash of names, sizes and values, and one without sizes."""
         wanted = sorted({path for entry in self.entries for path in entry.files.values()})
         sizes = file_sizes(self.root, wanted)
         missing = [path for path in wanted if path not in sizes]
         if missing:
             more = f" (and {len(missing) - 1} more files)" if len(missing) > 1 else ""
             raise UserError(f"{self.root / missing[0]} is missing{more}: restore it or take the sample off the list")
-        digest = hashlib.sha256()
+        digest, names = hashlib.sha256(), hashlib.sha256()
         for path in wanted:
             if not sizes[path]:
                 raise UserError(f"{self.root / path} is empty: copy or download it again")
             digest.update(f"{path}\t{sizes[path]}\n".encode())
         for entry in self.entries:
-            digest.update(repr((entry.key, sorted(entry.files.items()), sorted(entry.values.items()))).encode())
-        return digest.hexdigest()
+            line = repr((entry.key, sorted(entry.files.items()), sorted(entry.values.items()))).encode()
+            digest.update(line)
+            names.update(line)
+        return digest.hexdigest(), names.hexdigest()
 
     # What everyone uses
 
@@ -137,15 +139,24 @@ class FileSource:
         return f"{self.NAME}({self.root}, split={self.split}, task={self.task}, {len(self)} samples)"
 
     def fingerprint(self) -> dict[str, Any]:
-        """JSON values that change whenever the samples may have: names, sizes and options, but not where they lie."""
+        """JSON values that tell which samples these are: names, sizes of files and options, but not where they lie.
+
+        A file that was rewritten in its size leaves it as it is: see ``contents.described``, which reads the files.
+        """
         return {
             "name": self.NAME,
             "split": self.split,
             "task": self.task,
             "length": len(self),
             "files": self._digest,
+            "entries": self._names,
             "options": self.options(),
         }
+
+    def file_paths(self, indices: Iterable[int]) -> tuple[Path, list[str]]:
+        """The root, and the files of some samples, relative to it; of each sample the picture first."""
+        chosen = (self.entries[index].files for index in indices)
+        return self.root, [path for files in chosen for path in {"image": files["image"], **files}.values()]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self.entries[int(index)]

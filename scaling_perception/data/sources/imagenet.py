@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ class ImageNet:
     * a folder with ``train/CLASS/…`` and ``val/CLASS/…`` (ImageNet's own: ``train/n01440764/*.JPEG``);
     * a folder with ``CLASS/…`` alone, which is then the training split.
 
-    In plain folders the classes are numbered as their names sort, as torchvision does and tensorflow-datasets agrees
-    with, or by a list of them.
+    In plain folders the classes are numbered by ``train`` alone, whichever split is read, as their names sort: those
+    that are numbers as numbers (0, 1, 2, 10), the others as text, as torchvision and tensorflow-datasets do; or by a
+    list of them. Folders that are hidden or hold no picture are no classes.
 
     Args:
         split: train or val.
@@ -42,8 +45,8 @@ class ImageNet:
             '' takes ``labels.txt`` in ``root`` if it is there.
 
     Raises:
-        UserError: missing folder or files, no picture, a class that the labels file does not have. Reading a sample
-            raises it too, for a damaged picture, naming it.
+        UserError: missing folder or files, no picture, a class that train or the labels file does not have. Reading
+            a sample raises it too, for a damaged picture, naming it.
     """
 
     def __init__(
@@ -73,6 +76,10 @@ class ImageNet:
             labels = str(self.root / "labels.txt")
         self._held = _Prepared(prepared, split) if prepared else _Folders(self.root, split, labels)
         self.count = min(count or len(self._held), len(self._held))
+        self.class_names: list[str] = self._held.class_names
+        """By label; '' for a number that no class has."""
+        if isinstance(self._held, _Folders):
+            self.file_paths = self._held.file_paths
 
     def __len__(self) -> int:
         return self.count
@@ -81,7 +88,8 @@ class ImageNet:
         return f"imagenet({self.root}, {len(self)} samples of {self._held.classes} classes)"
 
     def fingerprint(self) -> dict[str, Any]:
-        """JSON values that change whenever the samples may have, but not with where they lie."""
+        """JSON values that tell which samples these are, but not where they lie; files by name and size (see
+        ``contents.described``), a data set of tensorflow-datasets by what it says of itself."""
         return {"name": "imagenet", "length": len(self), "classes": self._held.classes, **self._held.fingerprint()}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -109,36 +117,60 @@ class _Folders:
     """``train/CLASS/…``: names and labels only, for a million samples are to fit in memory many times."""
 
     def __init__(self, root: Path, split: str, labels: str) -> None:
-        self.top = next((root / name for name in _PLACES[split] if (root / name).is_dir()), root)
-        others = [name for names in _PLACES.values() for name in names if (root / name).is_dir()]
-        if self.top == root and (split != "train" or others):
+        places = {
+            one: next((root / name for name in names if (root / name).is_dir()), None) for one, names in _PLACES.items()
+        }
+        split_folders = any(places.values())
+        self.top = places[split] or root
+        if self.top == root and (split != "train" or split_folders):
             raise UserError(f"{root} has no folder {_PLACES[split][0]}: give it, or choose another split")
-        folders = sorted(entry.name for entry in os.scandir(self.top) if entry.is_dir() and entry.name[0] != ".")
-        if not folders:
-            raise UserError(f"{self.top} holds no class folders: it should hold CLASS/*.JPEG")
-        numbers = _read_labels(Path(labels), folders) if labels else {name: i for i, name in enumerate(folders)}
+        pictures = _pictures(self.top)
+        if not pictures:
+            raise UserError(f"{self.top} holds no class folders with pictures: it should hold CLASS/*.JPEG")
+        numbers = _read_labels(Path(labels), list(pictures)) if labels else self._numbers(places, pictures, split)
         self.classes = max(numbers.values()) + 1
+        self.class_names = [""] * self.classes
+        for name, number in numbers.items():
+            self.class_names[number] = self.class_names[number] or name
         self.names: list[str] = []
         found: list[int] = []
-        digest = hashlib.sha256()
-        for folder in folders:
-            with os.scandir(self.top / folder) as listing:
-                sizes = {entry.name: entry.stat().st_size for entry in listing if _is_picture(entry)}
+        digest, entries = hashlib.sha256(), hashlib.sha256()
+        for folder, sizes in pictures.items():
             for name in sorted(sizes):
                 if not sizes[name]:
                     raise UserError(f"{self.top / folder / name} is empty: {_AGAIN}")
                 self.names.append(f"{folder}/{name}")
                 found.append(numbers[folder])
                 digest.update(f"{folder}/{name}\t{sizes[name]}\t{numbers[folder]}\n".encode())
-        if not self.names:
-            raise UserError(f"{self.top} holds no pictures ({', '.join(SUFFIXES)}) in its class folders")
-        self.labels, self.digest, self.split = np.array(found, np.int32), digest.hexdigest(), split
+                entries.update(f"{folder}/{name}\t{numbers[folder]}\n".encode())
+        self.labels, self.split = np.array(found, np.int32), split
+        self.digest, self.entries = digest.hexdigest(), entries.hexdigest()
+
+    def _numbers(self, places: dict[str, Path | None], pictures: dict[str, Any], split: str) -> dict[str, int]:
+        """The labels of all classes: their places among those of the training split, whichever split is read."""
+        if split == "train":
+            return _numbered(pictures, self.top)
+        if places["train"] is None:
+            raise UserError(
+                f"{self.top.parent} has {self.top.name} and no train, whose classes number those of {self.top.name}: "
+                "write labels.txt there, one class folder a line"
+            )
+        numbers = _numbered(_pictures(places["train"]), places["train"])
+        if strange := [name for name in pictures if name not in numbers]:
+            raise UserError(
+                f"{self.top / strange[0]} is no class of {places['train']} ({len(strange)} are not): move it away, or "
+                "write labels.txt, one class folder a line"
+            )
+        return numbers
 
     def __len__(self) -> int:
         return len(self.names)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"split": self.split, "files": self.digest}
+        return {"split": self.split, "files": self.digest, "entries": self.entries}
+
+    def file_paths(self, indices: Iterable[int]) -> tuple[Path, list[str]]:
+        return self.top, [self.names[index] for index in indices]
 
     def read(self, index: int) -> tuple[str, int, bytes, str]:
         path = self.top / self.names[index]
@@ -146,6 +178,32 @@ class _Folders:
             return self.names[index], int(self.labels[index]), path.read_bytes(), str(path)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): restore it or check the path") from None
+
+
+def _pictures(top: Path) -> dict[str, dict[str, int]]:
+    """Class folder -> picture -> bytes, in the order of the classes; folders that are hidden or without pictures are
+    none."""
+    found = {}
+    for folder in sorted((entry.name for entry in os.scandir(top) if entry.is_dir()), key=_order):
+        if folder[0] != ".":
+            with os.scandir(top / folder) as listing:
+                if sizes := {entry.name: entry.stat().st_size for entry in listing if _is_picture(entry)}:
+                    found[folder] = sizes
+    return found
+
+
+def _order(name: str) -> tuple[bool, int, str]:
+    """Names that are numbers come first, as numbers; the others as text."""
+    number = name.isascii() and name.isdecimal()
+    return not number, int(name) if number else 0, name
+
+
+def _numbered(folders: Iterable[str], top: Path) -> dict[str, int]:
+    names = list(folders)
+    for one, two in itertools.pairwise(names):
+        if _order(one)[:2] == _order(two)[:2] and not _order(one)[0]:
+            raise UserError(f"{top} holds {one} and {two}, one number: rename one, or write labels.txt")
+    return {name: i for i, name in enumerate(names)}
 
 
 def _is_picture(entry: os.DirEntry[str]) -> bool:
@@ -157,8 +215,9 @@ def _read_labels(path: Path, folders: list[str]) -> dict[str, int]:
     if not path.is_file():
         raise UserError(f"labels {path} does not exist: give a text file with one class folder a line")
     numbers: dict[str, int] = {}
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for row, (name, *rest) in enumerate(lines):
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for row, line in enumerate(lines):
+        name, *rest = [line] if line in folders else line.rsplit(maxsplit=1)  # a folder's name may have spaces
         number = rest[0] if rest else str(row)
         if name in numbers or not number.isdecimal():
             what = "comes twice" if name in numbers else f"has the label '{number}'"
@@ -183,6 +242,7 @@ class _Prepared:
                 raise UserError(f"{folder} has no feature '{field}': give a dataset of pictures with classes")
         held = info.splits[self.split]
         self.length, self.classes = int(held.num_examples), int(info.features["label"].num_classes)
+        self.class_names = list(info.features["label"].names or map(str, range(self.classes)))
         self.about = {"name": info.name, "version": str(info.version), "split": self.split, "bytes": held.num_bytes}
         self.about["shards"] = [int(length) for length in held.shard_lengths]
         self._source: Any = None

@@ -31,6 +31,7 @@ class TextureClasses:
         if count < 1 or side < 8:
             raise UserError(f"textures: count {count} and side {side}: give at least 1 and 8")
         self.count, self.side = count, side
+        self.class_names = list(_KINDS)
 
     def __len__(self) -> int:
         return self.count
