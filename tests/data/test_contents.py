@@ -161,7 +161,7 @@ def test_a_run_and_a_journal_name_the_file_that_changed(data, tmp_path):
     mixture = {"depth": {"source": "folder", "root": str(data), "task": "depth"}}
 
     def now():
-        batches = open_batches({"mixture": mixture, "resolution": 16}, 2, 0, 0, 1)
+        batches = open_batches({"mixture": mixture, "resolution": 16}, 2, 0)
         return as_json({"config": LATER, "data": batches.fingerprint, "meta": {}}), batches.files
 
     saved, files = now()
@@ -188,7 +188,7 @@ def test_files_outside_of_the_chosen_range_do_not_count(data):
     entry = {"source": "folder", "root": str(data), "task": "depth", "count": 2, "start": 1}
 
     def taken():
-        return open_batches({"mixture": {"depth": entry}, "resolution": 16}, 2, 0, 0, 1).fingerprint
+        return open_batches({"mixture": {"depth": entry}, "resolution": 16}, 2, 0).fingerprint
 
     before = taken()
     rewrite(data, "npy", 4)
