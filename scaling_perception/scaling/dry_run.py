@@ -72,7 +72,7 @@ def describe_run(config: Config, devices: int | None = None, mfu: float = MFU) -
     check_dtypes(config)
     dit = network_of(config)
     batch, steps = int(config.train.batch_size), int(config.train.steps)
-    macs, encoding = forward_macs(dit), _encoding_macs(config)
+    macs, encoding = forward_macs(dit), encoding_macs(config)
     samples = batch * steps
     useful = 2 * TRAINING_FACTOR * macs
     memory = _memory(config, dit, devices)
@@ -203,18 +203,18 @@ def _sample_bytes(config: Config, dit: DiTConfig) -> int:
     return held * config.resolution**2 * 3 * 4 + config.resolution**2
 
 
-def _encoder_family(config: Config) -> tuple[Any, Any]:
+def encoder_family(config: Config) -> tuple[Any, Any]:
     """(module, config) of the autoencoder's kind, by its name alone: the shipped one, or Stable Diffusion's."""
     from scaling_perception.models import tiny_vae, vae
 
     return (tiny_vae, tiny_vae.SMALL) if config.autoencoder == "tiny" else (vae, vae.VAEConfig())
 
 
-def _encoding_macs(config: Config) -> int:
+def encoding_macs(config: Config) -> int:
     """MACs of encoding one sample's pictures in the step; 0 with a cache."""
     if config.data.cache:
         return 0
-    family, sizes = _encoder_family(config)
+    family, sizes = encoder_family(config)
     return _pictures(config, network_of(config)) * family.macs("encoder", sizes, config.resolution, config.resolution)
 
 
@@ -222,7 +222,7 @@ def _autoencoder(config: Config, dit: DiTConfig, samples: int) -> dict[str, int]
     """Weights, whole on each device, and the widest layer's input, output and normalised input."""
     if config.data.cache:
         return {}
-    family, sizes = _encoder_family(config)
+    family, sizes = encoder_family(config)
     weights = sum(4 * math.prod(s) for part in ("encoder", "decoder") for s in family.part_shapes(part, sizes).values())
     widest = sizes.block_out_channels[0] if hasattr(sizes, "block_out_channels") else sizes.encoder_widths[0]
     pixels = config.resolution**2 // getattr(sizes, "patch", 1) ** 2

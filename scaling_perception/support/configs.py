@@ -68,6 +68,21 @@ def config_runs(spec: str) -> list[tuple[str, str]]:
     return [(name, f"{file}:{own}") for name, own in module.runs(arg)]
 
 
+def run_declaration(spec: str, names: Sequence[str]) -> tuple[str, list[Any]]:
+    """What a config file that stands for several commands declares: the first of the functions ``names`` that it has,
+    and what that returns; ``runs`` as by `config_runs`.
+
+    Raises:
+        UserError: no such file, an unknown argument, or a file with none of the functions.
+    """
+    path, arg = _split(spec)
+    module = _execute(path)
+    for name in names:
+        if callable(getattr(module, name, None)):
+            return name, config_runs(spec) if name == "runs" else list(getattr(module, name)(arg))
+    raise UserError(f"{path} declares no {' and no '.join(f'{name}(arg)' for name in names)}: see docs/study.md")
+
+
 def _split(spec: str) -> tuple[Path, str]:
     name, _, arg = spec.partition(".py:")
     return find_config(name if name.endswith(".py") else name + ".py"), arg

@@ -1,0 +1,176 @@
+"""What the cells of a study measured, as one tidy table: a line for each figure, with all that it belongs to.
+
+Lines of ``kind`` evaluate: one metric of one cell of an evaluation, such as AbsRel at 10 steps and 5 members. Lines of
+``kind`` train: a loss at a step of a run. Compute has two axes that must not be mixed: ``train_macs`` are those of the
+training behind the figure, forward alone (the paper's count; times 3 with the backward pass), the run's own and those
+of the runs of this study that it started from; ``macs`` are those of predicting one image.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scaling_perception.evaluation.tables import MORE_IS_BETTER
+from scaling_perception.scaling.study import Cell, read_marker
+from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import read_json
+
+COLUMNS = (
+    *("cell", "kind", "run", "model", "task", "dataset", "split", "images", "metric", "value", "low", "high"),
+    *("params", "active_params", "resolution", "prediction", "schedule", "preset", "solver", "reduce"),
+    *("steps", "members", "macs_per_forward", "macs", "seconds"),
+    *("train_step", "train_steps", "samples", "train_macs", "own_train_macs", "seed", "noise_seed"),
+    *("protocol", "weights", "fingerprint", "study_cells"),
+)
+"""Columns of every table; the labels of the cells follow. ``seed`` is of the training, ``noise_seed`` of the sampling;
+``low`` and ``high`` are the ends of the 95 % interval over images; ``study_cells`` are the cells that the table has, of
+how many."""
+
+_REFERENCE = re.compile(r"\{([^{}]*)\}")
+
+
+def collect(cells: Sequence[Cell], out: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of all cells that are done, and the names of those that are not.
+
+    Raises:
+        UserError: a file of a cell that is done is missing or damaged.
+    """
+    known = {cell.name: cell for cell in cells}
+    rows: list[dict[str, Any]] = []
+    missing = []
+    for cell in cells:
+        marker = read_marker(out / cell.name)
+        if marker is None or marker["state"] != "done":
+            missing.append(cell.name)
+            continue
+        head = {"cell": cell.name, "fingerprint": marker["fingerprint"], **cell.labels}
+        if cell.verb == "train":
+            facts = run_facts(cell.name, known, out)
+            before = (facts["train_macs"] or 0) - (facts["own_train_macs"] or 0)
+            rows += [{**facts, **head, **row} for row in _losses(out / cell.name, before)]
+        elif cell.verb == "evaluate":
+            words = list(cell.words)
+            model = words[words.index("--model") + 1] if "--model" in words else ""
+            name = _referred(model)
+            facts = run_facts(name, known, out) if name in known else {}
+            labels = dict(known[name].labels) if name in known else {}
+            rows += [{**labels, **facts, **head, **row} for row in _figures(out / cell.name / "result.json")]
+    told = f"{len(cells) - len(missing)}/{len(cells)}"
+    return [{**row, "study_cells": told} for row in rows], missing
+
+
+def table_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """``rows`` as CSV: `COLUMNS`, then the labels that occur, in their order; what a line does not have is empty."""
+    names = list(dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def run_facts(name: str, cells: Mapping[str, Cell], out: Path) -> dict[str, Any]:
+    """What a training cell's ``run.json`` and last line of metrics say of the run, with the compute of all runs that it
+    goes back to.
+
+    Raises:
+        UserError: the files are missing or damaged.
+    """
+    record, last = read_json(out / name / "run.json"), list(read_metrics(out / name))[-1:]
+    if not last:
+        raise UserError(f"{out / name / 'metrics.jsonl'} is empty: remove the folder to do the cell again")
+    config, own = record["config"], last[0].get("macs")
+    total, start = own, _referred(_init_of(cells[name]))
+    if start in cells and total is not None:
+        total += run_facts(start, cells, out)["train_macs"]
+    return {
+        "run": name,
+        "model": config["model"],
+        "params": record["parameters"],
+        "resolution": config["resolution"],
+        "macs_per_forward": record.get("macs_per_sample"),
+        "train_step": last[0]["step"],
+        "train_steps": last[0]["step"],
+        "samples": last[0]["samples"],
+        "train_macs": total,
+        "own_train_macs": own,
+        "seed": config["seed"],
+    }
+
+
+def _init_of(cell: Cell) -> str:
+    """The word in which a training cell names what it starts from."""
+    for word in cell.words:
+        found = re.search(r"(?:[:,]|^--config\.)init=([^,]*)", word)
+        if found:
+            return found[1]
+    return ""
+
+
+def _referred(text: str) -> str:
+    found = _REFERENCE.search(text)
+    return found[1] if found else ""
+
+
+def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: remove the folder to do the cell again") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            raise UserError(f"{path}, line {number} is no JSON: remove the folder to do the cell again") from None
+
+
+def _losses(folder: Path, before: float) -> Iterator[dict[str, Any]]:
+    """Every held-out loss of a run, and its last training loss; ``before``: MACs of the runs that it started from."""
+    rows = list(read_metrics(folder))
+    for row in rows:
+        names = [name for name in row if name.startswith("held_out_") and name.endswith("loss")]
+        names += ["loss"] if row is rows[-1] and "loss" in row else []
+        own = row.get("macs")
+        spent = {} if own is None else {"own_train_macs": own, "train_macs": before + own}
+        at = {"kind": "train", "train_step": row["step"], "samples": row["samples"], **spent}
+        yield from ({**at, "metric": name, "value": row[name]} for name in names)
+
+
+def _figures(path: Path) -> Iterator[dict[str, Any]]:
+    found = read_json(path)
+    whole = {
+        name: found.get(name) for name in ("task", "dataset", "split", "images", "params", "resolution", "weights")
+    }
+    whole |= {"kind": "evaluate", "noise_seed": found.get("seed"), "protocol": found["protocol"].get("fingerprint")}
+    whole |= {"prediction": found.get("prediction_type"), "macs_per_forward": found.get("macs_per_forward")}
+    if "model" in found:
+        whole |= {"run": found["model"], "model": found["model"]}
+    for cell in found["cells"]:
+        if cell["kind"] != "fixed":
+            continue
+        known = {
+            name: cell.get(name) for name in ("preset", "solver", "reduce", "schedule", "steps", "macs", "seconds")
+        }
+        yield from _lines({**whole, **known, "members": cell["ensemble"]}, cell["metrics"])
+    for name, baseline in found["baselines"].items():
+        yield from _lines({**whole, "kind": "baseline", "preset": name}, baseline["metrics"])
+
+
+def _lines(head: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for metric, summary in metrics.items():
+        if summary is None:
+            continue
+        value, (low, high) = summary["mean"], summary["ci95"]
+        yield {**head, "metric": metric, "value": value, "low": low, "high": high}
+        if metric in MORE_IS_BETTER:
+            yield {**head, "metric": f"1-{metric}", "value": 1 - value, "low": 1 - high, "high": 1 - low}
