@@ -53,7 +53,7 @@ for stage in {stages}; do
   echo "stage $stage: job ${{job%%;*}}"
   after=("--dependency=afterany:${{job%%;*}}")
 done
-echo "when they have ended: scaling-perception {words} --collect"
+echo {last}
 """
 
 _JOBSET = """# A study on TPU slices of one host each: kubectl apply -f {path}
@@ -145,7 +145,8 @@ def write_jobs(kind: str, config: str, out: Path, folder: Path, grid: Sequence[S
         write_text(paths[-1], _ARRAY.format(**known, folder=shlex.quote(str(Path.cwd())), words=shlex.join(words)))
     paths.append(folder / "submit.sh")
     numbers = " ".join(str(stage) for stage in range(len(grid)))
-    write_text(paths[-1], _SUBMIT.format(path=paths[-1], stages=numbers, words=shlex.join(words)))
+    last = shlex.quote(f"when they have ended: scaling-perception {shlex.join(words)} --collect")
+    write_text(paths[-1], _SUBMIT.format(path=paths[-1], stages=numbers, last=last))
     return paths
 
 

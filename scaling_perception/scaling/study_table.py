@@ -58,7 +58,7 @@ def collect(cells: Sequence[Cell], out: Path) -> tuple[list[dict[str, Any]], lis
             name = _referred(model)
             facts = run_facts(name, known, out) if name in known else {}
             labels = dict(known[name].labels) if name in known else {}
-            rows += [{**labels, **facts, **head, **row} for row in _figures(out / cell.name / "result.json")]
+            rows += [{**labels, **row, **facts, **head} for row in _figures(out / cell.name / "result.json")]
     told = f"{len(cells) - len(missing)}/{len(cells)}"
     return [{**row, "study_cells": told} for row in rows], missing
 

@@ -1,0 +1,419 @@
+"""Studies: order, resuming, refusals, jobs, cost and collection; one study of real cells is slow."""
+
+import csv
+import fcntl
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scaling_perception.scaling import study_cost
+from scaling_perception.scaling.study import (
+    LOCK,
+    MARKER,
+    Cell,
+    StudyStopped,
+    _run,
+    check_settings,
+    in_order,
+    read_marker,
+    run_cells,
+    stages,
+    study_cells,
+)
+from scaling_perception.scaling.study_jobs import write_jobs
+from scaling_perception.scaling.study_table import COLUMNS, collect, table_csv
+from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import write_json
+from scaling_perception.support.verbs import run_verb
+
+A = Cell("a", "train", ("--config", "x"))
+B = Cell("b", "train", ("--config", "x:init={a}"))
+C = Cell("eval/b", "evaluate", ("--task", "depth", "--model", "{b}"), labels={"arm": "one"})
+D = Cell("d", "train", ("--config", "y"))
+SETTINGS = {name: {"steps": 1, "from": name} for name in ("a", "b", "eval/b", "d")}
+
+
+class Runs:
+    """Stands for the commands of the cells: makes what they leave, or fails as it is asked to."""
+
+    def __init__(self, **codes):
+        self.codes, self.ran = codes, []
+
+    def __call__(self, words, log):
+        name = log.parent.name
+        self.ran.append(name)
+        log.write_text(f"did {name}\nno space left\n")
+        code = self.codes.get(name, 0)
+        if isinstance(code, BaseException):
+            raise code
+        if code == 0:
+            (log.parent / ("result.json" if words[0] == "evaluate" else "model")).touch()
+        return max(code, 0)
+
+
+def go(cells, out, run, settings=None):
+    said = []
+    return [tuple(one)[:2] for one in run_cells(cells, out, settings or SETTINGS, said.append, run)], said
+
+
+def test_cells_come_after_what_they_need():
+    ordered = in_order([C, D, B, A], "here")
+    assert [cell.name for cell in ordered] == ["d", "a", "b", "eval/b"]
+    assert [[cell.name for cell in stage] for stage in stages(ordered)] == [["d", "a"], ["b"], ["eval/b"]]
+    assert C.command(Path("o")) == ["evaluate", "--task", "depth", "--model", "o/b", "--json", "o/eval/b/result.json"]
+    assert Cell("e", "train", (), after=("a",)).needs() == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("cells", "told"),
+    [
+        ([], "declares no cell"),
+        ([A, A], "two cells are named 'a'"),
+        ([Cell("../a", "train", ())], "letters, digits"),
+        ([Cell("a", "predict", ())], "did you mean|known: evaluate, prepare, train"),
+        ([Cell("a", "train", ("--workdir=x",))], "--workdir, which is the cell's folder"),
+        ([A, Cell("c", "train", ("{aa}",))], "needs 'aa'; did you mean 'a'"),
+        ([A, Cell("a/x", "train", ())], "lies in the folder of cell 'a'"),
+        ([Cell("x", "train", ("{y}",)), Cell("y", "train", ("{x}",))], "wait for one another: x, y"),
+    ],
+)
+def test_cells_that_do_not_go_together_are_refused(cells, told):
+    with pytest.raises(UserError, match=told):
+        in_order(cells, "here")
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path):
+    cells = [A, B, C, D]
+    run = Runs(b=3)
+    ended, said = go(cells, tmp_path, run)
+    assert ended == [("a", "done"), ("b", "failed"), ("eval/b", "waits"), ("d", "done")]
+    assert any("exit code 3: no space left" in line for line in said)
+    assert any("needs b, which failed" in line for line in said)
+    assert read_marker(tmp_path / "b")["state"] == "started" and not (tmp_path / "eval").exists()
+
+    run = Runs(b=StudyStopped(143))  # the second time the study itself is stopped
+    with pytest.raises(StudyStopped):
+        go(cells, tmp_path, run)
+    assert run.ran == ["b"] and read_marker(tmp_path / "b")["state"] == "started"
+
+    run = Runs()
+    ended, _ = go(cells, tmp_path, run)
+    assert ended == [("a", "was done"), ("b", "done"), ("eval/b", "done"), ("d", "was done")] and run.ran == ["b", "b"]
+    marker = read_marker(tmp_path / "b")
+    assert marker["attempts"] == 3 and marker["after"] == {"a": read_marker(tmp_path / "a")["fingerprint"]}
+
+
+def test_a_command_that_leaves_nothing_has_failed(tmp_path):
+    ended, said = go([A], tmp_path, lambda words, log: 0)
+    assert ended == [("a", "failed")] and "left no model" in said[-1]
+
+
+def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path):
+    (tmp_path / "a").mkdir()
+    with open(tmp_path / "a" / LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ended, _ = go([A, B], tmp_path, run := Runs())
+    assert ended == [("a", "elsewhere"), ("b", "waits")] and run.ran == []
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    go([A, B], tmp_path, Runs())
+    now = {name: dict(value) for name, value in SETTINGS.items()}
+    assert check_settings([A, B], tmp_path, lambda cell: now[cell.name])["a"] == SETTINGS["a"]
+    now["b"] |= {"steps": 2, "new": [1]}
+    with pytest.raises(
+        UserError, match=r"b was begun with other settings: new was absent and is now \[1\]; steps was 1"
+    ):
+        check_settings([A, B], tmp_path, lambda cell: now[cell.name])
+    now = {**SETTINGS, "a": {"steps": 9}}
+    (tmp_path / "a" / MARKER).unlink()  # a was removed to do it again in another way
+    with pytest.raises(UserError, match="b was made from 'a' of other settings"):
+        check_settings([A, B], tmp_path, lambda cell: now[cell.name])
+    (tmp_path / "a" / MARKER).write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        check_settings([A, B], tmp_path, lambda cell: now[cell.name])
+
+
+def test_configs_that_list_runs_are_studies():
+    cells = study_cells("configs/paper/fig4.py:data=DATA")
+    assert len(cells) == 8 and {cell.verb for cell in cells} == {"train"}
+    assert cells[4].name == "finetune-60k" and "stage=finetune" in cells[4].words[1]
+    with pytest.raises(UserError, match="declares no study"):
+        study_cells("configs/mini.py")
+
+
+# ---- The table ----------------------------------------------------------------------------------------------------
+
+
+def trained(folder, macs=100.0, **config):
+    folder.mkdir(parents=True)
+    record = {
+        "config": {"model": "nano", "resolution": 64, "seed": 3} | config,
+        "parameters": 50,
+        "macs_per_sample": 10,
+    }
+    record["environment"] = {"devices": {"kind": "cpu", "count": 1}}
+    write_json(folder / "run.json", record)
+    rows = [{"step": step, "samples": 5 * step, "loss": 1 / step, "macs": macs * step / 2} for step in (1, 2)]
+    rows[0]["held_out_loss"] = 0.5
+    rows[1] |= {"samples_per_second": 4.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def evaluated(folder, **changes):
+    cell = {
+        "kind": "fixed",
+        "preset": "fixed",
+        "solver": "ddim",
+        "steps": 5,
+        "ensemble": 2,
+        "macs": 20.0,
+        "reduce": "lsq",
+    }
+    cell |= {"schedule": "cosine", "seconds": 0.1}
+    cell["metrics"] = {"absrel": {"mean": 0.2, "ci95": [0.1, 0.3]}, "delta1": {"mean": 0.7, "ci95": [0.6, 0.9]}}
+    baseline = {"metrics": {"absrel": {"mean": 0.5, "ci95": [0.4, 0.6]}, "delta1": None}}
+    found = {"task": "depth", "dataset": "scenes", "split": "val", "images": 4, "params": 50, "resolution": 64}
+    found |= {"weights": "w", "seed": 0, "model": "FOLDER/b", "protocol": {"fingerprint": "p"}, "prediction_type": "v"}
+    found |= {"cells": [cell, {**cell, "kind": "adaptive"}], "baselines": {"constant": baseline}, "macs_per_forward": 2}
+    write_json(folder / "result.json", found | changes)
+
+
+def test_the_table_has_a_line_for_each_figure(tmp_path):
+    cells = [A, B._replace(words=("--config", "x:init={a},steps=2")), C, D]
+    for name in ("a", "b"):
+        trained(tmp_path / name)
+    go(cells[:3], tmp_path, Runs())
+    evaluated(tmp_path / "eval" / "b")
+    rows, missing = collect(cells, tmp_path)
+    assert missing == ["d"] and {row["study_cells"] for row in rows} == {"3/4"}
+    lines = list(csv.DictReader(io.StringIO(table_csv(rows))))
+    assert list(lines[0])[: len(COLUMNS)] == list(COLUMNS) and "arm" in lines[0]
+    losses = [
+        (one["run"], one["metric"], one["train_step"], one["train_macs"]) for one in lines if one["kind"] == "train"
+    ]
+    assert losses == [
+        ("a", "held_out_loss", "1", "50.0"),
+        ("a", "loss", "2", "100.0"),
+        ("b", "held_out_loss", "1", "150.0"),
+        ("b", "loss", "2", "200.0"),  # with those of a, from which it started
+    ]
+    found = [one for one in lines if one["kind"] == "evaluate"]
+    assert [one["metric"] for one in found] == ["absrel", "delta1", "1-delta1"]
+    first, _, last = found
+    assert (first["value"], first["low"], first["high"], first["members"], first["steps"]) == (
+        "0.2",
+        "0.1",
+        "0.3",
+        "2",
+        "5",
+    )
+    assert (first["run"], first["model"], first["train_macs"], first["seed"], first["arm"]) == (
+        "b",
+        "nano",
+        "200.0",
+        "3",
+        "one",
+    )
+    assert first["fingerprint"] == read_marker(tmp_path / "eval" / "b")["fingerprint"]
+    assert float(last["low"]) == pytest.approx(0.1) and float(last["high"]) == pytest.approx(0.4)
+    assert [(one["preset"], one["value"]) for one in lines if one["kind"] == "baseline"] == [("constant", "0.5")]
+
+    (tmp_path / "b" / "metrics.jsonl").write_text("{}\n{")
+    with pytest.raises(UserError, match="line 2 is no JSON"):
+        collect(cells, tmp_path)
+
+
+# ---- Cost ---------------------------------------------------------------------------------------------------------
+
+TWO = """
+from scaling_perception.scaling.study import Cell
+SIZE = "scenes_study.py:size=s1,steps={steps}"
+def study(arg=""):
+    depth = ("--task", "depth", "--dataset", "scenes", "--option", "resolution=64", "--count", "2")
+    return [
+        Cell("run", "train", ("--config", "configs/scenes_study.py:size=s1,steps=STEPS", *MORE)),
+        Cell("eval", "evaluate", (*depth, "--model", "{run}", "--steps", "1,2", "--ensemble", "1,3")),
+    ]
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "two.py"
+    path.write_text(TWO.replace("STEPS", "4").replace("*MORE", ""))
+    return str(path)
+
+
+def study(config, out, *more):
+    return run_verb("study", ["--config", config, "--out", str(out), *more])
+
+
+def test_the_cost_is_counted_before_anything_is_made(config, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert study(config, out, "--dry-run", "--price", "v5e=2", "--mfu", "v5e=0.5") == 0 and not out.exists()
+    text = capsys.readouterr().out
+    run, one = study_cost.costs(study_cells(config), ["run", "eval"])
+    forward = run.macs / 3 / 32 / 4
+    assert one.macs == 2 * 3 * 3 * forward and run.params == one.params  # images x members x (1 + 2 steps)
+    assert "cells     2: 1 train, 1 evaluate" in text
+    hours = 2 * (run.macs + run.autoencoder_macs + one.macs + one.autoencoder_macs) / (197e12 * 0.5 * 3600)
+    assert f"v5e       {hours:.4g} chip-hours at 50% of the peak (--mfu), {2 * hours:.4g} USD at 2 an hour" in text
+    assert "(assumed)" in text and "prices    USD" in text
+
+    trained(tmp_path / "before")
+    report = {"chip": {"name": "v5p"}, "estimate": {"mfu_best": 0.25}}
+    write_json(tmp_path / "compiled.json", [report])
+    more = ("--measured", str(tmp_path / "before"), "--roofline", str(tmp_path / "compiled.json"))
+    assert study(config, out, "--dry-run", "--only", "run", *more) == 0
+    text = capsys.readouterr().out
+    assert "at 2.4e-07 GFLOP/s (1 x cpu, measured in" in text and "25% of the peak (roofline at best" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--price", "v5=1"), "--price v5=1: unknown chip; did you mean"),
+        (("--mfu", "v5e=1.2"), "--mfu v5e=1.2: give a number above 0, up to 1"),
+        (("--price", "v5e=nan"), "--price v5e=nan: give a number above 0"),
+        (("--measured", "nowhere"), "nowhere/metrics.jsonl does not exist"),
+        (("--only", "rum"), "--only 'rum' names no cell; did you mean 'run'"),
+        (("--stage", "0"), "--stage and --index go together"),
+        (("--stage", "0", "--index", "1"), "--index 1: stage 0 has 1 cells"),
+        (("--stage", "2", "--index", "0"), "--stage 2: this study has 2"),
+        (("--write", "pbs"), "--write 'pbs'; known: jobset, slurm"),
+    ],
+)
+def test_wrong_flags_are_one_clear_line(config, tmp_path, more, told):
+    with pytest.raises(UserError) as raised:
+        study(config, tmp_path / "out", *(() if more[0] == "--write" else ("--dry-run",)), *more)
+    assert told in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_wrong_flag_of_a_cell_is_found_before_the_first_runs(config, tmp_path):
+    path = Path(config)
+    path.write_text(TWO.replace("STEPS", "4").replace("*MORE", '"--config.train.step=3"'))
+    with pytest.raises(UserError, match=r"cell 'run': unknown config key 'train.step'"):
+        study(config, tmp_path / "out")
+    path.write_text(TWO.replace("STEPS", "4").replace("*MORE", "").replace("--count", "--cout"))
+    with pytest.raises(UserError, match=r"cell 'eval': .*--cout"):
+        study(config, tmp_path / "out")
+
+
+def test_a_study_by_its_verb(config, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+
+    def run(words, log):
+        if words[0] == "train":
+            trained(out / "run" / "x")
+            for file in ("run.json", "metrics.jsonl"):
+                (out / "run" / "x" / file).rename(out / "run" / file)
+            (out / "run" / "model").mkdir()
+            return 0
+        log.write_text("scaling-perception: no such thing\n")
+        return 2
+
+    monkeypatch.setattr("scaling_perception.scaling.study._run", run)
+    assert study(config, out) == 1
+    told = capsys.readouterr()
+    assert "not done: eval: exit code 2: scaling-perception: no such thing" in told.err
+    assert "1 of 2 cells are done" in told.err and "1 of 2 cells are missing from the table: eval" in told.err
+    assert (out / "study.csv").read_text().startswith("cell,kind,run,")
+    Path(config).write_text(TWO.replace("STEPS", "5").replace("*MORE", ""))
+    with pytest.raises(UserError, match=r"run was begun with other settings: .*train.steps was 4 and is now 5"):
+        study(config, out, "--collect")
+
+
+# ---- Jobs ---------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_are_written_by_stage(tmp_path):
+    grid = stages(in_order([A, B, C, D], "here"))
+    paths = write_jobs("slurm", "it's.py:x=1", tmp_path / "My Study", tmp_path / "jobs", grid)
+    assert [path.name for path in paths] == ["stage0.sbatch", "stage1.sbatch", "stage2.sbatch", "submit.sh"]
+    for path in paths:
+        subprocess.run(["bash", "-n", path], check=True)
+    first = paths[0].read_text()
+    assert "#SBATCH --array=0-1\n" in first and "#SBATCH --job-name=my-study-0\n" in first
+    assert '--stage 0 --index "$SLURM_ARRAY_TASK_ID"' in first
+
+    stub = tmp_path / "bin" / "sbatch"
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/sh\necho "$@" >> "$SEEN"; wc -l < "$SEEN"\n')
+    stub.chmod(0o755)
+    seen = tmp_path / "seen"
+    place = {**os.environ, "PATH": f"{stub.parent}:{os.environ['PATH']}", "SEEN": str(seen)}
+    subprocess.run(["bash", paths[-1], "--partition=x"], env=place, check=True, capture_output=True)
+    words = [line.split() for line in seen.read_text().splitlines()]
+    assert [line[1:-1] for line in words] == [
+        ["--partition=x"],
+        ["--dependency=afterany:1", "--partition=x"],
+        ["--dependency=afterany:2", "--partition=x"],
+    ]
+    with pytest.raises(UserError, match="a job is named after the folder"):
+        write_jobs("slurm", "x.py", Path("…"), tmp_path, grid)
+
+
+def test_a_jobset_is_indexed_and_its_stages_follow_one_another(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    grid = stages(in_order([A, B, C, D], "here"))
+    (path,) = write_jobs("jobset", "it's.py:x=1", tmp_path / "My Study", tmp_path / "jobs", grid)
+    jobs = yaml.safe_load(path.read_text())["spec"]["replicatedJobs"]
+    assert [job["template"]["spec"]["completions"] for job in jobs] == [2, 1, 1]
+    assert "dependsOn" not in jobs[0] and jobs[2]["dependsOn"] == [{"name": "stage1", "status": "Complete"}]
+    for stage, job in enumerate(jobs):
+        spec = job["template"]["spec"]
+        assert spec["completionMode"] == "Indexed" and spec["backoffLimitPerIndex"] == 3
+        args = spec["template"]["spec"]["containers"][0]["args"]
+        assert args[:3] == ["study", "--config", "it's.py:x=1"]
+        assert args[-4:] == ["--stage", str(stage), "--index", "$(JOB_COMPLETION_INDEX)"]
+
+
+# ---- Real cells ---------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_is_a_process_with_a_log(tmp_path):
+    assert _run(["--version"], tmp_path / "log") == 0
+    assert _run(["no-verb"], tmp_path / "log") == 2
+    assert "$ scaling-perception --version\nscaling-perception " in (tmp_path / "log").read_text()
+    assert "unknown verb 'no-verb'" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_two_cells_end_to_end_through_a_kill_and_a_signal(config, tmp_path):
+    more = '"--config.train.checkpoint_every=5", "--config.train.log_every=5", "--config.train.batch_size=2"'
+    Path(config).write_text(TWO.replace("STEPS", "400").replace("*MORE", more))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "scaling_perception", "study", "--config", config, "--out", str(out)]
+
+    def started(until):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        wait = time.monotonic() + 240
+        while not until() and time.monotonic() < wait:
+            time.sleep(0.2)
+        return process
+
+    checkpoints = out / "run" / "checkpoints"
+    process = started(lambda: len(list(checkpoints.glob("[0-9]*"))) > 1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 143 and read_marker(out / "run")["state"] == "started"
+    assert "stopped at step" in (out / "run" / "cell.log").read_text()
+
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert read_marker(out / "run")["attempts"] == 2
+    assert "resuming from step" in (out / "run" / "cell.log").read_text()
+    rows = list(csv.DictReader((out / "study.csv").open()))
+    found = [row for row in rows if row["metric"] == "absrel" and row["kind"] == "evaluate"]
+    assert [(row["steps"], row["members"]) for row in found] == [("1", "1"), ("1", "3"), ("2", "1"), ("2", "3")]
+    assert all(float(row["train_macs"]) > 0 and row["study_cells"] == "2/2" for row in found)
+    before = (out / "eval" / "result.json").stat().st_mtime_ns
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert (out / "eval" / "result.json").stat().st_mtime_ns == before
