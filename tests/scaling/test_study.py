@@ -388,13 +388,15 @@ def test_a_cell_is_a_process_with_a_log(tmp_path):
 
 @pytest.mark.slow
 def test_two_cells_end_to_end_through_a_kill_and_a_signal(config, tmp_path):
-    more = '"--config.train.checkpoint_every=5", "--config.train.log_every=5", "--config.train.batch_size=2"'
+    more = '"--config.train.checkpoint_every=5", "--config.train.log_every=5", "--config.train.batch_size=4"'
     Path(config).write_text(TWO.replace("STEPS", "400").replace("*MORE", more))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "scaling_perception", "study", "--config", config, "--out", str(out)]
 
+    place = {**os.environ, "XLA_FLAGS": ""}  # one device
+
     def started(until):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, env=place, stderr=subprocess.PIPE, text=True)
         wait = time.monotonic() + 240
         while not until() and time.monotonic() < wait:
             time.sleep(0.2)
@@ -406,7 +408,7 @@ def test_two_cells_end_to_end_through_a_kill_and_a_signal(config, tmp_path):
     assert process.wait(120) == 143 and read_marker(out / "run")["state"] == "started"
     assert "stopped at step" in (out / "run" / "cell.log").read_text()
 
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=600)
+    done = subprocess.run(command, env=place, stderr=subprocess.PIPE, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert read_marker(out / "run")["attempts"] == 2
     assert "resuming from step" in (out / "run" / "cell.log").read_text()
@@ -415,5 +417,5 @@ def test_two_cells_end_to_end_through_a_kill_and_a_signal(config, tmp_path):
     assert [(row["steps"], row["members"]) for row in found] == [("1", "1"), ("1", "3"), ("2", "1"), ("2", "3")]
     assert all(float(row["train_macs"]) > 0 and row["study_cells"] == "2/2" for row in found)
     before = (out / "eval" / "result.json").stat().st_mtime_ns
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert subprocess.run(command, env=place, capture_output=True).returncode == 0
     assert (out / "eval" / "result.json").stat().st_mtime_ns == before
