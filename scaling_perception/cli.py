@@ -2,15 +2,17 @@
 
 Each verb is a module of this package with ``EXAMPLES``, ``add_arguments(parser)`` and ``run(args)``; only the one that
 is asked for is imported, so that ``--help`` stays instant. Exit codes: 0 done; 2 the user's input is wrong (one line
-says what and how to mend it); 1 a bug or an outside failure; 130 interrupted.
+says what and how to mend it), or the machine refuses it: no such device, no memory, no permission; 1 a bug or an
+outside failure; 130 interrupted. Output that nobody reads (``| head``) ends no command.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 
 from scaling_perception.support.compilation import keep_compiled_programs
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.failures import explain
+from scaling_perception.support.streams import keep_standard_streams
 from scaling_perception.support.verbs import run_verb
 
 VERBS = {
@@ -71,14 +73,23 @@ def _run(words: Sequence[str]) -> int:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    keep_standard_streams()
     try:
-        return _run(list(sys.argv[1:] if words is None else words))
+        code = _run(list(sys.argv[1:] if words is None else words))
+        sys.stdout.flush()  # an error of it is told here, not by the interpreter at its end
+        return code
     except UserError as error:
-        print(f"scaling-perception: {error}", file=sys.stderr)
-        return error.code
+        return _refuse(str(error), error.code)
     except KeyboardInterrupt:
         print("scaling-perception: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader (head, less) went away: not our failure
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        return _refuse(line)
+
+
+def _refuse(line: str, code: int = 2) -> int:
+    print(f"scaling-perception: {line}", file=sys.stderr)
+    return code

@@ -1,6 +1,7 @@
 """What is wrong with this machine: versions, devices, memory, disk, weights, data.
 
-Every line is `ok`, `note` (works, but read it) or `FAIL` (with the mend). Exit code 1 when something failed.
+Every line is `ok`, `note` (works, but read it) or `FAIL` (with the mend). Exit code 1 when something failed, 2 when JAX
+has no device, without which no other command runs (nor do the checks that compute).
 """
 
 import argparse
@@ -12,6 +13,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from scaling_perception.support.failures import no_backend
 
 EXAMPLES = """
 scaling-perception doctor
@@ -75,8 +78,8 @@ def _check_devices() -> list[Finding]:
 
     try:
         devices = jax.devices()
-    except RuntimeError as error:
-        return [Finding("FAIL", "devices", f"jax finds no device ({error}): check drivers, or set JAX_PLATFORMS=cpu")]
+    except (RuntimeError, AssertionError) as error:
+        return [Finding("FAIL", "devices", no_backend() or str(error))]
     kind = devices[0].device_kind
     text = f"{len(devices)} x {kind} ({devices[0].platform}), {jax.process_count()} process(es)"
     if devices[0].platform != "cpu":
@@ -173,14 +176,19 @@ def findings(dataset: str | None = None, root: str = "") -> list[Finding]:
         *_check_packages(),
         *_check_devices(),
         _check_processes(),
-        _check_arithmetic(),
         _check_memory(),
         _check_disk(),
     ]
-    found += _check_weights()
+    if _without_device(found):
+        return found
+    found += [_check_arithmetic(), *_check_weights()]
     if dataset:
         found.append(_check_dataset(dataset, root))
     return found
+
+
+def _without_device(found: list[Finding]) -> bool:
+    return any(item.name == "devices" and item.level == "FAIL" for item in found)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -196,4 +204,6 @@ def run(args: argparse.Namespace) -> int:
     failed = sum(item.level == "FAIL" for item in found)
     if failed and not args.json:
         print(f"{failed} problem(s): mend the FAIL lines above")
+    if _without_device(found):
+        return 2
     return 1 if failed else 0

@@ -3,7 +3,10 @@
 import hashlib
 import os
 import platform
+import sys
 from pathlib import Path
+
+_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
 def _machine() -> str:
@@ -20,15 +23,32 @@ def _machine() -> str:
 def keep_compiled_programs() -> None:
     """Point JAX at a cache folder of this user and machine, unless JAX_COMPILATION_CACHE_DIR already says where.
 
-    Call before JAX is imported. A folder that cannot be made is no reason to fail: then nothing is kept.
+    Call before JAX is imported. A folder that cannot be made or written is no reason to fail: then nothing is kept,
+    which is said where the user named the folder. A ``~`` at the beginning of either variable is the home folder.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    given = os.environ.get(_VARIABLE)
+    if given is not None:
+        if not given or "://" in given:  # none, or a bucket that JAX itself opens
+            return
+        folder = Path(os.path.expanduser(given))
+        if _writable(folder):
+            os.environ[_VARIABLE] = str(folder)
+        else:
+            print(f"{_VARIABLE}={given} cannot be written: compiled programs are not kept", file=sys.stderr, flush=True)
+            del os.environ[_VARIABLE]
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "scaling-perception" / "compiled" / _machine()
+    home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if not os.path.isabs(home):  # no home folder, or a setting that the XDG specification says to ignore
+        return
+    folder = Path(home) / "scaling-perception" / "compiled" / _machine()
+    if _writable(folder):
+        os.environ[_VARIABLE] = str(folder)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+
+
+def _writable(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
