@@ -63,11 +63,11 @@ def _run(words: Sequence[str]) -> int:
     verb, *rest = words
     if verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'{did_you_mean(verb, VERBS)}")
+    keep_compiled_programs()  # before JAX is imported
     if verb in IN_ONE_PROCESS and not {"-h", "--help"} & {*rest}:
         from scaling_perception.parallel.joining import refuse_several
 
         refuse_several(verb)
-    keep_compiled_programs()
     return run_verb(verb, rest)
 
 

@@ -8,7 +8,6 @@ only verifies.
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.locks import hold
 
 EXAMPLES = """
 scaling-perception prepare scenes --count 8192 --out runs/scenes --latents --vae tiny --resolution 128
@@ -85,7 +85,8 @@ def _manifest(args: argparse.Namespace) -> int:
     total = len(samples)
     lines = ordered_map(Checker, spec, range(total), args.workers)
     about = {"format": 1, "dataset": args.dataset, "split": args.split, "sources": samples.fingerprint()}
-    summary = write_manifest(out, progress(lines, total, "check"), about)
+    with _alone(out):
+        summary = write_manifest(out, progress(lines, total, "check"), about)
     for name, (low, high) in summary["ranges"].items():
         print(f"{name}: {low:.4g} .. {high:.4g}")
     for line in summary["bad_samples"][:10]:
@@ -202,16 +203,7 @@ def _alone(out: Path) -> Iterator[None]:
     Raises:
         UserError: another process is writing there, or it cannot be written.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another prepare is writing to {out}: wait for it or choose another --out") from None
+    with hold(out / ".lock", f"another prepare is writing to {out}", "wait for it or choose another --out"):
         for pattern in (".latents-*.array_record", ".latents-*.json", ".ledger.*.json"):
             for left in out.glob(pattern):
                 left.unlink()

@@ -96,6 +96,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     from scaling_perception.training.identity import (
         as_json,
         keep_table,
+        only_run_in,
         refuse_foreign,
         same_everywhere,
         same_run,
@@ -159,6 +160,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     keeping = (config.train.keep, config.train.keep_every, config.train.keep_best, best)
     checkpoints = Checkpoints(workdir / "checkpoints", *keeping)
     with contextlib.ExitStack() as closing:
+        closing.enter_context(only_run_in(workdir))
         closing.callback(checkpoints.close)
         with clock.spend("restore"):
             state = checkpoints.restore(abstract, lambda saved: same_run(saved, identity, workdir, files), _say)

@@ -28,6 +28,7 @@ from scipy.optimize import nnls
 from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import read_json, write_text
+from scaling_perception.support.locks import hold
 
 if TYPE_CHECKING:
     from scaling_perception.evaluation.predictor import Predictor
@@ -263,10 +264,11 @@ def write_budgets(folder: str | os.PathLike[str], task: str, entry: Mapping[str,
     Raises:
         UserError: the folder cannot be written, or holds a damaged table.
     """
-    table = load_budgets(folder) or {"format": FORMAT, "tasks": {}}
-    tasks = {**table["tasks"], task: dict(entry)}
     path = Path(folder) / FILE
-    write_text(path, _lines({**table, "tasks": dict(sorted(tasks.items()))}))
+    with hold(path.with_name(f".{FILE}.lock"), f"another evaluate is writing {path}", "wait for it", wait=True):
+        table = load_budgets(folder) or {"format": FORMAT, "tasks": {}}
+        tasks = {**table["tasks"], task: dict(entry)}
+        write_text(path, _lines({**table, "tasks": dict(sorted(tasks.items()))}))
     return path
 
 

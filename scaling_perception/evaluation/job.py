@@ -28,6 +28,7 @@ from scaling_perception.evaluation.outputs import (
     is_finished,
     output_files,
     prepare_place,
+    sidecar_path,
     software,
     write_record,
     write_results,
@@ -37,6 +38,7 @@ from scaling_perception.evaluation.predictor import Predictor
 from scaling_perception.evaluation.protocols import reduce_mode
 from scaling_perception.evaluation.settings import Settings
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.locks import hold
 from scaling_perception.support.overlap import WriteBehind, read_ahead, stopped_by_sigterm
 from scaling_perception.support.progress import progress
 
@@ -167,9 +169,15 @@ def run_job(
             "command": None if command is None else command(item),
             "outputs": dict(files),
         }
-        prepare_place(out, item, task, record)
-        write_results(out, files, task, estimate, ready.raw["image"], request.extras, fit)
-        write_record(out, item, task, record)
+        record_path = sidecar_path(out, item.name, task)
+        busy = f"another predict is writing {record_path}"
+        with hold(record_path.with_name(f".{record_path.name}.lock"), busy, "wait for it", wait=True):
+            if not overwrite and is_finished(out, item, task, settings, choice, files, digest_of):
+                results[item.name] = {"status": "kept", "outputs": files}  # another predict made it meanwhile
+                return
+            prepare_place(out, item, task, record)
+            write_results(out, files, task, estimate, ready.raw["image"], request.extras, fit)
+            write_record(out, item, task, record)
         results[item.name] = {"status": "written", "macs": record["macs"], "outputs": files}
         if fit is not None and fit.inverted:
             note = "by its points what the prediction has nearer is farther: check the columns x, y and depth"

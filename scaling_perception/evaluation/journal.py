@@ -5,7 +5,6 @@ of images. A line is flushed to disk before the next group begins. A last line t
 """
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +13,8 @@ from typing import Any, Self
 
 from scaling_perception.data.contents import changes
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.failures import explain_os
+from scaling_perception.support.locks import hold
 
 _FORMAT = 1
 
@@ -48,28 +49,21 @@ class Journal:
         self.plan = plan
         self.groups: list[dict[str, Any]] = []
         identity = json.loads(json.dumps(identity))
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; choose another place") from None
-        try:
-            self._lock()
+        self._closing = contextlib.ExitStack()
+        with contextlib.ExitStack() as opening:
+            what = f"{self.path} is in use by another evaluation"
+            lock = self.path.with_name(f".{self.path.name}.lock")
+            opening.enter_context(hold(lock, what, "wait for it, or choose another result"))
+            try:
+                self._file = opening.enter_context(open(self.path, "a+b"))
+            except OSError as error:
+                raise UserError(f"cannot write {explain_os(error, self.path)}") from None
             if lines := self._read():
                 self._check(lines[0], identity, dict(files or {}))
                 self.plan, self.groups = lines[0]["plan"], lines[1:]
             else:
                 self.append({"journal": _FORMAT, "identity": identity, "plan": plan, "files": dict(files or {})})
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _lock(self) -> None:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.path} is in use by another evaluation: wait for it") from None
+            self._closing = opening.pop_all()
 
     def _read(self) -> list[dict[str, Any]]:
         """The whole lines; what comes after the last of them is cut off."""
@@ -117,7 +111,7 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._closing.close()
 
 
 def _short(value: Any) -> str:

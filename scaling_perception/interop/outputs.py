@@ -6,7 +6,6 @@ stopped leaves nothing that looks complete.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ from scaling_perception.models.dit import count_active_params, count_params
 from scaling_perception.models.presets import LATENT_FACTOR, get_preset, preset_names
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_json, write_text
+from scaling_perception.support.locks import hold
 from scaling_perception.support.progress import progress
 
 TORCH_SUFFIXES = torch_files.SUFFIXES
@@ -266,17 +266,9 @@ def _stage(target: Path, needed: int) -> Iterator[Path]:
     """A fresh hidden folder beside ``target``, removed again whatever happens; only one conversion may have it."""
     parent = target.absolute().parent
     stage = parent / f".{target.name}.partial"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        lock = open(parent / f".{target.name}.lock", "w")
-    except OSError as error:
-        raise UserError(f"cannot write to {parent}: {error.strerror}; choose another place for DST") from None
-    free = shutil.disk_usage(parent).free
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another convert is writing {target}: wait for it or give another name") from None
+    mend = "wait for it or give another name"
+    with hold(parent / f".{target.name}.lock", f"another convert is writing {target}", mend):
+        free = shutil.disk_usage(parent).free
         try:
             shutil.rmtree(stage, ignore_errors=True)  # of one that was killed
             if free < needed:
@@ -288,7 +280,6 @@ def _stage(target: Path, needed: int) -> Iterator[Path]:
             yield stage
         finally:
             shutil.rmtree(stage, ignore_errors=True)
-            Path(lock.name).unlink(missing_ok=True)
 
 
 def _into_place(stage: Path, target: Path) -> None:

@@ -23,6 +23,7 @@ from scaling_perception.parallel.joining import PROCESSES as PROCESSES
 from scaling_perception.parallel.joining import join as join
 from scaling_perception.parallel.mesh import BATCH_AXES, replicated
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.failures import explain
 
 
 @contextlib.contextmanager
@@ -42,6 +43,8 @@ def leaving_at_once() -> Iterator[None]:
             code, told = 2, f"scaling-perception: {error}"
         elif isinstance(error, KeyboardInterrupt):
             code, told = 130, "scaling-perception: interrupted"
+        elif line := explain(error):
+            code, told = 2, f"scaling-perception: {line}"
         print(told, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(code)

@@ -13,7 +13,7 @@ _TOO_MANY = ("too many open files", "emfile", "enfile", "os error 24", "errno 24
 _DENIED = ("permission denied", "permission_denied", "operation not permitted")
 _NO_MEMORY = ("resource_exhausted", "out of memory", "cannot allocate memory", "out_of_memory", "bad_alloc")
 _SMALL_MEMORY = ("vmem", "smem", "shared memory")  # a kernel's own: no batch size mends that
-_PASSING = ("input/output error", "stale file handle", "no space left", "disk quota", "timed out", "unavailable")
+_PASSING = ("stale file handle", "no space left", "disk quota", "timed out", "unavailable")
 
 
 def explain_os(error: OSError, path: str | os.PathLike[str] = "") -> str:

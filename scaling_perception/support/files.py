@@ -11,14 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.failures import explain_os
 
 _UMASK = threading.Lock()
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-
-
-def _explain(error: OSError, path: Path) -> UserError:
-    reason = error.strerror or error
-    return UserError(f"cannot write {path}: {reason}; free space or choose another folder, then run again")
 
 
 @contextlib.contextmanager
@@ -40,7 +36,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise _explain(error, path) from error
+        raise UserError(f"cannot write {explain_os(error, path)}") from error
     temporary = Path(name)
     try:
         yield temporary
@@ -54,7 +50,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync_folder(path.parent)
     except OSError as error:
         if error.errno in _DISK_ERRORS:
-            raise _explain(error, path) from error
+            raise UserError(f"cannot write {explain_os(error, path)}") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -89,5 +85,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check the path") from None
+    except OSError as error:
+        raise UserError(f"cannot read {explain_os(error, path)}") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): restore it or make it again") from None

@@ -31,6 +31,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.failures import not_damage
 from scaling_perception.support.files import write_json
 from scaling_perception.training.checksums import describe_leaves
 from scaling_perception.training.saving import FAILED, RUNNING, Saving, failure, from_first, gather, quiet
@@ -349,7 +350,7 @@ def _read(
         raise
     except Exception as caught:
         error = caught
-    error = failure(error)
+    error = _damage(error, place)
     if error is not None:
         return {}, error
     meta = documents["meta"]
@@ -364,12 +365,20 @@ def _read(
                     items[name] = ocp.StandardCheckpointHandler().restore(epath.Path(place / name), args=args)
     except Exception as caught:
         error = caught
-    error = failure(error)
+    error = _damage(error, place)
     if error is None:
         found = describe_leaves({**items.get("state", {}), **{name: items[name] for name in items if name != "state"}})
         bad = [name for name, row in found.items() if row != list(meta["leaves"][name])]
         error = ValueError(f"{bad[0]} does not match the checksum it was saved with") if bad else None
     return items, error
+
+
+def _damage(error: BaseException | None, place: Path) -> BaseException | None:
+    """``failure(error)``; an error that says nothing about the files is raised in every process instead."""
+    why = None if error is None else not_damage(error)
+    if any(gather(why is not None)):
+        raise UserError(f"cannot read {place}: {why or 'another process cannot, and says why'}") from error
+    return failure(error)
 
 
 def _read_documents(place: Path) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from scaling_perception.data.contents import changes
 from scaling_perception.support.configs import flatten
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json, write_text
-from scaling_perception.training.saving import gather
+from scaling_perception.support.locks import hold
+from scaling_perception.training.saving import failure, gather
 
 # Fields that change neither the numbers of a run nor its data: they may differ when it is resumed. Where the data lies
 # may change as well, for its content has a fingerprint of its own.
@@ -46,6 +49,26 @@ def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(table.get(field), str) and Path(table[field]).is_absolute():
                 table[field] = Path(table[field]).name
     return told
+
+
+@contextlib.contextmanager
+def only_run_in(workdir: Path) -> Iterator[None]:
+    """Within the block no other run writes in ``workdir``: its first process holds a lock.
+
+    Raises:
+        UserError: another run holds it, in every process of this one, or the folder cannot be written.
+    """
+    mend = "wait for it, or choose another --workdir"
+    with contextlib.ExitStack() as held:
+        error: UserError | None = None
+        if jax.process_index() == 0:
+            try:
+                held.enter_context(hold(workdir / ".lock", f"another run is training in {workdir}", mend))
+            except UserError as caught:
+                error = caught
+        if (found := failure(error)) is not None:
+            raise UserError(str(found))
+        yield
 
 
 def refuse_foreign(workdir: Path) -> None:

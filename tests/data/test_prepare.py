@@ -1,4 +1,3 @@
-import fcntl
 import json
 import os
 import resource
@@ -17,6 +16,7 @@ import scaling_perception
 from scaling_perception.data import latents
 from scaling_perception.data.latents import CacheReader
 from scaling_perception.data.pipeline import flip_sample
+from scaling_perception.support import locks
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import run_verb
 from scaling_perception.tasks import PASSES, TaskOptions, get_task
@@ -160,10 +160,10 @@ def test_full_disk_tells_and_the_same_command_goes_on(tmp_path, stand_in, monkey
     assert files(out) == files(tmp_path / "whole")
 
 
-def test_two_at_once_are_refused(tmp_path, stand_in):
-    with open(tmp_path / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another prepare"):
+def test_two_at_once_are_refused(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setattr(locks, "SAME_MACHINE", 0.0)
+    with locks.hold(tmp_path / ".lock", "the first", ""):
+        with pytest.raises(UserError, match="another prepare is writing .*process .* since .*choose another --out"):
             stand_ins.prepare(tmp_path)
 
 

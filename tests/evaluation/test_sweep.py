@@ -9,6 +9,7 @@ from scaling_perception.evaluation.journal import Journal
 from scaling_perception.evaluation.nested import Adaptive
 from scaling_perception.evaluation.protocols import get_protocol, measure, prepare_raw
 from scaling_perception.evaluation.sweep import fill_invalid, sweep
+from scaling_perception.support import locks
 from scaling_perception.support.errors import UserError
 
 pytest_plugins = ("nano",)
@@ -254,6 +255,7 @@ def test_a_journal_of_other_settings_is_refused(predictor, source, tmp_path):
         run()
 
 
-def test_two_runs_do_not_write_one_journal(tmp_path):
+def test_two_runs_do_not_write_one_journal(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "SAME_MACHINE", 0.0)
     with Journal(tmp_path / "j", {"a": 1}, {}), pytest.raises(UserError, match="in use by another evaluation"):
         Journal(tmp_path / "j", {"a": 1}, {})

@@ -29,9 +29,11 @@ def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
-def test_a_full_disk_is_one_line(tmp_path, code):
-    with pytest.raises(UserError, match="a.txt: .*free space") as caught, atomic_path(tmp_path / "a.txt"):
+@pytest.mark.parametrize(
+    ("code", "words"), [(errno.ENOSPC, "free space"), (errno.EDQUOT, "free space"), (errno.EACCES, "ask for the perm")]
+)
+def test_what_the_disk_refuses_is_one_line(tmp_path, code, words):
+    with pytest.raises(UserError, match=f"a.txt: .*{words}") as caught, atomic_path(tmp_path / "a.txt"):
         raise OSError(code, os.strerror(code))
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
