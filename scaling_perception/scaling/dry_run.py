@@ -37,8 +37,9 @@ from scaling_perception.parallel.rules import tree_shardings
 from scaling_perception.scaling.compute import TRAINING_FACTOR, forward_macs
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.field_checks import check_config
 from scaling_perception.tasks import fields_of, pass_indices
-from scaling_perception.training.diffusion import check_dtypes, network_of, tasks_of
+from scaling_perception.training.diffusion import network_of, tasks_of
 from scaling_perception.training.optim import make_optimizer
 from scaling_perception.training.state import abstract_state
 
@@ -67,9 +68,9 @@ def describe_run(config: Config, devices: int | None = None, mfu: float = MFU) -
     Raises:
         UserError: a field is wrong, or the batch does not divide over the devices.
     """
+    check_config(config)
     if config.objective != "diffusion":
         raise UserError(f"objective is '{config.objective}': a dry run is known for diffusion models")
-    check_dtypes(config)
     dit = network_of(config)
     batch, steps = int(config.train.batch_size), int(config.train.steps)
     macs, encoding = forward_macs(dit), encoding_macs(config)

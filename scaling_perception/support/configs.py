@@ -4,16 +4,19 @@ A config is a Python file with ``get_config(arg: str = "") -> ConfigDict``; what
 """
 
 import ast
+import contextlib
 import importlib.util
 import sys
+import traceback
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.field_checks import check_config
 
 Config = Any  # an ml_collections.ConfigDict: its fields have no static types, so the whole has none
 
@@ -38,17 +41,19 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
         The config, locked.
 
     Raises:
-        UserError: no such file, or an unknown key, argument or value of the wrong type.
+        UserError: no such file, an error in it, or an argument or field that is unknown or wrong (``field_checks``).
     """
     path, arg = _split(spec)
     module = _execute(path)
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"{path} has no get_config(arg): copy one of the files in configs/ and change it")
-    config = module.get_config(arg)
+    with _own_errors(path):
+        config = module.get_config(arg)
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config returns {type(config).__name__}: return an ml_collections.ConfigDict")
     for override in overrides:
         _override(config, override)
+    check_config(config)
     return config.lock()
 
 
@@ -130,12 +135,27 @@ def _execute(path: Path) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}: mend the file") from error
+        with _own_errors(path):
+            spec.loader.exec_module(module)
     finally:
         sys.modules.pop(name, None)
     return module
+
+
+@contextlib.contextmanager
+def _own_errors(path: Path) -> Iterator[None]:
+    """An error of the file's own code becomes one line with the file and the line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}: mend the file") from error
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).suffix == ".py"]
+        own = [frame for frame in frames if Path(frame.filename).resolve() == path] or frames
+        what = " ".join(str(error).split())
+        raise UserError(f"{path}, line {own[-1].lineno}: {type(error).__name__}: {what}: mend the file") from error
 
 
 def _override(config: Config, text: str) -> None:

@@ -16,6 +16,7 @@ class UserError(Exception):
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """A suffix such as ``; did you mean 'depth'? Known: amodal, depth, flow`` for an unknown ``word``."""
     known = sorted(str(option) for option in options)
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    hint = f"; did you mean '{near[0]}'?" if near else ";"
+    lowered = {option.lower(): option for option in known}  # Uniform and XL/2 are near uniform and xl/2
+    near = difflib.get_close_matches(str(word).lower(), lowered, n=1, cutoff=0.5)
+    hint = f"; did you mean '{lowered[near[0]]}'?" if near else ";"
     return f"{hint} known: {', '.join(known)}"

@@ -29,12 +29,11 @@ from scaling_perception.models.autoencoders import (
     save_part,
     tree_hash,
 )
-from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path, read_json, write_json
 from scaling_perception.support.progress import progress
 from scaling_perception.training.objective import Objective, own_share
 
-PHASES = ("encoder", "decoder")
 BLOCK = 250  # pictures a bank file; texture and scene blocks alternate
 SCENE_VIEWS = ("image", "depth", "image", "flow_x", "whole", "image", "visible", "flow_y")
 TARGET_WEIGHT = 2.0  # of a target-like picture's error: predictions pass through the decoder, photographs need not
@@ -265,11 +264,9 @@ def autoencoder_objective(config: Any, mesh: Mesh | None = None) -> Objective:
     is one. ``mesh``: what the step runs on, by which several processes share the batches.
 
     Raises:
-        UserError: an unknown phase, a missing teacher or encoder.
+        UserError: a missing teacher or encoder.
     """
     phase = str(config.phase)
-    if phase not in PHASES:
-        raise UserError(f"config.phase '{phase}'{did_you_mean(phase, PHASES)}")
     batch_size, seed = int(config.train.batch_size), int(config.seed)
     network, encoder, start = tiny_vae.TinyVAEConfig(**config.vae.to_dict()), None, None
     if phase == "decoder" and not config.init:

@@ -31,12 +31,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from scaling_perception.support.configs import Config
-from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.training.state import path_name
 from scaling_perception.training.step import is_frozen
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-PLACES = ("device", "host")
 _AVERAGE = 0x0A7E  # sets these draws apart from those of the steps
 HOST = "pinned_host"  # the kind of memory that TPU, GPU and CPU backends all know
 
@@ -51,18 +49,7 @@ class Apart(NamedTuple):
 
 
 def kept_apart(optim: Config) -> Apart | None:
-    """What ``config.optim`` says of the average; None: float32, on the devices and at every step, as ``step.py`` does.
-
-    Raises:
-        UserError: a field is wrong.
-    """
-    if not 0.0 <= optim.ema < 1.0:
-        raise UserError(f"optim.ema is {optim.ema}: give a decay from 0 (no averaging) to below 1")
-    for field, options in (("ema_dtype", tuple(DTYPES)), ("ema_place", PLACES)):
-        if optim[field] not in options:
-            raise UserError(f"optim.{field} is '{optim[field]}'{did_you_mean(optim[field], options)}")
-    if optim.ema_every < 1:
-        raise UserError(f"optim.ema_every is {optim.ema_every}: give a whole number above 0")
+    """What ``config.optim`` says of the average; None: float32, on the devices, at every step, as in ``step.py``."""
     if (optim.ema_every, optim.ema_dtype, optim.ema_place) == (1, "float32", "device"):
         return None
     return Apart(float(optim.ema), int(optim.ema_every), DTYPES[optim.ema_dtype], optim.ema_place == "host")

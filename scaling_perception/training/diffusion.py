@@ -31,7 +31,7 @@ from scaling_perception.diffusion.targets import add_noise, latent_mask, masked_
 from scaling_perception.models.dit import DiT, DiTConfig, frozen_paths, init_params
 from scaling_perception.models.presets import at_resolution, get_preset
 from scaling_perception.support.configs import Config
-from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import PASSES, TaskOptions, pass_indices
 from scaling_perception.training.objective import Batches, Metrics, Objective, own_share
 from scaling_perception.training.prompts import prompt_table, with_table
@@ -41,9 +41,6 @@ from scaling_perception.training.validation import held_out_batches
 LATENT = 4  # channels of every latent
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # of activations
 EXPORT_DTYPES = {**DTYPES, "float16": jnp.float16}  # of exported weights
-TIMESTEP_SAMPLINGS = ("uniform", "high_noise")
-NOISES = ("gaussian", "multires")
-LATENT_NORMS = ("none", "auto")
 
 _HIGH = 900  # `high_noise`: half of the draws come from 900..999
 _NORM_SAMPLES = 1024  # samples that `latent_norm=auto` measures
@@ -217,10 +214,6 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
     Raises:
         UserError: a field with an unknown value, or fields that contradict each other or the data.
     """
-    for field, options in (("timestep_sampling", TIMESTEP_SAMPLINGS), ("noise", NOISES), ("latent_norm", LATENT_NORMS)):
-        if config[field] not in options:
-            raise UserError(f"{field} is '{config[field]}'{did_you_mean(config[field], options)}")
-    check_dtypes(config)
     dit = network_of(config)
     preset = get_diffusion(config.diffusion, **config.diffusion_changes.to_dict())
     options = TaskOptions.from_dict(config.task_options.to_dict())
@@ -293,23 +286,6 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
         meta=meta,
         held_out=held_out,
     )
-
-
-def check_dtypes(config: Config) -> None:
-    """Refuse what no training or export is done in.
-
-    Raises:
-        UserError: ``train.dtype`` is neither float32 nor bfloat16 (without loss scaling, float16 rounds most gradients
-            to zero), or ``train.export_dtype`` is unknown.
-    """
-    if config.train.dtype == "float16":
-        raise UserError(
-            "train.dtype is 'float16', in which most gradients round to zero: give bfloat16, or float32 "
-            "(train.export_dtype may be float16)"
-        )
-    for field, known in (("dtype", DTYPES), ("export_dtype", EXPORT_DTYPES)):
-        if config.train[field] not in known:
-            raise UserError(f"train.{field} is '{config.train[field]}'{did_you_mean(config.train[field], known)}")
 
 
 def network_of(config: Config) -> DiTConfig:

@@ -12,18 +12,15 @@ import jax
 from scaling_perception.data.contents import changes
 from scaling_perception.support.configs import flatten
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.fields import FIELDS
 from scaling_perception.support.files import read_json, write_text
 from scaling_perception.support.locks import hold
 from scaling_perception.training.saving import failure, gather
 
 # Fields that change neither the numbers of a run nor its data: they may differ when it is resumed. Where the data lies
-# may change as well, for its content has a fingerprint of its own.
-FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.export_dtype", "data.workers", "data.cache")
-FREE += ("train.keep_every", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "train.accumulate", "train.remat")
-FREE += ("train.keep_best", "train.best_metric", "train.export_from", "train.check_replicas", "train.validate_every")
-FREE += ("train.wandb",)
-# What is done at a step that went wrong: whoever was stopped by one may choose to go on, and no step before it differs.
-FREE += ("train.on_nan", "train.on_spike", "train.spike_factor", "train.spike_window")
+# may change as well, for its content has a fingerprint of its own; and what is done at a step that went wrong: whoever
+# was stopped by one may choose to go on, and no step before it differs.
+FREE = tuple(name for name, field in FIELDS.items() if field.free and "NAME" not in name)
 
 FILES = "files.json"  # in the work folder: what the data's files held
 _HASHES = (".source.contents", ".source.entries")

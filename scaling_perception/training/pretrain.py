@@ -107,8 +107,6 @@ def check_generation(config: Config, dit: DiTConfig) -> None:
             raise UserError(f"model_changes.{field} is {getattr(dit, field)}: generation has none, set it to 0")
     if not dit.num_classes:
         raise UserError("model_changes.num_classes is 0: set it to the number of classes of the data")
-    if not 0.0 <= config.label_dropout < 1.0:
-        raise UserError(f"label_dropout is {config.label_dropout}: give a probability from 0 to below 1")
 
 
 def check_classes(dit: DiTConfig, fingerprint: Mapping[str, Any]) -> int:

@@ -12,10 +12,8 @@ from scaling_perception.diffusion.schedules import get_diffusion
 from scaling_perception.models.dit import DiTConfig, Params, abstract_params, config_from_dict, position_table
 from scaling_perception.models.surgery import adapt
 from scaling_perception.support.configs import Config
-from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.errors import UserError
 from scaling_perception.training.state import named_leaves
-
-SURGERIES = ("auto", "none")
 
 
 def starting_point(config: Config, dit: DiTConfig) -> tuple[Params, dict[str, Any]]:
@@ -34,8 +32,6 @@ def starting_point(config: Config, dit: DiTConfig) -> tuple[Params, dict[str, An
     """
     from scaling_perception.interop.model_folder import load_model
 
-    if config.init_surgery not in SURGERIES:
-        raise UserError(f"init_surgery is '{config.init_surgery}'{did_you_mean(config.init_surgery, SURGERIES)}")
     folder = Path(config.init) / "model"  # a training workdir keeps its model there
     found, meta = load_model(folder if folder.is_dir() else config.init)
     found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), found)  # first: 1/3 of a half is rounded twice

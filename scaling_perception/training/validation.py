@@ -20,11 +20,10 @@ from scaling_perception.parallel.mesh import BATCH_AXES, batch_sharding, replica
 from scaling_perception.parallel.processes import own_places, put_batch
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.field_checks import HELD_OUT
 from scaling_perception.training.checksums import is_off_device, on_device
 from scaling_perception.training.objective import Batches, Objective, own_share
 
-EXPORTS = ("last", "best")
-HEAD = "held_out_"  # begins the names of what is measured here
 _HELD_OUT = 0x4E1D  # sets its draws apart from those of the steps
 
 
@@ -116,33 +115,9 @@ def make_validation(objective: Objective, config: Config, mesh: Mesh) -> Callabl
                 if math.isfinite(value):
                     sums[name] = sums.get(name, 0.0) + weight * float(value)
                     weights[name] = weights.get(name, 0.0) + weight
-        return {HEAD + name: value / weights[name] for name, value in sums.items() if weights[name]}
+        return {HELD_OUT + name: value / weights[name] for name, value in sums.items() if weights[name]}
 
     return validate
-
-
-def best_metric(train: Config) -> str:
-    """The name of the metric that ``train.keep_best`` compares: the smaller, the better.
-
-    Raises:
-        UserError: it is one of held-out samples and checkpoints are not validated; ``export_from`` contradicts.
-    """
-    name = train.best_metric or (HEAD + "loss" if train.validate_every else "loss")
-    if train.validate_every < 0:
-        raise UserError(f"train.validate_every is {train.validate_every}: give a number of steps, 0 for none")
-    if train.export_from not in EXPORTS:
-        raise UserError(f"train.export_from is '{train.export_from}'{did_you_mean(train.export_from, EXPORTS)}")
-    if train.export_from == "best" and train.keep_best < 1:
-        raise UserError("train.export_from is 'best' and none is kept: set train.keep_best to at least 1")
-    if train.keep_best and name.startswith(HEAD):
-        if not train.validate_every:
-            raise UserError(f"train.best_metric is {name}: set train.validate_every and held_out as well")
-        if train.checkpoint_every % train.validate_every:
-            raise UserError(
-                f"train.checkpoint_every is {train.checkpoint_every}: give a multiple of train.validate_every, "
-                f"{train.validate_every}, for every checkpoint needs its {name}"
-            )
-    return name
 
 
 def check_metric(name: str, metrics: Sequence[str], train: Config) -> None:
@@ -151,7 +126,7 @@ def check_metric(name: str, metrics: Sequence[str], train: Config) -> None:
     Raises:
         UserError: telling the nearest of ``metrics``.
     """
-    known = [*metrics, *(HEAD + one for one in metrics if train.validate_every)]
+    known = [*metrics, *(HELD_OUT + one for one in metrics if train.validate_every)]
     if train.keep_best and name not in known:
         raise UserError(f"train.best_metric: this run has no metric '{name}'{did_you_mean(name, known)}")
 

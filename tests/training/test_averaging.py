@@ -152,7 +152,7 @@ def test_an_average_in_host_memory_is_that_of_the_step(monkeypatch, tmp_path):
     [
         ("optim.ema_dtype=bf16", "optim.ema_dtype is 'bf16'; did you mean 'bfloat16'"),
         ("optim.ema_place=hots", "optim.ema_place is 'hots'; did you mean 'host'"),
-        ("optim.ema_every=0", "optim.ema_every is 0: give a whole number above 0"),
+        ("optim.ema_every=0", "optim.ema_every is 0: give a whole number of at least 1"),
         ("optim.ema=-0.1", "optim.ema is -0.1"),
     ],
 )

@@ -286,7 +286,7 @@ def test_tasks_without_weight_are_left_out():
         ("configs/amodal.py:model=a1", ["model_changes={'cond_channels': 4}"], "flow and amodal need 8"),
         ("configs/depth.py:model=a1", ["model_changes={}"], "cond_channels is 0"),
         ("configs/depth.py:model=a1", ["data.mixture={}"], "data.mixture is empty"),
-        ("configs/depth.py:model=a9", [], "unknown model 'a9'"),
+        ("configs/depth.py:model=a9", [], "'model' is 'a9'"),
         ("configs/depth.py:model=a1,res=250", [], "resolution 250 is not a multiple of 16"),
     ],
 )

@@ -10,7 +10,6 @@ from toys import config_of
 
 from scaling_perception.models.dit import abstract_params, init_params
 from scaling_perception.models.presets import get_preset
-from scaling_perception.support.errors import UserError
 from scaling_perception.training.optim import decay_mask, make_optimizer, make_schedule, muon_axes
 from scaling_perception.training.state import named_leaves
 
@@ -140,19 +139,3 @@ def _named_axes(params):
     leaf = lambda value: value is None or isinstance(value, contrib.MuonDimensionNumbers)  # noqa: E731
     flat = jax.tree_util.tree_flatten_with_path(muon_axes(params), is_leaf=leaf)[0]
     return {"/".join(part.key for part in path): value for path, value in flat}
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"name": "adamv"}, "did you mean 'adam"),
-        ({"schedule": "exponental"}, "did you mean 'exponential'"),
-        ({"name": "adam", "weight_decay": 0.1}, "use optim.name=adamw"),
-        ({"lr": 0.0}, "optim.lr"),
-        ({"schedule": "exponential", "lr_final": 0.0}, "optim.lr_final"),
-        ({"warmup": -1}, "optim.warmup"),
-    ],
-)
-def test_mistakes_are_told(fields, words):
-    with pytest.raises(UserError, match=words):
-        make_optimizer(optim(**fields), 10)

@@ -130,7 +130,7 @@ def test_a_policy_may_come_and_go_between_attempts(monkeypatch, tmp_path):
     [
         ("train.on_spike=skp", "train.on_spike is 'skp'; did you mean 'skip'"),
         ("train.spike_factor=1", "train.spike_factor is 1.0: give a number above 1"),
-        ("train.spike_window=1", "train.spike_window is 1: give at least 2"),
+        ("train.spike_window=1", "train.spike_window is 1: give a whole number of at least 2"),
     ],
 )
 def test_impossible_values(monkeypatch, tmp_path, override, words):
