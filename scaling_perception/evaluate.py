@@ -220,8 +220,17 @@ def run(args: argparse.Namespace) -> int:
     _write_tables(args, result, predictor, folder)
     journal.unlink(missing_ok=True)
     print_table(result)
+    _report_constants(found["cells"])
     print(f"written: {out}")
     return _report_skipped(found["skipped"])
+
+
+def _report_constants(cells: list[dict[str, Any]]) -> None:
+    """Name the settings under which the model answered with one value everywhere: their errors are those of a mean."""
+    for cell in cells:
+        if count := cell.get("constant_predictions"):
+            where = f"{cell['preset']} {cell['solver']}, {cell['steps']} steps, {cell['ensemble']} members"
+            print(f"note: {where}: {count} prediction(s) are constant over the picture", file=sys.stderr)
 
 
 def _budgets_folder(name: str | None) -> Path | None:

@@ -5,7 +5,9 @@ Depth is known only up to scale and shift, and every member picks its own. Four 
 * ``median``: none; the pixel-wise median of the members as they are.
 * ``minmax``: each member stretched to [0, 1], then the median.
 * ``lsq`` (default): start at ``minmax``; then, ten times, fit each member to the running median by least squares and
-  stretch the median back to [0, 1]. The anchor is applied outside the fit, so nothing can gain by shrinking.
+  stretch the median back to [0, 1]. The anchor is applied outside the fit, so nothing can gain by shrinking. Where half
+  of the members or more are the reverse of the one that agrees best with all (two members, one of them inside out),
+  their median says nothing, and the fit starts at that one instead (``opposed``).
 * ``marigold``: the published procedure (Marigold, and the paper's "median compilation"): minimise the sum over pairs of
   members of their root-mean-square difference plus 0.02 (|min| + |1 - max|) of the median, by at most two BFGS steps.
   That objective costs only 0.02 where all scales and shifts are 0, less than any realistic disagreement, so a solver
@@ -31,6 +33,7 @@ FLOW_MODES = ("mean", "median")
 
 _SMALLEST_RANGE = 1e-6
 _LSQ_ROUNDS = 10
+_REVERSE = -0.3  # correlation below which two members are the reverse of each other; unrelated ones are near 0
 _NETWORK = 64  # members up to which the median is a network of exchanges; it grows with n log² n
 
 
@@ -172,7 +175,28 @@ def ensemble_depth(
     def improve(_: int, aligned: jax.Array) -> jax.Array:
         return _fit_to(stretched, _stretch(median(aligned, lower))[0])
 
-    return compile_aligned(jax.lax.fori_loop(0, _LSQ_ROUNDS, improve, stretched), lower_median=lower)
+    best, reverse = _agreement(stretched)
+    start = jnp.where(reverse, _fit_to(stretched, stretched[best]), stretched)
+    return compile_aligned(jax.lax.fori_loop(0, _LSQ_ROUNDS, improve, start), lower_median=lower)
+
+
+def opposed(members: Any) -> bool:
+    """Whether half of the depth members (M, H, W) or more are the reverse of the one that agrees best with all.
+
+    No way of merging makes sense of them then; ``lsq`` follows that one.
+    """
+    return bool(_agreement(jnp.asarray(members, jnp.float32))[1])
+
+
+@jax.jit
+def _agreement(members: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Index of the member (M, H, W) with the largest sum of correlations, and whether half of them oppose it."""
+    flat = members.reshape(members.shape[0], -1)
+    flat = flat - jnp.mean(flat, axis=1, keepdims=True)
+    flat = flat / jnp.maximum(jnp.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
+    correlation = jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
+    best = jnp.argmax(correlation.sum(axis=1))
+    return best, 2 * jnp.sum(correlation[best] < _REVERSE) >= members.shape[0]
 
 
 def _apply(members: Any, params: np.ndarray) -> jax.Array:

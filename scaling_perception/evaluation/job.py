@@ -18,6 +18,7 @@ import numpy as np
 
 from scaling_perception.data.find import Item
 from scaling_perception.data.video import VideoReader, is_video
+from scaling_perception.evaluation.ensemble import opposed
 from scaling_perception.evaluation.metric_depth import Points, check_inside, fit_points, points_of, read_points
 from scaling_perception.evaluation.outputs import (
     FORMAT,
@@ -179,6 +180,9 @@ def run_job(
             write_results(out, files, task, estimate, ready.raw["image"], request.extras, fit)
             write_record(out, item, task, record)
         results[item.name] = {"status": "written", "macs": record["macs"], "outputs": files}
+        if estimate.members.ndim == 3 and len(estimate.members) > 1 and opposed(estimate.members):  # maps of depth
+            note = "half of the members or more are inside out: its depth is that of the member that agrees best"
+            results[item.name]["note"] = f"{item.inputs[0]}: {note}"
         if fit is not None and fit.inverted:
             note = "by its points what the prediction has nearer is farther: check the columns x, y and depth"
             results[item.name]["note"] = f"{item.inputs[0]}: {note}"

@@ -36,6 +36,10 @@ class Adaptive(NamedTuple):
         return [*range(self.first, most, self.first), most]
 
 
+CONSTANT = "constant_prediction"
+"""Key in an image's row where the model's answer is the same at every pixel, which a fit turns into the mean."""
+
+
 class Way(NamedTuple):
     """What is the same for all images: ``most`` members, merged by ``mode``; noise of ``key``; batches of ``plan``."""
 
@@ -49,13 +53,14 @@ class Way(NamedTuple):
     plan: Plan
 
     def measure(self, estimate: Estimate, raw: Mapping[str, Any]) -> dict[str, float]:
-        """The metrics of one image.
+        """The metrics of one image, and ``CONSTANT`` where the prediction is the same everywhere.
 
         Raises:
             UserError: the prediction is not finite.
         """
         try:
-            return measure(estimate.prediction, dict(raw), self.protocol)
+            found = measure(estimate.prediction, dict(raw), self.protocol)
+            return found | ({CONSTANT: 1.0} if (estimate.prediction == estimate.prediction[0, 0]).all() else {})
         except ValueError as error:
             raise UserError(f"{raw['key']}: {error}: the weights are broken or do not fit the sampler") from None
 

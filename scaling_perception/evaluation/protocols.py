@@ -36,8 +36,14 @@ TASKS: dict[str, dict[str, Any]] = {
         "metrics": ["abs_rel", "delta1"],
         "alignment": "least squares, depth space",
         "baselines": ["constant", "row", "inverse_row"],
+        "minimum_valid": 10,
     },
-    "flow": {"metrics": ["epe", "epe_fitted"], "alignment": "none", "baselines": ["zero", "oracle_mean"]},
+    "flow": {
+        "metrics": ["epe", "epe_fitted"],
+        "alignment": "none",
+        "baselines": ["zero", "oracle_mean"],
+        "minimum_valid": 10,
+    },
     "amodal": {"metrics": ["iou"], "alignment": "none", "baselines": ["visible"], "threshold": 250},
 }
 METRICS: dict[str, tuple[str, ...]] = {"depth": DEPTH_METRICS, "flow": FLOW_METRICS, "amodal": MASK_METRICS}
@@ -174,9 +180,11 @@ def get_protocol(task: str, dataset: str, metrics: Iterable[str] | None = None, 
         JSON-able dictionary. What decides a figure: ``task``, ``dataset``, ``mean``, ``alignment``, ``metrics``,
         ``baselines``; depth: the valid range ``minimum``, ``maximum`` in metres (unless ``mask_by_range`` is false),
         ``image_crop`` of every map, ``crop`` of the valid mask, ``clip`` of the prediction, ``alignment_resolution``;
-        amodal: ``threshold``. What describes it: ``resolution``, ``split``, ``samples``, ``decode``,
-        ``published_resolution`` and ``rule``, the source of all this. And ``fingerprint``, 12 hexadecimal digits of the
-        SHA-256 of what decides; it is the same whichever metrics are asked for.
+        depth and flow: ``minimum_valid``, the fewest valid pixels of an image that has a figure (a fit of scale and
+        shift passes through two pixels whatever was predicted); amodal: ``threshold``. What describes it:
+        ``resolution``, ``split``, ``samples``, ``decode``, ``published_resolution`` and ``rule``, the source of all
+        this. And ``fingerprint``, 12 hexadecimal digits of the SHA-256 of what decides; it is the same whichever
+        metrics are asked for.
 
     Raises:
         UserError: an unknown metric or field.
@@ -274,7 +282,16 @@ def unmeasurable(raw: dict[str, Any], protocol: dict[str, Any]) -> str:
     lacking = [name for name in protocol["metrics"] if name in OCCLUSION_METRICS and raw.get("occluded") is None]
     if lacking:
         return f"it has no mask of occlusions, which {lacking[0]} needs"
-    return "" if raw["valid"].any() else "no valid pixel within range and crop"
+    count, least = int(raw["valid"].sum()), protocol.get("minimum_valid", 1)
+    if not count:
+        return "no valid pixel within range and crop"
+    if count < least:
+        return f"{count} valid pixel(s) within range and crop: fewer than {least}, which any prediction fits"
+    if protocol["task"] == "depth" and np.ptp(raw["depth"][raw["valid"]]) == 0:
+        return (
+            f"the true depth is {raw['depth'][raw['valid']][0]:g} m at all {count} valid pixels: any prediction fits it"
+        )
+    return ""
 
 
 def aligned_depth(prediction: np.ndarray, raw: dict[str, Any], protocol: dict[str, Any]) -> np.ndarray:

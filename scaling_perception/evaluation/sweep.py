@@ -24,7 +24,7 @@ from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
 from scaling_perception.evaluation.budgets import OWN
 from scaling_perception.evaluation.intervals import summarise
 from scaling_perception.evaluation.journal import Journal
-from scaling_perception.evaluation.nested import Adaptive, Nested, Way, sample_all, sample_with_looks
+from scaling_perception.evaluation.nested import CONSTANT, Adaptive, Nested, Way, sample_all, sample_with_looks
 from scaling_perception.evaluation.prediction import Estimate
 from scaling_perception.evaluation.predictor import Plan, Predictor
 from scaling_perception.evaluation.protocols import baseline_rows, prepare_raw, reduce_mode, unmeasurable
@@ -316,7 +316,8 @@ class _Run:
                 # Merged by "median", which leaves a single member as it is.
                 members = predictor.decode_members(picture[:, None], task)
                 size, visible = raw["image"].shape[:2], raw.get("visible_mask")
-                found[name] = self.way.measure(predictor.merge(members, task, size, "median", visible), raw)
+                row = self.way.measure(predictor.merge(members, task, size, "median", visible), raw)
+                found[name] = {metric: value for metric, value in row.items() if metric != CONSTANT}
             yield found
 
     def result(self, forward: float) -> dict[str, Any]:
@@ -353,11 +354,12 @@ def _summary(
     forwards = [one[1] for one in found]
     mean = float(np.mean(forwards))
     rows = [{"key": key, **row} for key, _, _, row in found]
-    spent: dict[str, Any] = {}
+    constant = sum(row.pop(CONSTANT, 0) > 0 for row in rows)
+    spent: dict[str, Any] = {"constant_predictions": constant} if constant else {}
     if cell["kind"] != "fixed":
         by = cell["steps"] if cell["kind"] == "adaptive" else cell["ensemble"]
         counts = Counter(count / by for count in forwards)
-        spent = {"counts": {f"{count:g}": counts[count] for count in sorted(counts)}, "forwards": forwards}
+        spent |= {"counts": {f"{count:g}": counts[count] for count in sorted(counts)}, "forwards": forwards}
     return {
         **cell,
         "mean_steps": mean / cell["ensemble"] if cell["kind"] == "steps" else cell["steps"],

@@ -11,7 +11,7 @@ from scipy.optimize import check_grad, minimize
 
 from scaling_perception.evaluation import ensemble
 from scaling_perception.evaluation.alignment import align
-from scaling_perception.evaluation.ensemble import ensemble_amodal, ensemble_depth, ensemble_flow
+from scaling_perception.evaluation.ensemble import ensemble_amodal, ensemble_depth, ensemble_flow, opposed
 from scaling_perception.support.errors import UserError
 
 CASES = [f"n{n}_{noise}" for n in (2, 5, 10) for noise in ("low", "high")]
@@ -282,3 +282,16 @@ def test_mistakes_are_named():
         ensemble_depth(good, "lsq", max_iterations=3)
     with pytest.raises(ValueError, match="NaN"):
         ensemble_depth(np.full((2, 4, 4), np.nan), "marigold")
+
+
+@pytest.mark.parametrize("signs", [(1, -1), (1, 1, -1, -1), (1, 1, 1, -1)])
+def test_members_that_are_inside_out_do_not_cancel(signs):
+    rng = np.random.default_rng(0)
+    truth = np.add.outer(np.linspace(0, 1, 20), np.linspace(0, 0.5, 24)) / 1.5
+    members = np.stack([sign * truth + 0.05 * rng.normal(size=truth.shape) for sign in signs])
+    depth, spread = map(np.asarray, jitted_depth(members, "lsq", None))
+    assert abs(np.corrcoef(depth.ravel(), truth.ravel())[0, 1]) > 0.9
+    half = 2 * signs.count(-1) >= len(signs)
+    assert opposed(members) == half
+    assert not half or spread.mean() > 0.1
+    assert not opposed(members[:1]) and not opposed(rng.normal(size=(4, 20, 24)))

@@ -198,6 +198,16 @@ def test_what_cannot_be_measured_is_told_apart(make_raw):
     depth = get_protocol("depth", "nyuv2")
     assert unmeasurable(prepare_raw(make_raw(depth=np.full((40, 56), 50.0, np.float32)), depth), depth)
     assert not unmeasurable(prepare_raw(make_raw(), depth), depth)
+    few = np.zeros((40, 56), bool)
+    few.reshape(-1)[:2200:250] = True
+    for task in ("depth", "flow"):
+        protocol = get_protocol(task, "scenes")
+        assert unmeasurable(prepare_raw(make_raw(valid=few), protocol), protocol).startswith("9 valid pixel(s)")
+        enough = few.copy()
+        enough[30, 30:40] = True
+        assert not unmeasurable(prepare_raw(make_raw(valid=enough), protocol), protocol)
+    flat = prepare_raw(make_raw(depth=np.full((40, 56), 2.5, np.float32)), depth)
+    assert unmeasurable(flat, depth).startswith("the true depth is 2.5 m at all")
     amodal = get_protocol("amodal", "x")
     assert unmeasurable(make_raw(whole_mask=np.zeros((40, 56), bool)), amodal) == "the true mask is empty"
 
