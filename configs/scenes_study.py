@@ -20,7 +20,7 @@ The study, in the order in which it runs; docs/scaling_study.md has what came of
 
 - ``ladder``: five sizes at two lengths; the longer with three seeds for s2 and s3.
 - ``noise``: s3 trained to predict noise, for the leading grid, three seeds; ``steps`` evaluates it and s3 of the ladder
-  (v-prediction, trailing) on both grids at 1 to 200 steps and 1 to 50 members.
+  (v-prediction, trailing) on both grids at 1 to 200 steps and 1 to 10 members, ``wide`` at 1 to 50 members.
 - ``members``: the shipped model, three tasks, 1 to 50 members.
 - ``schedule``: s3 with two other noise schedules, in training and inference, three seeds.
 - ``upcycle``: s2, s3 and s4 go on as four experts of which two are active, with both gates, and as dense twins for the
@@ -81,7 +81,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 LENGTHS = (500, 2000)  # steps of the ladder
-SEEDS = {"s2": (0, 1, 2), "s3": (0, 1, 2)}  # of the longest runs; elsewhere one
+SEEDS = (0, 1, 2)  # of s2 and s3 at the longer length; elsewhere one
 EXPERTS, MORE = 4, 500  # of upcycled models, and for how many steps they go on
 STEPS, MEMBERS = (1, 2, 5, 10, 20, 50, 100, 200), (1, 2, 5, 10, 20, 50)
 
@@ -94,32 +94,43 @@ def study(arg: str = "") -> list[Cell]:
         Cell("data/train", "prepare", (*scenes, "--count", "3072", "--flips", "both")),
     ]
     short, longest = LENGTHS
-    grid = [(size, steps, 0) for steps in (longest, short) for size in SIZES]
-    grid.sort(key=lambda one: one[:2] == ("s5", longest))  # the largest run last
-    first = grid + [(size, longest, seed) for size, seeds in SEEDS.items() for seed in seeds[1:]]
-    ladder = [
-        _measured(_train(arg, f"ladder/{size}-{steps}-seed{seed}", "ladder", size=size, steps=steps, seed=seed))
-        for size, steps, seed in first
-    ]
-    noise = []
-    for seed in SEEDS["s3"]:
-        name = f"noise/s3-{longest}-seed{seed}"
-        noise.append([_train(arg, name, "noise", size="s3", steps=longest, seed=seed, diffusion="paper")])
-        for kind, run in (("v", f"ladder/s3-{longest}-seed{seed}"), ("noise", name)):
-            members, count = (MEMBERS, 16) if seed == 0 else (MEMBERS[:3], 32)
-            noise[-1].append(_evaluate(f"steps/{kind}-seed{seed}", run, "fixed,paper", STEPS, members, count))
-    # what says most first, for who stops before the end
-    for part in (*ladder[:9], noise[0], *ladder[9:], *noise[1:]):
-        cells += part
+
+    def ladder(size: str, steps: int, seed: int) -> list[Cell]:
+        return _measured(_train(arg, f"ladder/{size}-{steps}-seed{seed}", "ladder", size=size, steps=steps, seed=seed))
+
+    def noise(seed: int, members: tuple[int, ...], count: int) -> list[Cell]:
+        """Noise prediction beside v, on both grids; one trailing step of the former is amplified noise, and refused."""
+        name, v = f"noise/s3-{longest}-seed{seed}", f"ladder/s3-{longest}-seed{seed}"
+        grids = [
+            ("v", v, "fixed,paper", STEPS),
+            ("noise", name, "paper", STEPS),
+            ("noise-trailing", name, "fixed", STEPS[1:]),
+        ]
+        return [
+            _train(arg, name, "noise", size="s3", steps=longest, seed=seed, diffusion="paper"),
+            *(
+                _evaluate(f"steps/{kind}-seed{seed}", run, grid, steps, members, count)
+                for kind, run, grid, steps in grids
+            ),
+        ]
+
+    # what says most comes first, for who stops before the end
+    for size, steps in [*((size, longest) for size in tuple(SIZES)[:-1]), *((size, short) for size in SIZES)]:
+        cells += ladder(size, steps, 0)
+    cells += noise(0, MEMBERS[:4], 16)
+    cells += ladder(tuple(SIZES)[-1], longest, 0)
     for task in ("depth", "flow", "amodal"):
-        words = ("--task", task, "--dataset", "scenes", "--count", "24", "--model", "mini", "--preset", "fixed")
-        words += ("--steps", "10", "--ensemble", _listed(MEMBERS))
+        words = ("--task", task, "--dataset", "scenes", "--count", "16", "--model", "mini", "--preset", "fixed")
+        words += ("--steps", "5", "--ensemble", _listed(MEMBERS))
         cells.append(Cell(f"members/{task}", "evaluate", words, labels={"arm": "members"}))
-    for seed in SEEDS["s3"]:
+    for seed in SEEDS[1:]:
+        cells += ladder("s3", longest, seed) + noise(seed, MEMBERS[:3], 32)
+    for seed in SEEDS[1:]:
+        cells += ladder("s2", longest, seed)
+    for seed in SEEDS:
         for schedule in ("linear", "scaled_linear"):
             name = f"schedule/{schedule}-seed{seed}"
-            run = _train(arg, name, "schedule", size="s3", steps=longest, seed=seed, schedule=schedule)
-            cells += _measured(run)
+            cells += _measured(_train(arg, name, "schedule", size="s3", steps=longest, seed=seed, schedule=schedule))
     for size in ("s2", "s3", "s4"):
         start = f"{{ladder/{size}-{longest}-seed0}}"
         for gating in ("renormalised", "paper"):
@@ -127,6 +138,8 @@ def study(arg: str = "") -> list[Cell]:
             cells += _measured(_train(arg, f"upcycle/{size}-{gating}", "upcycle", **known))
         known = {"size": size, "init": start, "steps": _as_much(size), "lr": 5e-4}
         cells += _measured(_train(arg, f"upcycle/{size}-dense", "upcycle", **known))
+    wide = [("v", f"ladder/s3-{longest}-seed0"), ("noise", f"noise/s3-{longest}-seed0")]
+    cells += [_evaluate(f"wide/{kind}", run, "fixed,paper", (10, 50), MEMBERS, 16) for kind, run in wide]
     return cells
 
 
@@ -144,7 +157,9 @@ def _measured(run: Cell) -> list[Cell]:
 def _evaluate(name: str, run: str, presets: str, steps: tuple[int, ...], members: tuple[int, ...], count: int) -> Cell:
     words = ("--task", "depth", "--dataset", "scenes", "--option", "resolution=64", "--count", str(count))
     words += ("--model", f"{{{run}}}", "--preset", presets, "--steps", _listed(steps), "--ensemble", _listed(members))
-    return Cell(name, "evaluate", words, labels={"arm": name.partition("/")[0]} if name.startswith("steps") else {})
+    return Cell(
+        name, "evaluate", words, labels={"arm": name.partition("/")[0]} if name.startswith(("steps", "wide")) else {}
+    )
 
 
 def _listed(values: tuple[int, ...]) -> str:

@@ -44,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only tell cells, MACs, chip-hours and money")
     parser.add_argument("--collect", action="store_true", help="run nothing; collect what is there")
     parser.add_argument("--csv", metavar="FILE", help="the collected table (default DIR/study.csv)")
+    parser.add_argument("--images", metavar="FILE", help="also collect a table of one line an image")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar="CELL",
+        help="run nothing; paired differences by image, from the first to the second",
+    )
     parser.add_argument("--write", default="", metavar="KIND", help="run nothing; write the jobs: slurm or jobset")
     parser.add_argument("--to", default="", metavar="FOLDER", help="with --write: where (default DIR/jobs)")
     parser.add_argument("--stage", type=int, metavar="K", help="run one cell: of this stage (0, 1, …)")
@@ -75,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         chosen = [_indexed(stages(cells), args.stage, args.index)]
     if args.dry_run:
         return _dry_run(args, cells, chosen)
+    if args.compare:
+        return _compare(args.compare, cells, out)
     if args.write:
         from scaling_perception.scaling.study_jobs import write_jobs
 
@@ -84,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     code = 0 if args.collect else _run(chosen, out, settings)
     if args.stage is None:  # cells that run side by side would write the table at once
         _collect(cells, out, Path(args.csv or out / "study.csv"))
+        if args.images:
+            _collect(cells, out, Path(args.images), images=True)
     return code
 
 
@@ -156,16 +167,32 @@ def _log_of(out: Path, outcome: Any) -> str:
     return f" ({out / outcome.name / LOG})" if outcome.state == "failed" else ""
 
 
-def _collect(cells: list[Any], out: Path, path: Path) -> None:
+def _compare(names: list[str], cells: list[Any], out: Path) -> int:
+    from scaling_perception.scaling.study import is_done
+    from scaling_perception.scaling.study_table import differences
+
+    known = {cell.name: cell for cell in cells if cell.verb == "evaluate"}
+    for name in names:
+        if name not in known:
+            raise UserError(f"--compare: no cell '{name}' evaluates{did_you_mean(name, known)}")
+    for name in names:
+        if not is_done(known[name], out):
+            raise UserError(f"--compare: {out / name} is not done: run the study, or --only '{name}'")
+    for line in differences(*(out / name for name in names)):
+        print(line)
+    return 0
+
+
+def _collect(cells: list[Any], out: Path, path: Path, images: bool = False) -> None:
     from scaling_perception.scaling.study_table import collect, table_csv
     from scaling_perception.support.files import write_text
 
-    rows, missing = collect(cells, out)
-    if missing:
+    rows, missing = collect(cells, out, images)
+    if missing and not images:
         names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         print(f"{len(missing)} of {len(cells)} cells are missing from the table: {names}", file=sys.stderr)
     if not rows:
-        print("no cell has figures yet: no table is written", file=sys.stderr)
+        print(f"no cell has figures yet: {path} is not written", file=sys.stderr)
         return
     write_text(path, table_csv(rows))
     print(f"written: {path} ({len(rows)} lines of {len(cells) - len(missing)} cells)")

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scaling_perception.evaluation.comparisons import change
+from scaling_perception.evaluation.intervals import summarise
 from scaling_perception.evaluation.tables import MORE_IS_BETTER
 from scaling_perception.scaling.study import Cell, read_marker
 from scaling_perception.support.errors import UserError
@@ -23,18 +25,22 @@ COLUMNS = (
     *("cell", "kind", "run", "model", "task", "dataset", "split", "images", "metric", "value", "low", "high"),
     *("params", "active_params", "resolution", "prediction", "schedule", "preset", "solver", "reduce"),
     *("steps", "members", "macs_per_forward", "macs", "seconds"),
-    *("train_step", "train_steps", "samples", "train_macs", "own_train_macs", "seed", "noise_seed"),
+    *("train_step", "train_steps", "last", "samples", "train_macs", "own_train_macs", "seed", "noise_seed"),
     *("protocol", "weights", "fingerprint", "study_cells"),
 )
 """Columns of every table; the labels of the cells follow. ``seed`` is of the training, ``noise_seed`` of the sampling;
-``low`` and ``high`` are the ends of the 95 % interval over images; ``study_cells`` are the cells that the table has, of
+``low`` and ``high`` are the ends of the 95 % interval over images, empty for too few; ``last`` is 1 where the training
+was finished, 0 for a loss on its way; ``study_cells`` are the cells that the table has, of
 how many."""
 
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
 
 
-def collect(cells: Sequence[Cell], out: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def collect(cells: Sequence[Cell], out: Path, images: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
     """The lines of all cells that are done, and the names of those that are not.
+
+    Args:
+        images: a line for each image (column ``key``) of an evaluation, in place of its mean; no other lines.
 
     Raises:
         UserError: a file of a cell that is done is missing or damaged.
@@ -48,7 +54,7 @@ def collect(cells: Sequence[Cell], out: Path) -> tuple[list[dict[str, Any]], lis
             missing.append(cell.name)
             continue
         head = {"cell": cell.name, "fingerprint": marker["fingerprint"], **cell.labels}
-        if cell.verb == "train":
+        if cell.verb == "train" and not images:
             facts = run_facts(cell.name, known, out)
             before = (facts["train_macs"] or 0) - (facts["own_train_macs"] or 0)
             rows += [{**facts, **head, **row} for row in _losses(out / cell.name, before)]
@@ -58,7 +64,7 @@ def collect(cells: Sequence[Cell], out: Path) -> tuple[list[dict[str, Any]], lis
             name = _referred(model)
             facts = run_facts(name, known, out) if name in known else {}
             labels = dict(known[name].labels) if name in known else {}
-            rows += [{**labels, **row, **facts, **head} for row in _figures(out / cell.name / "result.json")]
+            rows += [{**labels, **row, **facts, **head} for row in _figures(out / cell.name, images)]
     told = f"{len(cells) - len(missing)}/{len(cells)}"
     return [{**row, "study_cells": told} for row in rows], missing
 
@@ -142,35 +148,73 @@ def _losses(folder: Path, before: float) -> Iterator[dict[str, Any]]:
         names += ["loss"] if row is rows[-1] and "loss" in row else []
         own = row.get("macs")
         spent = {} if own is None else {"own_train_macs": own, "train_macs": before + own}
-        at = {"kind": "train", "train_step": row["step"], "samples": row["samples"], **spent}
+        at = {
+            "kind": "train",
+            "train_step": row["step"],
+            "last": int(row is rows[-1]),
+            "samples": row["samples"],
+            **spent,
+        }
         yield from ({**at, "metric": name, "value": row[name]} for name in names)
 
 
-def _figures(path: Path) -> Iterator[dict[str, Any]]:
-    found = read_json(path)
+def _figures(folder: Path, images: bool) -> Iterator[dict[str, Any]]:
+    found = read_json(folder / "result.json")
     whole = {
         name: found.get(name) for name in ("task", "dataset", "split", "images", "params", "resolution", "weights")
     }
     whole |= {"kind": "evaluate", "noise_seed": found.get("seed"), "protocol": found["protocol"].get("fingerprint")}
-    whole |= {"prediction": found.get("prediction_type"), "macs_per_forward": found.get("macs_per_forward")}
-    if "model" in found:
-        whole |= {"run": found["model"], "model": found["model"]}
+    whole |= {"prediction": found.get("prediction_type"), "macs_per_forward": found.get("macs_per_forward"), "last": 1}
+    whole |= {"run": found["model"], "model": found["model"]}
     for cell in found["cells"]:
         if cell["kind"] != "fixed":
             continue
         known = {
             name: cell.get(name) for name in ("preset", "solver", "reduce", "schedule", "steps", "macs", "seconds")
         }
-        yield from _lines({**whole, **known, "members": cell["ensemble"]}, cell["metrics"])
+        yield from _lines({**whole, **known, "members": cell["ensemble"]}, cell["rows"], images)
     for name, baseline in found["baselines"].items():
-        yield from _lines({**whole, "kind": "baseline", "preset": name}, baseline["metrics"])
+        if not images:
+            yield from _lines({**whole, "kind": "baseline", "preset": name}, baseline["rows"], False)
 
 
-def _lines(head: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for metric, summary in metrics.items():
-        if summary is None:
-            continue
-        value, (low, high) = summary["mean"], summary["ci95"]
-        yield {**head, "metric": metric, "value": value, "low": low, "high": high}
-        if metric in MORE_IS_BETTER:
-            yield {**head, "metric": f"1-{metric}", "value": 1 - value, "low": 1 - high, "high": 1 - low}
+def _lines(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], images: bool) -> Iterator[dict[str, Any]]:
+    if images:
+        figures = [(row["key"], name, row[name], None) for row in rows for name in row if name != "key"]
+    else:
+        figures = [(None, name, one["mean"], one["ci95"]) for name, one in summarise(rows).items()]
+    for key, name, value, ends in figures:
+        line = {**head, "metric": name, "value": value} | ({"key": key} if images else {})
+        low, high = ends or (None, None)
+        yield {**line, "low": low, "high": high}
+        if name in MORE_IS_BETTER:
+            both = {} if ends is None else {"low": 1 - ends[1], "high": 1 - ends[0]}
+            yield {**line, "low": None, "high": None, "metric": f"1-{name}", "value": 1 - value, **both}
+
+
+def differences(first: Path, second: Path) -> Iterator[str]:
+    """Of two evaluations, what changes from the first to the second: a line for each setting and metric of both, with
+    the mean over images of the paired difference and its 95 % interval.
+
+    Args:
+        first, second: folders of cells that evaluate.
+
+    Raises:
+        UserError: a folder holds no evaluation, or they have no image and setting in common.
+    """
+    tables = []
+    for folder in (first, second):
+        values: dict[tuple[Any, ...], dict[str, float]] = {}
+        for line in _figures(folder, True):
+            setting = tuple(line[name] for name in ("preset", "steps", "members", "metric"))
+            values.setdefault(setting, {})[line["key"]] = line["value"]
+        tables.append(values)
+    before, after = tables
+    shared = [one for one in before if one in after and before[one].keys() & after[one].keys()]
+    if not shared:
+        raise UserError(f"{first} and {second} have no image, grid, steps and members in common: nothing is paired")
+    for one in shared:
+        preset, steps, members, metric = one
+        found = [sum(table[one].values()) / len(table[one]) for table in (before, after)]
+        head = f"{preset}, {steps} step(s), {members} member(s): {metric} {found[0]:.4f} to {found[1]:.4f}"
+        yield f"{head}, paired {change(before[one], after[one])}"

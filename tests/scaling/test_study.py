@@ -28,7 +28,7 @@ from scaling_perception.scaling.study import (
     study_cells,
 )
 from scaling_perception.scaling.study_jobs import write_jobs
-from scaling_perception.scaling.study_table import COLUMNS, collect, table_csv
+from scaling_perception.scaling.study_table import COLUMNS, collect, differences, table_csv
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_json
 from scaling_perception.support.verbs import run_verb
@@ -167,7 +167,7 @@ def trained(folder, macs=100.0, **config):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def evaluated(folder, **changes):
+def evaluated(folder, shift=0.0, **changes):
     cell = {
         "kind": "fixed",
         "preset": "fixed",
@@ -178,11 +178,11 @@ def evaluated(folder, **changes):
         "reduce": "lsq",
     }
     cell |= {"schedule": "cosine", "seconds": 0.1}
-    cell["metrics"] = {"absrel": {"mean": 0.2, "ci95": [0.1, 0.3]}, "delta1": {"mean": 0.7, "ci95": [0.6, 0.9]}}
-    baseline = {"metrics": {"absrel": {"mean": 0.5, "ci95": [0.4, 0.6]}, "delta1": None}}
-    found = {"task": "depth", "dataset": "scenes", "split": "val", "images": 4, "params": 50, "resolution": 64}
+    cell["rows"] = [{"key": f"k{i}", "abs_rel": 0.1 * i + shift, "delta1": 0.1 * i} for i in range(1, 6)]
+    few = {"rows": [{"key": f"k{i}", "abs_rel": 0.5} for i in range(4)]}
+    found = {"task": "depth", "dataset": "scenes", "split": "val", "images": 5, "params": 50, "resolution": 64}
     found |= {"weights": "w", "seed": 0, "model": "FOLDER/b", "protocol": {"fingerprint": "p"}, "prediction_type": "v"}
-    found |= {"cells": [cell, {**cell, "kind": "adaptive"}], "baselines": {"constant": baseline}, "macs_per_forward": 2}
+    found |= {"cells": [cell, {**cell, "kind": "adaptive"}], "baselines": {"constant": few}, "macs_per_forward": 2}
     write_json(folder / "result.json", found | changes)
 
 
@@ -206,29 +206,37 @@ def test_the_table_has_a_line_for_each_figure(tmp_path):
         ("b", "loss", "2", "200.0"),  # with those of a, from which it started
     ]
     found = [one for one in lines if one["kind"] == "evaluate"]
-    assert [one["metric"] for one in found] == ["absrel", "delta1", "1-delta1"]
-    first, _, last = found
-    assert (first["value"], first["low"], first["high"], first["members"], first["steps"]) == (
-        "0.2",
-        "0.1",
-        "0.3",
-        "2",
-        "5",
-    )
-    assert (first["run"], first["model"], first["train_macs"], first["seed"], first["arm"]) == (
-        "b",
-        "nano",
-        "200.0",
-        "3",
-        "one",
-    )
-    assert first["fingerprint"] == read_marker(tmp_path / "eval" / "b")["fingerprint"]
-    assert float(last["low"]) == pytest.approx(0.1) and float(last["high"]) == pytest.approx(0.4)
-    assert [(one["preset"], one["value"]) for one in lines if one["kind"] == "baseline"] == [("constant", "0.5")]
+    assert [one["metric"] for one in found] == ["abs_rel", "delta1", "1-delta1"]
+    first, share, rest = found
+    assert (float(first["value"]), first["members"], first["steps"]) == (pytest.approx(0.3), "2", "5")
+    assert 0.1 < float(first["low"]) < 0.3 < float(first["high"]) < 0.5
+    assert (first["run"], first["model"], first["train_macs"], first["seed"]) == ("b", "nano", "200.0", "3")
+    assert first["arm"] == "one" and first["fingerprint"] == read_marker(tmp_path / "eval" / "b")["fingerprint"]
+    assert float(rest["low"]) == pytest.approx(1 - float(share["high"]))
+    floor = [one for one in lines if one["kind"] == "baseline"]
+    assert [(one["preset"], one["value"], one["low"]) for one in floor] == [("constant", "0.5", "")]  # too few images
+    images, _ = collect(cells, tmp_path, images=True)
+    assert [one["key"] for one in images if one["metric"] == "abs_rel"] == [f"k{i}" for i in range(1, 6)]
+    assert {(one["run"], one["kind"]) for one in images} == {("b", "evaluate")}
 
     (tmp_path / "b" / "metrics.jsonl").write_text("{}\n{")
     with pytest.raises(UserError, match="line 2 is no JSON"):
         collect(cells, tmp_path)
+
+
+def test_two_evaluations_are_compared_image_by_image(config, tmp_path, capsys):
+    evaluated(tmp_path / "one")
+    evaluated(tmp_path / "two", shift=0.1)
+    (first, second, _) = differences(tmp_path / "one", tmp_path / "two")
+    assert first == "fixed, 5 step(s), 2 member(s): abs_rel 0.3000 to 0.4000, paired +0.1000 [+0.1000, +0.1000]"
+    assert second.endswith("paired +0.0000 [+0.0000, +0.0000]")
+    evaluated(tmp_path / "three", cells=[])
+    with pytest.raises(UserError, match="nothing is paired"):
+        list(differences(tmp_path / "one", tmp_path / "three"))
+    with pytest.raises(UserError, match="no cell 'evil' evaluates; did you mean 'eval'"):
+        study(config, tmp_path, "--compare", "eval", "evil")
+    with pytest.raises(UserError, match="eval is not done"):
+        study(config, tmp_path, "--compare", "eval", "eval")
 
 
 # ---- Cost ---------------------------------------------------------------------------------------------------------
@@ -388,8 +396,9 @@ def test_a_cell_is_a_process_with_a_log(tmp_path):
 
 @pytest.mark.slow
 def test_two_cells_end_to_end_through_a_kill_and_a_signal(config, tmp_path):
-    more = '"--config.train.checkpoint_every=5", "--config.train.log_every=5", "--config.train.batch_size=4"'
-    Path(config).write_text(TWO.replace("STEPS", "400").replace("*MORE", more))
+    fields = ("train.checkpoint_every=5", "train.log_every=5", "train.batch_size=4", "latent_norm=none")
+    more = ", ".join(f'"--config.{field}"' for field in (*fields, "data.mixture.depth.count=8"))
+    Path(config).write_text(TWO.replace("STEPS", "150").replace("*MORE", more))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "scaling_perception", "study", "--config", config, "--out", str(out)]
 
@@ -413,7 +422,7 @@ def test_two_cells_end_to_end_through_a_kill_and_a_signal(config, tmp_path):
     assert read_marker(out / "run")["attempts"] == 2
     assert "resuming from step" in (out / "run" / "cell.log").read_text()
     rows = list(csv.DictReader((out / "study.csv").open()))
-    found = [row for row in rows if row["metric"] == "absrel" and row["kind"] == "evaluate"]
+    found = [row for row in rows if row["metric"] == "abs_rel" and row["kind"] == "evaluate"]
     assert [(row["steps"], row["members"]) for row in found] == [("1", "1"), ("1", "3"), ("2", "1"), ("2", "3")]
     assert all(float(row["train_macs"]) > 0 and row["study_cells"] == "2/2" for row in found)
     before = (out / "eval" / "result.json").stat().st_mtime_ns
