@@ -5,7 +5,8 @@ The model sees a fixed square. ``squash`` stretches the picture to it and is the
 proportions, and part of the model's pixels is spent on the border. ``tile`` predicts the squashed picture, and then
 square windows at (about) the model's own scale, and blends the windows: depth windows are first brought to the squashed
 prediction by least squares, because each window's depth has its own scale and shift; so the result has the windows'
-detail and the whole picture's layout.
+detail and the whole picture's layout. An amodal window that shows nothing of the given mask is left to the squashed
+prediction: nothing there asks for an object.
 """
 
 import itertools
@@ -34,6 +35,14 @@ class Box(NamedTuple):
     left: int
     height: int
     width: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.top, self.top + self.height)
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.left, self.left + self.width)
 
 
 def check_aspect(aspect: str) -> str:
@@ -140,12 +149,12 @@ def _cut(raw: Raw, resolution: int) -> tuple[list[Box], list[Raw]]:
     height, width = raw["image"].shape[:2]
     boxes = [Box(0, 0, height, width)]
     if max(height, width) > _LARGEST * resolution:
-        boxes += windows((height, width), resolution)
+        asked = raw.get("visible_mask", np.ones((height, width), bool))
+        boxes += [box for box in windows((height, width), resolution) if asked[box.rows, box.columns].any()]
     maps = _maps(raw)
 
     def crop(box: Box) -> Raw:
-        rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
-        return {**raw, **{name: value[rows, columns] for name, value in maps.items()}}
+        return {**raw, **{name: value[box.rows, box.columns] for name, value in maps.items()}}
 
     return boxes, [raw, *(crop(box) for box in boxes[1:])]
 
@@ -165,17 +174,27 @@ def ramp(box: Box, size: tuple[int, int], overlap: float = OVERLAP) -> np.ndarra
     return (rows[:, None] * columns[None, :] + 1e-6).astype(np.float32)
 
 
-def blend(pieces: list[np.ndarray], boxes: list[Box], size: tuple[int, int]) -> np.ndarray:
-    """Windows (height, width[, C]) to one array (H, W[, C]) float32, weighted by ``ramp``; every pixel is covered."""
+def blend(
+    pieces: list[np.ndarray], boxes: list[Box], size: tuple[int, int], rest: np.ndarray | None = None
+) -> np.ndarray:
+    """Windows (height, width[, C]) to one array (H, W[, C]) float32, weighted by ``ramp``.
+
+    Args:
+        rest: (H, W[, C]), what is there where windows are left out; without it the windows must cover every pixel.
+    """
     channels = pieces[0].shape[2:]
+    one = (1,) * len(channels)
     total = np.zeros((*size, *channels), np.float64)
     weight = np.zeros(size, np.float64)
     for piece, box in zip(pieces, boxes, strict=True):
-        rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
         own = ramp(box, size)
-        total[rows, columns] += piece * own.reshape(*own.shape, *(1,) * len(channels))
-        weight[rows, columns] += own
-    return (total / weight.reshape(*size, *(1,) * len(channels))).astype(np.float32)
+        total[box.rows, box.columns] += piece * own.reshape(*own.shape, *one)
+        weight[box.rows, box.columns] += own
+    if rest is not None:  # where all neighbours are there the weights add up to 1
+        lacking = np.clip(1 - weight, 0, 1)
+        total += rest * lacking.reshape(*size, *one)
+        weight += lacking
+    return (total / weight.reshape(*size, *one)).astype(np.float32)
 
 
 def _blend_windows(task: str, size: tuple[int, int], boxes: list[Box], estimates: list[Estimate]) -> Estimate:
@@ -185,15 +204,17 @@ def _blend_windows(task: str, size: tuple[int, int], boxes: list[Box], estimates
     predictions, spreads = [p.prediction for p in parts], [p.uncertainty for p in parts]
     if task == "depth":
         for index, box in enumerate(places):
-            known = overview.prediction[box.top : box.top + box.height, box.left : box.left + box.width]
+            known = overview.prediction[box.rows, box.columns]
             scale, shift = fit_scale_shift(predictions[index], known)
-            scale = max(scale, 0.0)  # a window that disagrees so far tells nothing: the overview's mean is better
+            scale = max(scale, 0.0)  # a window that disagrees so far says nothing: the overview's mean is better
             shift = shift if scale else float(known.mean())
             predictions[index], spreads[index] = predictions[index] * scale + shift, spreads[index] * scale
-    uncertainty, forwards = blend(spreads, places, size), sum(estimate.forwards for estimate in estimates)
-    if task == "amodal":  # votes of the windows, each of which saw a part of the object
-        votes = blend([p.astype(np.float32) for p in predictions], places, size)
-        whole = blend([p.whole for p in parts if p.whole is not None], places, size)
+    forwards = sum(estimate.forwards for estimate in estimates)
+    left_out = overview.whole is not None  # of an amodal picture, windows without a part of the mask
+    uncertainty = blend(spreads, places, size, overview.uncertainty if left_out else None)
+    if overview.whole is not None:  # votes of the windows that saw a part of the object
+        votes = blend([p.astype(np.float32) for p in predictions], places, size, overview.prediction)
+        whole = blend([p.whole for p in parts if p.whole is not None], places, size, overview.whole)
         return Estimate(votes >= 0.5, uncertainty, overview.members, whole, size, forwards)
     prediction = blend(predictions, places, size)
     if task == "depth":

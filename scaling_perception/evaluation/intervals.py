@@ -1,6 +1,6 @@
 """How well a mean over images is known: bootstrap intervals, what they cover, and how they are written.
 
-Coverage of the 95 % interval, simulated with 2,000 sets of n errors each (``pytest -m slow
+Coverage of the 95 % interval, simulated with 500 sets of n errors each (``pytest -m slow
 tests/evaluation/test_intervals.py -s``); "skewed" is log-normal with sigma 1, more than errors of depth are:
 
 ======  =======================  ======================

@@ -70,6 +70,46 @@ def test_windows_of_own_scale_are_brought_to_the_whole_picture():
     assert steps.max() < 0.02  # no seam
 
 
+@pytest.mark.parametrize("size", [(64, 64), (90, 140), (33, 200)])
+def test_tiles_of_an_amodal_picture_without_the_object_paint_nothing(size):
+    """A model that paints noise where nothing is asked for, and otherwise just what it is asked for."""
+    mask = np.zeros(size, bool)
+    mask[8:30, size[1] // 3 : size[1] // 3 + 25] = True
+    asked = []
+
+    def predict(raws):
+        for raw in raws:
+            prompt = raw["visible_mask"]
+            asked.append(prompt.any())
+            answer = prompt if prompt.any() else np.random.default_rng(0).random(prompt.shape) < 0.5
+            painted = np.repeat(answer[..., None].astype(np.float32), 3, axis=2)
+            members = np.zeros((1, SIDE, SIDE, 3), np.float32)
+            yield Estimate(answer, np.zeros(answer.shape, np.float32), members, painted, answer.shape)
+
+    image = np.zeros((*size, 3), np.uint8)
+    (estimate,) = with_aspect(predict, [{"image": image, "visible_mask": mask}], "amodal", "tile", SIDE)
+    np.testing.assert_array_equal(estimate.prediction, mask)
+    assert all(asked) and 1 < len(asked)
+    np.testing.assert_allclose(estimate.whole[..., 0], mask, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["depth", "flow"])
+def test_ramps_have_no_seams(task):
+    """The second difference of a ramp is 0; at a seam it is the height of the step."""
+    columns = np.linspace(0, 1, 150, dtype=np.float32)
+    image = np.broadcast_to(columns[None, :, None], (90, 150, 3))
+
+    def predict(raws):
+        for count, raw in enumerate(raws):
+            value = np.asarray(raw["image"][..., 0]) * (0.5 + 0.1 * (count % 5) if task == "depth" else 1)
+            value = np.stack([value, -value], -1) if task == "flow" else value
+            size, members = raw["image"].shape[:2], np.zeros((1, SIDE, SIDE), np.float32)
+            yield Estimate(value, np.zeros(size, np.float32), members, None, size)
+
+    (estimate,) = with_aspect(predict, [{"image": image}], task, "tile", SIDE)
+    assert np.abs(np.diff(estimate.prediction, n=2, axis=1)).max() < 1e-5
+
+
 def test_letterbox_shows_the_model_a_square_and_nothing_beyond_an_object():
     image, _ = field(40, 100)
     mask = np.ones((40, 100), bool)

@@ -41,6 +41,9 @@ def test_bootstrap_edges():
             bootstrap_ci(bad)
 
 
+SETS = 500
+
+
 def test_what_is_written_says_when_there_is_no_interval():
     assert interval_text({"mean": 0.25384, "ci95": None}) == "0.2538 [n < 5]"
     assert interval_text({"mean": 0.25384, "ci95": [0.2, 0.3]}, 2) == "0.25 [0.20, 0.30]"
@@ -63,7 +66,7 @@ def test_coverage_by_number_of_images(name):
     wanted = {"normal": {5: 0.91, 10: 0.925, 50: 0.93}, "skewed": {5: 0.79, 10: 0.84, 50: 0.89}}[name]
     for count in (2, 3, 5, 10, 50):
         plain = hits = 0
-        for seed in range(2000):
+        for seed in range(SETS):
             values = draw(0, 1, count)
             means = values[np.random.default_rng(seed).integers(0, count, (1000, count))].mean(axis=1)
             low, high = np.quantile(means, [0.025, 0.975])
@@ -71,5 +74,5 @@ def test_coverage_by_number_of_images(name):
             ends = bootstrap_ci(values, seed)
             assert (ends is None) == (count < FEWEST_IMAGES)
             hits += ends is not None and ends[0] <= truth <= ends[1]
-        print(f"{name} {count}: plain {plain / 2000:.3f}, used {hits / 2000:.3f}")
-        assert hits / 2000 >= wanted.get(count, 0)
+        print(f"{name} {count}: plain {plain / SETS:.3f}, used {hits / SETS:.3f}")
+        assert hits / SETS >= wanted.get(count, 0)
