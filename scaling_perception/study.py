@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--only and --stage both choose cells: give one of them")
     out = Path(args.out)
     cells = study_cells(args.config)
-    settings = check_settings(cells, out, _settings)
+    settings = check_settings(cells, out, _settings, _defaults)
     chosen = _chosen(cells, args.only)
     if args.stage is not None:
         chosen = [_indexed(stages(cells), args.stage, args.index)]
@@ -118,6 +118,16 @@ def _settings(cell: Any) -> dict[str, Any]:
     flat = flatten(as_json(load_config(args.config, overrides).to_dict()))
     free = {*FREE} - {"data.cache", "train.validate_every"}
     return {name: value for name, value in flat.items() if name not in free and not name.endswith(".root")}
+
+
+def _defaults(cell: Any) -> dict[str, Any]:
+    """Of settings that came later than some folders of studies, the value by which all was done before them."""
+    from scaling_perception.support.verbs import make_parser
+    from scaling_perception.training.identity import LATER
+
+    if cell.verb == "train":
+        return dict(LATER)
+    return {action.dest: action.default for action in make_parser(cell.verb)._actions}
 
 
 def _chosen(cells: list[Any], only: str) -> list[Any]:

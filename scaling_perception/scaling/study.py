@@ -39,6 +39,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
 
 Settings = Callable[["Cell"], dict[str, Any]]
+Defaults = Callable[["Cell"], Mapping[str, Any]]
 
 
 class Cell(NamedTuple):
@@ -158,8 +159,15 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
     return marker
 
 
-def check_settings(cells: Sequence[Cell], out: Path, settings_of: Settings) -> dict[str, dict[str, Any]]:
+def check_settings(
+    cells: Sequence[Cell], out: Path, settings_of: Settings, defaults_of: Defaults = lambda cell: {}
+) -> dict[str, dict[str, Any]]:
     """The settings of every cell, by name.
+
+    Args:
+        settings_of: what decides a cell's figures.
+        defaults_of: values that a setting has where a folder does not know it: it was begun by an earlier version of
+            the library, which behaved so.
 
     Raises:
         UserError: a cell's settings are wrong, or differ from those that its folder was begun with; says in what.
@@ -175,7 +183,8 @@ def check_settings(cells: Sequence[Cell], out: Path, settings_of: Settings) -> d
         marker = read_marker(out / cell.name)
         if marker is None:
             continue
-        was, now = marker["settings"], known[cell.name]
+        was, now = {**defaults_of(cell), **marker["settings"]}, known[cell.name]
+        was = {name: value for name, value in was.items() if name in now or name in marker["settings"]}
         differ = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
         if marker["verb"] != cell.verb:
             differ, was, now = ["verb"], {"verb": marker["verb"]}, {"verb": cell.verb}
@@ -185,8 +194,10 @@ def check_settings(cells: Sequence[Cell], out: Path, settings_of: Settings) -> d
             raise UserError(
                 f"{out / cell.name} was begun with other settings: {told}{more}; restore them, or choose another --out"
             )
+        known[cell.name] = marker["settings"]  # those of its fingerprint
         for name, old in marker.get("after", {}).items():
-            if name in prints and prints[name] != old:
+            needed = read_marker(out / name)
+            if name in prints and old != (needed["fingerprint"] if needed else prints[name]):
                 raise UserError(
                     f"{out / cell.name} was made from '{name}' of other settings: remove that folder to do it again, "
                     "or choose another --out"

@@ -5,6 +5,7 @@ Chip-hours are FLOPs / (peak x share of the peak that is reached). The share is 
 measured FLOPs a second are used.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -131,8 +132,13 @@ def _cost(cell: Cell, known: Mapping[str, Cell]) -> Cost:
         config = _config(cell)
         dit, samples = network_of(config), int(config.train.batch_size) * int(config.train.steps)
         macs, encoding = TRAINING_FACTOR * forward_macs(dit) * samples, encoding_macs(config) * samples
-        return Cost(cell.name, cell.verb, count_params(dit), float(macs), float(encoding))
+        return Cost(cell.name, cell.verb, _params(dit), float(macs), float(encoding))
     return _evaluation(cell, known)
+
+
+@functools.cache  # a study has few sizes and many cells, and to count means to trace the network
+def _params(dit: DiTConfig) -> int:
+    return count_params(dit)
 
 
 def _config(cell: Cell) -> Any:
@@ -168,7 +174,7 @@ def _evaluation(cell: Cell, known: Mapping[str, Cell]) -> Cost:
         pictures = decoded * module.macs("decoder", sizes, side, side) + count * 2 * module.macs(
             "encoder", sizes, side, side
         )
-    return Cost(cell.name, cell.verb, count_params(dit), float(forwards) * forward_macs(dit), float(pictures))
+    return Cost(cell.name, cell.verb, _params(dit), float(forwards) * forward_macs(dit), float(pictures))
 
 
 def _of_folder(name: str) -> DiTConfig | None:

@@ -132,6 +132,11 @@ def test_other_settings_are_refused_by_name(tmp_path):
         UserError, match=r"b was begun with other settings: new was absent and is now \[1\]; steps was 1"
     ):
         check_settings([A, B], tmp_path, lambda cell: now[cell.name])
+    now = {**SETTINGS, "b": {**SETTINGS["b"], "flag": "old"}}  # of a later version of the library
+    known = check_settings([A, B], tmp_path, lambda cell: now[cell.name], lambda cell: {"flag": "old"})
+    assert known["b"] == SETTINGS["b"]
+    with pytest.raises(UserError, match='flag was "new" and is now "old"'):
+        check_settings([A, B], tmp_path, lambda cell: now[cell.name], lambda cell: {"flag": "new"})
     now = {**SETTINGS, "a": {"steps": 9}}
     (tmp_path / "a" / MARKER).unlink()  # a was removed to do it again in another way
     with pytest.raises(UserError, match="b was made from 'a' of other settings"):
