@@ -34,6 +34,7 @@ from scaling_perception.bench_ways import (
     torch_prediction,
 )
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.verbs import COUNT, POSITIVE
 
 COMPILE_SECONDS = 120  # what torch.compile may take
 _QUICK = {"steps": 2, "ensemble": 2, "repeats": 1}
@@ -50,8 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="ours; torch is float32")
     parser.add_argument("--against", choices=("torch",), help="also the released way of sampling, in PyTorch")
     parser.add_argument("--levers", action="store_true", help="also what each step from a plain loop to ours gives")
-    parser.add_argument("--cores", type=int, help="processors for everybody; with 1, processor seconds mean most")
-    parser.add_argument("--peak", type=float, metavar="TFLOPS", help="of the devices: tell the share that is reached")
+    parser.add_argument("--cores", type=COUNT, help="processors for everybody; with 1, processor seconds mean most")
+    parser.add_argument(
+        "--peak",
+        type=POSITIVE,
+        metavar="TFLOPS",
+        help="of the devices: tell the share that is reached",
+    )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory (a process for each way)")
     parser.add_argument("--quick", action="store_true", help="two steps and members, one round: no measurement")
     parser.add_argument("--once", help=argparse.SUPPRESS)  # run one way once and tell the memory it took

@@ -18,6 +18,7 @@ import numpy as np
 from scaling_perception.bench_sample import in_rounds, keep_to, ratio, ratio_lines
 from scaling_perception.bench_ways import difference, draw_leaves, prepare_torch
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.verbs import COUNT
 
 LARGEST_LOSS, LARGEST_GRADIENT = 1e-5, 1e-3  # relative difference from torch in float32
 _SPAN = 1.0  # seconds that a timed call should take: so many steps
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", action="store_true", help="ours: store the tokens between blocks alone")
     parser.add_argument("--against", choices=("torch",), help="also the same step in PyTorch")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes at first")
-    parser.add_argument("--cores", type=int, help="processors for everybody")
+    parser.add_argument("--cores", type=COUNT, help="processors for everybody")
     parser.add_argument("--quick", action="store_true", help="one step, one round: no measurement")
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.verbs import COUNT, STEPS
 from scaling_perception.train import split_overrides as split_overrides
 
 EXAMPLES = """
@@ -34,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", default="", metavar="AXIS=N,…", help="in place of the config's: data, fsdp, …")
     parser.add_argument("--what", choices=(*WHAT, "all"), default="train")
     parser.add_argument("--batch", type=int, metavar="N", help="samples of a train step; pictures to sample or encode")
-    parser.add_argument("--steps", type=int, default=10, help="of the sampler (default %(default)s)")
-    parser.add_argument("--ensemble", type=int, default=1, metavar="N", help="members (default %(default)s)")
+    parser.add_argument("--steps", type=STEPS, default=10, help="of the sampler (default %(default)s)")
+    parser.add_argument("--ensemble", type=COUNT, default=1, metavar="N", help="members (default %(default)s)")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices joined by the network")
     parser.add_argument("--chip", default="", help="with cpu:N, the GPU whose limits to use: a100, h100, h200")
     parser.add_argument("--json", metavar="FILE", help="also write everything to this file")

@@ -13,6 +13,7 @@ from typing import Any
 
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_json, write_text
+from scaling_perception.support.verbs import COUNT, FROM_0, SEED
 
 EXAMPLES = """
 scaling-perception evaluate --task depth --dataset scenes --model mini --count 32 --json runs/depth.json
@@ -47,17 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="adaptive members: also cells that stop within these distances, comma-separated",
     )
-    parser.add_argument("--first", type=int, default=2, help="members of each adaptive round (default %(default)s)")
+    parser.add_argument("--first", type=COUNT, default=2, help="members of each adaptive round (default %(default)s)")
     parser.add_argument(
         "--step-tolerance", metavar="X", help="early exit: also cells that stop at these changes, comma-separated"
     )
     parser.add_argument(
-        "--step-chunk", type=int, default=2, metavar="N", help="steps between two looks (default %(default)s)"
+        "--step-chunk", type=COUNT, default=2, metavar="N", help="steps between two looks (default %(default)s)"
     )
     parser.add_argument("--metrics", help="further metrics, comma-separated, or all")
     parser.add_argument("--reduce", help="merging: depth lsq, median, minmax, marigold; flow mean, median")
-    parser.add_argument("--seed", type=int, default=0, help="key of all noise (default 0)")
-    parser.add_argument("--batch-size", type=int, help="images × members at once (default: by memory)")
+    parser.add_argument("--seed", type=SEED, default=0, help="key of all noise (default 0)")
+    parser.add_argument("--batch-size", type=COUNT, help="images × members at once (default: by memory)")
     parser.add_argument("--dtype", default="float32", help="of the transformer's products: float32 or bfloat16")
     parser.add_argument("--json", required=True, metavar="OUT", help="result to write")
     parser.add_argument("--csv", metavar="OUT", help="also write one line a cell (columns: docs/evaluate.md)")
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--write-budgets", metavar="MODEL", help="put this into the model folder's budgets.json, for predict --budget"
     )
-    parser.add_argument("--panels", type=int, default=0, metavar="K", help="save pictures of the first K images")
+    parser.add_argument("--panels", type=FROM_0, default=0, metavar="K", help="save pictures of the first K images")
 
 
 def numbers(text: str, flag: str) -> list[int]:

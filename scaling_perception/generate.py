@@ -6,6 +6,7 @@ Perception models draw none: they are asked with `predict`.
 import argparse
 
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.verbs import NOT_NEGATIVE, SEED, STEPS
 
 EXAMPLES = """
 scaling-perception generate --model runs/a1 --out a1.png
@@ -17,13 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder, or a training run's folder")
     parser.add_argument("--out", required=True, metavar="FILE", help="picture to write, all classes on one sheet")
     parser.add_argument("--classes", default="", metavar="I,I,…", help="classes to draw (default: eight of them)")
-    parser.add_argument("--steps", type=int, default=50, metavar="T", help="denoising steps (default %(default)s)")
-    parser.add_argument("--guidance", type=float, default=4.0, metavar="S", help="1 is none (default %(default)s)")
+    parser.add_argument("--steps", type=STEPS, default=50, metavar="T", help="denoising steps (default %(default)s)")
+    parser.add_argument(
+        "--guidance",
+        type=NOT_NEGATIVE,
+        default=4.0,
+        metavar="S",
+        help="1 is none (default %(default)s)",
+    )
     parser.add_argument(
         "--channels", type=int, default=3, metavar="N", help="guided channels of 4 (default %(default)s, as DiT)"
     )
     parser.add_argument("--solver", default="ddim", help="ddim, ddpm, dpm++2m or unipc (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default %(default)s)")
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the noise (default %(default)s)")
     parser.add_argument("--vae", default="", metavar="NAME|DIR", help="autoencoder (default: the model's own)")
 
 

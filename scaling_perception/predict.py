@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.verbs import COUNT, NOT_NEGATIVE, POSITIVE, SEED
 
 if TYPE_CHECKING:
     from scaling_perception.data.find import Item
@@ -34,14 +35,18 @@ scaling-perception predict --task amodal --model mini --mask masks/ --out out im
 scaling-perception predict --repeat out/photo_depth.json --out again
 """
 
-SETTINGS: dict[str, tuple[type, str, str]] = {
+SETTINGS: dict[str, tuple[Any, str, str]] = {
     "steps": (int, "T", "denoising steps (default 10)"),
     "ensemble": (int, "N", "members that are merged (default 5)"),
     "preset": (str, "NAME", "timestep grid: fixed, paper, released (default: the model's own)"),
     "spacing": (str, "NAME", "timestep spacing alone: leading, trailing, linspace"),
     "solver": (str, "NAME", "ddim (default), ddpm, dpm++2m, unipc, single"),
-    "eta": (float, "X", "noise of ddim and dpm++2m: 0 none (default), 1 as much as ancestral sampling"),
-    "clip": (float, "X", "bound of the clean latent's estimate in each step (default: none)"),
+    "eta": (
+        NOT_NEGATIVE,
+        "X",
+        "noise of ddim and dpm++2m: 0 none (default), 1 as much as ancestral sampling",
+    ),
+    "clip": (POSITIVE, "X", "bound of the clean latent's estimate in each step (default: none)"),
     "reduce": (str, "NAME", "merging: depth lsq, median, minmax, marigold; flow mean, median"),
     "antithetic": (bool, "", "members in pairs whose noise differs in sign alone"),
     "aspect": (str, "NAME", "pictures that are not square: squash (default), letterbox, tile"),
@@ -90,14 +95,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, action="store_true", default=None, help=text)
         else:
             group.add_argument(flag, type=kind, metavar=placeholder, help=text)
-    group.add_argument("--seed", type=int, help="key of all noise (default 0)")
+    group.add_argument("--seed", type=SEED, help="key of all noise (default 0)")
     group = parser.add_argument_group(
         "budget", "instead of --steps and --ensemble, from the table that the model ships"
     )
     one = group.add_mutually_exclusive_group()
     one.add_argument("--budget", metavar="NAME", help="fast, balanced or best")
-    one.add_argument("--macs", type=float, metavar="X", help="the best within so many multiply-accumulates an image")
-    one.add_argument("--seconds", type=float, metavar="X", help="the best within so many seconds an image")
+    one.add_argument(
+        "--macs",
+        type=POSITIVE,
+        metavar="X",
+        help="the best within so many multiply-accumulates an image",
+    )
+    one.add_argument("--seconds", type=POSITIVE, metavar="X", help="the best within so many seconds an image")
     group = parser.add_argument_group("outputs")
     group.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
     group.add_argument(
@@ -127,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeat", metavar="JSON", help="make the prediction again that this file beside a result tells of"
     )
     group = parser.add_argument_group("throughput")
-    group.add_argument("--batch-size", type=int, metavar="N", help="images × members at once (default: by memory)")
+    group.add_argument("--batch-size", type=COUNT, metavar="N", help="images × members at once (default: by memory)")
     group.add_argument(
         "--workers", type=int, metavar="N", help="threads that read ahead (0: read, compute, write in turn)"
     )

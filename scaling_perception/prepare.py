@@ -16,6 +16,7 @@ from typing import Any
 
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.locks import hold
+from scaling_perception.support.verbs import POSITIVE
 
 EXAMPLES = """
 scaling-perception prepare scenes --count 8192 --out runs/scenes --latents --vae tiny --resolution 128
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", default="tiny", metavar="NAME|DIR", help="autoencoder (default %(default)s)")
     parser.add_argument("--resolution", type=int, default=128, metavar="R", help="pixels (default %(default)s)")
     parser.add_argument("--flips", choices=("none", "both"), default="both", help="mirrored too (default %(default)s)")
-    parser.add_argument("--flow-divisor", type=float, default=75.0, metavar="D", help="default %(default)s")
+    parser.add_argument("--flow-divisor", type=POSITIVE, default=75.0, metavar="D", help="default %(default)s")
     resizes = "bilinear, nearest or nearest_depth, as the released generalist (default %(default)s)"
     parser.add_argument("--image-resize", default="bilinear", metavar="HOW", help=resizes)
     parser.add_argument(

@@ -111,6 +111,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         keep_table,
         only_run_in,
         refuse_foreign,
+        refuse_other_model,
         same_everywhere,
         same_run,
         without_places,
@@ -182,10 +183,13 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         else:  # 3. from scratch
             state = jax.jit(lambda key: begin(objective.init(key)), out_shardings=places)(key)
             story = "starting from scratch"
+        start = step = int(state.step)
+        model = workdir / "model"
+        finished = step == total and model.exists()
+        ignored = refuse_other_model(workdir, identity["config"]) if finished else []
         if is_first():
             write_json(workdir / "config.json", identity["config"])
             keep_table(workdir, files)
-        start = step = int(state.step)
         macs = _macs(objective)
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
         facts = {"command": command, "config": identity["config"], "data": identity["data"], "parameters": count}
@@ -198,8 +202,6 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
             _say(line)
         _say(f"{total} steps of {config.train.batch_size} on {on}, {jax.process_count()} process(es)")
 
-        model = workdir / "model"
-        finished = step == total and model.exists()
         if not finished:
             record.attempt_started(step, clock.elapsed())
 
@@ -342,7 +344,8 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
 
         # ---- Export -------------------------------------------------------------------------------------------------
         if finished:
-            _say(f"already finished: {model}")
+            changed = f" (of no effect on it: {'; '.join(ignored)})" if ignored else ""
+            _say(f"already finished: {model}{changed}")
             return model
         ema, at = state.ema, total
         if config.train.export_from == "best":

@@ -92,7 +92,7 @@ def _check_value(field: Field, where: str, value: Any) -> None:
 def _check_number(field: Field, where: str, value: Any, kind: type, shown: Any) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     right = whole or (kind is float and isinstance(value, float) and math.isfinite(value))
-    if right and (value in field.also or (value in field.options() if field.choices else _inside(field.range, value))):
+    if right and (value in field.also or (value in field.options() if field.choices else inside(field.range, value))):
         return
     finite = not isinstance(value, float) or math.isfinite(value)
     raise UserError(f"{where} is {shown!r}: give {wanted(field, kind)}{'' if finite else ', and a finite one'}")
@@ -104,7 +104,8 @@ def _ends(interval: str) -> tuple[float, float, bool, bool]:
     return float(low), float(high), interval[0] == "[", interval[-1] == "]"
 
 
-def _inside(interval: str, value: float) -> bool:
+def inside(interval: str, value: float) -> bool:
+    """Whether the number lies in ``interval``, such as ``[0, 1)``; NaN lies in none."""
     low, high, with_low, with_high = _ends(interval)
     return (value >= low if with_low else value > low) and (value <= high if with_high else value < high)
 

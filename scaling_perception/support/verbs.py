@@ -2,7 +2,8 @@
 
 import argparse
 import importlib
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from scaling_perception.support.errors import UserError
 
@@ -12,6 +13,31 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def number_in(interval: str, kind: type = int) -> Callable[[str], Any]:
+    """The ``type`` of a flag whose value is a finite number of ``kind`` in ``interval``, such as ``[1, inf)``."""
+
+    def parse(text: str) -> Any:
+        from scaling_perception.support.field_checks import inside, wanted
+        from scaling_perception.support.fields import Field
+
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not inside(interval, value):
+            what = wanted(Field(kind, "", interval)).replace("a number", "a finite number")
+            raise argparse.ArgumentTypeError(f"'{text}': give {what}")
+        return value
+
+    return parse
+
+
+# Shared by all verbs
+SEED, STEPS = number_in("[0, 4294967295]"), number_in("[1, 1000]")
+COUNT, FROM_0 = number_in("[1, inf)"), number_in("[0, inf)")
+POSITIVE, NOT_NEGATIVE = number_in("(0, inf)", float), number_in("[0, inf)", float)
 
 
 def make_parser(verb: str) -> argparse.ArgumentParser:

@@ -109,6 +109,34 @@ def _by_name(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**data, **{part: {str(r.get("name", i)): r for i, r in enumerate(rows)} for part, rows in lists.items()}}
 
 
+_EXPORTED = ("train.export_dtype", "train.export_from", "train.keep_best", "train.best_metric")
+
+
+def refuse_other_model(workdir: Path, config: Mapping[str, Any]) -> list[str]:
+    """What differs in ``config`` from that of the finished run in ``workdir`` and has no effect on its model.
+
+    Raises:
+        UserError: a field of how the model was exported differs.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        return []
+    old, new = flatten(read_json(path)), flatten(config)
+    changed = {
+        name: f"{name}: {json.dumps(old[name])[:80]} there, {json.dumps(new[name])[:80]} here"
+        for name in sorted(old.keys() & new.keys())
+        if old[name] != new[name]
+    }
+    best = "best" in (old.get("train.export_from"), new.get("train.export_from"))
+    other = [changed[name] for name in changed if name in (_EXPORTED if best else _EXPORTED[:2])]
+    if other:
+        raise UserError(
+            f"{workdir} is finished with other settings ({'; '.join(other)}): restore them, or move "
+            f"{workdir / 'model'} away, and the last checkpoint is exported anew"
+        )
+    return list(changed.values())
+
+
 def same_run(
     saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path, files: Mapping[str, str] | None = None
 ) -> None:

@@ -201,3 +201,18 @@ def test_steps_to_trace_are_checked_before_anything_is_made(tmp_path):
     with pytest.raises(UserError, match="FIRST:COUNT"):
         verb.train(config_of(), tmp_path / "run", profile="ten")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_folder_and_other_options(linear, tmp_path, capsys):
+    model = linear(tmp_path)
+    before = (model / "model.npz").read_bytes()
+    capsys.readouterr()
+    linear(tmp_path, "train.log_every=3", "mesh.fsdp=2")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"already finished: {model}")
+    assert "mesh.fsdp: 1 there, 2 here" in line and "train.log_every: 4 there, 3 here" in line
+    words = 'finished with other settings .train.export_dtype: "float16" there, "bfloat16" here'
+    with pytest.raises(UserError, match=words):
+        linear(tmp_path, "train.export_dtype=bfloat16")
+    linear(tmp_path, "train.log_every=3", "mesh.fsdp=2")  # what was refused left no trace
+    assert "there" not in capsys.readouterr().err and (model / "model.npz").read_bytes() == before
