@@ -16,6 +16,7 @@ scaling-perception fit runs/sweep.csv --x steps ensemble --form test_time --y ab
 scaling-perception fit runs/sweep.csv --form hull
 scaling-perception fit runs/sweep.csv --form power --loss quantile --tau 0.05
 scaling-perception fit images.csv --x macs --y abs_rel --image key --group model
+scaling-perception fit paper:fig8b
 scaling-perception fit wide.csv --x macs --y a1 a2 a3 --predict 1e14
 """
 
@@ -33,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--group",
-        nargs="+",
+        nargs="*",
         metavar="COLUMN",
-        help="clusters, outermost first: run seed (default: run, if there is one)",
+        help="clusters, outermost first: run seed (default: run; without a column: none)",
     )
     parser.add_argument("--image", metavar="COLUMN", help="image of a row: means over images, which are resampled too")
     parser.add_argument(

@@ -48,13 +48,13 @@ def iterated_hull(log_x: np.ndarray, log_y: np.ndarray) -> tuple[float, float, n
         slope, height = (
             np.polyfit(log_x[chosen] - middle, log_y[chosen], 1) if len(chosen) > 1 else (0.0, log_y[chosen[0]])
         )
-        log_a, alpha = float(height - slope * middle), float(-slope)
+        log_a, alpha = float(height - slope * middle), 0.0 - float(slope)
         below = np.flatnonzero(log_y < log_a - alpha * log_x - TOLERANCE)
         fresh = np.setdiff1d(below, chosen)
         if not len(fresh):
             break
         chosen = np.union1d(chosen, fresh)
-    return log_a, alpha, chosen, number
+    return log_a, alpha + 0.0, chosen, number
 
 
 def _leaves(log_x: np.ndarray, log_y: np.ndarray, keep: np.ndarray) -> tuple[float, float] | None:

@@ -23,6 +23,12 @@ def refuse_unfit(points: Points, form: str) -> None:
     """
     made = make_form(form, points.x_names)
     needed = made.size + 1
+    if len(points) < needed:
+        simpler = "" if made.size <= 2 else ", or choose --form power" if len(points.x) == 1 else ""
+        raise UserError(
+            f"{len(points)} point{'s' * (len(points) > 1)} for the {made.size} parameters of {form}: a law passes "
+            f"through any {made.size}; give at least {needed}, better {3 * made.size}{simpler}"
+        )
     for name, row in zip(points.x_names, points.x, strict=True):
         if len(np.unique(row)) == 1:
             what = "no law can be seen" if len(points.x) == 1 else "its term cannot be told from the floor"
@@ -30,13 +36,7 @@ def refuse_unfit(points: Points, form: str) -> None:
                 f"{name} is {row[0]:g} in all {len(points)} points: {what}; "
                 + ("add other sizes" if len(points.x) == 1 else "leave it out of --x or add other values")
             )
-    if len(points) < needed:
-        simpler = "" if made.size <= 2 else ", or choose --form power" if len(points.x) == 1 else ""
-        raise UserError(
-            f"{len(points)} point{'s' * (len(points) > 1)} for the {made.size} parameters of {form}: a law passes "
-            f"through any {made.size}; give at least {needed}, better {3 * made.size}{simpler}"
-        )
-    distinct = len(np.unique(points.x, axis=1).T)
+    distinct = len(np.unique(points.x[0]) if len(points.x) == 1 else np.unique(points.x, axis=1).T)
     if distinct < made.size:
         raise UserError(
             f"{distinct} different values of {', '.join(points.x_names)} for the {made.size} parameters of {form}: "
@@ -70,9 +70,9 @@ def certificate(problem: Problem, best: Best) -> dict[str, Any]:
     gradient = float(np.abs(unit[free] @ pull).max()) / typical if free.any() and typical > 1e-14 else 0.0
     singular = np.linalg.svd(unit, compute_uv=False)
     rank = int((singular > 1e-9 * singular[0]).sum())
-    agree = best.losses <= best.loss * (1 + _AGREE) + 1e-20
+    agree = best.losses <= min(best.loss, best.losses[0]) * (1 + _AGREE) + 1e-20  # a subset's, of very many points
     same = best.reached[agree]
-    spread = float((np.abs(same - best.inner) / (np.abs(best.inner) + 1e-3)).max()) if len(same) else math.inf
+    spread = float((np.abs(same - same[0]) / (np.abs(best.inner) + 1e-3)).max()) if len(same) else math.inf
     at_bound = [name for name, one in zip(form.inner, held, strict=True) if one]
     return {
         "gradient": gradient, "rank": rank, "parameters": form.size,
@@ -91,8 +91,7 @@ def law_warnings(law: Any, points: Points, problem: Problem, inner: np.ndarray) 
         )
     if len(points) < 3 * form.size:
         out.append(
-            f"{len(points)} points for {form.size} parameters: fewer than three a parameter; intervals are rough and "
-            "probably too narrow"
+            f"{len(points)} points for {form.size} parameters: fewer than three a parameter; intervals are rough"
         )
     if points.group_names and law.clusters < 10:
         out.append(f"{law.clusters} clusters ({points.group_names[0]}): intervals that resample so few are rough")

@@ -12,7 +12,8 @@ from scaling_perception.scaling.points import X_NAMES, Points, find_column
 from scaling_perception.support.errors import UserError
 
 _BOOTSTRAPS = 400
-_MOST = 5000
+_MOST = 2000
+_NOISE = 1.2
 
 
 class Split(NamedTuple):
@@ -48,7 +49,7 @@ def split_largest(points: Points, parameters: int) -> Split | None:
 
 
 def _thin(points: Points) -> Points:
-    """At most 5,000 of the points, drawn at random: enough to judge a hold-out."""
+    """At most 2,000 of the points, drawn at random: enough to judge a hold-out."""
     if len(points) <= _MOST:
         return points
     keep = np.zeros(len(points), bool)
@@ -56,17 +57,18 @@ def _thin(points: Points) -> Points:
     return points.take(keep)
 
 
-def _held_out_errors(points: Points, form: str, split: Split, options: Options) -> tuple[np.ndarray, np.ndarray]:
-    """log y - log prediction (m,) of the held-out points, and whether (m,) each lies in its interval."""
+def _held_out_errors(points: Points, form: str, split: Split, options: Options) -> tuple[np.ndarray, np.ndarray, float]:
+    """log y - log prediction (m,) of the held-out points, whether (m,) each lies in its interval, and the scatter of
+    the fitted points."""
     kept, held = points.take(~split.held), points.take(split.held)
     problem = Problem.of(kept, form, options)
     best = fit_problem(problem, options)
     log_y = np.log(held.y) - math.log(problem.scale)
     centred = np.log(held.x) - problem.centre[:, None]
-    errors = log_y - np.log(np.maximum(problem.form.evaluate(best.inner[None], centred)[0], 1e-300))
+    errors = log_y - np.log(np.maximum(problem.form.evaluate(best.inner[None], centred)[0], 5e-324))
     samples, _ = bootstrap(problem, best, options._replace(bootstraps=_BOOTSTRAPS))
     with np.errstate(all="ignore"):
-        logs = np.log(np.maximum(problem.form.value(samples, np.log(held.x)), 1e-300))
+        logs = np.log(np.maximum(problem.form.value(samples, np.log(held.x)), 5e-324))
     widen = math.sqrt(len(kept) / max(len(kept) - problem.form.size, 1))
     residual = np.quantile(problem.residual(best.inner), np.linspace(0, 1, 101)) * widen
     inside = np.empty(len(held), bool)
@@ -74,8 +76,8 @@ def _held_out_errors(points: Points, form: str, split: Split, options: Options) 
     for at in range(0, len(held), 64):
         part = slice(at, at + 64)
         low, high = np.quantile(with_noise(logs[:, part], residual), ends, axis=0)
-        inside[part] = (np.log(held.y[part]) >= low) & (np.log(held.y[part]) <= high)
-    return errors, inside
+        inside[part] = (np.log(held.y[part]) >= low - 1e-9) & (np.log(held.y[part]) <= high + 1e-9)
+    return errors, inside, float(problem.residual(best.inner).std() * widen)
 
 
 def hold_out(points: Points, form: str, options: Options) -> dict[str, Any] | None:
@@ -89,7 +91,7 @@ def hold_out(points: Points, form: str, options: Options) -> dict[str, Any] | No
         return None
     try:
         refuse_unfit(points.take(~split.held), form)
-        errors, inside = _held_out_errors(points, form, split, options)
+        errors, inside, _ = _held_out_errors(points, form, split, options)
     except UserError:
         return None
     return {
@@ -113,7 +115,10 @@ def candidates(points: Points) -> list[str]:
 
 
 def choose_form(points: Points, options: Options) -> tuple[str, list[dict[str, Any]], str]:
-    """The form with the smallest error on held-out points, and of those within one standard error the simplest.
+    """The simplest form that predicts held-out points as well as the best one.
+
+    As well: its squared error is larger by less than two standard errors of the difference, or its error is no more
+    than 1.2 times the scatter of the fitted points.
 
     Returns:
         its name, the errors of all forms, and how it was chosen.
@@ -136,24 +141,28 @@ def choose_form(points: Points, options: Options) -> tuple[str, list[dict[str, A
         split = split_largest(thin, max(sizes[name] for name in usable))
     if split is None or len(usable) == 1:
         return usable[0], [], "the simplest form: too few points to compare forms on held-out ones"
-    errors = {}
+    errors, scatter = {}, {}
     for name in usable:
         try:
             refuse_unfit(thin.take(~split.held), name)
-            errors[name] = np.abs(_held_out_errors(thin, name, split, options)[0])
+            errors[name], _, scatter[name] = _held_out_errors(thin, name, split, options)
         except UserError:
             continue
     if not errors:
         return usable[0], [], "the simplest form: too few points to compare forms on held-out ones"
     means = {name: float(np.sqrt((error**2).mean())) for name, error in errors.items()}
     best = min(means, key=lambda name: means[name])
-    chosen = next(name for name in errors if name == best or _close(errors[name], errors[best]))
+    chosen = next(
+        name
+        for name in errors
+        if name == best or means[name] <= _NOISE * scatter[best] or _close(errors[name], errors[best])
+    )
     rows = [{"form": name, "parameters": sizes[name], "error": means[name]} for name in errors]
     how = f"error on {split.what}, held out" + ("" if chosen == best else f"; simpler than {best} and as good")
     return chosen, rows, how
 
 
 def _close(error: np.ndarray, best: np.ndarray) -> bool:
-    """Whether errors are larger than the best form's by less than one standard error of the difference."""
+    """Whether squared errors exceed the best form's by less than two standard errors of the difference."""
     change = error**2 - best**2
-    return bool(change.mean() <= change.std(ddof=1) / math.sqrt(len(change))) if len(change) > 1 else False
+    return bool(change.mean() <= 2 * change.std(ddof=1) / math.sqrt(len(change))) if len(change) > 1 else False

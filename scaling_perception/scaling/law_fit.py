@@ -24,6 +24,7 @@ _EFFICIENT = 1.345  # Huber's delta in standard deviations: 95 % of the efficien
 _LEAST_DELTA = 1e-7
 MANY = 20_000
 _BLOCKS = 2000
+_FEW = 8  # degrees of freedom below which resampling says too little
 
 
 class Options(NamedTuple):
@@ -84,8 +85,12 @@ def choose_loss(problem: Problem, options: Options) -> Loss:
         return Loss()
     if options.loss == "huber" and options.delta is not None:
         return Loss(options.delta)
-    rough = fit(problem.form, problem.lx, problem.ly, Loss(0.01), count=4)
-    noise = noise_scale(problem.residual(rough.inner), problem.form.size)
+    lx, ly = problem.lx, problem.ly
+    if len(ly) > MANY:
+        pick = np.random.default_rng(0).choice(len(ly), MANY // 4, replace=False)
+        lx, ly = lx[:, pick], ly[pick]
+    rough = fit(problem.form, lx, ly, Loss(0.01), count=4)
+    noise = noise_scale(ly - jacobian(problem.form, rough.inner[None], lx)[0][0], problem.form.size)
     if options.loss == "quantile":
         return Loss(max(0.1 * noise if options.delta is None else options.delta, _LEAST_DELTA), options.tau)
     return Loss(max(_EFFICIENT * noise, _LEAST_DELTA))
@@ -195,7 +200,8 @@ def intervals(
 
 def default_interval(problem: Problem) -> str:
     """The interval that is recommended: see docs/laws.md for the coverage of each."""
-    return "bootstrap"
+    few = count_clusters(problem.points.groups, problem.form.size).free < _FEW
+    return "profile" if few else "bootstrap"
 
 
 def with_noise(logs: Array, quantiles: Array) -> Array:

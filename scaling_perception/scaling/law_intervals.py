@@ -91,6 +91,7 @@ def bca_intervals(samples: Array, estimate: Array, jackknife: Array, z: float) -
         below = np.mean(column < estimate[j] - tolerance) + 0.5 * np.mean(np.abs(column - estimate[j]) <= tolerance)
         bias = stats.norm.ppf(np.clip(below, 0.5 / len(column), 1 - 0.5 / len(column)))
         away = jackknife[:, j].mean() - jackknife[:, j]
+        away = away / max(float(np.abs(away).max()), 1e-300)
         spread = float((away**2).sum())
         speed = float((away**3).sum()) / (6 * spread**1.5) if spread > 1e-300 else 0.0
         ends = []

@@ -105,6 +105,7 @@ def solve(
     return Fitted(np.concatenate([p.inner for p in parts]), np.concatenate([p.loss for p in parts]))
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # a step too far is not taken
 def _solve_chunk(form, lx, ly, start, loss, weights, fixed, iterations, tolerance) -> Fitted:
     lower, upper = form.bounds()
     held = np.zeros(form.size, bool) if fixed is None else fixed
@@ -216,17 +217,21 @@ class Best(NamedTuple):
 def fit(form: Form, lx: Array, ly: Array, loss: Loss, begin: Array | None = None, count: int = _STARTS) -> Best:
     """Fit from the best points of the grid (or from ``begin``, (S, p)): Gauss-Newton on all, then L-BFGS on the best.
 
-    Of over 20,000 points the starts are tried on a subset, and the best two on all.
+    Of over 20,000 points the starts are tried on a subset, and the best one goes on with all.
     """
     begin = starts(form, lx, ly, count) if begin is None else np.atleast_2d(begin)
     points = lx.shape[1]
     if points > 20000:
         pick = np.random.default_rng(0).choice(points, 5000, replace=False)
-        begin = solve(form, lx[:, pick], ly[pick], begin, loss).inner[:2]
-    found = solve(form, lx, ly, begin, loss, iterations=200 if points <= 20000 else 30, tolerance=1e-12)
+        tried = solve(form, lx[:, pick], ly[pick], begin, loss, tolerance=1e-12)
+        order = np.argsort(tried.loss, kind="stable")
+        final = solve(form, lx, ly, tried.inner[order[:1]], loss, iterations=30)
+        share = points / len(pick)
+        return Best(final.inner[0], float(final.loss[0]), tried.inner[order], tried.loss[order] * share)
+    found = solve(form, lx, ly, begin, loss, iterations=200, tolerance=1e-12)
     order = np.argsort(found.loss, kind="stable")
-    inner, value = found.inner[order[0]], float(found.loss[order[0]])
-    if points <= 20000 and value > 1e-20 * points:
+    inner, value = found.inner[order[0]].copy(), float(found.loss[order[0]])
+    if value > 1e-20 * points:
         for _ in range(2):
             polished, reached = _lbfgs(form, lx, ly, loss, inner)
             again = solve(form, lx, ly, polished[None], loss, iterations=100, tolerance=1e-14)
@@ -236,9 +241,12 @@ def fit(form: Form, lx: Array, ly: Array, loss: Loss, begin: Array | None = None
             inner, value = chosen, better
             if done:
                 break
+    shape = inner[len(form.terms) :]
+    shape[np.abs(shape) < 1e-12] = 0.0  # equal errors: the exponent is zero, not 1e-29
     return Best(inner, value, found.inner[order], found.loss[order])
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def _lbfgs(form: Form, lx: Array, ly: Array, loss: Loss, start: Array) -> tuple[Array, float]:
     lower, upper = form.bounds()
     _, jac = jacobian(form, start[None], lx)

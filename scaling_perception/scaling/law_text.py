@@ -8,7 +8,7 @@ from scaling_perception.scaling.laws import EXTRAPOLATE, Law, decades_beyond, pr
 
 def number(value: float | None) -> str:
     """Four significant digits; an end that the data do not set is ``open``."""
-    return "open" if value is None else f"{value:.4g}"
+    return "open" if value is None else f"{value + 0.0:.4g}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -245,7 +245,7 @@ def predict_interval(
         noise: a new run's y, with the scatter of points about the law; False: the law itself.
     """
     level = law.level if level is None else level
-    logs = np.log(np.maximum(predict_samples(law, x), 1e-300))
+    logs = np.log(np.maximum(predict_samples(law, x), 5e-324))
     if noise:
         logs = with_noise(logs, np.asarray(law.noise["quantiles"]))
     return np.exp(np.quantile(logs, [0.5 - level / 2, 0.5 + level / 2], axis=0))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from scaling_perception.scaling.paper_laws import PREFIX, published_points
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.tables import Table, read_table, read_text
 
@@ -102,12 +103,17 @@ def _first(table: Table, options: Sequence[str]) -> str | None:
 def load_tables(paths: Sequence[str | Path]) -> tuple[Table, list[dict[str, str]]]:
     """One table of all files, and of each its path and SHA-256. With several files a column ``file`` is added.
 
-    A folder stands for every ``metrics.jsonl`` below it.
+    A folder stands for every ``metrics.jsonl`` below it; ``paper:fig8a`` for points made from that published law.
 
     Raises:
         UserError: a file cannot be read or is nothing that holds points.
     """
     files: list[Path] = []
+    made = [str(path) for path in paths if str(path).startswith(PREFIX)]
+    if made:
+        if len(paths) > 1:
+            raise UserError(f"{made[0]}: fit published points alone")
+        return published_points(made[0].removeprefix(PREFIX)), [{"file": made[0], "sha256": ""}]
     for path in map(Path, paths):
         if path.is_dir():
             below = sorted(path.rglob("metrics.jsonl"))
@@ -321,7 +327,7 @@ def read_points(
     columns = np.stack([table.numbers(name) for name in (*x_names, y_name)])
     keep = _valid(table, columns, (*x_names, y_name), drop_invalid, notes, zero=image is not None)
     group_names = _groups(table, group, notes)
-    codes = [np.unique(np.array(table.text(name))[keep], return_inverse=True)[1] for name in group_names]
+    codes = [_codes(table.text(name))[keep] for name in group_names]
     if group is None and group_names and len(np.unique(codes[0])) == 1:
         notes.append(f"all points are of one {group_names[0]}: intervals treat every point as independent")
         group_names, codes = (), []
@@ -400,6 +406,12 @@ def _valid(
     return keep
 
 
+def _codes(words: Sequence[str]) -> np.ndarray:
+    """A number for each word, equal for equal words."""
+    known: dict[str, int] = {}
+    return np.array([known.setdefault(word, len(known)) for word in words])
+
+
 def _groups(table: Table, group: Sequence[str] | None, notes: list[str]) -> tuple[str, ...]:
     if group is not None:
         return tuple(_need(table, one, "--group") for one in group)
@@ -413,11 +425,11 @@ def _by_image(points: Points, table: Table, image: str, keep: np.ndarray) -> Poi
     """One point for each setting: the mean over images, with every image's value kept for the bootstrap."""
     names = [word for word, kept in zip(table.text(image), keep, strict=True) if kept]
     told = [found for one in SETTINGS if (found := find_column(table.names, one))]
-    columns = [np.unique(np.array(table.text(one))[keep], return_inverse=True)[1] for one in told if one != image]
+    columns = [_codes(table.text(one))[keep] for one in told if one != image]
     settings = np.stack([*(columns or list(points.x)), *(points.groups if points.group_names else [])])
     unique, first, which = np.unique(settings, axis=1, return_index=True, return_inverse=True)
     which = which.reshape(-1)
-    codes = np.unique(names, return_inverse=True)[1]
+    codes = _codes(names)
     if len(np.unique(np.stack([which, codes]), axis=1).T) < len(names):
         raise UserError(
             f"--image {image}: an image has several values at one setting: tell settings apart with --where or --group"
