@@ -49,7 +49,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 after=()
 for stage in {stages}; do
-  job=$(sbatch --parsable "${{after[@]}}" "$@" "$here/stage$stage.sbatch")
+  job=$(sbatch --parsable ${{after[@]+"${{after[@]}}"}} "$@" "$here/stage$stage.sbatch")
   echo "stage $stage: job ${{job%%;*}}"
   after=("--dependency=afterany:${{job%%;*}}")
 done
@@ -57,7 +57,8 @@ echo {last}
 """
 
 _JOBSET = """# A study on TPU slices of one host each: kubectl apply -f {path}
-# IMAGE, BUCKET, ACCELERATOR, TOPOLOGY, CHIPS and ACCOUNT are those of launch/gke.sh: fill them in by envsubst.
+# IMAGE, BUCKET, ACCELERATOR, TOPOLOGY, CHIPS and ACCOUNT are those of launch/gke.sh: fill them in by envsubst. The
+# study's folder (--out) and all data must lie below bucket/; all cells of a stage start as far as there are slices.
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:

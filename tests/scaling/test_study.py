@@ -154,6 +154,18 @@ def test_configs_that_list_runs_are_studies():
         study_cells("configs/mini.py")
 
 
+def test_the_shipped_study_compares_like_with_like():
+    cells = study_cells("configs/scenes_study.py")
+    costs = {cost.name: cost.macs for cost in study_cost.costs(cells, [c.name for c in cells if c.verb == "train"])}
+    ladder = [macs for name, macs in costs.items() if name.startswith("ladder/")]
+    assert max(ladder) > 100 * min(ladder)  # two decades
+    assert len({name.split("/")[1].split("-")[0] for name in costs if name.startswith("ladder/")}) == 5
+    for size in ("s2", "s3", "s4"):
+        twins = [costs[f"upcycle/{size}-{kind}"] for kind in ("dense", "paper", "renormalised")]
+        assert max(twins) < 1.01 * min(twins)
+    assert costs["noise/s3-2000-seed0"] == costs["schedule/linear-seed0"] == costs["ladder/s3-2000-seed0"]
+
+
 # ---- The table ----------------------------------------------------------------------------------------------------
 
 
