@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from . import common
 
-ARGS = {**common.PAPER_ARGS, "res": 256, "source": "pix2gestalt"}
+ARGS = {**common.PAPER_ARGS, "res": 256, "source": ""}
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = common.defaults()
     common.apply(config, args)
     config.model_changes = ConfigDict({"cond_channels": 8})
-    config.data.mixture = ConfigDict({"amodal": common.source(args.source, "amodal", args.root)})
+    config.data.mixture = ConfigDict({"amodal": common.entry(args, "amodal", "pix2gestalt")})
     config.train.steps = 6_000
     config.train.batch_size = 4096
     common.apply_recipe(config, args)

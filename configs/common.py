@@ -63,6 +63,17 @@ def source(name: str, task: str, root: str = "", count: int = 0, start: int = 0)
     return ConfigDict({**where, "task": task, "weight": 1.0})
 
 
+def entry(args: Config, task: str, usual: str, root: str = "", count: int = 0, start: int = 0) -> ConfigDict:
+    """The entry of ``task`` by a config's arguments: of the dataset ``usual`` unless ``args.source`` names another.
+
+    With ``args.cache``, which holds what it holds, the entry asks for what was given alone.
+    """
+    given = args.get("source", "")
+    if args.cache:
+        return ConfigDict({**source(given, task, args.get("root", ""), args.get("count", 0)), "split": ""})
+    return source(given or usual, task, root or args.get("root", ""), count, start)
+
+
 def apply(config: Config, args: Config) -> None:
     """Set the fields that every config takes from its arguments."""
     config.model = args.model

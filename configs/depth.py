@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from . import common
 
-ARGS = {**common.PAPER_ARGS, "source": "hypersim"}
+ARGS = {**common.PAPER_ARGS, "source": ""}
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = common.defaults()
     common.apply(config, args)
     config.model_changes = ConfigDict({"cond_channels": 4})  # [image, noisy]; the class label is the null one
-    config.data.mixture = ConfigDict({"depth": common.source(args.source, "depth", args.root)})
+    config.data.mixture = ConfigDict({"depth": common.entry(args, "depth", "hypersim")})
     config.train.steps = 30_000
     common.apply_recipe(config, args)
     return config

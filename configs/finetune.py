@@ -6,8 +6,8 @@
 
 No counterpart in the paper, whose fine-tuning starts from class-conditional models (configs/depth.py and its siblings).
 
-Arguments: ``task`` depth, flow or amodal; ``cache`` folder of prepared latents, or ``source`` (dataset name) and ``root``
-(its folder) to read and encode as it goes; ``flip`` also the mirror images (a cache must hold them: the default of
+Arguments: ``task`` depth, flow or amodal; ``cache`` folder of prepared latents, or ``source`` (dataset name,
+else ``folder``) and ``root`` (its folder) to read and encode as it goes; ``flip`` also the mirror images (a cache must hold them: the default of
 ``prepare``); ``init`` model folder, training run or shipped name; ``model`` its preset; ``res`` pixels; ``steps``;
 ``batch``; ``vae`` autoencoder; ``diffusion`` preset.
 """  # noqa: E501
@@ -19,7 +19,7 @@ from . import common
 ARGS = {
     "task": "depth",
     "cache": "",
-    "source": "folder",
+    "source": "",
     "root": "",
     "flip": True,
     "init": "mini",
@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
     args = common.parse_arg(arg, ARGS)
     config = common.defaults()
     common.apply(config, args)
-    config.data.mixture = ConfigDict({args.task: common.source(args.source, args.task, args.root)})
+    config.data.mixture = ConfigDict({args.task: common.entry(args, args.task, "folder")})
     config.data.flip = args.flip
     common.shipped_masks(config)
     config.latent_norm = "auto"  # the starting model's own

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from . import common
 
-ARGS = {**common.PAPER_ARGS, "source": "flying_chairs"}
+ARGS = {**common.PAPER_ARGS, "source": ""}
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = common.defaults()
     common.apply(config, args)
     config.model_changes = ConfigDict({"cond_channels": 8, "task_labels": 4})
-    config.data.mixture = ConfigDict({"flow": common.source(args.source, "flow", args.root)})
+    config.data.mixture = ConfigDict({"flow": common.entry(args, "flow", "flying_chairs")})
     config.train.steps = 40_000
     common.apply_recipe(config, args)
     return config

@@ -51,7 +51,7 @@ def of_task(args: Config) -> Config:
     config = TASKS[args.task].get_config(",".join(f"{name}={value}" for name, value in known.items()))
     if args.source:
         for task in config.data.mixture:
-            config.data.mixture[task] = common.source(args.source, task, args.root)
+            config.data.mixture[task] = common.entry(args, task, args.source)
     return config
 
 

@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model_changes = ConfigDict({"cond_channels": 8, "task_labels": 4, "routed": True})
     sets = {"depth": "hypersim", "flow": "flying_chairs", "amodal": "pix2gestalt"}
     config.data.mixture = ConfigDict(
-        {task: common.source(name, task, str(Path(args.root) / name)) for task, name in sets.items()}
+        {task: common.entry(args, task, name, str(Path(args.root) / name)) for task, name in sets.items()}
     )
     config.train.steps = 30_000
     common.apply_recipe(config, args)

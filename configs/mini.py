@@ -8,8 +8,8 @@ No counterpart in the paper; v-prediction and the trailing grid because they are
 normalised by task and channel because they are far from unit variance.
 
 Arguments: ``model`` preset; ``res`` pixels; ``cache`` folder of prepared latents, or empty to render and encode as it
-goes (several times slower); ``count`` scenes when there is no cache; ``steps``; ``batch``; ``init`` model folder or
-shipped name to start from; ``vae`` autoencoder; ``diffusion`` preset.
+goes (several times slower); ``count`` scenes (0: 8000, or all of the cache); ``steps``; ``batch``; ``init`` model
+folder or shipped name to start from; ``vae`` autoencoder; ``diffusion`` preset.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ ARGS = {
     "model": "mini",
     "res": 128,
     "cache": "runs/scenes128",
-    "count": 8000,
+    "count": 0,
     "steps": 8000,
     "batch": 32,
     "vae": "tiny",
@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = common.defaults()
     common.apply(config, args)
     for task in ("depth", "flow", "amodal"):
-        config.data.mixture[task] = common.source("scenes", task, count=args.count)
+        config.data.mixture[task] = common.entry(args, task, "scenes", count=args.count or 8000)
     config.data.mixture.flow.weight = 2.0  # two passes, each with the weight of depth's one
     config.data.flip = False  # fresh scenes cost about as much as mirrored ones
     config.latent_norm = "auto"

@@ -28,7 +28,7 @@ ARGS = {
     "model": "XL/2",
     "res": 256,
     "root": "",
-    "source": "imagenet",
+    "source": "",
     "cache": "",
     "classes": 1000,
     "steps": 400_000,
@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # what every pre-trained network is, whatever the preset was made for
     config.model_changes = ConfigDict({"num_classes": args.classes, "cond_channels": 0, "learn_sigma": True})
     config.model_changes.update({"task_labels": 0, "routed": False})
-    config.data.mixture = ConfigDict({"generation": common.source(args.source, "generation", args.root)})
+    config.data.mixture = ConfigDict({"generation": common.entry(args, "generation", "imagenet")})
     config.train.update({"steps": args.steps, "batch_size": args.batch, "log_every": 100, "checkpoint_every": 5000})
     config.optim.update({"lr": 1e-4, "lr_final": 1e-4, "warmup": 0, "schedule": "constant", "ema": 0.9999})
     return config

@@ -3,9 +3,9 @@
     scaling-perception prepare scenes --out runs/new --latents --vae tiny --resolution 128 --count 192 --start 500000000
     scaling-perception train --config configs/quickstart.py:cache=runs/new --workdir runs/quickstart
 
-Arguments: ``cache`` folder of prepared latents, or empty to render and encode as it goes; ``count`` scenes when there
-is no cache; ``steps``; ``batch``; ``res`` pixels; ``vae`` autoencoder; ``init`` what to start from; ``model`` its
-preset; ``diffusion`` preset.
+Arguments: ``cache`` folder of prepared latents, or empty to render and encode as it goes; ``count`` scenes (0: 192,
+or all of the cache); ``steps``; ``batch``; ``res`` pixels; ``vae`` autoencoder; ``init`` what to start from; ``model``
+its preset; ``diffusion`` preset.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from . import common
 
 ARGS = {
     "cache": "",
-    "count": 192,
+    "count": 0,
     "steps": 120,
     "batch": 16,
     "res": 128,
@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = common.defaults()
     common.apply(config, args)
     for task in ("depth", "flow", "amodal"):
-        config.data.mixture[task] = common.source("scenes", task, count=args.count, start=NEW)
+        config.data.mixture[task] = common.entry(args, task, "scenes", count=args.count or 192, start=NEW)
     common.shipped_masks(config)
     config.latent_norm = "auto"  # the starting model's own, when there is one
     config.train.update({"steps": args.steps, "batch_size": args.batch, "log_every": 10, "checkpoint_every": 100})

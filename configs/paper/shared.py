@@ -54,7 +54,7 @@ def place(config: Config, args: Config) -> Config:
     """``config`` with every dataset of its mixture in its place."""
     sets = [entry.source for entry in config.data.mixture.values()]
     for entry in config.data.mixture.values():
-        entry.root = "" if args.source else str(Path(args.data) / entry.source)
+        entry.root = "" if args.source or args.caches else str(Path(args.data) / entry.source)
     if args.caches:
         config.data.cache = os.pathsep.join(str(Path(args.caches) / f"{name}{config.resolution}") for name in sets)
     return config

@@ -20,6 +20,7 @@ import numpy as np
 
 from scaling_perception.data.contents import contents_of, described
 from scaling_perception.data.latents import CacheReader, split_record
+from scaling_perception.data.selection import chosen_records
 from scaling_perception.data.workers import ordered_map
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks import ALL_PASSES, FIELDS, TaskOptions, fields_of, get_task
@@ -83,6 +84,11 @@ def open_subset(
         source = sources.open_source(name, root, split, task, **options)
         return source, range(len(source))
     source = sources.open_source(name, root, split, task)
+    if getattr(source, "whole", False) and split not in ("train", "all", ""):
+        raise UserError(
+            f"{root} has no splits, so that split '{split}' would be everything: make one (see {name} in "
+            "docs/own_data.md), or leave it out and choose a part by start and count"
+        )
     end = start + count if count else len(source)
     if end > len(source) or start >= end:
         raise UserError(f"{name} ({split}) has {len(source)} samples, not {start}..{end - 1}: choose others")
@@ -118,10 +124,6 @@ class _Cached:
         self._table: list[bytes] | None = None
         if in_memory:
             self._table = [record for reader in self.readers for shard in reader.everything() for record in shard]
-
-    def indices(self, pass_name: str) -> np.ndarray:
-        """Indices of a pass's records over all caches."""
-        return np.concatenate([r.indices(pass_name) + s for r, s in zip(self.readers, self.starts, strict=False)])
 
     def fingerprint(self) -> list[dict[str, Any]]:
         return [reader.fingerprint for reader in self.readers]
@@ -270,16 +272,15 @@ class Batches:
         for name, entry in entries:
             passes = get_task(entry["task"]).PASSES
             for pass_name in passes:
-                chosen = self.cached.indices(pass_name)
-                if not len(chosen):
-                    where = ", ".join(str(reader.path) for reader in self.cached.readers)
-                    raise UserError(
-                        f"data.mixture.{name} asks for {entry['task']}, which {where} does not hold: prepare a cache "
-                        f"with --tasks {entry['task']}, or leave it out of the mixture"
-                    )
+                chosen = chosen_records(self.cached.readers, name, entry, pass_name)
                 self._picked.append(chosen)
                 streams.append(Stream(name, pass_name, len(chosen), _weight(name, entry) / len(passes)))
         return streams
+
+    @property
+    def opened(self) -> dict[str, tuple[Any, range, str]]:
+        """Entry -> (source, samples that are used, task); {} with a cache."""
+        return self.online.opened if self.online else {}
 
     @property
     def files(self) -> dict[str, str]:
@@ -289,6 +290,8 @@ class Batches:
     def _fingerprint(self, options: TaskOptions) -> dict[str, Any]:
         held = self.cached or self.online
         assert held is not None
+        rows = held.fingerprint()
+        self.sources = rows if self.online else []
         return {
             "order": _ORDER,
             "seed": self._seed,
@@ -297,7 +300,7 @@ class Batches:
             "streams": [list(stream) for stream in self.streams],
             "task_options": options.to_dict(),
             "resolution": self.online.resolution if self.online else None,
-            "caches" if self.cached else "sources": _jsonable(held.fingerprint()),
+            "caches" if self.cached else "sources": _jsonable(rows),
         }
 
     def holding(self, places: Sequence[int]) -> "Batches":
@@ -359,9 +362,10 @@ def open_batches(data_config: Any, batch_size: int, seed: int) -> Batches:
     Args:
         data_config: mapping or ConfigDict: ``cache`` (a folder; several as a list or joined by ``os.pathsep``; '' for
             online), ``mixture`` {name: {source, root, split, task, count, start, weight, resolution}},
-            ``flip``, ``workers``, ``resolution``, ``task_options``. With a cache the mixture selects by
-            ``task`` and ``weight`` alone; when it is empty, all
-            tasks of the cache weigh the same. A task's passes share its weight equally.
+            ``flip``, ``workers``, ``resolution``, ``task_options``. With a cache the mixture selects
+            by ``task``, by ``source`` and ``split`` where they are given (of several caches those that were prepared
+            from them), and by ``start`` (a place in the dataset) and ``count``; a ``root`` is refused. When it is
+            empty, all tasks of the cache weigh the same. A task's passes share its weight equally.
         batch_size: global batch size B.
         seed: of order and flips.
 

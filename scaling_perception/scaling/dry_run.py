@@ -249,7 +249,8 @@ def _data(config: Config, samples: int) -> dict[str, Any]:
 def _length(config: Config, entry: Mapping[str, Any]) -> tuple[int | None, str]:
     """(raw samples of an entry, how that is known), (None, "unknown") where it is not."""
     if config.data.cache:
-        return _cached_length(config, entry["task"])
+        held, told_by = _cached_length(config, entry["task"])
+        return (entry["count"], "data.mixture") if entry.get("count") else (held, told_by)
     count, root, name = entry.get("count", 0), entry.get("root", ""), entry.get("source", "")
     if count:
         return int(count), "data.mixture"

@@ -168,6 +168,7 @@ FIELDS: dict[str, Field] = {
     "held_out": Field({}, "what train.validate_every measures, as in data"),
     "held_out.cache": Field("", "folder or folders of prepared latents that are not trained on"),
     "held_out.mixture": Field({}, "as data.mixture"),
+    "held_out.shared": Field(False, "it may hold samples that are trained on, to measure the loss of those"),
     "train": Field({}, "the run"),
     "train.steps": Field(30_000, "length of the run", _FROM_1, unit="steps"),
     "train.batch_size": Field(1024, "samples of a step, over all devices", _FROM_1, unit="samples"),

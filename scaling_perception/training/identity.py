@@ -30,6 +30,9 @@ _MEASURED = ("train.validate_samples", "held_out.")
 
 # Fields that came later, with the value by which a run behaves as runs did before them: a checkpoint may lack them.
 LATER = {"optim.ema_every": 1, "optim.ema_dtype": "float32", "optim.ema_place": "device"}
+LATER |= {"held_out.shared": False}
+# With a cache these say which of its samples are used, which the data's own fingerprint holds.
+_OF_CACHE = ("source", "split", "count", "start")
 
 
 def as_json(value: Any) -> Any:
@@ -160,10 +163,12 @@ def same_run(
                     "another --workdir"
                 )
         old, new = ({name: value for name, value in side.items() if value != {}} for side in both)
+        cached = bool(old.get("data.cache")) and bool(new.get("data.cache"))
         measured = bool(old.get("train.validate_every")) and bool(new.get("train.validate_every"))
         for name in sorted(old.keys() | new.keys()):
             free = part == "config" and (name in FREE or (name.startswith("data.") and name.endswith(".root")))
             free |= part == "config" and name.startswith(_MEASURED) and not measured
+            free |= part == "config" and cached and name.startswith("data.mixture.") and name.endswith(_OF_CACHE)
             if old.get(name) != new.get(name) and not free:
                 was, is_now = (json.dumps(side.get(name, "absent"))[:80] for side in (old, new))
                 raise UserError(

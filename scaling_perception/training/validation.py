@@ -8,6 +8,7 @@ running average, for that is what a checkpoint is kept for.
 
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ def held_out_batches(config: Config, data: Mapping[str, Any], training: Batches)
     """
     if not config.train.validate_every:
         return None
+    from scaling_perception.data.contents import first_names
+    from scaling_perception.data.overlap import shared_samples
     from scaling_perception.data.pipeline import open_batches
 
     own = config.held_out.to_dict()
@@ -46,10 +49,12 @@ def held_out_batches(config: Config, data: Mapping[str, Any], training: Batches)
             "train.validate_every is set and nothing is held out: set held_out.cache to latents that are not trained "
             "on, or held_out.mixture"
         )
-    _refuse_shared(own, data)
+    if not own.get("shared"):
+        _refuse_shared(own, data)
     wanted = {**data, "cache": own["cache"], "mixture": own["mixture"], "flip": False}
     if own["cache"] and not own["mixture"]:
-        wanted["mixture"] = data["mixture"]  # which tasks, and how much each
+        tasks = data["mixture"].items()  # which tasks, and how much each
+        wanted["mixture"] = {name: {f: e[f] for f in ("task", "weight") if f in e} for name, e in tasks}
     held = open_batches(wanted, chunk_size(config), config.seed)
     both = [batches.at(0)["target"].shape[1:] for batches in (training, held)]
     made = [{cache["settings"]["autoencoder"] for cache in b.fingerprint.get("caches", ())} for b in (training, held)]
@@ -58,6 +63,14 @@ def held_out_batches(config: Config, data: Mapping[str, Any], training: Batches)
             f"held_out has targets of shape {both[1]} and the training data of {both[0]}, or another autoencoder: "
             "prepare both alike"
         )
+    if found := shared_samples(held, training):
+        told = f"held_out: {len(found)} of its samples are trained on as well ({first_names(found)})"
+        if not own.get("shared"):
+            raise UserError(
+                f"{told}: hold out other ones (prepare --split, --start, --count), or set held_out.shared=true to "
+                "measure the loss of these on purpose"
+            )
+        print(f"{told}, as held_out.shared allows", file=sys.stderr, flush=True)
     return held
 
 

@@ -229,3 +229,17 @@ def test_what_is_held_out_may_come_later_but_not_change(tmp_path):
     same_run(one, before, tmp_path)
     with pytest.raises(UserError, match='held_out.cache was "one" and is now "two"'):
         same_run(one, described(*EVERY, "held_out.cache=two"), tmp_path)
+
+
+def test_shared_samples_are_refused_unless_they_are_wanted(capsys):
+    from scaling_perception.data.pipeline import open_batches
+
+    config = config_of("train.validate_every=4", "train.validate_samples=4", "train.batch_size=2").unlock()
+    scenes(config, start=98, count=8, split="")  # spelled in another way than the training's
+    data = data_of(config)
+    data["mixture"]["depth"]["split"] = "train"
+    with pytest.raises(UserError, match=r"held_out: 2 of its samples .* \(scene 98, scene 99\): hold out other ones"):
+        held_out_batches(config, data, open_batches(data, 2, 0))
+    config.held_out.shared = True
+    assert held_out_batches(config, data, open_batches(data, 2, 0)) is not None
+    assert "2 of its samples are trained on as well" in capsys.readouterr().err

@@ -82,6 +82,8 @@ class FileSource:
         self.count = count
         self.notes: list[str] = []
         """What a person should know of the samples: what was left out, and why."""
+        self.whole = False
+        """Whether the data is not split, so that every split is everything."""
         entries = self.find()
         if not entries:
             raise UserError(f"{self.root} holds no samples of {self.NAME}: it should hold {self.LAYOUT}")
@@ -97,6 +99,12 @@ class FileSource:
 
     def _root_of_file(self, path: Path) -> Path:
         raise UserError(f"{path} is a file: give the folder that holds {self.LAYOUT}")
+
+    def not_split(self) -> None:
+        """Note that what is there does not depend on the split."""
+        self.whole = True
+        if self.split not in ("train", "all"):
+            self.notes.append(f"{self.root} has no splits: split '{self.split}' is everything")
 
     def options(self) -> dict[str, Any]:
         """What else decides the samples; part of the fingerprint."""

@@ -35,7 +35,7 @@ class Folder(FileSource):
 
     Folders: ``root/image/…``, ``root/depth/…`` and so on, named as the file columns; files that belong together have
     the same name up to the suffix. ``root/<split>/image/…`` is taken first where it exists; without such folders every
-    split is everything.
+    split is everything, which ``prepare`` and ``train`` refuse for any but train and all.
 
     A depth file is what ``formats.read_depth`` reads, a flow file what ``formats.read_flow`` reads. For amodal data at
     least one of whole and whole_mask is needed: a missing mask is made from whole by pix2gestalt's threshold, and a
@@ -110,6 +110,8 @@ class Folder(FileSource):
                 if self.split not in ("all", str(row["split"])):
                     continue
             entries.append(self._entry(row, where))
+        if rows and not splits:
+            self.not_split()
         if rows and not entries:
             raise UserError(f"{path} has no row of split '{self.split}': choose of {', '.join(sorted(splits))}")
         if not rows:
@@ -155,6 +157,8 @@ class Folder(FileSource):
     def _from_folders(self) -> list[Entry]:
         inside = self.split if self.split != "all" and (self.root / self.split / "image").is_dir() else ""
         base = self.root / inside
+        if not inside:
+            self.not_split()
         by_field = {}
         for field in (*REQUIRED[self.task], *OPTIONAL[self.task]):
             if (base / field).is_dir():

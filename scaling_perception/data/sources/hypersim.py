@@ -64,6 +64,8 @@ class Hypersim(FileSource):
             name = f"filename_list{kind}.txt"
             for folder in (self.root, self.root / self.split):
                 if (folder / name).is_file():
+                    if not kind and folder == self.root and self.root.name != self.split:
+                        self.not_split()
                     return folder / name
         path = self.root / "filename_list.txt"
         raise UserError(f"{path} is missing: write it, one line 'rgb.png depth.png' a sample, or give list")

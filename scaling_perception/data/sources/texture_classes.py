@@ -9,7 +9,8 @@ import numpy as np
 from scaling_perception.data.sources.textures import RGB_KINDS, texture
 from scaling_perception.support.errors import UserError, did_you_mean
 
-_SPLITS = {"train": 0, "val": 1 << 40}  # first index
+SPLIT_STARTS = {"train": 0, "val": 1 << 40}
+"""First index of each split."""
 _KINDS = sorted(RGB_KINDS)
 
 
@@ -26,8 +27,8 @@ class TextureClasses:
 
     def __init__(self, split: str, *, count: int = 50_000, side: int = 128) -> None:
         self.split = split or "train"
-        if self.split not in _SPLITS:
-            raise UserError(f"textures has no split '{split}'{did_you_mean(split, _SPLITS)}")
+        if self.split not in SPLIT_STARTS:
+            raise UserError(f"textures has no split '{split}'{did_you_mean(split, SPLIT_STARTS)}")
         if count < 1 or side < 8:
             raise UserError(f"textures: count {count} and side {side}: give at least 1 and 8")
         self.count, self.side = count, side
@@ -45,6 +46,6 @@ class TextureClasses:
         if not 0 <= index < self.count:
             raise IndexError(f"sample {index} of {self.count}")
         label = index % len(_KINDS)
-        picture = texture(_SPLITS[self.split] + index, self.side, _KINDS[label])
+        picture = texture(SPLIT_STARTS[self.split] + index, self.side, _KINDS[label])
         image = np.round((picture + 1) * 127.5).astype(np.uint8)
         return {"key": f"textures/{self.split}/{index}", "image": image, "label": label}

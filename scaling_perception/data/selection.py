@@ -1,0 +1,64 @@
+"""Which records of caches an entry of the mixture means: what it says is honoured or refused, never ignored."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from scaling_perception.data.latents import CacheReader
+from scaling_perception.support.errors import UserError
+
+
+def chosen_records(readers: Sequence[CacheReader], name: str, entry: Mapping[str, Any], pass_name: str) -> np.ndarray:
+    """Indices (int64), over all caches one after the other, of a pass's records that ``data.mixture.name`` asks for.
+
+    Of several caches those count that were prepared from its ``source`` and ``split``, where it names them; of their
+    records those from place ``start`` of the dataset on, and ``count`` of them.
+
+    Raises:
+        UserError: it names a folder, or a dataset, a split or a range that no cache holds.
+    """
+    where, field = ", ".join(str(reader.path) for reader in readers), f"data.mixture.{name}"
+    if entry.get("root"):
+        raise UserError(f"{field}.root is {entry['root']} and data.cache is set, which is read alone: leave one out")
+    wanted = {"dataset": entry.get("source"), "split": entry.get("split"), "resolution": entry.get("resolution")}
+    wanted = {setting: value for setting, value in wanted.items() if value}
+    parts, first = [], 0
+    for reader in readers:
+        if all(reader.settings.get(setting, value) == value for setting, value in wanted.items()):
+            places = reader.indices(pass_name)
+            if start := entry.get("start", 0):
+                places = places[positions(reader.settings, reader.shards, entry["task"]) >= start]
+            parts.append(places + first)
+        first += len(reader)
+    if not parts:
+        held = "; ".join(" ".join(str(reader.settings.get(s)) for s in wanted) for reader in readers)
+        raise UserError(
+            f"{field} asks for {' '.join(map(str, wanted.values()))} ({', '.join(wanted)}) and {where} holds "
+            f"{held}: leave that out of the mixture, or prepare another cache"
+        )
+    found, count = np.concatenate(parts), entry.get("count", 0)
+    if not any(len(reader.indices(pass_name)) for reader in readers):
+        raise UserError(
+            f"{field} asks for {entry['task']}, which {where} does not hold: prepare a cache "
+            f"with --tasks {entry['task']}, or leave it out of the mixture"
+        )
+    if not len(found) or len(found) < count:
+        after = f" from {entry['start']} on" if entry.get("start", 0) else ""
+        raise UserError(
+            f"{field} asks for {count or 'samples'}{after} of {entry['task']}, and {where} holds {len(found)}: "
+            "set count and start to 0 for all of them, or prepare another cache"
+        )
+    return found[:count] if count else found
+
+
+def positions(settings: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], task: str) -> np.ndarray:
+    """Places in its dataset of the records of a pass of ``task``, int64, in their order; bad samples have none."""
+    bad = {row["index"] for shard in shards for row in shard["bad"]}
+    offset = 0
+    for row in settings["sources"]:
+        if task in row["tasks"]:
+            good = [i for i in range(row["count"]) if offset + i not in bad]
+            return np.array(good, np.int64) + row["first"] + row["source"].get("start", 0)
+        offset += row["count"]
+    return np.zeros(0, np.int64)
