@@ -150,7 +150,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     # ---- Devices: the batch is split over them, the state by parallel/rules.py -------------------------------------
     whole, split = replicated(mesh), batch_sharding(mesh)
     rows = own_places(split, size).tolist()
-    shared = sum(len(places) for places in places_of(split, size).values()) > size  # some rows in several processes
+    readers = sum(len(places) for places in places_of(split, size).values()) // size  # processes that read each row
     key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=whole)()
     constants = put_tree(objective.constants, jax.tree.map(lambda _: whole, objective.constants))
 
@@ -201,6 +201,8 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         for line in notes(config):
             _say(line)
         _say(f"{total} steps of {config.train.batch_size} on {on}, {jax.process_count()} process(es)")
+        if readers > 1:
+            _say(f"each sample is read by {readers} processes: mesh.tensor spans that many")
 
         if not finished:
             record.attempt_started(step, clock.elapsed())
@@ -294,7 +296,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
                 waited += time.monotonic() - before
                 keys = dict(zip(rows, batch.pop("key", ()), strict=False))
                 arrays = put_batch(batch, split, size)
-                read = replica_sums(arrays) if shared and config.train.check_replicas else None
+                read = replica_sums(arrays) if readers > 1 and config.train.check_replicas else None
                 if advance is None:
                     with clock.spend("compile"):
                         given = state._replace(ema=()) if apart else state

@@ -24,7 +24,7 @@ _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE
 _HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 _OF_SEVERAL = ("JAX_COORDINATOR_ADDRESS", "JOB_COMPLETION_INDEX")  # name no number of processes
 _ALONE = f"set {PROCESSES}=1 if this process runs alone"
-_HINT = f"start all of them and let them reach the first one's port, give {JOIN_SECONDS}, or {_ALONE}"
+_HINT = f"start all of them, let them reach the first one's port, allow more time by {JOIN_SECONDS}, or {_ALONE}"
 _BY_HAND = f"set {COORDINATOR} (host:port of the first process), {PROCESSES} and {PROCESS} (0, 1, …)"
 
 
@@ -54,7 +54,7 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
         if count > 1:
             _initialize(environment, count, (environment[COORDINATOR], count, index), [f"{PROCESSES}={count}"])
         return
-    seen, count = _signs(environment), _found_by_jax(environment)
+    count, seen = _look(environment)
     if count > 1:
         _initialize(environment, count, (None, count), seen)
     elif seen:
@@ -76,10 +76,10 @@ def other_processes(environment: Mapping[str, str] = os.environ) -> str:
     given = _given(environment)
     if given is not None:
         return f"{PROCESSES}={given[0]}" if given[0] > 1 else ""
-    seen = ", ".join(_signs(environment))
-    if not seen and _may_be_tpu() and (count := _found_by_jax(environment)) > 1:
-        seen = f"{count} hosts of a TPU slice"
-    return seen
+    if not _signs(environment) and not _may_be_tpu():  # without JAX, whose import takes a second
+        return ""
+    count, seen = _look(environment)
+    return ", ".join(seen) or (f"{count} processes of a TPU slice" if count > 1 else "")
 
 
 def refuse_several(verb: str, environment: Mapping[str, str] = os.environ) -> None:
@@ -114,10 +114,19 @@ def _given(environment: Mapping[str, str]) -> tuple[int, int] | None:
     return count, index
 
 
+def _look(environment: Mapping[str, str]) -> tuple[int, list[str]]:
+    """(processes of the cluster that JAX finds, 0 without one; variables that speak of several)."""
+    count = _found_by_jax(environment)
+    seen = _signs(environment)
+    if count == 1:  # a cluster of one, such as the only pod of a TPU job
+        seen = [one for one in seen if one.partition("=")[0] not in _OF_SEVERAL]
+    return count, seen
+
+
 def _signs(environment: Mapping[str, str]) -> list[str]:
     """Variables that speak of more than one process, as ``NAME=value``."""
     found = {name: _number(environment.get(name)) for name in _SIZES}
-    found |= {name: len(environment.get(name, "").split(",")) for name in _HOSTS}
+    found |= {name: _hosts(environment, name) for name in _HOSTS}
     found |= {name: 2 for name in _OF_SEVERAL if environment.get(name)}
     if _slurm_tasks(environment) > 1:
         found["SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"] = 2
@@ -135,6 +144,10 @@ def _slurm_tasks(environment: Mapping[str, str]) -> int:
     return _number(environment.get("SLURM_NTASKS")) if inside else 1
 
 
+def _hosts(environment: Mapping[str, str], name: str) -> int:
+    return len(environment.get(name, "").split(","))
+
+
 def _number(text: str | None) -> int:
     return int(text) if text and text.strip().isdigit() else 1
 
@@ -144,13 +157,15 @@ def _may_be_tpu() -> bool:
 
 
 def _found_by_jax(environment: Mapping[str, str]) -> int:
-    """Processes of the cluster that JAX's own detection finds; 1 where it finds none."""
+    """Processes of the cluster that JAX's own detection finds; 0 where it finds none."""
     try:
         from jax._src.clusters import ClusterEnv
 
         kinds = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
-    except (ImportError, AttributeError):  # private names: without them, try what the variables say
-        return 2 if _signs(environment) else 1
+    except (ImportError, AttributeError):  # private names; without them JAX still joins by what the variables say
+        hosts = max(_hosts(environment, name) for name in _HOSTS) * _number(environment.get("MEGASCALE_NUM_SLICES"))
+        count = max(hosts, _slurm_tasks(environment), _number(environment.get("OMPI_COMM_WORLD_SIZE")))
+        return count if count > 1 else 0
     for kind in kinds:
         # every pod has the variable that JAX goes by; asking for the pod's job needs rights that most pods lack
         if kind.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in environment:
@@ -166,7 +181,7 @@ def _found_by_jax(environment: Mapping[str, str]) -> int:
                 f"cannot find out whether this process is one of several ({kind.__name__}: {_first_line(error)}): "
                 f"{_ALONE}, else {_BY_HAND}"
             ) from None
-    return 1
+    return 0
 
 
 def _initialize(environment: Mapping[str, str], count: int, where: tuple[Any, ...], seen: list[str]) -> None:

@@ -217,15 +217,16 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
     dit = network_of(config)
     preset = get_diffusion(config.diffusion, **config.diffusion_changes.to_dict())
     options = TaskOptions.from_dict(config.task_options.to_dict())
-    whole, held_out = batches, None
-    if batches is None:
+    held_out = None
+    if batches is not None:
+        whole = batches
+    else:
         from scaling_perception.data.pipeline import open_batches
 
         data = {**config.data.to_dict(), "resolution": config.resolution, "task_options": options.to_dict()}
         whole = open_batches(data, config.train.batch_size, config.seed)
         batches = own_share(whole, mesh, config.train.batch_size)
         held_out = held_out_batches(config, data, batches)
-    assert batches is not None and whole is not None
     moments, constants, encoder_id = _encoder(config, batches)
     encode = None if moments is None else _mean_of(moments)
 

@@ -34,7 +34,7 @@ class Batches(Protocol):
         ...
 
 
-def own_share(batches: Any, mesh: Mesh | None, size: int) -> Any:
+def own_share(batches: Any, mesh: Mesh | None, size: int) -> Batches:
     """``batches`` (of ``size``) with the rows alone that this process's devices hold, where several processes run.
 
     They need ``holding(places)``: the same batches, of which only the rows at ``places`` are read, in that order.

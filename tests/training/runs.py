@@ -1,7 +1,7 @@
 """Training commands in processes of their own: a small cache of scenes, what starts them, what they leave.
 
 This file is also the program ``python runs.py LOG VERB ...``: the command itself, which notes in LOG what each step is
-given.
+given, on devices in the order that ORDER gives.
 """
 
 import contextlib
@@ -22,10 +22,12 @@ from scaling_perception import cli
 from scaling_perception import train as verb
 from scaling_perception.models import tiny_vae
 from scaling_perception.models.autoencoders import save_part
+from scaling_perception.parallel import mesh as meshes
 from scaling_perception.parallel.processes import COORDINATOR, PROCESS, PROCESSES
 from scaling_perception.support.verbs import run_verb
 from scaling_perception.training.state import named_leaves
 
+ORDER = "RUNS_ORDER"
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -35,8 +37,7 @@ def scenes_command(folder, steps, batch, *changes):
     config = tiny_vae.TinyVAEConfig(**thin, decoder_blocks=(1, 1, 1), patch=2)
     for part in ("encoder", "decoder"):  # any weights do: they make latents, no pictures
         save_part(folder / "vae", part, config, tiny_vae.init_part(part, config, jax.random.key(0)), {})
-    words = ["scenes", "--out", str(folder / "cache"), "--latents", "--vae", str(folder / "vae"), "--resolution", "32"]
-    assert run_verb("prepare", [*words, "--count", "6", "--batch", "8", "--workers", "0"]) == 0
+    prepare_scenes(folder, "cache", "6")
     spec = (
         f"configs/mini.py:model=nano,res=32,cache={folder / 'cache'},vae={folder / 'vae'},batch={batch},steps={steps}"
     )
@@ -44,8 +45,17 @@ def scenes_command(folder, steps, batch, *changes):
     return ["--config", spec, *(f"--config.{change}" for change in changes)]
 
 
-def start(command, workdir, processes=1, devices=4, noted=False, **environment):
-    """One run: its processes, their words in ``WORKDIR.INDEX.log``; with ``noted`` steps in ``WORKDIR.INDEX.steps``."""
+def prepare_scenes(folder, name, count, *words):
+    """Latents of scenes in ``folder/name``."""
+    where = ["--out", str(folder / name), "--latents", "--vae", str(folder / "vae"), "--resolution", "32"]
+    assert run_verb("prepare", ["scenes", *where, "--count", count, "--batch", "8", "--workers", "0", *words]) == 0
+
+
+def start(command, workdir, processes=1, devices=4, noted=False, others=(), **environment):
+    """One run: its processes, their words in ``WORKDIR.INDEX.log``; with ``noted`` steps in ``WORKDIR.INDEX.steps``.
+
+    ``others``: words for all processes but the first.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -57,7 +67,7 @@ def start(command, workdir, processes=1, devices=4, noted=False, **environment):
         if processes > 1:
             own |= {COORDINATOR: f"127.0.0.1:{port}", PROCESSES: str(processes), PROCESS: str(index)}
         program = [__file__, f"{workdir}.{index}.steps"] if noted else ["-m", "scaling_perception"]
-        words = [sys.executable, *program, "train", *command, "--workdir", str(workdir)]
+        words = [sys.executable, *program, "train", *command, "--workdir", str(workdir), *(others if index else ())]
         with open(f"{workdir}.{index}.log", "a") as log:
             running.append(subprocess.Popen(words, stderr=log, stdout=log, cwd=ROOT, env=own))
     return running
@@ -98,9 +108,9 @@ def leaf_hashes(workdir, step):
 
 
 def steps_noted(workdir, index=0):
-    """What each step was given in a process, over all attempts: (step, keys of its samples, hash of its arrays)."""
+    """What each step was given in a process, over all attempts: (step, keys of its samples, hashes of their arrays)."""
     rows = [json.loads(line) for line in Path(f"{workdir}.{index}.steps").read_text().splitlines()]
-    return [(row["step"], tuple(row["keys"]), row["arrays"]) for row in rows]
+    return [(row["step"], tuple(row["keys"]), tuple(row["rows"])) for row in rows]
 
 
 def main(log, *words):
@@ -114,13 +124,18 @@ def main(log, *words):
     def noted(iterate, start):
         with contextlib.closing(iterate(start)) as batches, open(log, "a", buffering=1) as file:
             for step, batch in enumerate(batches, start):
-                digest = hashlib.sha256()
-                for name in sorted(batch.keys() - {"key"}):
-                    digest.update(name.encode() + np.ascontiguousarray(batch[name]).tobytes())
-                row = {"step": step, "keys": list(batch["key"]), "arrays": digest.hexdigest()}
-                file.write(json.dumps(row) + "\n")
+                rows = []
+                for place in range(len(batch["key"])):
+                    digest = hashlib.sha256()
+                    for name in sorted(batch.keys() - {"key"}):
+                        digest.update(name.encode() + np.ascontiguousarray(batch[name][place]).tobytes())
+                    rows.append(digest.hexdigest())
+                file.write(json.dumps({"step": step, "keys": list(batch["key"]), "rows": rows}) + "\n")
                 yield batch
 
+    if ORDER in os.environ:  # of the devices: as on a torus, where a host's need not follow each other
+        arrange, order = meshes._arrange, [int(place) for place in os.environ[ORDER].split(",")]
+        meshes._arrange = lambda shape, devices: arrange(shape, [devices[place] for place in order])
     verb._objective = noting
     return cli.main(words)
 

@@ -1,10 +1,12 @@
 """Several real processes as one run: the losses of one process, stopped together, continued elsewhere."""
 
+import json
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import runs
 from runs import finish, losses, scenes_command, start
 
 from scaling_perception.parallel.processes import COORDINATOR, PROCESS, PROCESSES, join, leaving_at_once
@@ -62,6 +64,72 @@ def test_fifty_losses_are_those_of_one_process(tmp_path):
     for count in spreads:
         print(f"{count} processes: largest relative difference {difference(tmp_path / str(count), alone):.1e}")
     print(f"4 processes until step {stopped}, then 2: {difference(work, alone):.1e}")
+
+
+LONG = 1200  # seconds that a run may take on a busy machine
+SPREADS = {  # processes, devices of each, their order, mesh, and the rows of a batch of 8 that each process holds
+    "tensor over two hosts": (2, 2, "0,1,2,3", {"tensor": 4}, [[*range(8)]] * 2),
+    "two hosts interleaved": (2, 2, "0,2,1,3", {"data": 4}, [[0, 1, 4, 5], [2, 3, 6, 7]]),
+    "tensor over four hosts": (4, 1, "0,1,2,3", {"tensor": 4}, [[*range(8)]] * 4),
+    "four hosts interleaved": (4, 2, "0,2,4,6,1,3,5,7", {"fsdp": 4, "tensor": 2}, [[0, 1, 4, 5], [2, 3, 6, 7]] * 2),
+}
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+    """A command, the folder of its run on one device, what each of its steps was given, and hashes of its weights.
+
+    In two parts, with held-out samples, with the copies of weights and inputs compared at each step, and with skipped
+    steps, whose samples' keys are listed.
+    """
+    folder = tmp_path_factory.mktemp("spreads")
+    changes = [*CHANGES, "train.accumulate=2", "train.check_replicas=1", "train.validate_every=4"]
+    changes += ["train.validate_samples=8", f"held_out.cache={folder / 'held'}", "train.on_spike=skip"]
+    changes += ["train.spike_window=4", "train.spike_factor=1.01", "latent_norm=none"]
+    command = runs.scenes_command(folder, 12, 8, *changes)
+    runs.prepare_scenes(folder, "held", "4", "--start", "50")
+    alone = folder / "alone"
+    finish(start(command, alone, devices=1, noted=True), 0, alone, seconds=LONG)
+    return command, alone, runs.steps_noted(alone), runs.leaf_hashes(alone, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * LONG)
+@pytest.mark.parametrize("name", SPREADS)
+def test_batches_weights_and_curves_however_hosts_lie(on_one_device, tmp_path, name):
+    """``pytest -m slow tests/training/test_processes.py -s -k hosts`` (some minutes)."""
+    command, alone, whole, weights = on_one_device
+    count, devices, order, sizes, places = SPREADS[name]
+    work = tmp_path / "work"
+    mesh = [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
+    told = finish(start([*command, *mesh], work, count, devices, True, **{runs.ORDER: order}), 0, work, seconds=LONG)
+    assert f"{count} process(es)" in told
+    for index in range(count):
+        for (step, keys, rows), (now, held, arrays) in zip(whole, runs.steps_noted(work, index), strict=True):
+            assert step == now and held == tuple(keys[place] for place in places[index])
+            assert arrays == tuple(rows[place] for place in places[index])
+    print(f"{name}: losses within {difference(work, alone):.1e}", end=", ")
+    assert losses(work) == pytest.approx(losses(alone), rel=1e-5)
+    held_out = [[row["held_out_loss"] for row in metrics(one) if "held_out_loss" in row] for one in (work, alone)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-5) and len(held_out[0]) == 3
+    lines = [[json.loads(line) for line in (one / "skipped.jsonl").read_text().splitlines()] for one in (work, alone)]
+    listed = [[(row["step"], row["keys"]) for row in rows] for rows in lines]
+    assert listed[0] == listed[1] and listed[0]
+    same = sum(weights[leaf] == hashed for leaf, hashed in runs.leaf_hashes(work, 12).items())
+    print(f"{len(listed[0])} skipped steps' keys and all batches equal, {same} of {len(weights)} leaves bit for bit")
+
+
+@pytest.mark.slow
+def test_processes_started_apart_are_refused(tmp_path):
+    command = runs.scenes_command(tmp_path, 4, 8, *CHANGES)
+    work = tmp_path / "work"
+    running = start(command, work, 2, 1, others=["--config.seed=5"])
+    assert "process 1 has another config than process 0" in finish(running, 2, work)
+    assert not (work / "checkpoints").exists() or not any((work / "checkpoints").iterdir())
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def difference(workdir, other):

@@ -6,7 +6,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from toys import config_of, linear_objective
 
 from scaling_perception import train as verb
-from scaling_perception.parallel.mesh import make_mesh
+from scaling_perception.parallel import processes
+from scaling_perception.parallel.mesh import batch_sharding, make_mesh
+from scaling_perception.parallel.processes import put_batch
 from scaling_perception.support.errors import UserError
 from scaling_perception.training import averaging
 from scaling_perception.training.replicas import differing, replica_sums
@@ -107,3 +109,23 @@ def test_a_sound_run_passes(monkeypatch, tmp_path):
     assert steps_of(tmp_path) == [8, 12]
     with pytest.raises(UserError, match="train.check_replicas is -1"):
         linear_run(monkeypatch, tmp_path, "train.check_replicas=-1")
+
+
+def test_other_inputs_are_not_blamed_on_a_device(monkeypatch, tmp_path):
+    """Where the mesh's tensor axis spans hosts, both read the same rows: one host's file differs in one bit."""
+    taken = []
+
+    def put(batch, *where):
+        arrays = put_batch(batch, *where)
+        taken.append(batch)
+        return {**arrays, "x": bent(arrays["x"], [3])} if len(taken) == 6 else arrays
+
+    monkeypatch.setattr(processes, "put_batch", put)
+    processes.own_places(batch_sharding(make_mesh(tensor=2)), 8)  # known before another host is made up
+    monkeypatch.setattr(processes, "places_of", lambda *_: {0: np.arange(8), 1: np.arange(8)})
+    words = (
+        "different data for the same places of step 6's batch: x differs between device (2|3) .process 0. and device"
+    )
+    with pytest.raises(UserError, match=words):
+        linear_run(monkeypatch, tmp_path, "train.check_replicas=100", "mesh.tensor=2")
+    assert steps_of(tmp_path) == [4]
