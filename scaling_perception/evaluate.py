@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scaling_perception.support.again import refuse_other
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.files import write_json, write_text
+from scaling_perception.support.files import read_json, write_json, write_text
 from scaling_perception.support.verbs import COUNT, FROM_0, SEED
 
 EXAMPLES = """
@@ -24,6 +25,8 @@ scaling-perception evaluate --task depth --dataset scenes --model runs/depth --s
 """  # noqa: E501
 
 _FORMAT = 1
+_ASKED = ("task", "dataset", "split", "count", "option", "steps", "ensemble", "preset", "solver", "tolerance", "first")
+_ASKED += ("step_tolerance", "step_chunk", "metrics", "reduce", "seed", "dtype", "panels")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--write-budgets", metavar="MODEL", help="put this into the model folder's budgets.json, for predict --budget"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a result that was made with other settings")
     parser.add_argument("--panels", type=FROM_0, default=0, metavar="K", help="save pictures of the first K images")
 
 
@@ -178,6 +182,15 @@ def run(args: argparse.Namespace) -> int:
         print(note, file=sys.stderr)
     data = described(source, contents_of(source))
     predictor = Predictor.from_pretrained(args.model, autoencoder=args.autoencoder, dtype=args.dtype)
+    asked = {name: getattr(args, name) for name in _ASKED}
+    asked |= {"weights": predictor.id, "autoencoder": predictor.autoencoder_id, "data": data, "protocol": protocol}
+    if out.exists() and not args.overwrite:
+        before = read_json(out)
+        refuse_other(out, before.get("asked") if isinstance(before, dict) else None, asked)
+        _write_tables(args, before, predictor, folder)
+        print_table(before)
+        print(f"already finished: {out}")
+        return _report_skipped(before["skipped"])
     journal = out.with_name(f"{out.name}.journal")
     found, panels = sweep(
         predictor,
@@ -199,6 +212,7 @@ def run(args: argparse.Namespace) -> int:
     )
     result = {
         "format": _FORMAT,
+        "asked": asked,
         "task": args.task,
         "dataset": args.dataset,
         "split": args.split,

@@ -15,6 +15,7 @@ from scaling_perception.cli import main
 from scaling_perception.data.formats import read_image
 from scaling_perception.evaluation.budgets import choose, load_budgets
 from scaling_perception.report import write_report
+from scaling_perception.support.again import differing
 from scaling_perception.support.errors import UserError
 
 pytest_plugins = ("nano",)
@@ -128,6 +129,20 @@ def _rows(path):
         return list(csv.DictReader(file))
 
 
+def test_a_result_is_replaced_by_wish_alone(evaluate, tmp_path):
+    words = ("--steps", "1", "--ensemble", "1")
+    evaluate("depth", *words)
+    path = tmp_path / "eval" / "result.json"
+    before = path.read_bytes()
+    assert "already finished" in evaluate("depth", *words).out  # equal settings
+    assert "seed: 0 there, 1 here" in evaluate("depth", *words, "--seed", "1", code=2).err
+    assert path.read_bytes() == before
+    evaluate("depth", *words, "--seed", "1", "--overwrite")
+    assert json.loads(path.read_text())["asked"]["seed"] == 1
+    found = differing({"a": {"b": (1,)}, "c": 2}, {"a": {"b": [1]}, "d": 3})
+    assert found == ['c: 2 there, "absent" here', 'd: "absent" there, 3 here']
+
+
 def test_tables_for_other_tools(evaluate, tmp_path):
     """Columns as docs/evaluate.md has them; what a cell does not have is empty."""
     cells, images = tmp_path / "cells.csv", tmp_path / "images.csv"
@@ -168,7 +183,18 @@ def test_budgets_are_written_and_read(evaluate, nano_folder, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(nano_folder, model)
     for task in ("depth", "amodal"):
-        evaluate(task, "--steps", "1,2", "--ensemble", "1,2", "--tolerance", "0.1", "--write-budgets", str(model))
+        evaluate(
+            task,
+            "--steps",
+            "1,2",
+            "--ensemble",
+            "1,2",
+            "--tolerance",
+            "0.1",
+            "--write-budgets",
+            str(model),
+            "--overwrite",
+        )
     table = load_budgets(model)
     assert table is not None and list(table["tasks"]) == ["amodal", "depth"]
     result = json.loads((tmp_path / "eval" / "result.json").read_text())
