@@ -108,15 +108,16 @@ def test_batches_weights_and_curves_however_hosts_lie(on_one_device, tmp_path, n
         for (step, keys, rows), (now, held, arrays) in zip(whole, runs.steps_noted(work, index), strict=True):
             assert step == now and held == tuple(keys[place] for place in places[index])
             assert arrays == tuple(rows[place] for place in places[index])
-    print(f"{name}: losses within {difference(work, alone):.1e}", end=", ")
-    assert losses(work) == pytest.approx(losses(alone), rel=1e-5)
-    held_out = [[row["held_out_loss"] for row in metrics(one) if "held_out_loss" in row] for one in (work, alone)]
-    assert held_out[0] == pytest.approx(held_out[1], rel=1e-5) and len(held_out[0]) == 3
+    for field, least in (("loss", 6), ("held_out_loss", 3)):  # a skipped step has no loss
+        curves = [{row["step"]: row[field] for row in metrics(one) if field in row} for one in (work, alone)]
+        apart = max(abs(curves[0][step] / value - 1) for step, value in curves[1].items())
+        print(f"{name}: {field} of {len(curves[0])} steps within {apart:.1e}")
+        assert curves[0].keys() == curves[1].keys() and len(curves[0]) >= least and apart < 1e-5
     lines = [[json.loads(line) for line in (one / "skipped.jsonl").read_text().splitlines()] for one in (work, alone)]
     listed = [[(row["step"], row["keys"]) for row in rows] for rows in lines]
     assert listed[0] == listed[1] and listed[0]
     same = sum(weights[leaf] == hashed for leaf, hashed in runs.leaf_hashes(work, 12).items())
-    print(f"{len(listed[0])} skipped steps' keys and all batches equal, {same} of {len(weights)} leaves bit for bit")
+    print(f"{name}: {len(listed[0])} skipped steps' keys and all batches equal, {same} of {len(weights)} leaves")
 
 
 @pytest.mark.slow
