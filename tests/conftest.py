@@ -46,9 +46,27 @@ def pytest_configure(config):
         raise pytest.UsageError(f"SCALING_PERCEPTION_SHARED={SHARED} has no folder golden: correct or unset it")
 
 
+# The files that take longest, first, so that no process is left with one of them at the end.
+LONGEST = (
+    "training/test_meshes.py",
+    "test_house.py",
+    "models/test_dit.py",
+    "models/test_dispatch.py",
+    "evaluation/test_predictor.py",
+    "models/test_autoencoders.py",
+    "models/test_vae.py",
+    "training/test_train.py",
+    "models/test_surgery.py",
+    "evaluation/test_ensemble.py",
+    "training/test_diffusion.py",
+)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """Whoever asks for PyTorch or the reference material, through a fixture too, carries the marker."""
+    """Long files go first; what asks for PyTorch or the reference material, through a fixture too, is marked."""
+    place = {HERE / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     for item in items:
         for marker, (fixture, _, _) in NEEDS.items():
             if fixture in item.fixturenames:

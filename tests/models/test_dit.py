@@ -188,9 +188,9 @@ def test_router_trains_only_the_patch_embedding_that_was_used(router):
 
 def test_new_model_answers_zero_and_is_drawn_as_the_reference_says():
     config = get_preset("nano", dim=64)
-    params = init_params(config, jax.random.key(3))
-    x = jax.random.normal(jax.random.key(1), (2, 16, 16, 12))
-    assert not np.any(DiT(config).apply({"params": params}, x, jnp.array([5, 900]), jnp.array([0, 3])))
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(3))
+    x, t, label = np.random.default_rng(1).normal(size=(2, 16, 16, 12)), np.array([5, 900]), np.array([0, 3])
+    assert not np.any(jax.jit(DiT(config).apply)({"params": params}, x.astype(np.float32), t, label))
 
     assert frozen_paths(config) == ("pos_embed",)
     np.testing.assert_array_equal(params["pos_embed"], position_table(64, 8))
@@ -307,15 +307,23 @@ def test_wrong_input_names_both_shapes():
 @pytest.mark.parametrize("changes", [{}, {"routed": False, "context_dim": 3}, {"experts": 4}, {"cond_channels": 0}])
 def test_what_does_not_change_while_sampling_can_be_computed_ahead(changes):
     config = get_preset("nano", input_size=8, **changes)
-    params = jax.tree.map(lambda leaf: leaf + 0.05, init_params(config, jax.random.key(0)))
-    latents = jax.random.normal(jax.random.key(1), (3, 8, 8, config.input_channels))
     t, label = jnp.asarray([999.0, 20.0]), jnp.asarray([0, 3])
     rows = jnp.asarray([1, 0, 1])  # which label each sample has
-    blocks, final = modulations(config, params, t, label)
-    conditions = latents[..., : config.cond_channels]
-    tokens = embed_conditions(config, params, conditions, label[rows])
-    for step in range(2):
-        fixed = Fixed(tokens, blocks[step][:, rows], final[step][rows])
-        noisy = latents[..., config.cond_channels :]
-        ahead = DiT(config).apply({"params": params}, noisy, t[:1], label[rows], fixed=fixed)
-        close(ahead, DiT(config).apply({"params": params}, latents, t[step : step + 1], label[rows]), 1e-5)
+
+    @jax.jit
+    def outputs(key):
+        """Of both timesteps, with parts computed ahead and without."""
+        params = jax.tree.map(lambda leaf: leaf + 0.05, init_params(config, key))
+        latents = jax.random.normal(key, (3, 8, 8, config.input_channels))
+        conditions, noisy = jnp.split(latents, [config.cond_channels], axis=-1)
+        blocks, final = modulations(config, params, t, label)
+        tokens = embed_conditions(config, params, conditions, label[rows])
+        found = []
+        for step in range(2):
+            fixed = Fixed(tokens, blocks[step][:, rows], final[step][rows])
+            ahead = DiT(config).apply({"params": params}, noisy, t[:1], label[rows], fixed=fixed)
+            found.append((ahead, DiT(config).apply({"params": params}, latents, t[step : step + 1], label[rows])))
+        return found
+
+    for ahead, whole in outputs(jax.random.key(0)):
+        close(ahead, whole, 1e-5)

@@ -143,7 +143,7 @@ def test_a_step_that_is_not_finite_changes_nothing_when_skipped():
     batches = LatentBatches()
     objective = diffusion_objective(config, batches)
     tx, _ = make_optimizer(config.optim, 12, objective.frozen)
-    state = new_state(objective.init(jax.random.key(0)), tx)
+    state = new_state(jax.jit(objective.init)(jax.random.key(0)), tx)
     step = jax.jit(make_step(objective, tx, 0.9, skip=True))
     good = {name: value for name, value in batches.at(0).items() if name != "key"}
     state, metrics = step(state, good, jax.random.key(1))

@@ -28,7 +28,7 @@ def test_one_prompt_begins_as_nothing_and_is_learned(encoder):
     config = config_of(f"task_prompts.amodal={TEXT}", f"text_encoder={encoder}")
     objective = diffusion_objective(config, LatentBatches())
     clip = load_clip(encoder)
-    params = objective.init(jax.random.key(0))
+    params = jax.jit(objective.init)(jax.random.key(0))
     table = np.asarray(params["context"]["table"])
     assert (
         table.shape == (4, clip.config.projection_dim or clip.config.width)

@@ -70,7 +70,7 @@ def test_the_number_depends_on_weights_and_key_alone():
         objective = noisy_objective(size, jitter=0.0)
         validate = make_validation(objective, config, mesh)
         key = jax.device_put(jax.random.key(5), replicated(mesh))
-        params = jax.device_put(objective.init(jax.random.key(0)), replicated(mesh))
+        params = jax.device_put(jax.jit(objective.init)(jax.random.key(0)), replicated(mesh))
         found += [validate(params, key, None), validate(params, key, None)]
     assert found[0] == found[1] and found[0].keys() == {"held_out_loss", "held_out_largest"}
     for other in found[2:]:
