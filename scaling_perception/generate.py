@@ -5,7 +5,7 @@ Perception models draw none: they are asked with `predict`.
 
 import argparse
 
-from scaling_perception.support.errors import UserError
+from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.verbs import NOT_NEGATIVE, SEED, STEPS
 
 EXAMPLES = """
@@ -17,7 +17,9 @@ scaling-perception generate --model models/dit256 --classes 207,360,387,974 --st
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder, or a training run's folder")
     parser.add_argument("--out", required=True, metavar="FILE", help="picture to write, all classes on one sheet")
-    parser.add_argument("--classes", default="", metavar="I,I,…", help="classes to draw (default: eight of them)")
+    parser.add_argument(
+        "--classes", default="", metavar="I,I,…", help="classes to draw, names or labels (default: eight)"
+    )
     parser.add_argument("--steps", type=STEPS, default=50, metavar="T", help="denoising steps (default %(default)s)")
     parser.add_argument(
         "--guidance",
@@ -45,9 +47,17 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.model) / "model"  # a training run keeps its model there
     params, meta = load_model(folder if folder.is_dir() else args.model)
     words = [word.strip() for word in args.classes.split(",") if word.strip()]
-    if any(not word.isdecimal() for word in words):
-        raise UserError(f"--classes {args.classes}: give whole numbers with commas between them")
-    labels = [int(word) for word in words] or example_classes(meta.get("classes") or meta["model"]["num_classes"], 8)
+    names = meta.get("class_names") or []
+    labels = [names.index(word) if word in names else int(word) if word.isdecimal() else -1 for word in words]
+    if -1 in labels:
+        wrong = words[labels.index(-1)]
+        raise UserError(
+            f"--classes {args.classes}: '{wrong}' is no class{did_you_mean(wrong, names)}; give whole numbers, or "
+            "names that the model holds, with commas between them"
+        )
+    labels = labels or example_classes(meta.get("classes") or meta["model"]["num_classes"], 8)
     how = {"steps": args.steps, "guidance": args.guidance, "channels": args.channels, "solver": args.solver}
     pictures = write_classes(args.out, params, meta, labels, key=args.seed, autoencoder=args.vae, **how)
     print(f"{args.out}: classes {', '.join(map(str, labels))}, {grid_of(len(pictures))} to a row")
+    if shown := [f"{label} {names[label]}" for label in labels if label < len(names) and names[label]]:
+        print(f"names of the classes: {', '.join(shown)}")

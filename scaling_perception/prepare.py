@@ -252,6 +252,8 @@ def _latents(args: argparse.Namespace) -> int:
     if kinds[samples.tasks[0]] != FIELDS:
         settings["fields"] = list(kinds[samples.tasks[0]])
     ledger = {"format": FORMAT, "autoencoder_name": args.vae, "settings": settings, "entries": entries}
+    if hasattr(samples.groups[0][0], "class_names"):
+        ledger["class_names"] = samples.groups[0][0].class_names  # by label
     ledger |= {"complete": False, "shards": []}
     with _alone(out):
         table = samples.contents()  # before anything is read: what changes from now on is noticed next time

@@ -239,6 +239,8 @@ class CacheReader:
             done, total = len(ledger["shards"]), ledger["settings"]["shards"]
             raise UserError(f"{self.path} is unfinished ({done} of {total} shards): run the same prepare command again")
         self.settings: dict[str, Any] = ledger["settings"]
+        self.entries: list[Any] = ledger.get("entries", [])  # digests of the samples' names
+        self.class_names: list[str] | None = ledger.get("class_names")
         self.shards: list[dict[str, Any]] = ledger["shards"]
         self._check(contents=False)
         self._starts = np.cumsum([0, *(shard["records"] for shard in self.shards)]).tolist()

@@ -20,7 +20,7 @@ import numpy as np
 
 from scaling_perception.data.contents import contents_of, described
 from scaling_perception.data.latents import CacheReader, split_record
-from scaling_perception.data.selection import chosen_records
+from scaling_perception.data.selection import chosen_records, classes_of
 from scaling_perception.data.workers import ordered_map
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks import ALL_PASSES, FIELDS, TaskOptions, fields_of, get_task
@@ -180,15 +180,9 @@ class _Online:
         self.opened: dict[str, tuple[Any, range, str]] = {}
         self.files: dict[str, str] = {}  # entry/path -> hash of its content, once the fingerprint was taken
         for name, entry in entries:
-            source, chosen = open_subset(
-                entry["source"],
-                entry.get("root", ""),
-                entry.get("split", "train"),
-                entry["task"],
-                entry.get("count", 0),
-                entry.get("start", 0),
-                entry.get("resolution", 0) or resolution,
-            )
+            where = (entry["source"], entry.get("root", ""), entry.get("split", "train"), entry["task"])
+            size = entry.get("resolution", 0) or resolution
+            source, chosen = open_subset(*where, entry.get("count", 0), entry.get("start", 0), size)
             self.opened[name] = (source, chosen, entry["task"])
 
     def fingerprint(self) -> list[dict[str, Any]]:
@@ -278,6 +272,11 @@ class Batches:
         return streams
 
     @property
+    def class_names(self) -> list[str] | None:
+        """See ``selection.classes_of``."""
+        return classes_of(self.cached.readers if self.cached else [source for source, *_ in self.opened.values()])
+
+    @property
     def opened(self) -> dict[str, tuple[Any, range, str]]:
         """Entry -> (source, samples that are used, task); {} with a cache."""
         return self.online.opened if self.online else {}
@@ -362,10 +361,9 @@ def open_batches(data_config: Any, batch_size: int, seed: int) -> Batches:
     Args:
         data_config: mapping or ConfigDict: ``cache`` (a folder; several as a list or joined by ``os.pathsep``; '' for
             online), ``mixture`` {name: {source, root, split, task, count, start, weight, resolution}},
-            ``flip``, ``workers``, ``resolution``, ``task_options``. With a cache the mixture selects
-            by ``task``, by ``source`` and ``split`` where they are given (of several caches those that were prepared
-            from them), and by ``start`` (a place in the dataset) and ``count``; a ``root`` is refused. When it is
-            empty, all tasks of the cache weigh the same. A task's passes share its weight equally.
+            ``flip``, ``workers``, ``resolution``, ``task_options``. With a cache an entry
+            chooses of its records (``selection.chosen_records``); without entries all tasks of it weigh the same. A
+            task's passes share its weight equally.
         batch_size: global batch size B.
         seed: of order and flips.
 

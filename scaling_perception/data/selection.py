@@ -16,16 +16,16 @@ def chosen_records(readers: Sequence[CacheReader], name: str, entry: Mapping[str
     records those from place ``start`` of the dataset on, and ``count`` of them.
 
     Raises:
-        UserError: it names a folder, or a dataset, a split or a range that no cache holds.
+        UserError: it names a folder with other samples, or a dataset, a split or a range that no cache holds.
     """
     where, field = ", ".join(str(reader.path) for reader in readers), f"data.mixture.{name}"
-    if entry.get("root"):
-        raise UserError(f"{field}.root is {entry['root']} and data.cache is set, which is read alone: leave one out")
     wanted = {"dataset": entry.get("source"), "split": entry.get("split"), "resolution": entry.get("resolution")}
     wanted = {setting: value for setting, value in wanted.items() if value}
     parts, first = [], 0
     for reader in readers:
         if all(reader.settings.get(setting, value) == value for setting, value in wanted.items()):
+            if entry.get("root"):
+                _of_folder(reader, entry, field)
             places = reader.indices(pass_name)
             if start := entry.get("start", 0):
                 places = places[positions(reader.settings, reader.shards, entry["task"]) >= start]
@@ -50,6 +50,32 @@ def chosen_records(readers: Sequence[CacheReader], name: str, entry: Mapping[str
             "set count and start to 0 for all of them, or prepare another cache"
         )
     return found[:count] if count else found
+
+
+def _of_folder(reader: CacheReader, entry: Mapping[str, Any], field: str) -> None:
+    """Refuse a root that holds other samples than the cache was prepared from."""
+    from scaling_perception.data.sources import open_source
+
+    dataset, split = reader.settings["dataset"], entry.get("split") or reader.settings["split"]
+    found = open_source(dataset, entry["root"], split, entry["task"]).fingerprint().get("entries")
+    rows = zip(reader.settings["sources"], reader.entries, strict=False)
+    if any(entry["task"] in row["tasks"] and held != found for row, held in rows):
+        raise UserError(
+            f"{field}.root is {entry['root']}, which holds other samples than {reader.path} was prepared from: leave "
+            "root out to read the cache, or data.cache to read the folder"
+        )
+
+
+def classes_of(held: Sequence[Any]) -> list[str] | None:
+    """The names of the classes of sources or caches by label, None where none knows them.
+
+    Raises:
+        UserError: two of them number their classes in other ways.
+    """
+    known = [names for one in held if (names := getattr(one, "class_names", None))]
+    if any(names != known[0] for names in known):
+        raise UserError("data.mixture: its sources or caches have other classes: prepare them with one labels.txt")
+    return known[0] if known else None
 
 
 def positions(settings: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], task: str) -> np.ndarray:

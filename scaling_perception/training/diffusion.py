@@ -263,12 +263,15 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
     if start_meta.get("surgery"):
         meta["init"] = {"model": start_meta["model"]["name"], "steps": start_meta["surgery"]}
 
+    names = getattr(batches, "class_names", None)
+
     def export(params: Any, path: str, info: Mapping[str, Any]) -> None:
         from scaling_perception.interop.model_folder import save_model
 
         dtype = EXPORT_DTYPES[config.train.export_dtype]
         small = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf, dtype)), params)
-        save_model(path, small, {**meta, "training": dict(info)})
+        classes = {"class_names": names} if generation and names else {}
+        save_model(path, small, {**meta, **classes, "training": dict(info)})
         if generation:
             pretrain.write_samples(str(Path(path) / "samples.png"), config, small, meta)
 

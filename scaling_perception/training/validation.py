@@ -63,6 +63,11 @@ def held_out_batches(config: Config, data: Mapping[str, Any], training: Batches)
             f"held_out has targets of shape {both[1]} and the training data of {both[0]}, or another autoencoder: "
             "prepare both alike"
         )
+    names = [getattr(batches, "class_names", None) for batches in (training, held)]
+    if all(names) and names[0] != names[1]:
+        raise UserError(
+            "held_out has other classes than the training data, or in another order: give both one labels.txt"
+        )
     if found := shared_samples(held, training):
         told = f"held_out: {len(found)} of its samples are trained on as well ({first_names(found)})"
         if not own.get("shared"):

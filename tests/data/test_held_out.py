@@ -108,7 +108,9 @@ def test_a_split_of_data_that_has_none_is_refused(place, monkeypatch, capsys):
         ({"start": 2, "count": 3}, 3),
         ({"source": "hypersim"}, "asks for hypersim .* holds folder: leave that out"),
         ({"split": "val"}, "asks for val .*split.* holds train"),
-        ({"root": "elsewhere"}, "root is elsewhere and data.cache is set"),
+        ({"root": "elsewhere"}, "elsewhere does not exist"),
+        ({"root": "renamed"}, "root is .*renamed, which holds other samples than .*mine.cache"),
+        ({"root": "mine"}, 6),
         ({"count": 7}, "asks for 7 of depth, and .* holds 6"),
         ({"start": 4, "count": 3}, "asks for 3 from 4 on of depth, and .* holds 2"),
         ({"start": 6}, "asks for samples from 6 on of depth, and .* holds 0"),
@@ -117,6 +119,8 @@ def test_a_split_of_data_that_has_none_is_refused(place, monkeypatch, capsys):
 )
 def test_what_a_mixture_says_of_a_cache_is_honoured_or_refused(place, entry, length):
     data = {"cache": str(place / "mine.cache"), "flip": False, "mixture": {"x": {"task": "depth", **entry}}}
+    if (place / entry.get("root", "-")).is_dir():
+        data["mixture"]["x"]["root"] = str(place / entry["root"])
     if isinstance(length, str):
         with pytest.raises(UserError, match=length):
             open_batches(data, 2, 0)

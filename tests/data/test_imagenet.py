@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+import stand_ins
 from PIL import Image
 
 from scaling_perception.data.pipeline import open_batches
@@ -254,3 +255,21 @@ def test_a_manifest_of_classes(folders, tmp_path):
     assert run_verb("prepare", ["imagenet", "--raw", str(folders), "--out", str(tmp_path), "--workers", "0"]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["good"] == 6 and summary["ranges"]["label"] == [0.0, 1.0]
+
+
+def test_the_order_of_the_classes_travels_with_the_cache(tmp_path, monkeypatch):
+    stand_ins.install(monkeypatch.setattr)
+    class_folders(tmp_path / "raw", "2", "10", "9")
+    words = ["--latents", "--resolution", "32", "--workers", "0", "--flips", "none", "--vae", "logvar"]
+    assert run_verb("prepare", ["imagenet", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "c"), *words]) == 0
+    data = {"cache": str(tmp_path / "c"), "flip": False}
+    found = open_batches(data, 3, 0)
+    assert found.class_names == ["2", "9", "10"]
+    batch = found.at(0)
+    assert {key.split("/")[0]: int(label) for key, label in zip(batch["key"], batch["label"], strict=True)} == {
+        "2": 0, "9": 1, "10": 2
+    }  # fmt: skip
+    class_folders(tmp_path / "raw", "3")
+    assert run_verb("prepare", ["imagenet", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "d"), *words]) == 0
+    with pytest.raises(UserError, match="other classes: prepare them with one labels.txt"):
+        open_batches({**data, "cache": f"{tmp_path / 'c'}:{tmp_path / 'd'}"}, 3, 0).class_names  # noqa: B018
