@@ -14,7 +14,19 @@ from scaling_perception.scaling.paper_laws import PREFIX, published_points
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.tables import Table, read_table, read_text
 
-Y_NAMES = ("abs_rel", "epe", "1-iou", "1-delta1", "error", "err", "eval_loss", "val_loss", "held_out_loss", "loss")
+Y_NAMES = (
+    "abs_rel",
+    "epe",
+    "1-iou",
+    "1-delta1",
+    "error",
+    "err",
+    "eval_loss",
+    "val_loss",
+    "held_out_loss",
+    "loss",
+    "value",
+)
 GROUP_NAMES = ("run", "run_id", "weights")
 X_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (("macs", "train_macs", "flops", "compute", "c", "x"),),
@@ -27,9 +39,9 @@ X_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
 }  # fmt: skip
 """Columns that are looked for where --x names none, by form; the first that is there is taken."""
 SETTINGS = (
-    "task", "dataset", "model", "answer", "kind", "preset", "spacing", "solver", "steps", "ensemble", "tolerance",
-    "step_tolerance",
-)  # fmt: skip
+    *("cell", "task", "dataset", "model", "answer", "kind", "metric", "preset", "spacing", "solver", "steps"),
+    *("ensemble", "members", "tolerance", "step_tolerance"),
+)
 """Columns that tell the settings of a per-image table apart."""
 SIZES = ("params", "model_size", "model", "size", "n")
 
