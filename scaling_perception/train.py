@@ -56,6 +56,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def run(args: argparse.Namespace) -> int | None:
     from scaling_perception.parallel.processes import is_first, join, leaving_at_once
+    from scaling_perception.scaling.memory_advice import explaining_memory
     from scaling_perception.support.configs import load_config
 
     join()
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int | None:
         raise UserError("--workdir is missing: give the folder of this run (or --dry-run)")
     words = ["scaling-perception", "train", "--config", args.config, "--workdir", args.workdir]
     words += [f"--config.{override}" for override in overrides]
-    with leaving_at_once():
+    with leaving_at_once(), explaining_memory(config):
         train(config, Path(args.workdir), shlex.join(words), args.profile)
     return None
 
@@ -104,7 +105,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     from scaling_perception.support.field_checks import best_metric, check_config, notes
     from scaling_perception.support.files import write_json
     from scaling_perception.training import averaging, trouble
-    from scaling_perception.training.checkpoints import Checkpoints, load_ema
+    from scaling_perception.training.checkpoints import Checkpoints, load_ema, newest_meta
     from scaling_perception.training.goodput import Clock
     from scaling_perception.training.identity import (
         as_json,
@@ -138,7 +139,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     if size % parts:
         what = f"{parts // config.train.accumulate} device(s) that share it times train.accumulate"
         raise UserError(f"train.batch_size is {size}: give a multiple of {parts}, the {what}")
-    objective = _objective(config, mesh)
+    objective = _objective(config, mesh, newest_meta(workdir / "checkpoints"))
     tx, schedule = make_optimizer(config.optim, total, objective.frozen)
     identity = as_json(
         {"config": config.to_dict(), "data": dict(objective.batches.fingerprint), "meta": objective.meta}
@@ -367,11 +368,11 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         return model
 
 
-def _objective(config: Any, mesh: Any) -> Any:
+def _objective(config: Any, mesh: Any, resumed: Mapping[str, Any] | None) -> Any:
     if config.objective == "diffusion":
         from scaling_perception.training.diffusion import diffusion_objective
 
-        return diffusion_objective(config, mesh=mesh)
+        return diffusion_objective(config, mesh=mesh, resumed=resumed)
     from scaling_perception.training.autoencoder import autoencoder_objective
 
     return autoencoder_objective(config, mesh)

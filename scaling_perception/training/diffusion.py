@@ -203,13 +203,16 @@ def tasks_of(config: Config) -> list[str]:
     return sorted(names, key=lambda name: pass_indices(name)[0])
 
 
-def diffusion_objective(config: Config, batches: Batches | None = None, mesh: Any = None) -> Objective:
+def diffusion_objective(
+    config: Config, batches: Batches | None = None, mesh: Any = None, resumed: Mapping[str, Any] | None = None
+) -> Objective:
     """The objective of a config with ``objective = "diffusion"``.
 
     Args:
         config: see ``configs/common.py``.
         mesh: the mesh that the step runs on, which models with experts need to know; None = one device.
         batches: batches to use in place of those that ``config.data`` describes.
+        resumed: ``meta`` of a checkpoint that will be restored: then ``config.init`` is not opened, nor changed anew.
 
     Raises:
         UserError: a field with an unknown value, or fields that contradict each other or the data.
@@ -232,14 +235,15 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
 
     dit, table = prompt_table(config, dit, tasks_of(config))
     frozen = tuple(frozen_paths(dit))
-    start, start_meta = starting_point(config, dit) if config.init else (None, {})
+    start, start_meta = starting_point(config, dit) if config.init and resumed is None else (None, {})
     if encoder_id and start_meta.get("autoencoder_id", encoder_id) != encoder_id:
         raise UserError(
             f"init {config.init} was trained in the latents of autoencoder {start_meta['autoencoder']}, which is not "
             f"'{config.autoencoder}' of this config: use the same"
         )
     # what is measured must not depend on this process's share
-    norm = _latent_norm(config, whole, encode, constants, start_meta, dit.cond_channels)
+    norm = (resumed or {}).get("latent_norm")
+    norm = norm or _latent_norm(config, whole, encode, constants, start_meta, dit.cond_channels)
     mesh = mesh if mesh is not None and mesh.size > 1 else None
     model = DiT(dit, dtype=DTYPES[config.train.dtype], remat=config.train.remat, mesh=mesh)
     meta = {
@@ -262,6 +266,8 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
         meta |= {"tasks": [], "task_options": {}, "classes": pretrain.check_classes(dit, batches.fingerprint)}
     if start_meta.get("surgery"):
         meta["init"] = {"model": start_meta["model"]["name"], "steps": start_meta["surgery"]}
+    elif resumed is not None and "init" in resumed:
+        meta["init"] = resumed["init"]
 
     names = getattr(batches, "class_names", None)
 
