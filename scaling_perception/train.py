@@ -126,6 +126,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     from scaling_perception.training.spikes import new_guard, spike_window
     from scaling_perception.training.state import new_state
     from scaling_perception.training.step import make_step
+    from scaling_perception.training.streams import stream_key
     from scaling_perception.training.validation import check_metric, make_validation
     from scaling_perception.training.writer import Pace, Window, Writer, duration
 
@@ -182,7 +183,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
             state = jax.jit(begin, out_shardings=places)(params)
             story = f"starting from the weights of {config.init}"
         else:  # 3. from scratch
-            state = jax.jit(lambda key: begin(objective.init(key)), out_shardings=places)(key)
+            state = jax.jit(lambda key: begin(objective.init(stream_key(key, "init"))), out_shardings=places)(key)
             story = "starting from scratch"
         start = step = int(state.step)
         model = workdir / "model"
@@ -201,6 +202,8 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         on = f"{mesh.size} {mesh.devices.flat[0].platform} device(s) ({spread})"
         for line in notes(config):
             _say(line)
+        if warning := averaging.start_warning(config.optim, total):
+            _say(warning)
         _say(f"{total} steps of {config.train.batch_size} on {on}, {jax.process_count()} process(es)")
         if readers > 1:
             _say(f"each sample is read by {readers} processes: mesh.tensor spans that many")
@@ -229,6 +232,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
                 places,
                 config.train.spike_factor if window_size else 0.0,
                 config.train.on_spike == "skip",
+                config.optim.ema_warmup,
             )
             inside = places._replace(ema=()) if apart else places  # what the step is given
             jitted = jax.jit(step_of, donate_argnums=0, out_shardings=(inside, whole))

@@ -39,6 +39,7 @@ from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.field_checks import check_config
 from scaling_perception.tasks import fields_of, pass_indices
+from scaling_perception.training.averaging import left_of_start, start_warning
 from scaling_perception.training.diffusion import network_of, tasks_of
 from scaling_perception.training.optim import make_optimizer
 from scaling_perception.training.state import abstract_state
@@ -105,7 +106,8 @@ def describe_run(config: Config, devices: int | None = None, mfu: float = MFU) -
         "memory": memory,
         "data": _data(config, samples),
         "time": _time(useful * samples, 2 * encoding * samples, memory, mfu),
-        "run": {"steps": steps, "batch_size": batch, "accumulate": int(config.train.get("accumulate", 1))},
+        "run": {"steps": steps, "batch_size": batch, "accumulate": int(config.train.get("accumulate", 1))}
+        | {"left_of_start": left_of_start(config.optim, steps), "warning": start_warning(config.optim, steps)},
     }
 
 
@@ -314,6 +316,8 @@ def run_text(told: Mapping[str, Any]) -> str:
         f"MACs      {forward:.4g} a forward pass of a sample; {compute['macs_of_run']:.3g} of the run, {whole}",
         f"FLOPs     {step:.4g} a step, {compute['flops_of_run']:.3g} of the run: 2 a MAC, both passes",
     ]
+    average = f"average   {run['left_of_start']:.2g} of the starting weights is left in the exported average"
+    lines.append(f"warning   {run['warning']}" if run["warning"] else average)
     if encoding := compute["autoencoder_macs_per_sample"]:
         share = encoding / compute["training_factor"] / forward
         more = f"adds {encoding:.3g} MACs a sample ({share:.0%})"

@@ -157,7 +157,7 @@ def train_program(config: Config, mesh: Mesh) -> Program:
 
     def compile_it() -> Any:
         skip = config.train.on_nan == "skip"
-        step = make_step(objective, tx, config.optim.ema, accumulate=count, skip=skip, shardings=places)
+        step = make_step(objective, tx, config.optim.ema, count, skip, places, ema_warmup=bool(config.optim.ema_warmup))
         key = jax.eval_shape(lambda: jax.random.key(0))
         given = (_placed(state, places), _placed(stand.fields, batch_sharding(mesh)), _placed(key, whole))
         constants = None if objective.constants is None else _placed(objective.constants, whole)

@@ -225,6 +225,7 @@ FIELDS: dict[str, Field] = {
     "optim.weight_decay": Field(0.0, "decoupled, of kernels alone; times the learning rate", _FROM_0),
     "optim.grad_clip": Field(0.0, "largest gradient norm; 0 = no clipping", _FROM_0),
     "optim.ema": Field(0.9999, "decay of the running average that is exported; 0 = none", _SHARE),
+    "optim.ema_warmup": Field(False, "step t has a decay of at most (1 + t) / (10 + t), for runs below 90,000 steps"),
     "optim.ema_every": Field(1, "between updates of the average, by the decay of as many", _FROM_1, unit="steps"),
     "optim.ema_dtype": Field(
         "float32", "of the average; bfloat16 is rounded at random", choices=("float32", "bfloat16")

@@ -10,6 +10,7 @@ import optax
 from scaling_perception.training.objective import Batch, Metrics, Objective
 from scaling_perception.training.spikes import look
 from scaling_perception.training.state import TrainState, path_name
+from scaling_perception.training.streams import step_key
 
 Step = Callable[[TrainState, Batch, jax.Array, Any], tuple[TrainState, Metrics]]
 
@@ -28,9 +29,31 @@ def is_frozen(name: str, frozen: tuple[str, ...]) -> bool:
     return any(name == other or name.startswith(other + "/") for other in frozen)
 
 
+def at_step(opt_state: Any, step: jax.Array) -> Any:
+    """``opt_state`` with the counters of its schedules at ``step``, so that skipped steps are steps of the schedule."""
+
+    def follow(leaf: Any) -> Any:
+        return leaf._replace(count=step) if isinstance(leaf, optax.ScaleByScheduleState) else leaf
+
+    return jax.tree.map(follow, opt_state, is_leaf=lambda leaf: isinstance(leaf, optax.ScaleByScheduleState))
+
+
 def average(ema: Any, params: Any, decay: float) -> Any:
     """ema <- decay * ema + (1 - decay) * params, written so that a leaf that never moves stays exactly as it is."""
-    return jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, params)
+    return move(ema, params, 1.0 - decay)
+
+
+def move(ema: Any, params: Any, rate: Any) -> Any:
+    """ema <- ema + rate * (params - ema)."""
+    return jax.tree.map(lambda old, new: old + rate * (new - old), ema, params)
+
+
+def average_rate(decay: float, warmup: bool, step: Any) -> Any:
+    """What the average takes of the weights of step t = ``step`` (0 the first): 1 - min(decay, (1 + t) / (10 + t)).
+
+    Without ``warmup`` it is 1 - decay throughout. ``averaging.py`` says why.
+    """
+    return jnp.maximum(1.0 - decay, 9.0 / (10.0 + jnp.asarray(step, jnp.float32))) if warmup else 1.0 - decay
 
 
 def make_step(
@@ -42,14 +65,17 @@ def make_step(
     shardings: TrainState | None = None,
     spike_factor: float = 0.0,
     skip_spikes: bool = False,
+    ema_warmup: bool = False,
 ) -> Step:
     """The step of ``objective`` under the optimiser ``tx``.
 
     Args:
         ema_decay: of the running average; None leaves it to somebody else (``averaging.py``).
+        ema_warmup: its decay grows to ``ema_decay`` (``average_rate``).
         accumulate: parts that a batch is computed in, one after the other; the update is that of the whole batch, to
             rounding, except for a balance loss, whose shares are then those of each part.
-        skip: a step whose loss or gradient is not finite changes nothing but the step's number; ``skipped`` tells.
+        skip: a step whose loss or gradient is not finite changes nothing but the step's number, which the learning
+            rate follows (the moments' own counters do not, for they count updates); ``skipped`` tells.
         shardings: where the state lives. Gradients are kept so, too, which makes the reduction over the batch a
             reduce-scatter for leaves that are split.
         spike_factor: above 0, ``spike`` tells whether this step is a loss spike (``spikes.look``), by ``state.guard``.
@@ -63,7 +89,7 @@ def make_step(
     """
 
     def step(state: TrainState, batch: Batch, key: jax.Array, constants: Any = None) -> tuple[TrainState, Metrics]:
-        own_key = jax.random.fold_in(key, state.step)
+        own_key = step_key(key, state.step)
 
         def loss_of(params: Any, part: Batch, index: jax.Array) -> tuple[jax.Array, Metrics]:
             fields = {**part, "index": index}
@@ -79,9 +105,11 @@ def make_step(
         if shardings is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
         metrics = {name: value for name, value in metrics.items() if name != "weight"}
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        updates, opt_state = tx.update(gradient, at_step(state.opt_state, state.step), state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = state.ema if ema_decay is None else average(state.ema, params, ema_decay)
+        ema = state.ema
+        if ema_decay is not None:
+            ema = move(ema, params, average_rate(ema_decay, ema_warmup, state.step))
         norm = optax.tree.norm(gradient)
         new = state._replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
         told = {**metrics, "loss": loss, "grad_norm": norm}

@@ -24,8 +24,7 @@ from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.field_checks import HELD_OUT
 from scaling_perception.training.checksums import is_off_device, on_device
 from scaling_perception.training.objective import Batches, Objective, own_share
-
-_HELD_OUT = 0x4E1D  # sets its draws apart from those of the steps
+from scaling_perception.training.streams import stream_key
 
 
 def held_out_batches(config: Config, data: Mapping[str, Any], training: Batches) -> Batches | None:
@@ -114,7 +113,7 @@ def make_validation(objective: Objective, config: Config, mesh: Mesh) -> Callabl
     def measure(params: Any, batch: Any, key: jax.Array, constants: Any) -> dict[str, jax.Array]:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         fields = batch if constants is None else {**batch, "constants": constants}
-        loss, metrics = objective.loss(params, fields, jax.random.fold_in(key, _HELD_OUT))
+        loss, metrics = objective.loss(params, fields, stream_key(key, "held_out"))
         return {**metrics, "loss": loss}
 
     measured = jax.jit(measure, out_shardings=replicated(mesh))
