@@ -172,6 +172,8 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     with contextlib.ExitStack() as closing:
         closing.enter_context(only_run_in(workdir))
         closing.callback(checkpoints.close)
+        if config.train.matmul_precision != "default":  # of everything that is traced from here on
+            closing.enter_context(jax.default_matmul_precision(config.train.matmul_precision))
         with clock.spend("restore"):
             state = checkpoints.restore(abstract, lambda saved: same_run(saved, identity, workdir, files), _say)
         if state is not None:  # 1. our own earlier run

@@ -193,6 +193,12 @@ FIELDS: dict[str, Field] = {
             "float16": "most gradients round to zero in it: give bfloat16, or float32 (export_dtype may be float16)"
         },
     ),
+    "train.stream_dtype": Field(
+        "compute", "of the tokens between blocks: train.dtype, or less rounding", choices=("compute", "float32")
+    ),
+    "train.matmul_precision": Field(
+        "default", "of float32 products: the device's own, or more passes", choices=("default", "high", "highest")
+    ),
     "train.accumulate": Field(1, "parts that a batch is computed in; same update", _FROM_1, unit="parts", free=True),
     "train.on_nan": Field(
         "raise",

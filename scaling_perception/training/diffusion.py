@@ -275,7 +275,8 @@ def diffusion_objective(
     norm = (resumed or {}).get("latent_norm")
     norm = norm or _latent_norm(config, whole, encode, constants, start_meta, dit.cond_channels)
     mesh = mesh if mesh is not None and mesh.size > 1 else None
-    model = DiT(dit, dtype=DTYPES[config.train.dtype], remat=config.train.remat, mesh=mesh)
+    stream = jnp.float32 if config.train.stream_dtype == "float32" else None
+    model = DiT(dit, dtype=DTYPES[config.train.dtype], remat=config.train.remat, mesh=mesh, stream=stream)
     meta = {
         "format": 1,
         "model": dataclasses.asdict(dit),

@@ -31,6 +31,7 @@ _MEASURED = ("train.validate_samples", "held_out.")
 # Fields that came later, with the value by which a run behaves as runs did before them: a checkpoint may lack them.
 LATER = {"optim.ema_every": 1, "optim.ema_dtype": "float32", "optim.ema_place": "device"}
 LATER |= {"held_out.shared": False, "optim.ema_warmup": False}
+LATER |= {"train.stream_dtype": "compute", "train.matmul_precision": "default"}
 # With a cache these say which of its samples are used, which the data's own fingerprint holds.
 _OF_CACHE = ("source", "split", "count", "start")
 
