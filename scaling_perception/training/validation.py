@@ -123,7 +123,7 @@ def make_validation(objective: Objective, config: Config, mesh: Mesh) -> Callabl
 
     def scored(tallies: list[dict[str, np.ndarray]]) -> dict[str, float]:
         """Of all chunks together: denominators are those of all samples, not of a chunk."""
-        assert parts is not None
+        assert score is not None
         means = jax.tree.map(lambda *chunks: np.mean(np.stack(chunks), axis=0, dtype=np.float32), *tallies)
         loss, metrics = jax.device_get(score(means))
         values = {**metrics, "loss": loss}
