@@ -26,7 +26,7 @@ scaling-perception evaluate --task depth --dataset scenes --model runs/depth --s
 
 _FORMAT = 1
 _ASKED = ("task", "dataset", "split", "count", "option", "steps", "ensemble", "preset", "solver", "tolerance", "first")
-_ASKED += ("step_tolerance", "step_chunk", "metrics", "reduce", "seed", "dtype", "panels")
+_ASKED += ("step_tolerance", "step_chunk", "metrics", "reduce", "seed", "dtype", "panels", "controls")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,13 +63,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=SEED, default=0, help="key of all noise (default 0)")
     parser.add_argument("--batch-size", type=COUNT, help="images × members at once (default: by memory)")
     parser.add_argument("--dtype", default="float32", help="of the transformer's products: float32 or bfloat16")
-    parser.add_argument("--json", required=True, metavar="OUT", help="result to write")
+    parser.add_argument("--json", metavar="OUT", help="result to write; without it the table is all")
     parser.add_argument("--csv", metavar="OUT", help="also write one line a cell (columns: docs/evaluate.md)")
     parser.add_argument("--per-image", metavar="OUT", help="also write a CSV of one line an image and cell")
     parser.add_argument(
         "--write-budgets", metavar="MODEL", help="put this into the model folder's budgets.json, for predict --budget"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a result that was made with other settings")
+    parser.add_argument(
+        "--controls",
+        type=FROM_0,
+        default=32,
+        metavar="K",
+        help="also measure what the model answers without the picture, on the first K images (default 32; 0: none)",
+    )
     parser.add_argument("--panels", type=FROM_0, default=0, metavar="K", help="save pictures of the first K images")
 
 
@@ -138,21 +145,23 @@ def open_data(args: argparse.Namespace) -> Any:
     Raises:
         UserError: unknown dataset, task, split or option, or missing files.
     """
-    from scaling_perception.data.sources import open_source
+    from scaling_perception.data.sources import open_source, taken
 
     options = _options(args.option)
     if args.count < 0:
         raise UserError(f"--count {args.count}: give a whole number above 0, or leave it out for all")
     if args.count or args.dataset == "scenes":
         options["count"] = args.count or 64
-    return open_source(args.dataset, args.data, args.split, args.task, **options)
+    source = open_source(args.dataset, args.data, args.split, args.task, **options)
+    print(taken(source, args.dataset, args.data, args.split, args.task, **options), flush=True)
+    return source
 
 
 def run(args: argparse.Namespace) -> int:
     from scaling_perception import Predictor, __version__
     from scaling_perception.data.contents import contents_of, described
     from scaling_perception.evaluation.nested import Adaptive
-    from scaling_perception.evaluation.protocols import count_note, get_protocol, reduce_mode
+    from scaling_perception.evaluation.protocols import REPORTED, count_note, get_protocol, reduce_mode
     from scaling_perception.evaluation.sweep import sweep
     from scaling_perception.models.dit import count_params
     from scaling_perception.support.progress import progress
@@ -168,10 +177,12 @@ def run(args: argparse.Namespace) -> int:
     )
     mode = reduce_mode(args.task, args.reduce)
     protocol = get_protocol(args.task, args.dataset)
-    if args.metrics:
-        asked = "all" if args.metrics == "all" else dict.fromkeys([*protocol["metrics"], *words(args.metrics)])
-        protocol = get_protocol(args.task, args.dataset, asked)
-    out = Path(args.json)
+    named = [*protocol["metrics"], *REPORTED.get(args.task, ()), *words(args.metrics)]
+    metrics = "all" if args.metrics == "all" else list(dict.fromkeys(named))
+    get_protocol(args.task, args.dataset, metrics)  # unknown metrics are refused before anything is loaded
+    out = None if args.json is None else Path(args.json).expanduser()
+    if out is None and args.panels:
+        raise UserError("--panels are written beside the result: give --json OUT, or leave them out")
     for path in filter(None, (args.json, args.csv, args.per_image)):
         _check_folder(Path(path))
     folder = _budgets_folder(args.write_budgets)
@@ -182,16 +193,19 @@ def run(args: argparse.Namespace) -> int:
         print(note, file=sys.stderr)
     data = described(source, contents_of(source))
     predictor = Predictor.from_pretrained(args.model, autoencoder=args.autoencoder, dtype=args.dtype)
+    own = {"threshold": predictor.options.mask_threshold, "keep_visible": predictor.options.keep_visible}
+    own = {name: value for name, value in own.items() if name in protocol}
+    protocol = get_protocol(args.task, args.dataset, metrics, **own)  # as the model's answers are made
     asked = {name: getattr(args, name) for name in _ASKED}
     asked |= {"weights": predictor.id, "autoencoder": predictor.autoencoder_id, "data": data, "protocol": protocol}
-    if out.exists() and not args.overwrite:
+    if out is not None and out.exists() and not args.overwrite:
         before = read_json(out)
         refuse_other(out, before.get("asked") if isinstance(before, dict) else None, asked)
         _write_tables(args, before, predictor, folder)
         print_table(before)
         print(f"already finished: {out}")
         return _report_skipped(before["skipped"])
-    journal = out.with_name(f"{out.name}.journal")
+    journal = None if out is None else out.with_name(f"{out.name}.journal")
     found, panels = sweep(
         predictor,
         source,
@@ -208,7 +222,8 @@ def run(args: argparse.Namespace) -> int:
         solvers=words(args.solver),
         adaptive=adaptive,
         journal=journal,
-        show=_Panels(args.task, protocol, out),
+        show=None if out is None else _Panels(args.task, protocol, out),
+        controls=args.controls,
     )
     result = {
         "format": _FORMAT,
@@ -231,12 +246,15 @@ def run(args: argparse.Namespace) -> int:
         **found,
         "panels": panels,
     }
-    write_json(out, result)
+    if out is not None:
+        write_json(out, result)
     _write_tables(args, result, predictor, folder)
-    journal.unlink(missing_ok=True)
+    if journal is not None:
+        journal.unlink(missing_ok=True)
     print_table(result)
     _report_constants(found["cells"])
-    print(f"written: {out}")
+    if out is not None:
+        print(f"written: {out}")
     return _report_skipped(found["skipped"])
 
 
@@ -316,6 +334,13 @@ def print_table(result: dict[str, Any]) -> None:
         head = [cell["preset"], cell["solver"], steps, members, f"{name} {stops}".strip(), macs]
         rows.append([*head, f"{cell['seconds']:.3g}", *figures(cell["metrics"])])
     rows += [[name, *[""] * 6, *figures(value["metrics"])] for name, value in result["baselines"].items()]
+    controls = {name: value for name, value in result.get("controls", {}).items() if name != "cell"}
+    for name, value in controls.items():
+        cell = result["controls"]["cell"]
+        rows.append(
+            [name, cell["solver"], *map(str, (cell["steps"], cell["ensemble"])), *[""] * 3, *figures(value["metrics"])]
+        )
+        rows.append([f"picture against {name}", *[""] * 6, *figures(value["adds"])])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     print(f"{result['task']} on {result['dataset']}: {result['images']} images, model {result['model']}")
     for row in rows:

@@ -59,7 +59,7 @@ def evaluate(nano_folder, tmp_path, capsys, monkeypatch, make_raw):
     [
         ("depth", ["abs_rel", "delta1"], ["constant", "row", "inverse_row"]),
         ("flow", ["epe", "epe_fitted"], ["zero", "oracle_mean"]),
-        ("amodal", ["iou"], ["visible"]),
+        ("amodal", ["iou", "iou_painted", "iou_joined"], ["visible"]),
     ],
 )
 def test_json_holds_what_is_promised(evaluate, tmp_path, task, metrics, baselines):
@@ -87,9 +87,15 @@ def test_json_holds_what_is_promised(evaluate, tmp_path, task, metrics, baseline
         assert list(entry["metrics"]) == metrics
         assert [sorted(row) for row in entry["rows"]] == [sorted(["key", *metrics])] * 3
         for name in metrics:
-            low, high = entry["metrics"][name]["ci95"]
-            assert low <= entry["metrics"][name]["mean"] <= high
+            assert entry["metrics"][name]["ci95"] is None, "three images give no interval"
             assert entry["metrics"][name]["mean"] == pytest.approx(np.mean([row[name] for row in entry["rows"]]))
+    assert result["controls"]["cell"]["ensemble"] == 2
+    for name in ("blind", "shuffled"):
+        control = result["controls"][name]
+        assert [row["key"] for row in control["rows"]] == ["raw/0", "raw/1", "raw/2"]
+        own, other = result["cells"][1]["metrics"], control["metrics"]
+        for metric in metrics:
+            assert control["adds"][metric]["mean"] == pytest.approx(own[metric]["mean"] - other[metric]["mean"])
     assert [panel["key"] for panel in result["panels"]] == ["raw/0", "raw/1"]
     for panel in result["panels"]:
         pictures = [panel[name] for name in ("image", "truth", "prediction", "error", "uncertainty")]
@@ -100,7 +106,7 @@ def test_json_holds_what_is_promised(evaluate, tmp_path, task, metrics, baseline
     with open(tmp_path / "cells.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 and float(rows[3][metrics[0]]) == result["cells"][3]["metrics"][metrics[0]]["mean"]
-    assert all(word in text.out for word in (*metrics, *baselines, "autoencoder", "paper"))
+    assert all(word in text.out for word in (*metrics, *baselines, "autoencoder", "paper", "picture against blind"))
     page = write_report(tmp_path / "eval", tmp_path / "report.html", "t").read_text()
     assert page.count('alt="prediction"') == 2, "the report reads what evaluate writes"
 
@@ -161,8 +167,8 @@ def test_tables_for_other_tools(evaluate, tmp_path):
         *[("fixed", "1", "", "1"), ("fixed", "2", "", "2"), ("adaptive", "2", "1000000000.0", "2.0")]
     ]
     for row in rows:
-        low, mean, high = (float(row[f"1-delta1{end}"]) for end in ("_low", "", "_high"))
-        assert low <= mean <= high and mean == 1 - float(row["delta1"])
+        assert row["1-delta1_low"] == row["1-delta1_high"] == "", "three images give no interval"
+        assert float(row["1-delta1"]) == 1 - float(row["delta1"])
         assert row["solver"] == "ddim" and int(row["params"]) == result["params"] > 0 and float(row["macs"]) > 0
     rows = _rows(images)
     assert list(rows[0]) == [
@@ -179,7 +185,10 @@ def test_tables_for_other_tools(evaluate, tmp_path):
     assert float(rows[3]["macs"]) == 4 * result["macs_per_forward"] and rows[-1]["forwards"] == ""
 
 
-def test_budgets_are_written_and_read(evaluate, nano_folder, tmp_path):
+def test_budgets_are_written_and_read(evaluate, nano_folder, tmp_path, make_raw):
+    few = evaluate("depth", "--steps", "1", "--write-budgets", str(tmp_path / "few"), "--controls", "0", code=2)
+    assert "few" in few.err
+    evaluate.samples += [make_raw(40, 56, 3), make_raw(40, 56, 4)]  # fewer than five tell no settings apart
     model = tmp_path / "model"
     shutil.copytree(nano_folder, model)
     for task in ("depth", "amodal"):
@@ -230,7 +239,20 @@ def test_a_killed_run_goes_on_and_ends_the_same(nano_folder, tmp_path, capsys):
     def words(out):
         grid = ["--steps", "1,2", "--ensemble", "1,2", "--preset", "fixed,paper", "--tolerance", "0.05"]
         data = ["--dataset", "scenes", "--count", str(count), "--option", "resolution=32", "--batch-size", "2"]
-        return ["--task", "depth", *data, "--model", str(nano_folder), *grid, "--panels", "1", "--json", str(out)]
+        return [
+            "--task",
+            "depth",
+            *data,
+            "--model",
+            str(nano_folder),
+            *grid,
+            "--panels",
+            "1",
+            "--controls",
+            "0",
+            "--json",
+            str(out),
+        ]
 
     out = tmp_path / "x.json"
     process = subprocess.run([sys.executable, "-c", _KILLED, str(killed), "evaluate", *words(out)], capture_output=True)
@@ -262,12 +284,12 @@ def test_mistakes_are_one_line(evaluate, tmp_path, monkeypatch):
         (("depth", "--ensemble", ""), "--ensemble ''"),
         (("depth", "--preset", "fixd"), "did you mean 'fixed'"),
         (("depth", "--reduce", "mean"), "merge depth members"),
-        (("depth", "--count", "-1"), "--count -1"),
+        (("depth", "--count", "-1"), "--count"),
         (("depth", "--option", "x"), "--option 'x'"),
         (("depth", "--tolerance", "-1"), "--tolerance '-1'"),
         (("depth", "--step-tolerance", "nan"), "--step-tolerance 'nan'"),
         (("depth", "--step-tolerance", "0.1", "--solver", "ddpm"), "without noise"),
-        (("depth", "--tolerance", "0.1", "--first", "0"), "first 0"),
+        (("depth", "--tolerance", "0.1", "--first", "0"), "--first"),
         (("depth", "--solver", "ddmi"), "did you mean"),
         (("depth", "--metrics", "rsme"), "did you mean 'rmse'"),
         (("depth", "--write-budgets", str(tmp_path / "nowhere")), "no folder"),

@@ -15,7 +15,7 @@ DEPTH_METRICS = ("abs_rel", "delta1", "delta2", "delta3", "sq_rel", "rmse", "rms
 OCCLUSION_METRICS = ("epe_noc", "epe_occ", "f1_noc", "f1_occ")
 _SHARES = tuple(f"{kind}_{n}px" for kind in ("outlier", "within") for n in (1, 3, 5))
 FLOW_METRICS = ("epe", "epe_fitted", "f1_all", *_SHARES, *OCCLUSION_METRICS)
-MASK_METRICS = ("iou", "dice")
+MASK_METRICS = ("iou", "dice", "iou_painted", "iou_joined")
 
 SMALLEST_DEPTH = 1e-6
 """Metres. Predictions are clipped here before any ratio; two negative depths would otherwise agree within delta."""

@@ -59,7 +59,7 @@ class Way(NamedTuple):
             UserError: the prediction is not finite.
         """
         try:
-            found = measure(estimate.prediction, dict(raw), self.protocol)
+            found = measure(estimate.prediction, dict(raw), self.protocol, painted=estimate.painted)
             return found | ({CONSTANT: 1.0} if (estimate.prediction == estimate.prediction[0, 0]).all() else {})
         except ValueError as error:
             raise UserError(f"{raw['key']}: {error}: the weights are broken or do not fit the sampler") from None

@@ -24,6 +24,7 @@ class Estimate(NamedTuple):
     whole: np.ndarray | None  # native size, amodal only
     size: tuple[int, int]
     forwards: int = 0  # network evaluations that each pass took, steps × members
+    painted: np.ndarray | None = None  # native size, amodal only: the mask of what was painted, without the given one
 
 
 def reduce_members(task: str, members: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray]:

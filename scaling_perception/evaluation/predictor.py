@@ -239,19 +239,21 @@ class Predictor:
                 adaptive_stream, self, task=task, settings=settings, tables=tables, key=key, mode=mode, plan=plan
             )
         else:
-            run = partial(self._stream, task=task, settings=settings, tables=tables, key=key, mode=mode, plan=plan)
+            run = partial(self.sampled, task=task, settings=settings, tables=tables, key=key, mode=mode, plan=plan)
         yield from with_aspect(run, raws, task, settings.aspect, self.resolution)
 
-    def _stream(
+    def sampled(
         self,
         raws: Iterable[dict[str, Any]],
         task: str,
         settings: Settings,
         tables: SamplerTables,
-        key: jax.Array,
+        key: int | jax.Array,
         mode: str,
         plan: Plan,
     ) -> Iterator[Estimate]:
+        """One result for each raw sample, squashed and with constant compute, in the batches of ``plan``."""
+        key = _key(key)
         samples, forwards = iter(raws), settings.steps * settings.ensemble
         while group := list(itertools.islice(samples, plan.images)):
             latents = self.encode(group, task, plan)
@@ -424,10 +426,10 @@ class Predictor:
         if task != "amodal":
             return Estimate(prediction, uncertainty, members, None, size, forwards)
         # the published rule: a mask at the model's size, brought back by nearest (facts 6.3)
-        mask = resize_nearest(mask_from_whole(merged, self.options.mask_threshold), size)
+        mask = painted = resize_nearest(mask_from_whole(merged, self.options.mask_threshold), size)
         if self.options.keep_visible and visible is not None:
-            mask = mask | np.asarray(visible, bool)
-        return Estimate(mask, uncertainty, members, prediction, size, forwards)
+            mask = painted | np.asarray(visible, bool)
+        return Estimate(mask, uncertainty, members, prediction, size, forwards, painted)
 
     def reduce(self, task: str, members: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray]:
         """Members (M, R, R[, C]) to (prediction, uncertainty) at the model's resolution."""

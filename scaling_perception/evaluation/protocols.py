@@ -26,6 +26,7 @@ from scaling_perception.evaluation.metrics import (
     OCCLUSION_METRICS,
     depth_metrics,
     flow_metrics,
+    mask_iou,
     mask_metrics,
 )
 from scaling_perception.support.errors import UserError, did_you_mean
@@ -44,10 +45,19 @@ TASKS: dict[str, dict[str, Any]] = {
         "baselines": ["zero", "oracle_mean"],
         "minimum_valid": 10,
     },
-    "amodal": {"metrics": ["iou"], "alignment": "none", "baselines": ["visible"], "threshold": 250},
+    "amodal": {
+        "metrics": ["iou"],
+        "alignment": "none",
+        "baselines": ["visible"],
+        "threshold": 250,
+        "keep_visible": False,
+    },
 }
 METRICS: dict[str, tuple[str, ...]] = {"depth": DEPTH_METRICS, "flow": FLOW_METRICS, "amodal": MASK_METRICS}
 """What can be asked for; a task's own ``metrics`` are what is shown unasked."""
+
+REPORTED: dict[str, tuple[str, ...]] = {"amodal": ("iou_painted", "iou_joined")}
+"""What ``evaluate`` reports besides: with and without the given mask, whichever the answer holds."""
 
 RESOLUTION = {
     "depth": "image squashed to the model's square, prediction bilinear to the truth's size",
@@ -181,7 +191,8 @@ def get_protocol(task: str, dataset: str, metrics: Iterable[str] | None = None, 
         ``baselines``; depth: the valid range ``minimum``, ``maximum`` in metres (unless ``mask_by_range`` is false),
         ``image_crop`` of every map, ``crop`` of the valid mask, ``clip`` of the prediction, ``alignment_resolution``;
         depth and flow: ``minimum_valid``, the fewest valid pixels of an image that has a figure (a fit of scale and
-        shift passes through two pixels whatever was predicted); amodal: ``threshold``. What describes it:
+        shift passes through two pixels whatever was predicted); amodal: ``threshold`` of what is
+        painted, and whether the given mask joins it (``keep_visible``), both as the model has them. What describes it:
         ``resolution``, ``split``, ``samples``, ``decode``, ``published_resolution`` and ``rule``, the source of all
         this. And ``fingerprint``, 12 hexadecimal digits of the SHA-256 of what decides; it is the same whichever
         metrics are asked for.
@@ -301,16 +312,22 @@ def aligned_depth(prediction: np.ndarray, raw: dict[str, Any], protocol: dict[st
 
 
 def measure(
-    prediction: np.ndarray, raw: dict[str, Any], protocol: dict[str, Any], fitted: bool = False
+    prediction: np.ndarray,
+    raw: dict[str, Any],
+    protocol: dict[str, Any],
+    fitted: bool = False,
+    painted: np.ndarray | None = None,
 ) -> dict[str, float]:
     """The protocol's metrics of one prediction at native size.
 
-    Of ``epe_noc`` and the like those that the image has pixels for (see ``flow_metrics``).
+    Of ``epe_noc`` and the like those that the image has pixels for (see ``flow_metrics``). Of amodal masks ``iou`` is
+    that of the answer, ``iou_painted`` that of what was painted, ``iou_joined`` that of both with the given mask.
 
     Args:
         prediction: depth (H, W) affine-invariant (metres with ``fitted``), flow (H, W, 2) pixels, amodal bool (H, W).
         raw: the sample through ``prepare_raw``.
         fitted: depth is in metres already: no alignment, only clipping.
+        painted: bool (H, W), the mask of what was painted, where the prediction may hold more.
 
     Raises:
         ValueError: NaN or infinity in the prediction, or nothing to measure (see ``unmeasurable``).
@@ -325,7 +342,10 @@ def measure(
     elif task == "flow":
         found = flow_metrics(prediction, raw["flow"], raw["valid"], raw.get("occluded"))
     else:
-        found = mask_metrics(np.asarray(prediction, bool), np.asarray(raw["whole_mask"], bool))
+        truth, visible = np.asarray(raw["whole_mask"], bool), np.asarray(raw["visible_mask"], bool)
+        painted = np.asarray(prediction if painted is None else painted, bool)
+        found = mask_metrics(np.asarray(prediction, bool), truth)
+        found |= {"iou_painted": mask_iou(painted, truth), "iou_joined": mask_iou(painted | visible, truth)}
     return {name: found[name] for name in protocol["metrics"] if name in found}
 
 

@@ -22,6 +22,7 @@ from scaling_perception.data.contents import contents_of, described
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
 from scaling_perception.evaluation.budgets import OWN
+from scaling_perception.evaluation.controls import control_inputs, control_results
 from scaling_perception.evaluation.intervals import summarise
 from scaling_perception.evaluation.journal import Journal
 from scaling_perception.evaluation.nested import CONSTANT, Adaptive, Nested, Way, sample_all, sample_with_looks
@@ -77,6 +78,7 @@ def sweep(
     adaptive: Adaptive | None = None,
     journal: Path | None = None,
     show: Callable[[Shown, int], Any] | None = None,
+    controls: int = 0,
 ) -> tuple[dict[str, Any], list[Any]]:
     """Evaluate every cell of the grid, the trivial answers and the autoencoder's floor on the same images.
 
@@ -99,10 +101,13 @@ def sweep(
         show: makes JSON of an image to show and its number, as soon as it is done; None keeps it as it is (which a
             journal cannot).
 
+        controls: of how many images the controls are measured (see ``controls``), at the fewest steps of the first
+            grid and solver with all members.
+
     Returns:
-        ``images``, ``macs_per_forward``, ``cells``, ``baselines``, ``skipped`` of the evaluation JSON, and what is
-        shown. A cell's ``seconds`` are per image: encoding, the share of the sampling and decoding that its members and
-        steps take, deciding, and merging; compiling is left out.
+        ``images``, ``macs_per_forward``, ``cells``, ``baselines``, ``controls``, ``skipped`` of the evaluation JSON,
+        and what is shown. A cell's ``seconds`` are per image: encoding, the share of the sampling and decoding that its
+        members and steps take, deciding, and merging; compiling is left out.
 
     Raises:
         UserError: an empty grid, a bad value in it, no image left, a prediction that is not finite, or a journal of
@@ -118,7 +123,7 @@ def sweep(
     largest = max(points, key=lambda point: point.settings.steps).tables
     plan = predictor.plan(task, sizes[-1], len(source), batch_size, largest if batch_size is None else None)
     way = Way(predictor, task, protocol, mode, sizes[-1], adaptive, key, plan)
-    run = _Run(way, source, points, sizes, panels, show)
+    run = _Run(way, source, points, sizes, panels, show, controls)
     if journal is None:
         run.go(progress)
     else:
@@ -197,11 +202,13 @@ class _Run:
         sizes: list[int],
         panels: int,
         show: Callable[[Shown, int], Any] | None,
+        controls: int,
     ) -> None:
-        self.way, self.source, self.points, self.sizes = way, source, points, sizes
+        self.way, self.source, self.points, self.sizes, self.controls = way, source, points, sizes, controls
         self.panels, self.show = panels, show or (lambda shown, number: shown)
         first = [p for p in points if p.preset == points[0].preset and p.settings.solver == points[0].settings.solver]
         self.pictured = max(first, key=lambda point: point.settings.steps)
+        self.controlled = min(first, key=lambda point: point.settings.steps)
         self.groups: list[dict[str, Any]] = []
         self.merging_is_compiled = False
 
@@ -229,6 +236,7 @@ class _Run:
             "adaptive": way.adaptive._asdict(),
             "seed": way.key,
             "panels": self.panels,
+            **({"controls": self.controls} if self.controls else {}),
         }
 
     @property
@@ -248,12 +256,31 @@ class _Run:
             record: dict[str, Any] = {"images": [], "skipped": [], "shown": []}
             indices = range(start, min(start + self.way.plan.images, len(self.source)))
             self._add(list(self._readable(indices, record["skipped"])), record, count)
+            self._add_controls(record)
             if keep is not None:
                 keep(record)
             self.groups.append(record)
         next(count, None)
 
+    def _add_controls(self, record: dict[str, Any]) -> None:
+        """Measure the controls of a group's images, as long as some are wanted."""
+        way, point, group = self.way, self.controlled, self._group
+        wanted = self.controls - sum("controls" in image for one in self.groups for image in one["images"])
+        asked = [
+            (image, raw, name, inputs)
+            for image, (index, raw) in list(zip(record["images"], group, strict=True))[: max(wanted, 0)]
+            for name, inputs in control_inputs(self.source, index, raw)
+        ]
+        settings = dataclasses.replace(point.settings, ensemble=way.most)
+        raws = (inputs for _, _, _, inputs in asked)
+        answers = way.predictor.sampled(raws, way.task, settings, point.tables, way.key, way.mode, way.plan)
+        for (image, raw, name, _), estimate in zip(asked, answers, strict=True):
+            row = way.measure(estimate, raw)
+            row.pop(CONSTANT, None)
+            image.setdefault("controls", {})[name] = row
+
     def _readable(self, indices: Iterable[int], skipped: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+        self._group: list[tuple[int, dict[str, Any]]] = []  # index and sample of those that were taken
         for index in indices:
             try:
                 raw = prepare_raw(self.source[index], self.way.protocol)
@@ -263,6 +290,7 @@ class _Run:
             if reason := unmeasurable(raw, self.way.protocol):
                 skipped.append({"key": str(raw["key"]), "kind": "unmeasurable", "reason": reason})
             else:
+                self._group.append((index, raw))
                 yield raw
 
     def _add(self, group: list[dict[str, Any]], record: dict[str, Any], count: Iterator[int]) -> None:
@@ -330,6 +358,8 @@ class _Run:
         each = forward * len(pass_indices(self.way.task))
         each = None if math.isnan(each) else each
         names = [cell for point in self.points for cell in point.cells]
+        before = [len(point.cells) for point in self.points[: self.points.index(self.controlled)]]
+        at = sum(before) + len(self.sizes) - 1  # constant compute with all members
         cells = [
             _summary(cell, [(image["key"], *image["cells"][i]) for image in images], each)
             for i, cell in enumerate(names)
@@ -343,6 +373,7 @@ class _Run:
             "macs_per_forward": each,
             "cells": cells,
             "baselines": {name: {"metrics": summarise(rows), "rows": rows} for name, rows in baselines.items()},
+            "controls": control_results(images, at, names[at]),
             "skipped": skipped,
         }
 

@@ -5,7 +5,18 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-MORE_IS_BETTER = ("delta1", "delta2", "delta3", "within_1px", "within_3px", "within_5px", "iou", "dice")
+MORE_IS_BETTER = (
+    "delta1",
+    "delta2",
+    "delta3",
+    "within_1px",
+    "within_3px",
+    "within_5px",
+    "iou",
+    "iou_painted",
+    "iou_joined",
+    "dice",
+)
 """Shares that rise as results get better. Each has an error beside it, such as ``1-delta1``, which falls."""
 
 _WHOLE = ("task", "dataset", "split", "images", "model", "weights", "params", "resolution")

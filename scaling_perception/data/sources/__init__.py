@@ -103,6 +103,24 @@ def open_source(name: str, root: str | os.PathLike[str], split: str, task: str, 
     return make(**{key: value for key, value in given.items() if key in parameters}, **options)
 
 
+def taken(source: Source, name: str, root: str | os.PathLike[str], split: str, task: str, **options: Any) -> str:
+    """How many samples a verb takes and of how many: ``1 of 4 samples of pix2gestalt (val; --split all for all)``.
+
+    Args:
+        source: the open one. The others are what ``open_source`` was given.
+    """
+    found, rest = len(source), {key: value for key, value in options.items() if key != "count"}
+    try:
+        total = len(open_source(name, root, "all", task, **rest)) if name != "scenes" else found
+    except UserError:  # no split "all", or files of another split are not here
+        total = found
+    if found >= total:
+        return f"{found} samples of {name} ({split or 'all'})"
+    how = [] if split in ("", "all") else ["--split all"]
+    how += ["--count 0"] if options.get("count") else []
+    return f"{found} of {total} samples of {name} ({split or 'all'}; {' '.join(how)} for all)"
+
+
 def source_options(name: str) -> dict[str, Any]:
     """The options of a source and their defaults (``inspect.Parameter.empty`` for one that must be given)."""
     entry = SOURCES[name]
