@@ -56,7 +56,7 @@ def place(config: Config, args: Config) -> Config:
     for entry in config.data.mixture.values():
         entry.root = "" if args.source or args.caches else str(Path(args.data) / entry.source)
     if args.caches:
-        config.data.cache = os.pathsep.join(str(Path(args.caches) / f"{name}{config.resolution}") for name in sets)
+        config.data.cache = os.pathsep.join(os.path.join(args.caches, f"{name}{config.resolution}") for name in sets)
     return config
 
 

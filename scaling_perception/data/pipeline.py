@@ -10,7 +10,6 @@ and encoded by their task.
 import copy
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import Empty, Full, Queue
@@ -23,6 +22,7 @@ from scaling_perception.data.latents import CacheReader, split_record
 from scaling_perception.data.selection import chosen_records, classes_of
 from scaling_perception.data.workers import ordered_map
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.places import split_places
 from scaling_perception.tasks import ALL_PASSES, FIELDS, TaskOptions, fields_of, get_task
 
 _KEYS = ("cache", "mixture", "flip", "workers", "resolution", "task_options")
@@ -244,7 +244,7 @@ class Batches:
         options = TaskOptions.from_dict(dict(data.get("task_options") or {}))
         entries = _entries(dict(data.get("mixture") or {}))
         cache = data.get("cache") or []
-        paths = cache.split(os.pathsep) if isinstance(cache, str) else [str(path) for path in cache]
+        paths = split_places(cache) if isinstance(cache, str) else [str(path) for path in cache]
         self.cached: _Cached | None = _Cached(paths, self._flip, in_memory) if paths else None
         self.online: _Online | None = None
         self._picked: list[np.ndarray] = []  # cached only: the records of each stream
@@ -359,7 +359,7 @@ def open_batches(data_config: Any, batch_size: int, seed: int) -> Batches:
     """Open the batches that a config describes.
 
     Args:
-        data_config: mapping or ConfigDict: ``cache`` (a folder; several as a list or joined by ``os.pathsep``; '' for
+        data_config: mapping or ConfigDict: ``cache`` (a folder; several as a list, or joined by colons; '' for
             online), ``mixture`` {name: {source, root, split, task, count, start, weight, resolution}},
             ``flip``, ``workers``, ``resolution``, ``task_options``. With a cache an entry
             chooses of its records (``selection.chosen_records``); without entries all tasks of it weigh the same. A

@@ -38,6 +38,7 @@ from scaling_perception.scaling.compute import TRAINING_FACTOR, forward_macs
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.field_checks import check_config
+from scaling_perception.support.places import split_places
 from scaling_perception.tasks import fields_of, pass_indices
 from scaling_perception.training.diffusion import network_of, tasks_of
 from scaling_perception.training.optim import make_optimizer
@@ -265,13 +266,12 @@ def _length(config: Config, entry: Mapping[str, Any]) -> tuple[int | None, str]:
 
 
 def _cached_length(config: Config, task: str) -> tuple[int | None, str]:
-    import os
 
     from scaling_perception.data.latents import read_ledger
     from scaling_perception.tasks import get_task
 
     found = 0
-    for path in str(config.data.cache).split(os.pathsep):
+    for path in split_places(str(config.data.cache)):
         try:
             shards = read_ledger(Path(path))["shards"]
         except UserError:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.field_checks import check_config
+from scaling_perception.support.places import place_fields
 
 Config = Any  # an ml_collections.ConfigDict: its fields have no static types, so the whole has none
 
@@ -53,6 +54,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: get_config returns {type(config).__name__}: return an ml_collections.ConfigDict")
     for override in overrides:
         _override(config, override)
+    place_fields(config)
     check_config(config)
     return config.lock()
 

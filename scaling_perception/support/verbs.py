@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.places import place_arguments
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,5 +69,6 @@ def run_verb(verb: str, words: list[str]) -> int:
     if hasattr(module, "split_overrides"):
         words, overrides = module.split_overrides(words)
     args = parser.parse_args(words)
+    place_arguments(args)
     args.overrides = overrides
     return module.run(args) or 0

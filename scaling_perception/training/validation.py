@@ -22,6 +22,7 @@ from scaling_perception.parallel.processes import own_places, put_batch
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.field_checks import HELD_OUT
+from scaling_perception.support.places import split_places
 from scaling_perception.training.checksums import is_off_device, on_device
 from scaling_perception.training.objective import Batches, Objective, own_share
 
@@ -151,7 +152,7 @@ def check_metric(name: str, metrics: Sequence[str], train: Config) -> None:
 
 def _refuse_shared(own: Mapping[str, Any], data: Mapping[str, Any]) -> None:
     """Samples that are trained on say nothing of those that are not."""
-    caches = [{os.path.realpath(path) for path in one["cache"].split(os.pathsep) if path} for one in (own, data)]
+    caches = [{os.path.realpath(path) for path in split_places(one["cache"]) if path} for one in (own, data)]
     if caches[0] & caches[1]:
         raise UserError(f"held_out.cache {own['cache']} is trained on: prepare another part of the data for it")
     if own["cache"] or data["cache"]:
