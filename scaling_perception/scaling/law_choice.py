@@ -128,6 +128,8 @@ def choose_form(points: Points, options: Options) -> tuple[str, list[dict[str, A
     """
     names = candidates(points)
     refuse_unfit(points, names[0])
+    if options.loss == "quantile":  # an envelope lies below the points: forms are compared by what they say of the mean
+        options = options._replace(loss="huber", delta=None)
     if len(names) == 1:
         return names[0], [], "the only form for so many columns"
     if np.ptp(np.log(points.y)) < 1e-12:
@@ -154,11 +156,11 @@ def choose_form(points: Points, options: Options) -> tuple[str, list[dict[str, A
     best = min(means, key=lambda name: means[name])
     chosen = next(
         name
-        for name in errors
+        for name in sorted(errors, key=lambda name: (sizes[name], means[name]))
         if name == best or means[name] <= _NOISE * scatter[best] or _close(errors[name], errors[best])
     )
     rows = [{"form": name, "parameters": sizes[name], "error": means[name]} for name in errors]
-    how = f"error on {split.what}, held out" + ("" if chosen == best else f"; simpler than {best} and as good")
+    how = f"error on {split.what}, held out" + ("" if chosen == best else f"; simpler than {best}, and as good")
     return chosen, rows, how
 
 

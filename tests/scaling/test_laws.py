@@ -8,6 +8,7 @@ import pytest
 from synthetic_laws import TRUTHS, made
 
 from scaling_perception.fit import add_arguments
+from scaling_perception.scaling.law_choice import choose_form
 from scaling_perception.scaling.law_fit import Options, Problem, fit_problem
 from scaling_perception.scaling.law_forms import FORMS
 from scaling_perception.scaling.law_solver import Loss, fit, jacobian, solve, starts
@@ -141,3 +142,10 @@ def test_loss_values():
     for loss in (Loss(0.7), Loss(0.7, 0.2), Loss()):
         slope = (loss.values(r + 1e-6) - loss.values(r - 1e-6)) / 2e-6
         assert np.allclose((loss.weights(r) * r)[[0, 1, 3, 4]], slope[[0, 1, 3, 4]], atol=1e-5)
+
+
+@pytest.mark.parametrize("truth, count", [("power", 40), ("power_floor", 60), ("broken", 120), ("kaplan", 60)])
+def test_the_form_is_chosen_by_held_out_points(truth, count):
+    form, rows, how = choose_form(made(truth, count, 0.01), QUICK)
+    assert form == truth and "held out" in how and {row["form"] for row in rows} >= {truth}
+    assert choose_form(made(truth, count, 0.01), Options(loss="quantile", bootstraps=200))[0] == truth
