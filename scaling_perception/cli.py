@@ -9,9 +9,9 @@ outside failure; 130 interrupted. Output that nobody reads (``| head``) ends no 
 import sys
 from collections.abc import Sequence
 
-from scaling_perception.support.compilation import keep_compiled_programs
+from scaling_perception.support.compilation import keep_compiled_programs, quiet_libtpu
 from scaling_perception.support.errors import UserError, did_you_mean
-from scaling_perception.support.failures import explain
+from scaling_perception.support.failures import explain, memory_cause
 from scaling_perception.support.streams import keep_standard_streams
 from scaling_perception.support.verbs import run_verb
 
@@ -33,6 +33,14 @@ VERBS = {
 }
 # Each of several processes that run one of these would do all of it, and write the same files.
 IN_ONE_PROCESS = ("quickstart", "prepare", "evaluate", "predict", "generate", "convert", "bench")
+
+MEMORY_HINTS = {
+    "predict": "give a smaller --batch-size (images × members at once), or fewer --ensemble members",
+    "evaluate": "give a smaller --batch-size (images × members at once), or fewer --ensemble members",
+    "generate": "give fewer --classes",
+    "prepare": "give a smaller --batch, or fewer --workers",
+    "convert": "free some memory; tensors are read one after the other",
+}
 
 
 def _overview() -> str:
@@ -63,7 +71,8 @@ def _run(words: Sequence[str]) -> int:
     verb, *rest = words
     if verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'{did_you_mean(verb, VERBS)}")
-    keep_compiled_programs()  # before JAX is imported
+    keep_compiled_programs()  # before JAX is imported, as is the next
+    quiet_libtpu()
     if verb in IN_ONE_PROCESS and not {"-h", "--help"} & {*rest}:
         from scaling_perception.parallel.joining import refuse_several
 
@@ -87,7 +96,9 @@ def main(words: Sequence[str] | None = None) -> int:
         line = explain(error)
         if line is None:
             raise
-        return _refuse(line)
+        given = sys.argv[1:] if words is None else words
+        hint = MEMORY_HINTS.get(given[0] if given else "", "") if memory_cause(error) else ""
+        return _refuse(line + (f": {hint}" if hint else ""))
 
 
 def _refuse(line: str, code: int = 2) -> int:

@@ -56,6 +56,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def run(args: argparse.Namespace) -> int | None:
     from scaling_perception.parallel.processes import is_first, join, leaving_at_once
+    from scaling_perception.scaling.memory_advice import explaining_memory
     from scaling_perception.support.configs import load_config
 
     join()
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int | None:
         raise UserError("--workdir is missing: give the folder of this run (or --dry-run)")
     words = ["scaling-perception", "train", "--config", args.config, "--workdir", args.workdir]
     words += [f"--config.{override}" for override in overrides]
-    with leaving_at_once():
+    with leaving_at_once(), explaining_memory(config):
         train(config, Path(args.workdir), shlex.join(words), args.profile)
     return None
 
@@ -104,7 +105,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     from scaling_perception.support.field_checks import best_metric, check_config, notes
     from scaling_perception.support.files import write_json
     from scaling_perception.training import averaging, trouble
-    from scaling_perception.training.checkpoints import Checkpoints, load_ema
+    from scaling_perception.training.checkpoints import Checkpoints, load_ema, newest_meta
     from scaling_perception.training.goodput import Clock
     from scaling_perception.training.identity import (
         as_json,
@@ -125,6 +126,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     from scaling_perception.training.spikes import new_guard, spike_window
     from scaling_perception.training.state import new_state
     from scaling_perception.training.step import make_step
+    from scaling_perception.training.streams import stream_key
     from scaling_perception.training.validation import check_metric, make_validation
     from scaling_perception.training.writer import Pace, Window, Writer, duration
 
@@ -138,7 +140,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     if size % parts:
         what = f"{parts // config.train.accumulate} device(s) that share it times train.accumulate"
         raise UserError(f"train.batch_size is {size}: give a multiple of {parts}, the {what}")
-    objective = _objective(config, mesh)
+    objective = _objective(config, mesh, newest_meta(workdir / "checkpoints"))
     tx, schedule = make_optimizer(config.optim, total, objective.frozen)
     identity = as_json(
         {"config": config.to_dict(), "data": dict(objective.batches.fingerprint), "meta": objective.meta}
@@ -170,6 +172,8 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     with contextlib.ExitStack() as closing:
         closing.enter_context(only_run_in(workdir))
         closing.callback(checkpoints.close)
+        if config.train.matmul_precision != "default":  # of everything that is traced from here on
+            closing.enter_context(jax.default_matmul_precision(config.train.matmul_precision))
         with clock.spend("restore"):
             state = checkpoints.restore(abstract, lambda saved: same_run(saved, identity, workdir, files), _say)
         if state is not None:  # 1. our own earlier run
@@ -181,7 +185,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
             state = jax.jit(begin, out_shardings=places)(params)
             story = f"starting from the weights of {config.init}"
         else:  # 3. from scratch
-            state = jax.jit(lambda key: begin(objective.init(key)), out_shardings=places)(key)
+            state = jax.jit(lambda key: begin(objective.init(stream_key(key, "init"))), out_shardings=places)(key)
             story = "starting from scratch"
         start = step = int(state.step)
         model = workdir / "model"
@@ -200,6 +204,8 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         on = f"{mesh.size} {mesh.devices.flat[0].platform} device(s) ({spread})"
         for line in notes(config):
             _say(line)
+        if warning := averaging.start_warning(config.optim, total):
+            _say(warning)
         _say(f"{total} steps of {config.train.batch_size} on {on}, {jax.process_count()} process(es)")
         if readers > 1:
             _say(f"each sample is read by {readers} processes: mesh.tensor spans that many")
@@ -228,6 +234,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
                 places,
                 config.train.spike_factor if window_size else 0.0,
                 config.train.on_spike == "skip",
+                config.optim.ema_warmup,
             )
             inside = places._replace(ema=()) if apart else places  # what the step is given
             jitted = jax.jit(step_of, donate_argnums=0, out_shardings=(inside, whole))
@@ -367,11 +374,11 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         return model
 
 
-def _objective(config: Any, mesh: Any) -> Any:
+def _objective(config: Any, mesh: Any, resumed: Mapping[str, Any] | None) -> Any:
     if config.objective == "diffusion":
         from scaling_perception.training.diffusion import diffusion_objective
 
-        return diffusion_objective(config, mesh=mesh)
+        return diffusion_objective(config, mesh=mesh, resumed=resumed)
     from scaling_perception.training.autoencoder import autoencoder_objective
 
     return autoencoder_objective(config, mesh)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from scaling_perception.cli import main
 from scaling_perception.convert import size_of
-from scaling_perception.interop import exchange, outputs
+from scaling_perception.interop import exchange, outputs, torch_dit
 from scaling_perception.interop.hf_clip import load_clip
 from scaling_perception.interop.model_folder import load_model, save_model
 from scaling_perception.interop.released import RELEASED, describe
@@ -387,3 +387,34 @@ def test_memory_stays_far_below_the_size_of_the_file(file, tmp_path):
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split("growth")[1]) < size / 3
     assert "convert: " in done.stderr and done.stderr.count("\n") <= 2  # plain lines: no terminal
+
+
+def test_an_unusual_width_asks_for_the_heads():
+    assert torch_dit._fitting_heads(40, 12, 5) == 5 and torch_dit._fitting_heads(64, 12, None) == 16
+    for heads, likely in (((40, 12, None), "1"), ((1000, 12, 7), "8, 10, 20, 25")):
+        with pytest.raises(UserError, match=f"attention heads do not fit a width of .* likely {likely}$"):
+            torch_dit._fitting_heads(*heads)
+
+
+def test_a_tiny_autoencoder_of_other_widths(tmp_path):
+    sizes = {"encoder_block_out_channels": [8, 16, 24], "num_encoder_blocks": [1, 1, 2]}
+    sizes |= {"decoder_block_out_channels": [24, 16, 8], "num_decoder_blocks": [2, 1, 1], "latent_channels": 4}
+    config = exchange._tiny_config(sizes, "here")
+    state = {}
+    for part in ("encoder", "decoder"):
+        shapes = tiny_vae.part_shapes(part, config)
+        for leaf, name in tiny_vae.torch_names(part, config).items():
+            shape = exchange._turn(shapes[leaf])[0]
+            state[exchange._joined_name(part, name)] = np.random.default_rng(len(state)).normal(size=shape).astype("f4")
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny", **sizes}))
+    convert(folder, tmp_path / "out")
+    for part in ("encoder", "decoder"):
+        found, params = load_part(tmp_path / "out", part)
+        want = tiny_vae.from_torch(
+            part, config, {exchange.half_name(part, n): v for n, v in state.items() if n.startswith(part)}, ""
+        )
+        assert found == config
+        jax.tree.map(np.testing.assert_array_equal, params, want)

@@ -66,8 +66,10 @@ def described(source: Any, found: Mapping[str, str]) -> dict[str, Any]:
 
 def contents_of(source: Any, indices: Sequence[int] | None = None) -> dict[str, str]:
     """Path -> hash of the files of some samples of a source (None: of all); {} for a source that has no files."""
-    paths = getattr(source, "file_paths", None)
-    return digests(*paths(range(len(source)) if indices is None else indices)) if callable(paths) else {}
+    if not hasattr(source, "file_paths"):
+        return {}
+    root, paths = source.file_paths(range(len(source)) if indices is None else indices)
+    return digests(root, paths)
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ from scaling_perception.data.pipeline import Batches
 _CHUNK = 1024  # records read at once
 
 
-def shared_samples(held: Batches, training: Batches) -> list[str]:
+def shared_samples(held: Batches, training: Any) -> list[str]:
     """The names of the samples of ``held`` that ``training`` has, too, sorted."""
     latents = any(_bare(reader) for side in (held, training) for reader in _readers(side))
     one, two = _Marks(held, latents), _Marks(training, latents)
@@ -27,7 +27,7 @@ def shared_samples(held: Batches, training: Batches) -> list[str]:
         for own in ranges:
             for other in two.ranges.get(family, ()):
                 both = range(max(own.start, other.start), min(own.stop, other.stop))
-                found.update(f"{family} {number}" for number in both)
+                found.update(_name(family, number) for number in both)
     for family, marks in one.digests.items():
         found.update(marks[digest] for digest in marks.keys() & two.digests.get(family, {}).keys())
     return sorted(found)
@@ -56,7 +56,8 @@ class _Marks:
 
     def _cache(self, reader: CacheReader, latents: bool) -> None:
         procedural = all([self._numbers(row) for row in reader.settings.get("sources", [])])
-        for key, picture, file in samples_of(reader.path, read_ledger(reader.path)) or ():
+        numbered = procedural and all(row["source"]["name"] != "scenes" for row in reader.settings.get("sources", []))
+        for key, picture, file in () if numbered else samples_of(reader.path, read_ledger(reader.path)) or ():
             self.digests["picture"][picture] = key
             if file:
                 self.digests["file"][file] = key
@@ -85,6 +86,11 @@ def _range(row: Mapping[str, Any]) -> tuple[str, range] | None:
     if about := source.get("dataset"):
         return f"{about['name']} {about['version']} {about['split']}", range(first, first + count)
     return None
+
+
+def _name(family: str, number: int) -> str:
+    """The key of a procedural picture, as its cache has it; of other families a description."""
+    return f"scene-{number:010d}" if family == "scene" else f"{family} {number}"
 
 
 def _readers(batches: Batches) -> list[CacheReader]:

@@ -102,17 +102,31 @@ def masked_mse(pred: jax.Array, target: jax.Array, valid: jax.Array | None = Non
     Raises:
         ValueError: shapes do not agree (a learned-variance output must be cut to its first C channels before).
     """
+    if valid is None and pred.shape == target.shape:
+        return jnp.mean(jnp.square(pred.astype(jnp.float32) - target.astype(jnp.float32)))
+    valid = jnp.ones(pred.shape[:-1], bool) if valid is None else valid
+    squares, cells = masked_squares(pred, target, valid)
+    return mean_of_cells(squares, cells, pred.shape[-1])
+
+
+def masked_squares(pred: jax.Array, target: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two sums of `masked_mse`, float32 (): squared errors over valid cells and channels, and valid cells.
+
+    Raises:
+        ValueError: shapes do not agree.
+    """
     if pred.shape != target.shape:
         raise ValueError(f"prediction {pred.shape} and target {target.shape} differ in shape")
-    error = pred.astype(jnp.float32) - target.astype(jnp.float32)
-    if valid is None:
-        return jnp.mean(jnp.square(error))
     if valid.shape != pred.shape[:-1]:
         raise ValueError(f"the valid mask {valid.shape} does not fit a prediction {pred.shape}")
     mask = jnp.asarray(valid, bool)
-    error = jnp.where(mask[..., None], error, 0.0)
-    cells = jnp.sum(mask, dtype=jnp.float32)
-    return jnp.sum(jnp.square(error)) / (jnp.maximum(cells, 1.0) * pred.shape[-1])
+    error = jnp.where(mask[..., None], pred.astype(jnp.float32) - target.astype(jnp.float32), 0.0)
+    return jnp.sum(jnp.square(error)), jnp.sum(mask, dtype=jnp.float32)
+
+
+def mean_of_cells(squares: jax.Array, cells: jax.Array, channels: int) -> jax.Array:
+    """squares / (cells x channels); 0 where there is no cell (``squares`` is 0 then)."""
+    return squares / (jnp.where(cells > 0, cells, 1.0) * channels)
 
 
 def latent_mask(valid: Any, factor: int = 8) -> Any:

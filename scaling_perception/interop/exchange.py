@@ -135,7 +135,7 @@ def open_checkpoint(
         guessed = () if told else ("no config.json beside the weights: sizes are Stable Diffusion's",)
         plans = _kl_plans(config, source)
     elif family == "tiny":
-        config = config if layout == "ours" else tiny_vae.TAESD
+        config = config if layout == "ours" else _tiny_config(told, f"{path}: config.json")
         plans = _tiny_plans(config)
     else:
         if not told:
@@ -278,6 +278,22 @@ def _kl_plans(config: vae.VAEConfig, source: TensorSource) -> dict[str, LeafPlan
                 expected, to_ours = (*expected, 1, 1), _POINT[0]
             plans[f"{part}/{leaf}"] = LeafPlan(shape, (Piece(tensor, expected, (), to_ours, to_torch),))
     return plans
+
+
+def _tiny_config(told: Mapping[str, Any], origin: str) -> tiny_vae.TinyVAEConfig:
+    """The sizes of an AutoencoderTiny by diffusers' description, TAESD's without one."""
+    fields = {
+        "encoder_widths": "encoder_block_out_channels",
+        "encoder_blocks": "num_encoder_blocks",
+        "decoder_widths": "decoder_block_out_channels",
+        "decoder_blocks": "num_decoder_blocks",
+        "latent_channels": "latent_channels",
+    }
+    given = {own: told[theirs] for own, theirs in fields.items() if theirs in told}
+    try:
+        return tiny_vae.TinyVAEConfig(**{own: tuple(v) if isinstance(v, list) else v for own, v in given.items()})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{origin} describes no AutoencoderTiny ({error}): restore it") from None
 
 
 def _tiny_plans(config: tiny_vae.TinyVAEConfig) -> dict[str, LeafPlan]:

@@ -71,7 +71,12 @@ def locate(path: str | Path, layout: str = "auto") -> Found:
         return _of_file(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give a checkpoint file or the folder of one")
-    wanted = {"clip": ["text_encoder"], "sd_vae": ["vae"], "ours": ["model"], "auto": ["text_encoder", "vae", "model"]}
+    wanted = {
+        "clip": ["text_encoder"],
+        "sd_vae": ["vae"],
+        "ours": ["model"],
+        "auto": ["text_encoder", "vae", "model", "pytorch_model"],
+    }
     below = [path / name for name in wanted.get(layout, []) if (path / name).is_dir() and _weights(path / name)]
     # a whole Stable Diffusion repository may have weights of its own beside its parts
     if below and (layout in ("clip", "sd_vae") or (path / "model_index.json").is_file() or not _weights(path)):
@@ -123,6 +128,10 @@ def _weights(folder: Path) -> tuple[Path, ...]:
         if len(files) == 1:
             return tuple(files.values())
         usual = [name for name in files if name in (f"model{suffix}", f"diffusion_pytorch_model{suffix}")]
+        averages = [name for name in files if re.search(r"(^|[_.-])ema([_.-]|$)", name)]
+        if len(averages) == 1:  # the average, as of the entries of a file
+            return (files[averages[0]],)
+        usual = usual or [name for name in files if name in (f"pytorch_model{suffix}", "mp_rank_00_model_states.pt")]
         if len(usual) == 1:
             return (files[usual[0]],)
         if files and all(re.fullmatch(r".*-\d+-of-\d+\.safetensors", name) for name in files):

@@ -242,7 +242,7 @@ def config_from_shapes(
         input_size=grid * patch,
         dim=dim,
         depth=depth,
-        heads=heads or _usual_heads(dim, depth),
+        heads=_fitting_heads(dim, depth, heads),
         patch_size=patch,
         in_channels=4,
         cond_channels=channels - 4,
@@ -254,6 +254,18 @@ def config_from_shapes(
         qk_norm=qk_norm,
         **fields,
     )
+
+
+def _fitting_heads(dim: int, depth: int, heads: int | None) -> int:
+    chosen = heads or _usual_heads(dim, depth)
+    if dim % chosen:
+        divisors = [n for n in range(1, dim + 1) if dim % n == 0]
+        likely = [n for n in divisors if 32 <= dim // n <= 128] or [n for n in divisors if dim // n >= 4]
+        raise UserError(
+            f"{chosen} attention heads do not fit a width of {dim}, and the tensors do not tell them: give --heads, "
+            f"likely {', '.join(map(str, likely or divisors))}"
+        )
+    return chosen
 
 
 def _usual_heads(dim: int, depth: int) -> int:

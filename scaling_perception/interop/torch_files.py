@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import pickletools
 import re
 import tempfile
 import warnings
@@ -24,8 +25,13 @@ from scaling_perception.support.files import atomic_path
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
-_ENTRIES = ("ema", "model", "state_dict")  # where training files keep the weights; the first that is there is taken
-_PREFIXES = ("module.", "_orig_mod.")  # what wrappers put before every name
+# where training files keep the weights; the first that is there is taken, averages before the rest
+_ENTRIES = ("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "model", "state_dict", "module")
+_PREFIXES = ("module.", "_orig_mod.", "_forward_module.")  # what wrappers put before every name, also one in another
+_MODULES = ("ema_model.", "model_ema.", "ema.", "model.", "net.", "network.")  # where Lightning modules keep a network
+_HARMLESS = ("torch.", "collections.OrderedDict", "argparse.Namespace")
+_SHARD = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(optim|model)_states\.pt")
+_GATHER = "run the zero_to_fp32.py beside it, then give the pytorch_model.bin that it writes"
 _REOPEN_BYTES = 2**30  # a mapped file counts as memory of this process once read: opened anew after so much
 _ALIGN = 64
 
@@ -72,8 +78,9 @@ def _torch(path: Path) -> Any:
 
 
 def open_torch(path: str | os.PathLike[str]) -> TensorSource:
-    """The weights in a PyTorch file: its ``ema`` entry if it has one, else ``model`` or ``state_dict``, else the file
-    is a state dict itself. A prefix that all names share (``module.``) is dropped.
+    """The weights in a PyTorch file: its ``ema`` entry if it has one, else ``model``, ``state_dict`` or ``module`` (as
+    DeepSpeed calls it), else the file is a state dict itself. Prefixes that all names share are dropped, one after the
+    other (``module._orig_mod.``), and of a Lightning module the network is taken, its average first.
 
     Nothing but tensors, plain containers and ``argparse.Namespace`` (which DiT's training files hold) is unpickled, and
     the file is mapped, not read, where its form allows.
@@ -84,7 +91,8 @@ def open_torch(path: str | os.PathLike[str]) -> TensorSource:
     path = Path(path)
     torch = _torch(path)
     state, entry, mapped = _open(torch, path)
-    prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), "")
+    prefix = _prefix(state)
+    state = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
     shapes, dtypes = {}, {}
     for name, tensor in state.items():
         shapes[name.removeprefix(prefix)] = tuple(tensor.shape)
@@ -103,10 +111,52 @@ def open_torch(path: str | os.PathLike[str]) -> TensorSource:
     return TensorSource(shapes, dtypes, read, origin)
 
 
+def _prefix(state: Mapping[str, Any]) -> str:
+    """What stands before the names of the network: wrappers, one in another, and a module that holds it."""
+    prefix = ""
+    while True:
+        rest = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
+        shared = next((p for p in (*_PREFIXES, *_MODULES) if all(name.startswith(p) for name in rest)), "")
+        if not shared and not prefix and not any("." not in name for name in rest):
+            heads = {name.partition(".")[0] + "." for name in rest}
+            if heads <= {*_MODULES, "vae.", "loss.", "autoencoder.", "text_encoder."}:
+                shared = next((p for p in _MODULES if p in heads), "")
+        if not shared:
+            return prefix
+        prefix += shared
+
+
+def _calls(path: Path) -> str:
+    """The first thing, as module.name, that a pickle calls and weights have no need of; '' where there is none."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        else:
+            with open(path, "rb") as file:
+                data = file.read(1 << 24)
+        words: list[str] = []
+        for code, value, _ in pickletools.genops(data):
+            name = ""
+            if code.name == "GLOBAL":
+                name = str(value).replace(" ", ".")
+            elif code.name == "STACK_GLOBAL" and len(words) > 1:
+                name = f"{words[-2]}.{words[-1]}"
+            elif isinstance(value, str):
+                words.append(value)
+            if name and not name.startswith(_HARMLESS):
+                return name
+    except (OSError, ValueError, StopIteration, zipfile.BadZipFile, IndexError, KeyError):
+        return ""
+    return ""
+
+
 def _open(torch: Any, path: Path) -> tuple[dict[str, Any], str, bool]:
     """(state dict, the entry that it is, whether the file is mapped)."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: check the path")
+    if _SHARD.fullmatch(path.name):
+        raise UserError(f"{path} is one process's part of a DeepSpeed ZeRO checkpoint: {_GATHER}")
     why = foreign_content(path)
     if why:
         raise UserError(f"{path} {why}")
@@ -119,9 +169,10 @@ def _open(torch: Any, path: Path) -> tuple[dict[str, Any], str, bool]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # whatever a damaged or hostile file makes the reader raise
         found = re.search(r"(?:GLOBAL|global:?|class) ([\w.]+\.\w+)", str(error))
-        if found:
+        called = found[1] if found else _calls(path)
+        if called:
             raise UserError(
-                f"{path} holds objects other than tensors ({found[1]}), which could run code when read: "
+                f"{path} holds objects other than tensors ({called}), which could run code when read: "
                 "save its weights alone (torch.save of a state dict) where it was made"
             ) from error
         reason = str(error).strip().splitlines()
@@ -140,6 +191,8 @@ def _open(torch: Any, path: Path) -> tuple[dict[str, Any], str, bool]:
     if other or not state:
         held = f"'{other[0]}' is no tensor" if other else "it is empty"
         raise UserError(f"{path}{f' entry {entry}' if entry else ''} is no state dict ({held}): give weights alone")
+    if "param_shapes" in loaded and not any(tensor.numel() for tensor in state.values()):
+        raise UserError(f"{path} is of DeepSpeed ZeRO 3, which keeps the weights in other files: {_GATHER}")
     return state, entry, mapped
 
 
@@ -153,13 +206,19 @@ def _mappable(path: Path) -> bool:
         return False
 
 
+def _kind(tensor: Any) -> str:
+    return ", without data (device meta)" if tensor.is_meta else ", quantised" if tensor.is_quantized else ""
+
+
 def _numpy_dtype(tensor: Any, name: str, path: Path) -> np.dtype:
     try:
-        if str(tensor.layout) != "torch.strided":
+        if str(tensor.layout) != "torch.strided" or tensor.is_meta or tensor.is_quantized:
             raise TypeError(f"layout {tensor.layout}")
         return np.dtype(str(tensor.dtype).removeprefix("torch."))
     except TypeError as error:
-        raise UserError(f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}: store plain floats") from error
+        raise UserError(
+            f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}{_kind(tensor)}: store plain floats"
+        ) from error
 
 
 def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:

@@ -199,33 +199,34 @@ class Block(nn.Module):
     """adaLN-Zero block: (B, T, D) tokens and (B, D) condition (already through SiLU) to tokens.
 
     Returns (tokens, statistics of the routing or None): the pair that ``scan`` asks for. Norms, modulation, router and
-    gates are float32; the tokens that travel from block to block have the compute dtype. With ``modulation`` (B, 6 D)
-    given, the condition is not needed.
+    gates are float32; the tokens that travel from block to block have the dtype ``stream`` (None: the compute dtype).
+    With ``modulation`` (B, 6 D) given, the condition is not needed.
     """
 
     config: DiTConfig
     dtype: Any = jnp.float32
     dispatch: str = "auto"
     mesh: Any = None
+    stream: Any = None
 
     @nn.compact
     def __call__(
         self, x: jax.Array, condition: jax.Array | None, modulation: Any
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        config, dtype = self.config, self.dtype
+        config, dtype, stream = self.config, self.dtype, self.stream or self.dtype
         if modulation is None:
             modulation = nn.Dense(6 * config.dim, kernel_init=_zeros, name="modulation")(condition)
         x, modulation = split_batch(x, self.mesh), split_batch(modulation, self.mesh)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
         attend = Attention(config.heads, dtype, config.qk_norm, self.mesh, name="attn")
         mixed = attend(modulate(layer_norm(x), shift_a, scale_a))
-        x = (x + gate_a[:, None, :] * mixed).astype(dtype)
+        x = (x + gate_a[:, None, :] * mixed).astype(stream)
         inner, stats = modulate(layer_norm(x), shift_m, scale_m), None
         if config.experts:
             mixed, stats = MoE(config, dtype, self.dispatch, self.mesh, name="moe")(inner)
         else:
             mixed = Mlp(config.hidden, dtype, name="mlp")(inner)
-        return (x + gate_m[:, None, :] * mixed).astype(dtype), stats
+        return (x + gate_m[:, None, :] * mixed).astype(stream), stats
 
 
 class Final(nn.Module):
@@ -266,11 +267,13 @@ class DiT(nn.Module):
 
     Attributes:
         config: sizes.
-        dtype: dtype of the large matmuls and of the tokens (float32 or bfloat16); parameters are float32, and so are
+        dtype: dtype of the large matmuls (float32 or bfloat16); parameters are float32, and so are
             norms, softmax, modulation and the final layer.
         remat: store only the tokens between blocks for the backward pass and recompute the rest; without it, the
             outputs of the linear layers are stored as well, and only what is cheap (and attention) is recomputed.
         dispatch: where experts are computed (``models/dispatch.py``).
+        stream: dtype of the tokens between blocks, to which every block adds: None is ``dtype``. float32 halves the
+            rounding error of a bfloat16 network (docs/reference.md).
         mesh: the mesh that the arrays live on: the batch stays split over it, and experts are found on it; None = one
             device.
 
@@ -284,6 +287,7 @@ class DiT(nn.Module):
     remat: bool = False
     dispatch: str = "auto"
     mesh: Any = None
+    stream: Any = None
 
     @nn.compact
     def __call__(
@@ -299,16 +303,17 @@ class DiT(nn.Module):
                 f"choose another resolution (at_resolution) or number of condition channels"
             )
         patches, condition = PatchEmbed(config, self.dtype, name="patch_embed"), None
+        stream = self.stream or self.dtype
         if fixed is None:
             table = self.param("pos_embed", lambda _: jnp.asarray(position_table(config.dim, config.grid)))
-            tokens = patches(x, label) + jax.lax.stop_gradient(jnp.asarray(table, self.dtype))[None, :, :]
+            tokens = patches(x, label) + jax.lax.stop_gradient(jnp.asarray(table, stream))[None, :, :]
             labels = self.param("label_embed", _normal, (config.label_rows, config.dim))
             condition = TimeEmbed(config.dim, name="time_embed")(t) + jnp.take(labels, label, axis=0)
             if config.context_dim:
                 condition = condition + TaskContext(config, name="context")(label)
             condition = split_batch(nn.silu(condition), self.mesh)
         else:
-            tokens = fixed.tokens.astype(self.dtype) + patches(x, label, "noisy")
+            tokens = fixed.tokens.astype(stream) + patches(x, label, "noisy")
         blocks, final = (None, None) if fixed is None else (fixed.blocks, fixed.final)
         # Storing every elementwise intermediate of every layer is slower than recomputing it (by a quarter of the
         # gradient's time on a CPU), and the attention logits would grow with T squared.
@@ -324,7 +329,8 @@ class DiT(nn.Module):
             in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             length=config.depth,
         )
-        tokens, stats = stack(config, self.dtype, self.dispatch, self.mesh, name="blocks")(tokens, condition, blocks)
+        every = stack(config, self.dtype, self.dispatch, self.mesh, self.stream, name="blocks")
+        tokens, stats = every(tokens, condition, blocks)
         out = unpatchify(Final(config, name="final")(tokens, condition, final), config.patch_size, config.grid)
         return (out, stats or {}) if with_stats else out
 

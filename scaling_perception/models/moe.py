@@ -67,14 +67,16 @@ def routing_stats(routing: Routing) -> dict[str, jax.Array]:
     Returns:
         ``balance``: sum over experts of f P, with f = E x share of the N K assignments and P = mean score; 1 at
         perfect balance. Times alpha it is the balance loss, whose gradient reaches the router through P (facts 3.1).
+        ``probability``: (E,) P.
         ``load``: (E,) share of the assignments that goes to each expert, sum 1.
         ``entropy``: mean over tokens of the entropy of the scores, in nats.
     """
     experts = routing.scores.shape[-1]
     load = jax.nn.one_hot(routing.index, experts, dtype=jnp.float32).mean(axis=(0, 1))
-    balance = experts * jnp.sum(load * routing.scores.mean(axis=0))
+    probability = routing.scores.mean(axis=0)
+    balance = experts * jnp.sum(load * probability)
     entropy = -jnp.sum(jax.scipy.special.xlogy(routing.scores, routing.scores), axis=-1).mean()
-    return {"balance": balance, "load": load, "entropy": entropy}
+    return {"balance": balance, "load": load, "probability": probability, "entropy": entropy}
 
 
 def _router_init(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:

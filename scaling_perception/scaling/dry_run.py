@@ -7,9 +7,14 @@ device at a time, T tokens, width D, MLP width F, K active experts, S the shared
 and else 1, in units of B T D numbers:
 
     kept for the backward pass, in the compute dtype, each layer: 1 with remat, else
-        7 + F/D dense, 7 + m K F/D + (2 S + 1 with a shared expert) with experts
+        7 + F/D dense, 7 + m R F/D + (2 S + 1 with a shared expert) with experts; 2 more with bfloat16 and a stream of
+        float32 (1 with remat, of which only the tokens between blocks are kept)
     at work in one layer, float32: 16 + 4 F/D dense, 16 + (2 + 2 m) K F/D + 4 K + 6 S with experts
     attention scores of one layer, float32: 3 B heads T^2, where no fused kernel is at hand
+
+R is the rows of experts that a device keeps room for, in units of its own tokens: K where experts are not split, and
+e min(K, E/e) where an axis ``expert`` of e devices shares E experts. Each device then holds the tokens of all e, any of
+which may choose its E/e experts, and shapes are fixed: there is room for all of them.
 
 and besides, of one layer, its weights in the compute dtype, gathered over fsdp, and their gradient in float32.
 
@@ -40,6 +45,7 @@ from scaling_perception.support.errors import UserError
 from scaling_perception.support.field_checks import check_config
 from scaling_perception.support.places import split_places
 from scaling_perception.tasks import fields_of, pass_indices
+from scaling_perception.training.averaging import left_of_start, start_warning
 from scaling_perception.training.diffusion import network_of, tasks_of
 from scaling_perception.training.optim import make_optimizer
 from scaling_perception.training.state import abstract_state
@@ -106,7 +112,8 @@ def describe_run(config: Config, devices: int | None = None, mfu: float = MFU) -
         "memory": memory,
         "data": _data(config, samples),
         "time": _time(useful * samples, 2 * encoding * samples, memory, mfu),
-        "run": {"steps": steps, "batch_size": batch, "accumulate": int(config.train.get("accumulate", 1))},
+        "run": {"steps": steps, "batch_size": batch, "accumulate": int(config.train.get("accumulate", 1))}
+        | {"left_of_start": left_of_start(config.optim, steps), "warning": start_warning(config.optim, steps)},
     }
 
 
@@ -148,7 +155,7 @@ def _memory(config: Config, dit: DiTConfig, devices: int | None) -> dict[str, An
         "optimizer": sums["opt_state"],
         "ema": sums["ema"],
         "batch": 2 * local * _sample_bytes(config, dit),  # this step's, and the next one's on its way
-        **_activations(config, dit, part),
+        **_activations(config, dit, part, sizes["expert"]),
         "layer_weights": _layer_bytes(config, state.params["blocks"], sizes) // dit.depth,
         **_autoencoder(config, dit, part),
     }
@@ -178,14 +185,19 @@ def _bytes(tree: Any, placed: Any) -> int:
     return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
 
 
-def _activations(config: Config, dit: DiTConfig, samples: int) -> dict[str, int]:
+def _activations(config: Config, dit: DiTConfig, samples: int, split: int) -> dict[str, int]:
     unit, ratio = samples * dit.tokens * dit.dim, dit.hidden / dit.dim
     kept, working = 7 + ratio, 16 + 4 * ratio
     if dit.experts:
         matrices, chosen = (2 if dit.expert_mlp == "swiglu" else 1), dit.active_experts
-        kept = 7 + matrices * chosen * ratio + (2 * dit.shared_experts + 1 if dit.shared_experts else 0)
+        room = split * min(chosen, dit.experts // split) if split > 1 and dit.experts % split == 0 else chosen
+        kept = 7 + matrices * room * ratio + (2 * dit.shared_experts + 1 if dit.shared_experts else 0)
         working = 16 + (2 + 2 * matrices) * chosen * ratio + 4 * chosen + 6 * dit.shared_experts
+        if config.train.remat:  # made again, of one layer
+            working += matrices * (room - chosen) * ratio * _ITEM[config.train.dtype] / 4
     kept = 1 if config.train.remat else kept
+    if config.train.stream_dtype == "float32":  # the tokens, and those between attention and MLP
+        kept += (1 if config.train.remat else 2) * (4 / _ITEM[config.train.dtype] - 1)
     return {
         "activations_kept": round(dit.depth * kept * unit * _ITEM[config.train.dtype]),
         "activations_at_work": round(working * unit * 4),
@@ -314,6 +326,8 @@ def run_text(told: Mapping[str, Any]) -> str:
         f"MACs      {forward:.4g} a forward pass of a sample; {compute['macs_of_run']:.3g} of the run, {whole}",
         f"FLOPs     {step:.4g} a step, {compute['flops_of_run']:.3g} of the run: 2 a MAC, both passes",
     ]
+    average = f"average   {run['left_of_start']:.2g} of the starting weights is left in the exported average"
+    lines.append(f"warning   {run['warning']}" if run["warning"] else average)
     if encoding := compute["autoencoder_macs_per_sample"]:
         share = encoding / compute["training_factor"] / forward
         more = f"adds {encoding:.3g} MACs a sample ({share:.0%})"

@@ -14,8 +14,20 @@ from scaling_perception.scaling.paper_laws import PREFIX, published_points
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.tables import Table, read_table, read_text
 
-Y_NAMES = ("abs_rel", "epe", "1-iou", "1-delta1", "error", "err", "eval_loss", "val_loss", "held_out_loss", "loss")
-GROUP_NAMES = ("run", "run_id", "weights")
+Y_NAMES = (
+    "abs_rel",
+    "epe",
+    "1-iou",
+    "1-delta1",
+    "error",
+    "err",
+    "eval_loss",
+    "val_loss",
+    "held_out_loss",
+    "loss",
+    "value",
+)
+GROUP_NAMES = ("run", "run_id", "weights", "file")
 X_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (("macs", "train_macs", "flops", "compute", "c", "x"),),
     "two": (("params", "n", "model_size"), ("tokens", "samples", "d", "examples")),
@@ -27,9 +39,9 @@ X_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
 }  # fmt: skip
 """Columns that are looked for where --x names none, by form; the first that is there is taken."""
 SETTINGS = (
-    "task", "dataset", "model", "answer", "kind", "preset", "spacing", "solver", "steps", "ensemble", "tolerance",
-    "step_tolerance",
-)  # fmt: skip
+    *("cell", "task", "dataset", "model", "answer", "kind", "metric", "preset", "spacing", "solver", "steps"),
+    *("ensemble", "members", "tolerance", "step_tolerance"),
+)
 """Columns that tell the settings of a per-image table apart."""
 SIZES = ("params", "model_size", "model", "size", "n")
 
@@ -196,18 +208,26 @@ def _training_rows(path: Path, text: str) -> Table:
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} has no rows of values: give the metrics.jsonl of a training run")
     record = path.with_name("run.json")
-    if record.is_file() and "step" in rows[0]:
+    if record.is_file():
         try:
             facts = json.loads(read_text(record))
-            samples, macs = facts["samples_per_step"], facts["macs_per_sample"]
-            known = {"run": path.parent.name or path.resolve().parent.name, "params": facts["parameters"]["active"]}
-            rows = [
-                {**known, "samples": row["step"] * samples, "macs": row["step"] * samples * macs, **row}
-                for row in rows if "step" in row
-            ]  # fmt: skip
-        except (ValueError, KeyError, TypeError):
-            pass  # an older or foreign run.json: the rows are read without it
+        except ValueError:
+            facts = None
+        rows = [_with_facts(row, facts, path) for row in rows] if isinstance(facts, dict) else rows
     return _records(str(path), rows)
+
+
+def _with_facts(row: dict[str, Any], facts: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A row with what run.json knows; what the row has itself, and what an older run.json lacks, is left alone."""
+    weights = facts.get("parameters")
+    known = {"run": path.parent.name or path.resolve().parent.name}
+    known["params"] = weights.get("active") if isinstance(weights, dict) else weights
+    step, samples, macs = row.get("step"), facts.get("samples_per_step"), facts.get("macs_per_sample")
+    if step is not None and samples:
+        known["samples"] = step * samples
+        if macs:
+            known["macs"] = step * samples * macs
+    return {**{name: value for name, value in known.items() if value is not None}, **row}
 
 
 # A table to points

@@ -157,11 +157,13 @@ def train_program(config: Config, mesh: Mesh) -> Program:
 
     def compile_it() -> Any:
         skip = config.train.on_nan == "skip"
-        step = make_step(objective, tx, config.optim.ema, accumulate=count, skip=skip, shardings=places)
+        step = make_step(objective, tx, config.optim.ema, count, skip, places, ema_warmup=bool(config.optim.ema_warmup))
         key = jax.eval_shape(lambda: jax.random.key(0))
         given = (_placed(state, places), _placed(stand.fields, batch_sharding(mesh)), _placed(key, whole))
         constants = None if objective.constants is None else _placed(objective.constants, whole)
-        lowered = jax.jit(step, donate_argnums=0, out_shardings=(places, whole)).lower(*given, constants)
+        precision = config.train.matmul_precision
+        with jax.default_matmul_precision(None if precision == "default" else precision):
+            lowered = jax.jit(step, donate_argnums=0, out_shardings=(places, whole)).lower(*given, constants)
         return lowered.compile(_FAKE if mesh.devices.flat[0].platform == "cpu" else None)
 
     arrays = named_leaves(state)

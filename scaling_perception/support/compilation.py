@@ -1,11 +1,14 @@
 """Compiled programs are kept on disk, so that the second run of a command starts quickly."""
 
+import contextlib
 import hashlib
+import importlib.util
 import os
 import platform
 import sys
 from pathlib import Path
 
+_GOOGLE = "0x1ae0"  # as PCI names the maker
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
@@ -44,6 +47,25 @@ def keep_compiled_programs() -> None:
     if _writable(folder):
         os.environ[_VARIABLE] = str(folder)
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+
+
+def quiet_libtpu() -> None:
+    """Keep libtpu, where it is installed, from asking for a TPU and printing its errors on a machine that has none.
+
+    Call before JAX is imported. A machine with one (a device of Google's on the PCI bus) is left as it is, and so is
+    one whose environment describes a slice.
+    """
+    with contextlib.suppress(OSError):
+        for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"):
+            if vendor.read_text().strip() == _GOOGLE:
+                return
+    if any(name.startswith(("TPU_", "MEGASCALE_")) for name in os.environ) or not importlib.util.find_spec("libtpu"):
+        return
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
 
 
 def _writable(folder: Path) -> bool:

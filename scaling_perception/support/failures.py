@@ -85,6 +85,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(sign in text for sign in _NO_MEMORY) and not any(sign in text for sign in _SMALL_MEMORY)
 
 
+def memory_cause(error: BaseException) -> str | None:
+    """What was said where memory did not suffice, if that or what it was raised from is such an error."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if is_out_of_memory(seen):
+            return _first_line(seen)
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
 def explain(error: BaseException) -> str | None:
     """One line for an exception that the machine is to blame for, or None: then it is a bug, and its trace is wanted.
 

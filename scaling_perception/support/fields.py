@@ -193,6 +193,12 @@ FIELDS: dict[str, Field] = {
             "float16": "most gradients round to zero in it: give bfloat16, or float32 (export_dtype may be float16)"
         },
     ),
+    "train.stream_dtype": Field(
+        "compute", "of the tokens between blocks: train.dtype, or less rounding", choices=("compute", "float32")
+    ),
+    "train.matmul_precision": Field(
+        "default", "of float32 products: the device's own, or more passes", choices=("default", "high", "highest")
+    ),
     "train.accumulate": Field(1, "parts that a batch is computed in; same update", _FROM_1, unit="parts", free=True),
     "train.on_nan": Field(
         "raise",
@@ -225,6 +231,7 @@ FIELDS: dict[str, Field] = {
     "optim.weight_decay": Field(0.0, "decoupled, of kernels alone; times the learning rate", _FROM_0),
     "optim.grad_clip": Field(0.0, "largest gradient norm; 0 = no clipping", _FROM_0),
     "optim.ema": Field(0.9999, "decay of the running average that is exported; 0 = none", _SHARE),
+    "optim.ema_warmup": Field(False, "step t has a decay of at most (1 + t) / (10 + t), for runs below 90,000 steps"),
     "optim.ema_every": Field(1, "between updates of the average, by the decay of as many", _FROM_1, unit="steps"),
     "optim.ema_dtype": Field(
         "float32", "of the average; bfloat16 is rounded at random", choices=("float32", "bfloat16")

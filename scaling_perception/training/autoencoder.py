@@ -32,7 +32,7 @@ from scaling_perception.models.autoencoders import (
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path, read_json, write_json
 from scaling_perception.support.progress import progress
-from scaling_perception.training.objective import Objective, own_share
+from scaling_perception.training.objective import Objective, Parts, own_share
 
 BLOCK = 250  # pictures a bank file; texture and scene blocks alternate
 SCENE_VIEWS = ("image", "depth", "image", "flow_x", "whole", "image", "visible", "flow_y")
@@ -211,9 +211,14 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 def encoder_loss(config: tiny_vae.TinyVAEConfig, params: Any, batch: Mapping[str, Any]) -> tuple[jax.Array, dict]:
     """Mean squared error of the latents, target-like pictures counting double. Metrics: plain errors of both sorts."""
+    return _score("latent_mse", encoder_tally(config, params, batch))
+
+
+def encoder_tally(config: tiny_vae.TinyVAEConfig, params: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The sums of :func:`encoder_loss` over the pictures."""
     z = tiny_vae.Encoder(config).apply({"params": params}, batch["image"].astype(jnp.float32))
     error = jnp.square(z - batch["latent"].astype(jnp.float32)).mean(axis=(1, 2, 3))  # type: ignore[operator]
-    return _weighted(error, batch["weight"]), _by_sort("latent_mse", error, batch["weight"])
+    return _tally(error, error, batch["weight"])
 
 
 def decoder_loss(
@@ -228,30 +233,46 @@ def decoder_loss(
     the last one keeps edges in place. One picture in four is decoded from the teacher's latents; the noise has a
     deviation of up to 0.03, uniform from picture to picture.
     """
+    return _score("pixel_mse", decoder_tally(config, params, batch, key))
+
+
+def decoder_tally(
+    config: tiny_vae.TinyVAEConfig, params: Any, batch: Mapping[str, Any], key: jax.Array
+) -> dict[str, jax.Array]:
+    """The sums of :func:`decoder_loss` over the pictures. Each draws from ``key`` and its place in the batch alone."""
     image = batch["image"].astype(jnp.float32)
-    pick, scale, noise = jax.random.split(key, 3)
-    own = jax.random.bernoulli(pick, 0.75, (len(image), 1, 1, 1))
-    z = jnp.where(own, batch["own"], batch["latent"]).astype(jnp.float32)
-    z = z + 0.03 * jax.random.uniform(scale, (len(image), 1, 1, 1)) * jax.random.normal(noise, z.shape)
+
+    def draw(place: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pick, scale, noise = jax.random.split(jax.random.fold_in(key, place), 3)
+        rough = 0.03 * jax.random.uniform(scale) * jax.random.normal(noise, batch["latent"].shape[1:])
+        return jax.random.bernoulli(pick, 0.75), rough
+
+    own, rough = jax.vmap(draw)(batch.get("index", jnp.arange(len(image))))
+    z = jnp.where(own[:, None, None, None], batch["own"], batch["latent"]).astype(jnp.float32) + rough
     d = tiny_vae.Decoder(config).apply({"params": params}, z) - image  # type: ignore[operator]
     d = jnp.where((jnp.abs(image) == 1) & (d * image > 0), 0, d)
     squares = jnp.square(d).mean(axis=(1, 2, 3))
     edges = jnp.abs(jnp.diff(d, axis=1)).mean(axis=(1, 2, 3)) + jnp.abs(jnp.diff(d, axis=2)).mean(axis=(1, 2, 3))
     error = jnp.abs(d).mean(axis=(1, 2, 3)) + squares + 0.5 * edges
-    return _weighted(error, batch["weight"]), _by_sort("pixel_mse", squares, batch["weight"])
+    return _tally(error, squares, batch["weight"])
 
 
-def _weighted(error: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.sum(error * weight) / jnp.sum(weight)
+_SORTS = ("rgb", "target")
+_COUNTS = ("weight", *(f"count_{sort}" for sort in _SORTS))  # what the score divides by
 
 
-def _by_sort(name: str, error: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
-    """The mean error of RGB and of target-like pictures; NaN where the batch has none."""
-    target = weight > 1
-    return {
-        f"{name}_rgb": jnp.mean(error, where=~target),
-        f"{name}_target": jnp.mean(error, where=target),
-    }
+def _tally(error: jax.Array, plain: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
+    """Sums over pictures (B,): weighted errors and weights; plain errors and numbers of RGB and target-like ones."""
+    found = {"error": jnp.sum(error * weight), "weight": jnp.sum(weight)}
+    for sort, here in zip(_SORTS, (weight <= 1, weight > 1), strict=True):
+        found[sort], found[f"count_{sort}"] = jnp.sum(jnp.where(here, plain, 0.0)), jnp.sum(here, dtype=jnp.float32)
+    return found
+
+
+def _score(name: str, found: Mapping[str, jax.Array], parts: int = 1) -> tuple[jax.Array, dict]:
+    """The weighted mean error; the plain mean of each sort, NaN where the batch has none."""
+    metrics = {f"{name}_{sort}": found[sort] / found[f"count_{sort}"] for sort in _SORTS}
+    return found["error"] / found["weight"], metrics
 
 
 def autoencoder_objective(config: Any, mesh: Mesh | None = None) -> Objective:
@@ -289,19 +310,20 @@ def autoencoder_objective(config: Any, mesh: Mesh | None = None) -> Objective:
 
     if phase == "encoder":
 
-        def loss(params: Any, batch: Mapping[str, Any], key: jax.Array) -> tuple[jax.Array, dict]:
-            return encoder_loss(network, params, batch)
+        def tally(params: Any, batch: Mapping[str, Any], key: jax.Array) -> dict[str, jax.Array]:
+            return encoder_tally(network, params, batch)
 
         def export(params: Any, path: str, info: Mapping[str, Any]) -> None:
             save_part(path, "encoder", network, params, told(info))
 
         batches = own_share(BankBatches(bank, batch_size, seed), mesh, batch_size)
-        return Objective(init, loss, batches, export, batch_size, starting_params=start)
+        parts = Parts(tally, _COUNTS, functools.partial(_score, "latent_mse"))
+        return Objective(init, parts.loss, batches, export, batch_size, starting_params=start, parts=parts)
 
     own, own_id = _own_latents(Path(config.data.cache), bank, network, encoder)
 
-    def decoding_loss(params: Any, batch: Mapping[str, Any], key: jax.Array) -> tuple[jax.Array, dict]:
-        return decoder_loss(network, params, batch, key)
+    def decoding(params: Any, batch: Mapping[str, Any], key: jax.Array) -> dict[str, jax.Array]:
+        return decoder_tally(network, params, batch, key)
 
     def export_both(params: Any, path: str, info: Mapping[str, Any]) -> None:
         save_part(path, "decoder", network, params, {**told(info), "encoder": own_id})
@@ -311,7 +333,8 @@ def autoencoder_objective(config: Any, mesh: Mesh | None = None) -> Objective:
                 temporary.write_bytes(source.read_bytes())
 
     batches = own_share(BankBatches(bank, batch_size, seed, own, own_id), mesh, batch_size)
-    return Objective(init, decoding_loss, batches, export_both, batch_size, starting_params=start)
+    parts = Parts(decoding, _COUNTS, functools.partial(_score, "pixel_mse"))
+    return Objective(init, parts.loss, batches, export_both, batch_size, starting_params=start, parts=parts)
 
 
 def _own_latents(folder: Path, bank: Bank, network: tiny_vae.TinyVAEConfig, encoder: Any) -> tuple[np.ndarray, str]:

@@ -333,6 +333,14 @@ def finished_steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
+def newest_meta(folder: Path) -> dict[str, Any] | None:
+    """The "meta" that the newest readable checkpoint in ``folder`` was saved with; None if there is no checkpoint."""
+    for step in reversed(finished_steps(folder)):
+        with contextlib.suppress(Exception):  # what is wrong with it, ``restore`` says
+            return _read_documents(folder / str(step))["meta"]["model"]
+    return None
+
+
 # ---- Reading back ----------------------------------------------------------------------------------------------------
 
 

@@ -27,13 +27,13 @@ import numpy as np
 
 from scaling_perception.diffusion.noise import annealed_strength, pyramid_noise
 from scaling_perception.diffusion.schedules import TRAIN_STEPS, DiffusionPreset, get_diffusion
-from scaling_perception.diffusion.targets import add_noise, latent_mask, masked_mse, training_target
+from scaling_perception.diffusion.targets import add_noise, latent_mask, masked_squares, mean_of_cells, training_target
 from scaling_perception.models.dit import DiT, DiTConfig, frozen_paths, init_params
 from scaling_perception.models.presets import at_resolution, get_preset
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import PASSES, TaskOptions, pass_indices
-from scaling_perception.training.objective import Batches, Metrics, Objective, own_share
+from scaling_perception.training.objective import Batches, Metrics, Objective, Parts, own_share
 from scaling_perception.training.prompts import prompt_table, with_table
 from scaling_perception.training.start import starting_point
 from scaling_perception.training.validation import held_out_batches
@@ -88,7 +88,14 @@ def labels_of(task: jax.Array, dit: DiTConfig) -> jax.Array:
 def make_loss(
     model: Any, preset: DiffusionPreset, config: Config, norm: Mapping[str, Any], encode: Callable[..., Any] | None
 ) -> Callable[[Any, Mapping[str, Any], jax.Array], tuple[jax.Array, Metrics]]:
-    """The loss of equation (2) as (params, batch, key) -> (scalar, metrics).
+    """The loss of equation (2) as (params, batch, key) -> (scalar, metrics). Arguments as for `loss_parts`."""
+    return loss_parts(model, preset, config, norm, encode).loss
+
+
+def loss_parts(
+    model: Any, preset: DiffusionPreset, config: Config, norm: Mapping[str, Any], encode: Callable[..., Any] | None
+) -> Parts:
+    """The loss of equation (2), in parts or whole: errors of all tasks and of each are means over valid cells.
 
     Args:
         model: a DiT. norm: {"shift": 4 x [4], "scale": 4 x [4]} by pass. encode: (autoencoder params, pixels) -> latent
@@ -98,8 +105,9 @@ def make_loss(
     alpha_bar = np.asarray(preset.alphas_cumprod(), np.float32)
     shift, scale = np.asarray(norm["shift"], np.float32), np.asarray(norm["scale"], np.float32)
     passes = sorted({index for task in tasks_of(config) for index in pass_indices(task)})
+    told = {f"loss_{PASSES[index]}": index for index in passes} if len(passes) > 1 else {}
 
-    def loss(params: Any, batch: Mapping[str, Any], key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def tally(params: Any, batch: Mapping[str, Any], key: jax.Array) -> dict[str, jax.Array]:
         image, prompt, target, valid = latents_of(batch, encode, dit.cond_channels)
         task = batch["task"].astype(jnp.int32)
         clean = (target - jnp.asarray(shift)[task][:, None, None]) / jnp.asarray(scale)[task][:, None, None]
@@ -112,37 +120,59 @@ def make_loss(
         inputs, labels = jnp.concatenate(parts, axis=-1), labels_of(task, dit)
         got, stats = model.apply({"params": params}, inputs, t, labels, with_stats=True)
         got = got[..., :LATENT]
-        value = masked_mse(got, wanted, valid)
-        metrics = {"valid": jnp.mean(valid.astype(jnp.float32)), "weight": jnp.sum(valid.astype(jnp.float32))}
-        if stats:
-            metrics["mse"] = value
-        value = with_balance(value, stats, dit, config, metrics, len(clean))
-        if len(passes) > 1:
-            for index in passes:
-                cells = valid & (task == index)[:, None, None]
-                own = masked_mse(jax.lax.stop_gradient(got), wanted, cells)
-                metrics[f"loss_{PASSES[index]}"] = jnp.where(jnp.any(cells), own, jnp.nan)
-        return value, metrics
+        squares, cells = masked_squares(got, wanted, valid)
+        found = {"squares": squares, "cells": cells, "valid": jnp.mean(valid.astype(jnp.float32))}
+        for name, index in told.items():
+            own = masked_squares(jax.lax.stop_gradient(got), wanted, valid & (task == index)[:, None, None])
+            found[f"squares_{name}"], found[f"cells_{name}"] = own
+        return {**found, **routing_tally(stats, dit, len(clean))}
 
-    return loss
+    def score(found: Mapping[str, jax.Array], parts: int) -> tuple[jax.Array, Metrics]:
+        value = mean_of_cells(found["squares"], found["cells"], LATENT)
+        metrics = {"valid": found["valid"], "weight": found["cells"]}
+        if "balance" in found:
+            metrics["mse"] = value
+        for name in told:
+            own, cells = found[f"squares_{name}"], found[f"cells_{name}"]
+            metrics[name] = jnp.where(cells > 0, mean_of_cells(own, cells, LATENT), jnp.nan)
+        return with_balance(value, found, dit, config, metrics, parts), metrics
+
+    return Parts(tally, ("cells", *(f"cells_{name}" for name in told), *balance_known(config)), score)
+
+
+def routing_tally(stats: Mapping[str, jax.Array], dit: DiTConfig, pictures: int) -> dict[str, jax.Array]:
+    """What `with_balance` needs of the routing of a batch of ``pictures``, or of a part of one; {} without experts."""
+    if not stats:
+        return {}
+    pairs = pictures * dit.tokens * dit.active_experts  # whole numbers: float32 shares of them add up to 1 or nearly so
+    dropped = jnp.sum(jnp.round(pairs * (1.0 - jnp.sum(stats["load"], axis=-1))))
+    return {**stats, "dropped": dropped}
+
+
+def balance_known(config: Config) -> tuple[str, ...]:
+    """The entries of `routing_tally` that all parts of a batch must know before the gradient of one is taken."""
+    return ("load",) if config.balance_loss else ()
 
 
 def with_balance(
-    value: jax.Array, stats: Mapping[str, jax.Array], dit: DiTConfig, config: Config, metrics: Metrics, pictures: int
+    value: jax.Array, found: Mapping[str, jax.Array], dit: DiTConfig, config: Config, metrics: Metrics, parts: int
 ) -> jax.Array:
-    """``value`` plus the balance loss of a model with experts; ``metrics`` is told how they are used.
+    """``value`` plus the balance loss of a model with experts; ``metrics`` gets how they are used.
 
-    ``dropped`` counts what no expert got of the (token, expert) pairs of ``pictures``: 0, or something is wrong.
+    Shares and mean scores are those of the whole batch. ``dropped`` counts what no expert got of its (token, expert)
+    pairs: 0, or something is wrong.
     """
-    if not stats:
+    if "balance" not in found:
         return value
-    metrics["balance"] = jnp.mean(stats["balance"])
-    metrics["expert_load_max"] = jnp.max(stats["load"]) * dit.experts  # 1: all experts get as much
-    metrics["expert_load_min"] = jnp.min(stats["load"]) * dit.experts
-    metrics["router_entropy"] = jnp.mean(stats["entropy"])
-    pairs = pictures * dit.tokens * dit.active_experts  # whole numbers: float32 shares of them add up to 1 or nearly so
-    metrics["dropped"] = jnp.sum(jnp.round(pairs * (1.0 - jnp.sum(stats["load"], axis=-1))))
-    return value + config.balance_loss * jnp.sum(stats["balance"])
+    balance = found["balance"]
+    if "probability" in found:  # of parts, not the mean of their products
+        balance = dit.experts * jnp.sum(found["load"] * found["probability"], axis=-1)
+    metrics["balance"] = jnp.mean(balance)
+    metrics["expert_load_max"] = jnp.max(found["load"]) * dit.experts  # 1: all experts get as much
+    metrics["expert_load_min"] = jnp.min(found["load"]) * dit.experts
+    metrics["router_entropy"] = jnp.mean(found["entropy"])
+    metrics["dropped"] = found["dropped"] * parts
+    return value + config.balance_loss * jnp.sum(balance)
 
 
 def latents_of(
@@ -203,13 +233,16 @@ def tasks_of(config: Config) -> list[str]:
     return sorted(names, key=lambda name: pass_indices(name)[0])
 
 
-def diffusion_objective(config: Config, batches: Batches | None = None, mesh: Any = None) -> Objective:
+def diffusion_objective(
+    config: Config, batches: Batches | None = None, mesh: Any = None, resumed: Mapping[str, Any] | None = None
+) -> Objective:
     """The objective of a config with ``objective = "diffusion"``.
 
     Args:
         config: see ``configs/common.py``.
         mesh: the mesh that the step runs on, which models with experts need to know; None = one device.
         batches: batches to use in place of those that ``config.data`` describes.
+        resumed: ``meta`` of a checkpoint that will be restored: then ``config.init`` is not opened, nor changed anew.
 
     Raises:
         UserError: a field with an unknown value, or fields that contradict each other or the data.
@@ -232,16 +265,18 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
 
     dit, table = prompt_table(config, dit, tasks_of(config))
     frozen = tuple(frozen_paths(dit))
-    start, start_meta = starting_point(config, dit) if config.init else (None, {})
+    start, start_meta = starting_point(config, dit) if config.init and resumed is None else (None, {})
     if encoder_id and start_meta.get("autoencoder_id", encoder_id) != encoder_id:
         raise UserError(
             f"init {config.init} was trained in the latents of autoencoder {start_meta['autoencoder']}, which is not "
             f"'{config.autoencoder}' of this config: use the same"
         )
     # what is measured must not depend on this process's share
-    norm = _latent_norm(config, whole, encode, constants, start_meta, dit.cond_channels)
+    norm = (resumed or {}).get("latent_norm")
+    norm = norm or _latent_norm(config, whole, encode, constants, start_meta, dit.cond_channels)
     mesh = mesh if mesh is not None and mesh.size > 1 else None
-    model = DiT(dit, dtype=DTYPES[config.train.dtype], remat=config.train.remat, mesh=mesh)
+    stream = jnp.float32 if config.train.stream_dtype == "float32" else None
+    model = DiT(dit, dtype=DTYPES[config.train.dtype], remat=config.train.remat, mesh=mesh, stream=stream)
     meta = {
         "format": 1,
         "model": dataclasses.asdict(dit),
@@ -262,7 +297,13 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
         meta |= {"tasks": [], "task_options": {}, "classes": pretrain.check_classes(dit, batches.fingerprint)}
     if start_meta.get("surgery"):
         meta["init"] = {"model": start_meta["model"]["name"], "steps": start_meta["surgery"]}
+    elif resumed is not None and "init" in resumed:
+        meta["init"] = resumed["init"]
 
+    if generation:
+        parts = pretrain.generation_parts(model, preset, config, norm, moments)
+    else:
+        parts = loss_parts(model, preset, config, norm, encode)
     names = getattr(batches, "class_names", None)
 
     def export(params: Any, path: str, info: Mapping[str, Any]) -> None:
@@ -277,9 +318,8 @@ def diffusion_objective(config: Config, batches: Batches | None = None, mesh: An
 
     return Objective(
         init=lambda key: with_table(init_params(dit, key), table),
-        loss=pretrain.generation_loss(model, preset, config, norm, moments)
-        if generation
-        else make_loss(model, preset, config, norm, encode),
+        loss=parts.loss,
+        parts=parts,
         batches=batches,
         export=export,
         samples_per_step=config.train.batch_size,

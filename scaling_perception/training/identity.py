@@ -30,7 +30,8 @@ _MEASURED = ("train.validate_samples", "held_out.")
 
 # Fields that came later, with the value by which a run behaves as runs did before them: a checkpoint may lack them.
 LATER = {"optim.ema_every": 1, "optim.ema_dtype": "float32", "optim.ema_place": "device"}
-LATER |= {"held_out.shared": False}
+LATER |= {"held_out.shared": False, "optim.ema_warmup": False}
+LATER |= {"train.stream_dtype": "compute", "train.matmul_precision": "default"}
 # With a cache these say which of its samples are used, which the data's own fingerprint holds.
 _OF_CACHE = ("source", "split", "count", "start")
 
@@ -171,7 +172,8 @@ def same_run(
             free |= part == "config" and cached and name.startswith("data.mixture.") and name.endswith(_OF_CACHE)
             if old.get(name) != new.get(name) and not free:
                 was, is_now = (json.dumps(side.get(name, "absent"))[:80] for side in (old, new))
+                how = f"restore it (--config.{name}={was})" if part == "config" and name in LATER else "restore it"
                 raise UserError(
                     f"cannot resume in {workdir}: {what} {name} was {was} and is now {is_now}; "
-                    "restore it, or choose another --workdir"
+                    f"{how}, or choose another --workdir"
                 )

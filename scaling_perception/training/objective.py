@@ -44,6 +44,26 @@ def own_share(batches: Any, mesh: Mesh | None, size: int) -> Batches:
     return batches.holding(own_places(batch_sharding(mesh), size).tolist())
 
 
+class Parts(NamedTuple):
+    """A loss that can be computed in parts of a batch, and is then that of the whole batch, to rounding.
+
+    Attributes:
+        tally: (params, batch, key) -> named arrays whose means over equal parts are those of the whole batch: sums,
+            counts or means.
+        known: the names of those that ``score`` divides by, or multiplies others with. They carry no gradient.
+        score: (tally, parts) -> (loss, metrics), linear in all entries but the known ones. ``parts``: how many the
+            tally is the mean of.
+    """
+
+    tally: Callable[[Params, Batch, jax.Array], dict[str, jax.Array]]
+    known: tuple[str, ...]
+    score: Callable[[Mapping[str, jax.Array], int], tuple[jax.Array, Metrics]]
+
+    def loss(self, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The loss of a batch in one piece, as ``Objective.loss`` has it."""
+        return self.score(self.tally(params, batch, key), 1)
+
+
 class Objective(NamedTuple):
     """A trainable problem.
 
@@ -65,6 +85,8 @@ class Objective(NamedTuple):
         starting_params: params to start from instead of ``init`` (None = from scratch); host arrays.
         meta: JSON-able facts fixed before the first step (such as the latent normalisation); stored with each
             checkpoint, and a resumed run must find the same.
+        parts: the loss as parts of a batch need it, where its denominators are those of the whole batch; None weighs
+            the parts' losses and metrics by ``weight``.
         held_out: batches of samples that are not trained on, whole, as ``validation.py`` wants them; None = none.
     """
 
@@ -79,3 +101,4 @@ class Objective(NamedTuple):
     starting_params: Params | None = None
     meta: Mapping[str, Any] = {}
     held_out: Batches | None = None
+    parts: Parts | None = None

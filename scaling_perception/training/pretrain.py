@@ -27,8 +27,8 @@ from scaling_perception.diffusion.vlb import learned_range_bits, variance_tables
 from scaling_perception.models.dit import DiTConfig
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
-from scaling_perception.training.diffusion import LATENT, sample_noise, with_balance
-from scaling_perception.training.objective import Metrics
+from scaling_perception.training.diffusion import LATENT, balance_known, routing_tally, sample_noise, with_balance
+from scaling_perception.training.objective import Metrics, Parts
 
 Moments = Callable[..., tuple[jax.Array, jax.Array | None]]
 
@@ -62,7 +62,14 @@ def dropped_labels(label: jax.Array, dit: DiTConfig, rate: float, key: jax.Array
 def generation_loss(
     model: Any, preset: DiffusionPreset, config: Config, norm: Mapping[str, Any], moments: Moments | None
 ) -> Callable[[Any, Mapping[str, Any], jax.Array], tuple[jax.Array, Metrics]]:
-    """The loss of equation (2) as (params, batch, key) -> (scalar, metrics ``mse``, ``bound`` in bits, routing).
+    """The loss of equation (2) as (params, batch, key) -> (scalar, metrics). Arguments as for `generation_parts`."""
+    return generation_parts(model, preset, config, norm, moments).loss
+
+
+def generation_parts(
+    model: Any, preset: DiffusionPreset, config: Config, norm: Mapping[str, Any], moments: Moments | None
+) -> Parts:
+    """The loss of equation (2), in parts or whole, with metrics ``mse``, ``bound`` in bits, and of the routing.
 
     Args:
         model: a DiT without conditions. norm: {"shift": [[4]], "scale": [[4]]}. moments: as for `latent_draw`.
@@ -71,7 +78,7 @@ def generation_loss(
     alpha_bar, tables = np.asarray(preset.alphas_cumprod(), np.float32), variance_tables(preset)
     shift, scale = np.asarray(norm["shift"][0], np.float32), np.asarray(norm["scale"][0], np.float32)
 
-    def loss(params: Any, batch: Mapping[str, Any], key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def tally(params: Any, batch: Mapping[str, Any], key: jax.Array) -> dict[str, jax.Array]:
         index = batch.get("index", jnp.arange(batch["target"].shape[0]))
         key_draw, key_drop, key_noise = jax.random.split(key, 3)
         clean = (latent_draw(batch, moments, key_draw, index) - shift[None, None, None]) / scale[None, None, None]
@@ -81,16 +88,20 @@ def generation_loss(
         noisy = add_noise(clean, eps, level)
         wanted = training_target(preset.prediction, clean, eps, level)
         out, stats = model.apply({"params": params}, noisy, t, labels, with_stats=True)
-        value = jnp.mean(jnp.square(out[..., :LATENT] - wanted))
-        metrics: Metrics = {"mse": value}
+        found = {"mse": jnp.mean(jnp.square(out[..., :LATENT] - wanted))}
         if dit.learn_sigma:
             bits = learned_range_bits(
                 tables, preset.prediction, out[..., :LATENT], out[..., LATENT:], clean, noisy, t
             ).mean()
-            metrics["bound"], value = bits, value + bits
-        return with_balance(value, stats, dit, config, metrics, len(clean)), metrics
+            found["bound"] = bits
+        return {**found, **routing_tally(stats, dit, len(clean))}
 
-    return loss
+    def score(found: Mapping[str, jax.Array], parts: int) -> tuple[jax.Array, Metrics]:
+        metrics: Metrics = {name: found[name] for name in ("mse", "bound") if name in found}
+        value = found["mse"] + found["bound"] if "bound" in found else found["mse"]
+        return with_balance(value, found, dit, config, metrics, parts), metrics
+
+    return Parts(tally, balance_known(config), score)
 
 
 def check_generation(config: Config, dit: DiTConfig) -> None:

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from scaling_perception.training.objective import Batch, Metrics, Objective
+from scaling_perception.training.objective import Batch, Metrics, Objective, Parts
 from scaling_perception.training.spikes import look
 from scaling_perception.training.state import TrainState, path_name
+from scaling_perception.training.streams import step_key
 
 Step = Callable[[TrainState, Batch, jax.Array, Any], tuple[TrainState, Metrics]]
 
@@ -28,9 +29,31 @@ def is_frozen(name: str, frozen: tuple[str, ...]) -> bool:
     return any(name == other or name.startswith(other + "/") for other in frozen)
 
 
+def at_step(opt_state: Any, step: jax.Array) -> Any:
+    """``opt_state`` with the counters of its schedules at ``step``, so that skipped steps are steps of the schedule."""
+
+    def follow(leaf: Any) -> Any:
+        return leaf._replace(count=step) if isinstance(leaf, optax.ScaleByScheduleState) else leaf
+
+    return jax.tree.map(follow, opt_state, is_leaf=lambda leaf: isinstance(leaf, optax.ScaleByScheduleState))
+
+
 def average(ema: Any, params: Any, decay: float) -> Any:
     """ema <- decay * ema + (1 - decay) * params, written so that a leaf that never moves stays exactly as it is."""
-    return jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, params)
+    return move(ema, params, 1.0 - decay)
+
+
+def move(ema: Any, params: Any, rate: Any) -> Any:
+    """ema <- ema + rate * (params - ema)."""
+    return jax.tree.map(lambda old, new: old + rate * (new - old), ema, params)
+
+
+def average_rate(decay: float, warmup: bool, step: Any) -> Any:
+    """What the average takes of the weights of step t = ``step`` (0 the first): 1 - min(decay, (1 + t) / (10 + t)).
+
+    Without ``warmup`` it is 1 - decay throughout. ``averaging.py`` says why.
+    """
+    return jnp.maximum(1.0 - decay, 9.0 / (10.0 + jnp.asarray(step, jnp.float32))) if warmup else 1.0 - decay
 
 
 def make_step(
@@ -42,14 +65,17 @@ def make_step(
     shardings: TrainState | None = None,
     spike_factor: float = 0.0,
     skip_spikes: bool = False,
+    ema_warmup: bool = False,
 ) -> Step:
     """The step of ``objective`` under the optimiser ``tx``.
 
     Args:
         ema_decay: of the running average; None leaves it to somebody else (``averaging.py``).
-        accumulate: parts that a batch is computed in, one after the other; the update is that of the whole batch, to
-            rounding, except for a balance loss, whose shares are then those of each part.
-        skip: a step whose loss or gradient is not finite changes nothing but the step's number; ``skipped`` tells.
+        ema_warmup: its decay grows to ``ema_decay`` (``average_rate``).
+        accumulate: parts that a batch is computed in, one after the other; loss, metrics and update are those of the
+            whole batch, to rounding. A balance loss takes one more forward pass then, for the shares of all parts.
+        skip: a step whose loss or gradient is not finite changes nothing but the step's number, which the learning
+            rate follows (the moments' own counters do not, for they count updates); ``skipped`` tells.
         shardings: where the state lives. Gradients are kept so, too, which makes the reduction over the batch a
             reduce-scatter for leaves that are split.
         spike_factor: above 0, ``spike`` tells whether this step is a loss spike (``spikes.look``), by ``state.guard``.
@@ -63,25 +89,33 @@ def make_step(
     """
 
     def step(state: TrainState, batch: Batch, key: jax.Array, constants: Any = None) -> tuple[TrainState, Metrics]:
-        own_key = jax.random.fold_in(key, state.step)
+        own_key = step_key(key, state.step)
 
-        def loss_of(params: Any, part: Batch, index: jax.Array) -> tuple[jax.Array, Metrics]:
-            fields = {**part, "index": index}
-            fields = fields if constants is None else {**fields, "constants": constants}
-            return objective.loss(hold(params, objective.frozen), fields, own_key)
+        def given(function: Any) -> Any:
+            def of(params: Any, part: Batch, index: jax.Array) -> Any:
+                fields = {**part, "index": index}
+                fields = fields if constants is None else {**fields, "constants": constants}
+                return function(hold(params, objective.frozen), fields, own_key)
 
-        differentiate = jax.value_and_grad(loss_of, has_aux=True)
+            return of
+
         size = jax.tree.leaves(batch)[0].shape[0]
         if accumulate == 1:
+            differentiate = jax.value_and_grad(given(objective.loss), has_aux=True)
             (loss, metrics), gradient = differentiate(state.params, batch, jnp.arange(size))
+        elif objective.parts is None:
+            loss, metrics, gradient = _weighted(given(objective.loss), state.params, batch, accumulate)
         else:
-            loss, metrics, gradient = _in_parts(differentiate, state.params, batch, accumulate)
+            own = objective.parts._replace(tally=given(objective.parts.tally))
+            loss, metrics, gradient = _in_parts(own, state.params, batch, accumulate)
         if shardings is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
         metrics = {name: value for name, value in metrics.items() if name != "weight"}
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        updates, opt_state = tx.update(gradient, at_step(state.opt_state, state.step), state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = state.ema if ema_decay is None else average(state.ema, params, ema_decay)
+        ema = state.ema
+        if ema_decay is not None:
+            ema = move(ema, params, average_rate(ema_decay, ema_warmup, state.step))
         norm = optax.tree.norm(gradient)
         new = state._replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
         told = {**metrics, "loss": loss, "grad_norm": norm}
@@ -99,28 +133,65 @@ def make_step(
     return step
 
 
-def _in_parts(differentiate: Any, params: Any, batch: Batch, count: int) -> tuple[jax.Array, Metrics, Any]:
-    """Loss, metrics and gradient of a batch computed in ``count`` parts, each weighted by its metric ``weight``.
+def _sum_over(function: Callable[[Batch, jax.Array], Any], batch: Batch, count: int) -> Any:
+    """The sum of ``function(part, index)`` over ``count`` parts of the batch, one after the other.
 
     Part m holds the samples m, m + count, …: neighbours stay on their device.
     """
+    size = jax.tree.leaves(batch)[0].shape[0]
+    parts = jax.tree.map(lambda array: jnp.moveaxis(array.reshape(-1, count, *array.shape[1:]), 1, 0), dict(batch))
+    index = jnp.arange(size).reshape(-1, count).T
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda array: array[0], (parts, index)))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, function(*part)), None), zeros, (parts, index)
+    )
+    return total
 
-    def terms(part: tuple[Batch, jax.Array]) -> Any:
-        (loss, metrics), gradient = differentiate(params, *part)
+
+def _in_parts(parts: Parts, params: Any, batch: Batch, count: int) -> tuple[jax.Array, Metrics, Any]:
+    """Loss, metrics and gradient of a batch computed in ``count`` parts whose denominators are the whole batch's.
+
+    What the score divides by is tallied first. Of a dense network these are counts of cells, and the compiler leaves
+    its forward pass out.
+    """
+
+    def known_of(part: Batch, index: jax.Array) -> Any:
+        found = parts.tally(params, part, index)
+        return {name: jax.lax.stop_gradient(found[name]) for name in parts.known if name in found}
+
+    def mean(total: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf / count, total)
+
+    known = mean(_sum_over(known_of, batch, count)) if parts.known else {}
+
+    def loss_of(params: Any, part: Batch, index: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        found = parts.tally(params, part, index)
+        return parts.score({**found, **known}, count)[0], found
+
+    def terms(part: Batch, index: jax.Array) -> Any:
+        (_, found), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, part, index)
+        return found, gradient
+
+    found, gradient = mean(_sum_over(terms, batch, count))
+    loss, metrics = parts.score({**found, **known}, count)
+    return loss, metrics, gradient
+
+
+def _weighted(loss_of: Any, params: Any, batch: Batch, count: int) -> tuple[jax.Array, Metrics, Any]:
+    """Loss, metrics and gradient of a batch computed in ``count`` parts, each weighted by its metric ``weight``."""
+
+    def terms(part: Batch, index: jax.Array) -> Any:
+        (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, part, index)
         weight = jnp.asarray(metrics.get("weight", 1.0), jnp.float32)
         known = {name: jnp.isfinite(value) for name, value in metrics.items()}  # NaN: undefined for this part
         sums = {name: jnp.where(known[name], value, 0.0) * weight for name, value in metrics.items()}
         counts = {name: known[name] * weight for name in metrics}
-        return weight, loss * weight, sums, counts, jax.tree.map(lambda leaf: leaf * weight, gradient)
+        # a part of weight 0 may have divided by it
+        counted = [jax.tree.map(lambda x: jnp.where(weight > 0, x * weight, 0.0), tree) for tree in (loss, gradient)]
+        return weight, counted[0], sums, counts, counted[1]
 
-    size = jax.tree.leaves(batch)[0].shape[0]
-    parts = jax.tree.map(lambda array: jnp.moveaxis(array.reshape(-1, count, *array.shape[1:]), 1, 0), dict(batch))
-    index = jnp.arange(size).reshape(-1, count).T
-    shapes = jax.eval_shape(terms, jax.tree.map(lambda array: array[0], (parts, index)))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    totals, _ = jax.lax.scan(
-        lambda total, part: (jax.tree.map(jnp.add, total, terms(part)), None), zeros, (parts, index)
-    )
-    weight, loss, sums, counts, gradient = totals
+    weight, loss, sums, counts, gradient = _sum_over(terms, batch, count)
+    whole = jnp.where(weight > 0, weight, 1.0)
     metrics = {name: sums[name] / counts[name] for name in sums}
-    return loss / weight, metrics, jax.tree.map(lambda leaf: leaf / weight, gradient)
+    return loss / whole, metrics, jax.tree.map(lambda leaf: leaf / whole, gradient)

@@ -25,8 +25,7 @@ from scaling_perception.support.field_checks import HELD_OUT
 from scaling_perception.support.places import split_places
 from scaling_perception.training.checksums import is_off_device, on_device
 from scaling_perception.training.objective import Batches, Objective, own_share
-
-_HELD_OUT = 0x4E1D  # sets its draws apart from those of the steps
+from scaling_perception.training.streams import stream_key
 
 
 def held_out_batches(config: Config, data: Mapping[str, Any], training: Batches) -> Batches | None:
@@ -112,16 +111,32 @@ def make_validation(objective: Objective, config: Config, mesh: Mesh) -> Callabl
     split, held = batch_sharding(mesh), own_share(held, mesh, size)
     places = own_places(split, size).astype(np.int32)
 
+    parts = objective.parts
+
     def measure(params: Any, batch: Any, key: jax.Array, constants: Any) -> dict[str, jax.Array]:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         fields = batch if constants is None else {**batch, "constants": constants}
-        loss, metrics = objective.loss(params, fields, jax.random.fold_in(key, _HELD_OUT))
+        own_key = stream_key(key, "held_out")
+        if parts is not None:
+            return parts.tally(params, fields, own_key)
+        loss, metrics = objective.loss(params, fields, own_key)
         return {**metrics, "loss": loss}
+
+    def scored(tallies: list[dict[str, np.ndarray]]) -> dict[str, float]:
+        """Of all chunks together: denominators are those of all samples, not of a chunk."""
+        assert score is not None
+        means = jax.tree.map(lambda *chunks: np.mean(np.stack(chunks), axis=0, dtype=np.float32), *tallies)
+        loss, metrics = jax.device_get(score(means))
+        values = {**metrics, "loss": loss}
+        return {HELD_OUT + name: float(v) for name, v in values.items() if name != "weight" and math.isfinite(v)}
+
+    score = jax.jit(lambda means: parts.score(means, count // size)) if parts is not None else None
 
     measured = jax.jit(measure, out_shardings=replicated(mesh))
 
     def validate(ema: Any, key: Any, constants: Any) -> dict[str, float]:
         ema = jax.tree.map(lambda leaf: on_device(leaf) if is_off_device(leaf) else leaf, ema)
+        tallies: list[dict[str, np.ndarray]] = []
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
         for part in range(count // size):
@@ -129,11 +144,16 @@ def make_validation(objective: Objective, config: Config, mesh: Mesh) -> Callabl
             batch.pop("key", None)
             batch["index"] = part * size + places
             found = jax.device_get(measured(ema, put_batch(batch, split, size), key, constants))
+            if parts is not None:
+                tallies.append(found)
+                continue
             weight = float(found.pop("weight", 1.0))
             for name, value in found.items():
                 if math.isfinite(value):
                     sums[name] = sums.get(name, 0.0) + weight * float(value)
                     weights[name] = weights.get(name, 0.0) + weight
+        if tallies:
+            return scored(tallies)
         return {HELD_OUT + name: value / weights[name] for name, value in sums.items() if weights[name]}
 
     return validate

@@ -59,7 +59,11 @@ SCENES = {"source": "scenes", "task": "depth"}
         ({"root": "other"}, {"cache": "mine.cache"}, []),
         ({"root": "renamed", "task": "amodal"}, {"root": "mine"}, [f"image/{key}.png" for key in "abc"]),
         ({"root": "mine", "count": 3}, {"root": "mine", "start": 2}, ["image/2.png"]),
-        ({**SCENES, "start": 5, "count": 4}, {**SCENES, "start": 1, "count": 6}, ["scene 5", "scene 6"]),
+        (
+            {**SCENES, "start": 5, "count": 4},
+            {**SCENES, "start": 1, "count": 6},
+            ["scene-0000000005", "scene-0000000006"],
+        ),
         ({**SCENES, "start": 7, "count": 4}, {**SCENES, "start": 1, "count": 6}, []),
         ({**SCENES, "split": "val", "count": 4}, {**SCENES, "count": 6}, []),
     ],

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -262,3 +263,50 @@ def test_published_forms(shared_dir):
     case = load_file(folder.parent / "generalist" / "uc_e8_top2.safetensors")
     found = contents(open_tensors(folder / "generalist" / "dit_moe_generalist_tiny.pt"))
     assert all(np.array_equal(case[f"weights/{name}"], array) for name, array in found.items())
+
+
+@pytest.mark.parametrize("prefix", ["module._orig_mod.", "_orig_mod.module.", "model.", "_forward_module.model."])
+def test_stacked_prefixes_are_dropped(tmp_path, prefix):
+    torch.save(
+        {"state_dict": {prefix + name: tensor for name, tensor in STATE.items()}, "epoch": 3}, tmp_path / "a.ckpt"
+    )
+    check(open_torch(tmp_path / "a.ckpt"), STATE)
+
+
+def test_what_trainers_write(tmp_path):
+    other = {name: tensor + 1 for name, tensor in STATE.items()}
+    both = {f"model.{n}": t for n, t in other.items()} | {f"ema_model.{n}": t for n, t in STATE.items()}
+    torch.save({"state_dict": both, "pytorch-lightning_version": "2.4", "loops": {}}, tmp_path / "a.ckpt")
+    check(open_torch(tmp_path / "a.ckpt"), STATE)
+    torch.save({"module": STATE, "ds_version": "0.15", "param_shapes": [{}]}, tmp_path / "mp_rank_00_model_states.pt")
+    check(open_torch(tmp_path / "mp_rank_00_model_states.pt"), STATE)
+    empty = {name: torch.empty(0) for name in STATE}
+    torch.save({"module": empty, "param_shapes": [{}]}, tmp_path / "mp_rank_00_model_states.pt")
+    torch.save({"optimizer_state_dict": {}}, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    for path in tmp_path.glob("*mp_rank*"):
+        with pytest.raises(UserError, match=r"DeepSpeed ZeRO.*zero_to_fp32.py"):
+            open_torch(path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (lambda: torch.empty(2, device="meta"), "tensor a is torch.float32, .* without data"),
+        (lambda: torch.ones(2, 2).to_sparse_csr(), "tensor a is torch.float32, torch.sparse_csr"),
+    ],
+)
+def test_tensors_that_hold_no_plain_numbers_are_named(tmp_path, tensor, words):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save({"a": tensor()}, tmp_path / "a.pt")
+        with pytest.raises(UserError, match=words) as caught:
+            open_torch(tmp_path / "a.pt")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_a_pickle_calls_is_named(tmp_path, protocol):
+    (tmp_path / "a.pt").write_bytes(pickle.dumps({"w": Poison(tmp_path / "mark")}, protocol=protocol))
+    with pytest.raises(UserError, match=r"objects other than tensors \(posix\.system\)"):
+        open_torch(tmp_path / "a.pt")
+    assert not (tmp_path / "mark").exists()

@@ -140,6 +140,7 @@ def test_training_runs_are_read_as_they_are(tmp_path):
     points = read_points([tmp_path], y=["loss"])
     assert len(points) == 6 and points.group_names == ("run",) and points.x_names == ("macs",)
     np.testing.assert_allclose(points.x[0], [8e7, 8e8, 8e9, 1.6e8, 1.6e9, 1.6e10])
+    assert read_points([tmp_path], x=["params"], y=["loss"]).x.tolist() == [[10] * 3 + [20] * 3]
     single = read_points([tmp_path / "r2" / "run.json"], x=["params", "samples"], y=["loss"])
     np.testing.assert_allclose(single.x, [[20] * 3, [8, 80, 800]])
 

@@ -1,10 +1,11 @@
 """Where compiled programs are kept: the user's own choice first, and never a reason to fail."""
 
 import os
+import pwd
 import subprocess
 import sys
 
-from scaling_perception.support.compilation import keep_compiled_programs
+from scaling_perception.support.compilation import keep_compiled_programs, quiet_libtpu
 
 _CODE = """
 from scaling_perception.support.compilation import keep_compiled_programs
@@ -31,6 +32,45 @@ def test_the_users_own_folder_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
     keep_compiled_programs()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "mine")
+
+
+def test_home_is_expanded_and_a_folder_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "~/mine")
+    keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "mine")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")
+    keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(tmp_path / "cache"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "~/file/x")
+    keep_compiled_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    assert "JAX_COMPILATION_CACHE_DIR=~/file/x cannot be written" in capsys.readouterr().err
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch, tmp_path):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    keep_compiled_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ and not list(tmp_path.iterdir())
+
+
+def test_libtpu_is_quiet_unless_a_slice_is_described(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(os, "environ", {"HOME": "/"})
+    quiet_libtpu()
+    assert os.environ["TPU_WORKER_HOSTNAMES"] == "localhost"
+    for given in ({"TPU_WORKER_HOSTNAMES": "a,b"}, {"MEGASCALE_NUM_SLICES": "2"}):
+        monkeypatch.setattr(os, "environ", dict(given))
+        quiet_libtpu()
+        assert os.environ == given
 
 
 def test_a_folder_that_cannot_be_made_is_no_failure(monkeypatch, tmp_path):

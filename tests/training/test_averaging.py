@@ -9,8 +9,19 @@ from toys import LinearBatches, config_of, linear_objective
 from scaling_perception import train as verb
 from scaling_perception.parallel.mesh import make_mesh, replicated
 from scaling_perception.scaling.dry_run import describe_run
+from scaling_perception.support.configs import load_config
 from scaling_perception.support.errors import UserError
-from scaling_perception.training.averaging import HOST, first_average, kept_apart, make_update, round_at_random
+from scaling_perception.training.averaging import (
+    HOST,
+    _rate_of,
+    first_average,
+    kept_apart,
+    left_of_start,
+    make_update,
+    round_at_random,
+    start_warning,
+)
+from scaling_perception.training.step import average_rate
 
 BF16 = np.float32(2.0**-7)  # between neighbours of 1, in bfloat16
 
@@ -159,3 +170,72 @@ def test_an_average_in_host_memory_is_that_of_the_step(monkeypatch, tmp_path):
 def test_impossible_values(override, words):
     with pytest.raises(UserError, match=words):
         settings(override)
+
+
+@pytest.mark.parametrize(
+    ("steps", "field", "left"),
+    [
+        (4000, "optim.ema_warmup=false", 0.67029),
+        (6000, "optim.ema_warmup=false", 0.54879),
+        (15_000, "optim.ema_warmup=false", 0.22311),
+        (4000, "optim.ema_warmup=true", 1.3686e-27),  # 4000! 9! / 4009!
+        (100_000, "optim.ema_warmup=true", None),  # past the step where the decay stops growing
+    ],
+)
+def test_what_is_left_of_the_start_in_closed_form(steps, field, left):
+    optim = config_of("optim.ema=0.9999", field).optim
+    decays = np.minimum(0.9999, (1.0 + np.arange(steps)) / (10.0 + np.arange(steps)))
+    product = np.exp(np.log(decays if optim.ema_warmup else np.full(steps, 0.9999)).sum())
+    assert left_of_start(optim, steps) == pytest.approx(product, rel=1e-6)
+    assert left is None or product == pytest.approx(left, rel=1e-3)
+    warning = start_warning(optim, steps)
+    assert bool(warning) == (product > 0.05) and "\n" not in warning
+    if warning:
+        assert f"{product:.0%} of the starting weights" in warning
+        smaller = float(warning.rsplit("optim.ema=", 1)[1].split()[0])
+        assert 0.01 < smaller**steps < 0.05
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_the_average_of_a_recipe_of_4000_steps_weighs_step_t_by_t_to_the_8th(every):
+    """The update of the run itself, of a counter per step: each step's weight in the average, and that of the start."""
+    steps = 4000
+    apart = kept_apart(config_of("optim.ema=0.9999", "optim.ema_warmup=true", "optim.ema_place=host").optim)
+    apart = apart._replace(every=every)
+    marks = np.linspace(0, steps, 9)[1:]  # by the closed form, weights up to step n add up to C(n + 9, 9) / C(N + 9, 9)
+    moments = np.stack([np.arange(1, steps + 1) > mark for mark in marks], axis=1).astype(np.float32)
+
+    def one(ema, step):
+        since = (step % every) + 1
+        rate = average_rate(apart.decay, True, step) if every == 1 else 0.0
+        if every > 1:
+            due = ((step + 1) % every == 0) | (step + 1 == steps)
+            whole, rest = (_rate_of(apart, step + 1, n) for n in (every, (steps - 1) % every + 1))
+            rate = jnp.where(due, jnp.where(since == every, whole, rest), 0.0)
+        return ema + rate * (jnp.asarray(moments)[step] - ema), None
+
+    late = np.asarray(jax.jit(lambda: jax.lax.scan(one, jnp.zeros(len(marks)), jnp.arange(steps))[0])(), np.float64)
+    share = np.prod([(marks + 1 + i) / (steps + 1 + i) for i in range(9)], axis=0)  # weight of steps up to each mark
+    if every == 1:
+        np.testing.assert_allclose(1 - late, share, rtol=2e-4, atol=2e-5)
+    else:  # it sees every seventh step
+        np.testing.assert_allclose(1 - late, share, atol=9 * every / steps)
+
+
+def test_warm_up_is_the_same_in_the_step_and_apart_from_it(monkeypatch, tmp_path):
+    fields = ("optim.ema=0.95", "optim.ema_warmup=true")
+    models = [
+        linear_run(monkeypatch, tmp_path / place, *fields, f"optim.ema_place={place}") for place in ("device", "host")
+    ]
+    on_device, on_host = (np.load(model / "model.npz") for model in models)
+    for name in on_device.files:
+        np.testing.assert_allclose(on_device[name], on_host[name], rtol=1e-6, err_msg=name)
+
+
+def test_recipes_forget_their_start_and_pre_training_stays_as_published():
+    for spec in ("configs/upcycle.py:task=generalist", "configs/upcycle.py", "configs/amodal.py", "configs/depth.py"):
+        config = config_of(spec=spec).copy_and_resolve_references()
+        config.optim.ema = 0.9999
+        assert left_of_start(config.optim, config.train.steps) < 1e-20
+    published = load_config("configs/pretrain.py:model=a1", []).optim
+    assert published.ema == 0.9999 and not published.ema_warmup

@@ -20,7 +20,9 @@ from scaling_perception.models.surgery import extend_labels
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.configs import load_config
 from scaling_perception.support.errors import UserError
+from scaling_perception.training.checkpoints import newest_meta
 from scaling_perception.training.diffusion import diffusion_objective, latents_of, make_loss, network_of
+from scaling_perception.training.identity import as_json
 from scaling_perception.training.optim import make_optimizer
 from scaling_perception.training.start import starting_point
 from scaling_perception.training.state import new_state
@@ -72,7 +74,7 @@ def run(scenes):
         return model, rows
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verb, "_objective", lambda config, *_: diffusion_objective(config, scenes))
+        patch.setattr(verb, "_objective", lambda config, _, saved: diffusion_objective(config, scenes, None, saved))
         patch.setattr("scaling_perception.parallel.mesh.make_mesh", lambda **_: one)
         yield train
 
@@ -163,6 +165,11 @@ def test_an_upcycled_model_goes_on_with_the_loss_of_the_dense_one(dense, scenes,
     steps = ["MLPs upcycled to 4 experts, 2 active (gating renormalised: same function)"]
     assert meta["init"] == {"model": "nano", "steps": steps} and meta["model"]["experts"] == 4
     assert f"init {folder}: {steps[0]}\n" in capsys.readouterr().err
+    # resumed, it needs the model it started from no more
+    saved = newest_meta(tmp_path / "run" / "checkpoints")
+    again = diffusion_objective(upcycled(tmp_path / "moved"), scenes, resumed=saved)
+    assert again.starting_params is None and as_json(again.meta) == saved
+    assert "moved" not in capsys.readouterr().err
     assert (
         "init" not in diffusion_objective(upcycled(tmp_path / "run"), scenes).meta
     )  # the same shapes: nothing to tell

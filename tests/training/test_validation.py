@@ -238,7 +238,9 @@ def test_shared_samples_are_refused_unless_they_are_wanted(capsys):
     scenes(config, start=98, count=8, split="")  # spelled in another way than the training's
     data = data_of(config)
     data["mixture"]["depth"]["split"] = "train"
-    with pytest.raises(UserError, match=r"held_out: 2 of its samples .* \(scene 98, scene 99\): hold out other ones"):
+    with pytest.raises(
+        UserError, match=r"held_out: 2 of its samples .* \(scene-0000000098, scene-0000000099\): hold out other ones"
+    ):
         held_out_batches(config, data, open_batches(data, 2, 0))
     config.held_out.shared = True
     assert held_out_batches(config, data, open_batches(data, 2, 0)) is not None
