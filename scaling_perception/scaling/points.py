@@ -42,7 +42,7 @@ SETTINGS = (
     *("cell", "task", "dataset", "model", "answer", "kind", "metric", "preset", "spacing", "solver", "steps"),
     *("ensemble", "members", "tolerance", "step_tolerance"),
 )
-"""Columns that tell the settings of a per-image table apart."""
+"""Columns that distinguish the settings of a per-image table."""
 SIZES = ("params", "model_size", "model", "size", "n")
 
 
@@ -220,7 +220,7 @@ def _training_rows(path: Path, text: str) -> Table:
 def _with_facts(row: dict[str, Any], facts: dict[str, Any], path: Path) -> dict[str, Any]:
     """A row with what run.json knows; what the row has itself, and what an older run.json lacks, is left alone."""
     weights = facts.get("parameters")
-    known = {"run": path.parent.name or path.resolve().parent.name}
+    known: dict[str, Any] = {"run": path.parent.name or path.resolve().parent.name}
     known["params"] = weights.get("active") if isinstance(weights, dict) else weights
     step, samples, macs = row.get("step"), facts.get("samples_per_step"), facts.get("macs_per_sample")
     if step is not None and samples:
@@ -444,8 +444,8 @@ def _groups(table: Table, group: Sequence[str] | None, notes: list[str]) -> tupl
 def _by_image(points: Points, table: Table, image: str, keep: np.ndarray) -> Points:
     """One point for each setting: the mean over images, with every image's value kept for the bootstrap."""
     names = [word for word, kept in zip(table.text(image), keep, strict=True) if kept]
-    told = [found for one in SETTINGS if (found := find_column(table.names, one))]
-    columns = [_codes(table.text(one))[keep] for one in told if one != image]
+    present = [found for one in SETTINGS if (found := find_column(table.names, one))]
+    columns = [_codes(table.text(one))[keep] for one in present if one != image]
     settings = np.stack([*(columns or list(points.x)), *(points.groups if points.group_names else [])])
     unique, first, which = np.unique(settings, axis=1, return_index=True, return_inverse=True)
     which = which.reshape(-1)
