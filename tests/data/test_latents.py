@@ -1,10 +1,12 @@
 import json
+import os
 import pickle
 
 import numpy as np
 import pytest
 import stand_ins
 
+from scaling_perception.data import latents
 from scaling_perception.data.latents import CacheReader, decode_record, differences, encode_record, write_shard
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import PASSES
@@ -83,6 +85,46 @@ def test_reader_finds_each_pass(cache):
     assert again.fingerprint == reader.fingerprint
     json.dumps(reader.fingerprint)
     assert str(cache) not in json.dumps(reader.fingerprint)
+
+
+def test_readers_are_bounded_by_the_limit_of_open_files(cache, monkeypatch):
+    monkeypatch.setattr(latents.resource, "getrlimit", lambda _: (8, 8))
+    expected = [record for shard in CacheReader(cache).everything() for record in shard]
+    reader = CacheReader(cache)
+    assert reader.raw(range(32)) == expected and len(latents._open_readers) == 2  # of three shards
+    assert reader.raw([31, 0, 16, 0]) == [expected[i] for i in (31, 0, 16, 0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("Too many open files", "ulimit -n"), ("Permission denied", "ask for the permission")]
+)
+def test_what_the_machine_refuses_is_no_damage(cache, monkeypatch, text, words):
+    from array_record.python import array_record_module
+
+    def refuse(*_):
+        raise RuntimeError(f"open() failed: {text}; opening x")
+
+    monkeypatch.setattr(array_record_module, "ArrayRecordReader", refuse)
+    with pytest.raises(UserError, match=f"^cannot read .*latents-00000.*{words}") as told:
+        CacheReader(cache)[0]
+    assert "damaged" not in str(told.value) and "delete" not in str(told.value)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_cache_of_another_user_is_one_line(cache):
+    reader = CacheReader(cache)
+    os.chmod(cache / reader.shards[0]["file"], 0)
+    os.chmod(cache / "ledger.json", 0o600)
+    for folder in (cache, cache.parent, cache.parent.parent, cache.parent.parent.parent):
+        os.chmod(folder, folder.stat().st_mode | 0o055)
+    os.seteuid(54321)
+    try:
+        with pytest.raises(UserError, match="cannot read .*ledger.json: Permission denied .it is of root, mode 600"):
+            CacheReader(cache)
+        with pytest.raises(UserError, match="cannot read .*latents-00000.*: Permission denied"):
+            reader.verify()
+    finally:
+        os.seteuid(0)
 
 
 def test_statistics_are_over_valid_cells(cache):

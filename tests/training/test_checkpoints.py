@@ -229,6 +229,17 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(saved, how):
     assert int(restore(saved)[0].step) == 3
 
 
+@pytest.mark.parametrize("text", ["PERMISSION_DENIED: x", "Too many open files", "RESOURCE_EXHAUSTED: out of memory"])
+def test_what_the_machine_refuses_puts_no_checkpoint_aside(saved, monkeypatch, text):
+    def refuse(*_, **__):
+        raise ValueError(text)
+
+    monkeypatch.setattr("scaling_perception.training.checkpoints.ocp.StandardCheckpointHandler.restore", refuse)
+    with pytest.raises(UserError, match="^cannot read .*/3: "):
+        restore(saved)
+    assert saved.steps()[-1] == 3 and not (saved.folder.parent / "damaged").exists()
+
+
 @pytest.mark.parametrize("item", ["config", "data", "meta"])
 def test_damaged_descriptions_are_noticed(saved, item):
     path = saved.folder / "3" / item / "metadata"

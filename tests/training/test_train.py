@@ -11,6 +11,7 @@ from toys import BATCH, LatentBatches, LinearBatches, config_of, linear_objectiv
 from scaling_perception import train as verb
 from scaling_perception.interop.model_folder import load_model
 from scaling_perception.parallel.mesh import make_mesh
+from scaling_perception.support import locks
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import run_verb
 from scaling_perception.training.diffusion import diffusion_objective
@@ -101,6 +102,14 @@ def test_another_config_refuses_in_one_line(linear, tmp_path, overrides, words):
     with pytest.raises(UserError, match=f"cannot resume in .*{words}") as told:
         linear(tmp_path / "run", *overrides)
     assert "\n" not in str(told.value)
+
+
+def test_one_run_at_a_time_in_a_work_folder(linear, tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "SAME_MACHINE", 0.0)
+    with locks.hold(tmp_path / "run" / ".lock", "", ""):
+        with pytest.raises(UserError, match=r"another run is training in .*run \(process .* since .*another --w"):
+            linear(tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_other_data_refuses_and_says_what_changed(linear, tmp_path):
