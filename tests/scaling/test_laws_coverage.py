@@ -110,3 +110,19 @@ def test_clusters_matter():
     found = clustered_coverage(True), clustered_coverage(False)
     print(f"\nclustered by run {100 * found[0]:.1f}, as if independent {100 * found[1]:.1f}", end="")
     assert 0.9 <= found[0] <= 0.98 and found[1] < 0.8
+
+
+@pytest.mark.slow
+def test_more_points_pull_the_hull_further_down():
+    a, alpha = TRUTHS["power"][0]
+    middle = 0.5 * np.log(1e10 * 1e14)
+    depths = []
+    for count in (20, 60, 240, 1000):
+        found = []
+        for seed in range(100):
+            data = made("power", count, 0.03, seed)
+            log_a, slope, _, _ = iterated_hull(np.log(data.x[0]), np.log(data.y))
+            found.append((log_a - slope * middle - np.log(a) + alpha * middle) / 0.03)
+        depths.append(float(np.mean(found)))
+    print("\nhull below the law, in standard deviations of the noise:", [round(depth, 2) for depth in depths], end="")
+    assert all(deeper < depth for depth, deeper in zip(depths, depths[1:], strict=False)) and depths[0] < -0.5
