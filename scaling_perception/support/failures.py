@@ -9,6 +9,7 @@ import resource
 import sys
 from pathlib import Path
 
+_PLATFORMS = "jax_platforms"  # a field of JAX's config that has no static type
 _TOO_MANY = ("too many open files", "emfile", "enfile", "os error 24", "errno 24")
 _DENIED = ("permission denied", "permission_denied", "operation not permitted")
 _NO_MEMORY = ("resource_exhausted", "out of memory", "cannot allocate memory", "out_of_memory", "bad_alloc")
@@ -125,7 +126,7 @@ def no_backend() -> str | None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        asked, why = jax.config.jax_platforms, _first_line(error).split(" (set JAX_PLATFORMS")[0]
+        asked, why = getattr(jax.config, _PLATFORMS), _first_line(error).split(" (set JAX_PLATFORMS")[0]
         why = "no such device was found" if isinstance(error, AssertionError) else why
     else:
         return None
@@ -135,13 +136,13 @@ def no_backend() -> str | None:
 
     try:
         clear_backends()
-        jax.config.update("jax_platforms", None)
+        jax.config.update(_PLATFORMS, None)
         there = ", ".join(sorted({device.platform for device in jax.devices()} | {"cpu"}))
     except (RuntimeError, AssertionError):
         there = "cpu"
     finally:
         clear_backends()
-        jax.config.update("jax_platforms", asked)
+        jax.config.update(_PLATFORMS, asked)
     return f"JAX_PLATFORMS={asked}: {why}; this machine has: {there}. Set JAX_PLATFORMS to one of these, or unset it"
 
 
