@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.failures import not_damage
 from scaling_perception.support.locks import hold
 from scaling_perception.support.verbs import POSITIVE
 
@@ -130,6 +131,8 @@ class SampleMaker:
                     sample[field] = hashlib.blake2b(picture.data, digest_size=16).digest()
                     pictures[sample[field]] = picture
         except Exception as error:
+            if not isinstance(error, UserError) and (why := not_damage(error)):  # no reason to leave the sample out
+                raise UserError(f"cannot read raw sample {index}: {why}") from error
             return {"index": index, "bad": reason(error)}
         return {"index": index, "samples": made, "pictures": pictures}
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import resource
@@ -178,6 +179,15 @@ def test_bad_samples_fail_or_are_left_out(tmp_path, monkeypatch, capsys):
     keys = [reader[i]["key"] for i in reader.indices("flow_y")]
     assert keys == [f"stand-in/{i}" for i in (0, 1, 2, 3, 5, 6, 7)]
     assert "stand-in/4" in json.loads((tmp_path / "ledger.json").read_text())["shards"][1]["bad"][0]["reason"]
+
+
+def test_what_the_machine_refuses_leaves_no_sample_out(tmp_path, stand_in, monkeypatch):
+    def refuse(self, index):
+        raise OSError(errno.EMFILE, "Too many open files", "depth.h5")
+
+    monkeypatch.setattr("scaling_perception.data.manifest.RawSamples.read", refuse)
+    with pytest.raises(UserError, match="cannot read raw sample 0: depth.h5: the limit of open files"):
+        stand_ins.prepare(tmp_path, "--skip-bad")
 
 
 def test_manifest_of_good_and_bad_samples(tmp_path, monkeypatch, capsys):
