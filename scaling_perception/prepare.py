@@ -9,6 +9,7 @@ only verifies.
 import argparse
 import contextlib
 import hashlib
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +79,7 @@ def _spec(args: argparse.Namespace) -> tuple[Any, ...]:
 
 
 def _manifest(args: argparse.Namespace) -> int:
-    from scaling_perception.data.manifest import MANIFEST, SUMMARY, Checker, RawSamples, write_manifest
+    from scaling_perception.data.manifest import MANIFEST, SUMMARY, UNITS, Checker, RawSamples, unlikely, write_manifest
     from scaling_perception.data.workers import ordered_map
     from scaling_perception.support.progress import progress
 
@@ -90,7 +91,9 @@ def _manifest(args: argparse.Namespace) -> int:
     with _alone(out):
         summary = write_manifest(out, progress(lines, total, "check"), about)
     for name, (low, high) in summary["ranges"].items():
-        print(f"{name}: {low:.4g} .. {high:.4g}")
+        print(f"{name}: {low:.4g} .. {high:.4g}{UNITS.get(name, '')}")
+    for note in unlikely(summary["ranges"]):
+        print(f"warning: {note}", file=sys.stderr)
     for line in summary["bad_samples"][:10]:
         print(f"bad sample {line['index']}: {line['reason']}")
     print(f"{summary['good']} good and {summary['bad']} bad samples: see {out / MANIFEST} and {out / SUMMARY}")

@@ -6,7 +6,7 @@ A manifest is ``manifest.jsonl``, one line a sample (its key, size, value ranges
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,25 @@ class Checker:
             return {"index": index, "ok": True, "tasks": tasks, **check_sample(raw, tasks, TaskOptions())}
         except Exception as error:
             return {"index": index, "ok": False, "reason": reason(error)}
+
+
+UNITS = {"depth": " m", "flow": " px"}
+"""Of the ranges in the summary; the others are shares and classes."""
+
+_DEPTHS = (1e-3, 1e4)  # metres: 1 mm to 10 km
+
+
+def unlikely(ranges: Mapping[str, Sequence[float]]) -> list[str]:
+    """What the ranges of a summary say of a wrong set-up, one line each."""
+    if "depth" not in ranges:
+        return []
+    (low, high), (least, most) = ranges["depth"], _DEPTHS
+    if least <= low and high <= most:
+        return []
+    return [
+        f"depth is {low:g} to {high:g} m, outside 1 mm to 10 km: depth_scale is stored units a metre (1000 for "
+        "millimetres): is it the wrong way round?"
+    ]
 
 
 def write_manifest(out: Path, lines: Iterable[dict[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from scaling_perception.evaluation.intervals import bootstrap_ci, summarise
+from scaling_perception.evaluation.intervals import WEIGHT, bootstrap_ci, summarise
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks.resize import resize_bilinear
 
@@ -58,7 +58,7 @@ def control_results(images: list[dict[str, Any]], at: int, cell: dict[str, Any])
         rows = [{"key": image["key"], **image["controls"][name]} for image in mine]
         adds = {}
         for metric in rows[0]:
-            if metric == "key":
+            if metric == "key" or metric.endswith(WEIGHT):
                 continue
             own = [image["cells"][at][2] for image in mine]
             both = [(one, row) for one, row in zip(own, rows, strict=True) if metric in one and metric in row]

@@ -23,6 +23,9 @@ from scipy.stats import norm, t
 FEWEST_IMAGES = 5
 """Below this no interval is given: resampling so few images says nothing about those that were not drawn."""
 
+WEIGHT = "_pixels"
+"""What the key of a metric's weight ends with, where its mean is over the pixels of all images."""
+
 _ENOUGH = 50  # images from which on the plain interval is used: the correction would be under 5 %
 
 
@@ -73,15 +76,19 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Mean over images of every metric, with its 95 % bootstrap interval: {metric: {"mean", "ci95"}}.
 
     ``ci95`` is [low, high], or None for too few images (see ``bootstrap_ci``). A metric that some images lack (an image
-    without occluded pixels has no ``epe_occ``) is averaged over the others, and "images" is their number.
+    without occluded pixels has no ``epe_occ``) is averaged over the others, and "images" is their number. A metric with
+    a weight (NAME_pixels) is averaged by it.
 
     Args:
         rows: one an image: {"key": name, metric: value}.
     """
-    names = dict.fromkeys(name for row in rows for name in row if name != "key")
+    names = dict.fromkeys(name for row in rows for name in row if name != "key" and not name.endswith(WEIGHT))
     summary: dict[str, dict[str, Any]] = {}
     for name in names:
         values = np.asarray([row[name] for row in rows if name in row], np.float64)
+        weights = np.asarray([row.get(name + WEIGHT, 1.0) for row in rows if name in row], np.float64)
+        pooled = float(np.average(values, weights=weights))
+        values = pooled + weights / weights.mean() * (values - pooled)  # their mean is the pooled one; else unchanged
         summary[name] = {"mean": float(values.mean()), "ci95": _ends(bootstrap_ci(values, seed=0))}
         if values.size < len(rows):
             summary[name]["images"] = int(values.size)

@@ -14,7 +14,7 @@ from scaling_perception.evaluation.alignment import fit_scale_shift, valid_value
 DEPTH_METRICS = ("abs_rel", "delta1", "delta2", "delta3", "sq_rel", "rmse", "rmse_log", "log10", "silog", "i_rmse")
 OCCLUSION_METRICS = ("epe_noc", "epe_occ", "f1_noc", "f1_occ")
 _SHARES = tuple(f"{kind}_{n}px" for kind in ("outlier", "within") for n in (1, 3, 5))
-FLOW_METRICS = ("epe", "epe_fitted", "f1_all", *_SHARES, *OCCLUSION_METRICS)
+FLOW_METRICS = ("epe", "epe_fitted", "f1_all", "fl_all", *_SHARES, *OCCLUSION_METRICS)
 MASK_METRICS = ("iou", "dice", "iou_painted", "iou_joined")
 
 SMALLEST_DEPTH = 1e-6
@@ -93,7 +93,8 @@ def flow_metrics(pred: Any, gt: Any, valid: Any | None = None, occluded: Any | N
         each component to the truth (the protocol of the paper's pictures; never compare it with a raw EPE);
         ``within_1px``, ``within_3px``, ``within_5px`` = share of pixels strictly below that error; ``outlier_1px``,
         ``outlier_3px``, ``outlier_5px`` = share above it; ``f1_all`` = share of outliers (KITTI: error above 3 px and
-        above 5 % of the true length; a share, not per cent). With ``occluded`` also ``epe_noc``, ``f1_noc`` over the
+        above 5 % of the true length; a share, not per cent); ``fl_all`` = the same in per cent, KITTI's Fl-all where it
+        is averaged over the pixels of all images, as published. With ``occluded`` also ``epe_noc``, ``f1_noc`` over the
         pixels that are seen twice and ``epe_occ``, ``f1_occ`` over the others; a kind that the image lacks has no
         entry.
 
@@ -115,6 +116,7 @@ def flow_metrics(pred: Any, gt: Any, valid: Any | None = None, occluded: Any | N
         **{f"within_{n}px": float(np.mean(error < n)) for n in (1, 3, 5)},
         **{f"outlier_{n}px": float(np.mean(error > n)) for n in (1, 3, 5)},
         "f1_all": float(np.mean(outlier)),
+        "fl_all": 100 * float(np.mean(outlier)),
     }
     for name, part in () if hidden is None else (("noc", ~hidden), ("occ", hidden)):
         if part.any():

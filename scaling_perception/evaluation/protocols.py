@@ -19,6 +19,7 @@ import numpy as np
 
 from scaling_perception.evaluation.alignment import align
 from scaling_perception.evaluation.baselines import amodal_baselines, depth_baselines, flow_baselines, painted_whole
+from scaling_perception.evaluation.intervals import WEIGHT
 from scaling_perception.evaluation.metrics import (
     DEPTH_METRICS,
     FLOW_METRICS,
@@ -341,12 +342,14 @@ def measure(
         found = depth_metrics(metres, raw["depth"], raw["valid"], protocol["metrics"])
     elif task == "flow":
         found = flow_metrics(prediction, raw["flow"], raw["valid"], raw.get("occluded"))
+        found["fl_all" + WEIGHT] = float(np.count_nonzero(raw["valid"]))
     else:
         truth, visible = np.asarray(raw["whole_mask"], bool), np.asarray(raw["visible_mask"], bool)
         painted = np.asarray(prediction if painted is None else painted, bool)
         found = mask_metrics(np.asarray(prediction, bool), truth)
         found |= {"iou_painted": mask_iou(painted, truth), "iou_joined": mask_iou(painted | visible, truth)}
-    return {name: found[name] for name in protocol["metrics"] if name in found}
+    wanted = (key for name in protocol["metrics"] for key in (name, name + WEIGHT))
+    return {name: found[name] for name in wanted if name in found}
 
 
 def baseline_rows(raw: dict[str, Any], protocol: dict[str, Any]) -> dict[str, dict[str, float]]:

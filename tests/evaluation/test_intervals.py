@@ -76,3 +76,17 @@ def test_coverage_by_number_of_images(name):
             hits += ends is not None and ends[0] <= truth <= ends[1]
         print(f"{name} {count}: plain {plain / SETS:.3f}, used {hits / SETS:.3f}")
         assert hits / SETS >= wanted.get(count, 0)
+
+
+def test_a_weighted_metric_is_pooled_over_pixels():
+    rng = np.random.default_rng(2)
+    counts = rng.integers(10, 1000, 30)
+    wrong = rng.binomial(counts, rng.random(30))
+    rows = [
+        {"key": str(i), "fl_all": 100 * bad / n, "fl_all_pixels": float(n)}
+        for i, (bad, n) in enumerate(zip(wrong, counts, strict=True))
+    ]
+    found = summarise(rows)
+    assert list(found) == ["fl_all"] and found["fl_all"]["mean"] == pytest.approx(100 * wrong.sum() / counts.sum())
+    low, high = found["fl_all"]["ci95"]
+    assert low < found["fl_all"]["mean"] < high

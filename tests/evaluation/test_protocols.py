@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from scaling_perception.data.sources import SOURCES
+from scaling_perception.evaluation.intervals import summarise
 from scaling_perception.evaluation.protocols import (
     DEPTH_SETS,
     METRICS,
@@ -274,3 +275,18 @@ def test_merging_modes_have_defaults_and_names():
     assert [reduce_mode(task, None) for task in REDUCE] == ["lsq", "mean", "median"]
     with pytest.raises(UserError, match="did you mean 'minmax'"):
         reduce_mode("depth", "minmx")
+
+
+def test_the_published_outliers_of_kitti_are_over_all_pixels(make_raw):
+    protocol = get_protocol("flow", "kitti_flow", ["fl_all"])
+    rows, outliers, pixels = [], 0, 0
+    for seed, share in ((0, 1.0), (1, 0.1)):
+        valid = np.random.default_rng(seed).random((40, 56)) < share
+        raw = prepare_raw(make_raw(seed=seed, valid=valid), protocol)
+        rng = np.random.default_rng(9 + seed)
+        flow = raw["flow"] + rng.normal(0, 3, raw["flow"].shape).astype(np.float32)
+        rows.append({"key": str(seed), **measure(flow, raw, protocol)})
+        error = np.linalg.norm(flow - raw["flow"], axis=-1)
+        bad = (error > 3) & (error > 0.05 * np.linalg.norm(raw["flow"], axis=-1)) & raw["valid"]
+        outliers, pixels = outliers + bad.sum(), pixels + raw["valid"].sum()
+    assert summarise(rows)["fl_all"]["mean"] == pytest.approx(100 * outliers / pixels)
