@@ -437,15 +437,19 @@ def write_report(folder: Path, out: Path, title: str) -> Path:
 
 
 def write_figures(folder: Path, into: Path) -> list[Path]:
-    """Each evaluation's error against MACs as a PNG named after its JSON; returns the files.
+    """Each evaluation's error against MACs as a PNG named after its JSON, and after the folders too where several JSON
+    have one name; returns the files.
 
     Raises:
         UserError: no evaluation is there, or the files cannot be written.
     """
     written = []
-    for path, evaluation in find_evaluations(folder):
+    found = find_evaluations(folder)
+    stems = [path.stem for path, _ in found]
+    for path, evaluation in found:
         if png := compute_figure(evaluation):
-            written.append(into / f"compute_{path.stem}.png")
+            parts = path.relative_to(folder).with_suffix("").parts
+            written.append(into / f"compute_{path.stem if stems.count(path.stem) == 1 else '_'.join(parts)}.png")
             with atomic_path(written[-1]) as file:
                 file.write_bytes(png)
     return written

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from scaling_perception.evaluation.comparisons import same_compute, savings
-from scaling_perception.report import adaptive_table, compute_figure, compute_table, paired_change, run, write_report
+from scaling_perception.report import (
+    adaptive_table,
+    compute_figure,
+    compute_table,
+    paired_change,
+    run,
+    write_figures,
+    write_report,
+)
 from scaling_perception.support.errors import UserError
 
 PNG = bytes.fromhex(
@@ -150,3 +158,8 @@ def test_figures_of_adaptive_cells_and_many_solvers(tmp_path):
     assert len(rows) == 16 and rows[2][0] == "fixed, unipc"
     args = argparse.Namespace(dir=str(tmp_path), out=None, title="t", figures=str(tmp_path / "figures"))
     assert run(args) == 0 and (tmp_path / "figures" / "compute_depth.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("a", "b"):  # as a study lays them out
+        (tmp_path / "study" / name).mkdir(parents=True)
+        (tmp_path / "study" / name / "result.json").write_text(json.dumps(_evaluation()))
+    written = write_figures(tmp_path / "study", tmp_path / "figures")
+    assert [path.name for path in written] == ["compute_a_result.png", "compute_b_result.png"]
