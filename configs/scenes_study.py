@@ -23,6 +23,8 @@ The study, in the order in which it runs; docs/scaling_study.md has what came of
   (v-prediction, trailing) on both grids at 1 to 200 steps and 1 to 10 members, ``wide`` at 1 to 50 members.
 - ``members``: the shipped model, three tasks, 1 to 50 members.
 - ``schedule``: s3 with two other noise schedules, in training and inference, three seeds.
+- ``pretrain``: s3 trained on the classes of procedural textures for 0, 250, 1000 and 4000 steps, then for depth.
+- ``pixels``: s3 at 32 pixels for the compute of its shorter run at 64.
 - ``upcycle``: s2, s3 and s4 go on as four experts of which two are active, with both gates, and as dense twins for the
   same compute.
 """
@@ -83,6 +85,7 @@ def get_config(arg: str = "") -> ConfigDict:
 LENGTHS = (500, 2000)  # steps of the ladder
 SEEDS = (0, 1, 2)  # of s2 and s3 at the longer length; elsewhere one
 EXPERTS, MORE = 4, 500  # of upcycled models, and for how many steps they go on
+PRETRAINED = (0, 250, 1000, 4000)  # steps
 STEPS, MEMBERS = (1, 2, 5, 10, 20, 50, 100, 200), (1, 2, 5, 10, 20, 50)
 
 
@@ -138,9 +141,42 @@ def study(arg: str = "") -> list[Cell]:
             cells += _measured(_train(arg, f"upcycle/{size}-{gating}", "upcycle", **known))
         known = {"size": size, "init": start, "steps": _as_much(size), "lr": 5e-4}
         cells += _measured(_train(arg, f"upcycle/{size}-dense", "upcycle", **known))
+    cells += _pretrained(arg, short) + _coarser(arg, scenes, short)
     wide = [("v", f"ladder/s3-{longest}-seed0"), ("noise", f"noise/s3-{longest}-seed0")]
     cells += [_evaluate(f"wide/{kind}", run, "fixed,paper", (10, 50), MEMBERS, 16) for kind, run in wide]
     return cells
+
+
+def _pretrained(arg: str, steps: int) -> list[Cell]:
+    """Four lengths of class-conditional pre-training of s3, each fine-tuned for depth; the first of them is none."""
+    words = ("textures", "--latents", "--vae", "tiny", "--resolution", "64", "--count", "3072")
+    cells = [Cell("data/textures", "prepare", (*words, "--flips", "both"))]
+    width, layers = SIZES["s3"]
+    sizes = (
+        f"--config.model_changes.{name}={value}" for name, value in (("dim", width), ("depth", layers), ("heads", 4))
+    )
+    more = (*sizes, "--config.optim.ema=0.99", "--config.optim.lr=1e-3", "--config.optim.lr_final=1e-3")
+    for length in PRETRAINED:
+        init = {}
+        if length:
+            spec = "configs/pretrain.py:model=nano,res=64,source=textures,vae=tiny,batch=32,cache={data/textures}"
+            name = f"pretrain/s3-{length}"
+            cells.append(Cell(name, "train", ("--config", f"{spec},steps={length}", *more), labels={"arm": "pretrain"}))
+            init = {"init": f"{{{name}}}"}
+        cells += _measured(_train(arg, f"finetune/s3-{length}", "finetune", size="s3", steps=steps, lr=1e-3, **init))
+    return cells
+
+
+def _coarser(arg: str, scenes: tuple[str, ...], steps: int) -> list[Cell]:
+    """s3 at 32 pixels, 4 tokens, for as much compute as ``steps`` at 64; measured at 64 as the others are."""
+    words = tuple("32" if word == "64" else word for word in scenes)
+    both = [forward_macs(network_of(get_config(f"size=s3,res={res}"))) for res in (64, 32)]
+    known = {"cache": "{data/train32}", "held": "{data/held32}", "steps": round(steps * both[0] / both[1])}
+    return [
+        Cell("data/held32", "prepare", (*words, "--split", "val", "--count", "256", "--flips", "none")),
+        Cell("data/train32", "prepare", (*words, "--count", "3072", "--flips", "both")),
+        *_measured(_train(arg, "pixels/s3-32", "pixels", size="s3", res=32, **known)),
+    ]
 
 
 def _train(arg: str, name: str, arm: str, **fields: object) -> Cell:
