@@ -25,6 +25,7 @@ VERBS = {
     "generate": "a picture of samples of a class-conditional model, with guidance",
     "convert": "published checkpoints in, ours out: DiT, DiT-MoE, autoencoders, text encoders",
     "fit": "a scaling law of points in any CSV: parameters with intervals, hold-out, warnings, figure",
+    "plan": "the best choice under a budget, by fitted laws: size, training, steps, members; the commands",
     "study": "a grid of runs declared in a config: run, resumed, collected; its cost before",
     "report": "pictures, curves and tables of evaluations as one self-contained HTML page",
     "compile": "ahead of time for a TPU slice that is not here: memory, FLOPs, collectives, step time",

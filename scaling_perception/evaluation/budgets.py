@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
+from scaling_perception.evaluation import choosing
 from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import read_json, write_text
@@ -139,23 +140,20 @@ def _reached(ahead: list[Choice], error: float) -> int:
 
 def front(choices: list[Choice]) -> list[Choice]:
     """Those with less error than every cheaper one, from the cheapest to the lowest error."""
-    ahead: list[Choice] = []
-    for one in sorted(choices, key=_by_cost):
-        if not ahead or one.error < ahead[-1].error:
-            ahead.append(one)
-    return ahead
+    return [choices[at] for at in choosing.front([one.error for one in choices], _costs(choices))]
 
 
-def _by_cost(one: Choice) -> tuple[float, float, float]:
-    return one.macs, one.error, one.seconds
+def _costs(choices: list[Choice]) -> dict[str, list[float]]:
+    return {"macs": [one.macs for one in choices], "seconds": [one.seconds for one in choices]}
 
 
 def _within(choices: list[Choice], task: str, macs: float | None, seconds: float | None) -> Choice:
-    most = math.inf if macs is None else macs, math.inf if seconds is None else seconds
-    fitting = [c for c in choices if c.macs <= most[0] and c.seconds <= most[1]]
-    if fitting:
-        return min(fitting, key=lambda c: (c.error, *_by_cost(c)))
-    least = min(choices, key=(lambda c: c.seconds) if macs is None else _by_cost)
+    asked_for = {"macs": macs, "seconds": seconds}
+    limits = {name: most for name, most in asked_for.items() if most is not None}
+    fitting = choosing.ranked([c.error for c in choices], _costs(choices), limits)
+    if len(fitting):
+        return choices[fitting[0]]
+    least = min(choices, key=lambda c: (c.seconds if macs is None else c.macs, c.error))
     asked = " and ".join(
         [*([f"{macs:.3g} MACs"] if macs is not None else []), *([f"{seconds:.3g} s"] if seconds is not None else [])]
     )
@@ -184,7 +182,7 @@ def _choice(cell: Mapping[str, Any], entry: Mapping[str, Any], here: tuple[float
 def _tied(cell: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     """Whether a cell cannot be told from the one with the lowest error."""
     if "excess" in cell:
-        return cell["excess"]["ci95"][0] <= 0
+        return not choosing.told_apart(cell["excess"]["ci95"])
     return cell["error"] <= min(entry["cells"], key=lambda c: c["error"])["ci95"][1]
 
 

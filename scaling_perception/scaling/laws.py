@@ -160,15 +160,15 @@ def fit_law(points: Points, form: str = "auto", options: Options | None = None) 
 
 def write_law(path: str | Path, law: Law) -> None:
     """Write the JSON of a law, whole or not at all."""
-    write_json(path, _finite(law.to_dict()))
+    write_json(path, finite(law.to_dict()))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON knows no infinity: null stands for it."""
     if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: finite(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
+        return [finite(one) for one in value]
     if isinstance(value, (np.floating, np.integer)):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -260,4 +260,4 @@ def decades_beyond(law: Law, x: Mapping[str, Any] | np.ndarray | Sequence[float]
 
 def dump(law: Law) -> str:
     """The JSON text of a law."""
-    return json.dumps(_finite(law.to_dict()), indent=2, allow_nan=False)
+    return json.dumps(finite(law.to_dict()), indent=2, allow_nan=False)

@@ -1,0 +1,227 @@
+"""The best choice under a budget, by fitted laws: size, training, steps, members; what is sure of it; the commands.
+
+A law is the JSON of `fit`. Which quantity a column is follows from its name (params, tokens, samples, train_macs,
+steps, ensemble, …) or from --column. Several laws are combined by ratios: the first predicts the error, the others by
+what factor steps, members or another column change it, 1 at --at. The budget pays for everything: 3 x the forward MACs
+of the training, and images x passes x steps x members x forward MACs. What a law cannot answer is refused.
+
+With --model alone the choice is made among what was measured of a shipped model, as `predict --budget` does.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.files import write_json
+from scaling_perception.support.verbs import COUNT, POSITIVE
+
+if TYPE_CHECKING:
+    from scaling_perception.scaling.plan_laws import Laws
+    from scaling_perception.scaling.plan_sizes import Size, Speed
+
+EXAMPLES = """
+scaling-perception plan --law law.json --budget 1e15
+scaling-perception plan --law chinchilla.json --budget 1e21 --unit flops --json plan.json
+scaling-perception plan --law depth.json --budget 2e17 --sizes a1,a2,a3,a4 --images 10000 --steps 10 --members 5
+scaling-perception plan --law training.json steps.json --at steps=10 members=1 --budget 200 --unit usd --chip v5e --sizes a2,a3,a4 --images 1e5
+scaling-perception plan --law steps.json --budget 1e13 --sizes a4 --model runs/depth --chip h100 --seconds 0.5
+scaling-perception plan --model mini --task depth --budget 5e10
+"""  # noqa: E501
+
+_TASKS = ("depth", "flow", "amodal", "pretrain")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--law", nargs="+", default=[], metavar="LAW.json", help="of `fit --json`; the first predicts the error")
+    add("--budget", type=POSITIVE, required=True, help="for everything, in --unit")
+    add("--unit", default="macs", help="macs, flops, chip-hours or usd (default %(default)s)")
+    add("--images", type=POSITIVE, help="to serve in all (needed where a law holds training and steps or members)")
+    add("--sizes", metavar="NAMES", help="presets, what --config takes for {size}, or parameters: a1,a2 or 1e8,1e9")
+    add("--resolution", default="256", metavar="PIXELS", help="of pictures, comma-separated (default %(default)s)")
+    add("--steps", metavar="NUMBERS", help="denoising steps to choose among (default: within the law's data)")
+    add("--members", metavar="NUMBERS", help="ensemble sizes to choose among (default: within the law's data)")
+    add("--tokens", type=POSITIVE, help="tokens of a sample, for sizes that are numbers (default: of tokens: 1)")
+    add("--item-macs", metavar="FIRST,SECOND", help="forward MACs of an item of each of two trainings (D1 x D2)")
+    add("--column", nargs="+", default=[], metavar="NAME=QUANTITY", help="what a column of a law is")
+    add("--fix", nargs="+", default=[], metavar="NAME=VALUE", help="hold a column of a law that no plan sets")
+    add("--at", nargs="+", default=[], metavar="NAME=VALUE", help="where the first law's points were measured")
+    add("--macs", type=POSITIVE, help="of one prediction, at most")
+    add("--seconds", type=POSITIVE, help="of one prediction, at most")
+    add("--samples", type=POSITIVE, help="of the training, at most")
+    add("--chip", help="v5e, v5p, v6e, a100, h100 or h200: for time, money and memory")
+    add("--chips", type=COUNT, default=1, help="that share the training's memory (default 1)")
+    add("--memory", type=POSITIVE, metavar="GB", help="of a chip (default: the chip's own)")
+    add("--price", metavar="CHIP=USD", default="", help="of a chip-hour (default: those of `study`)")
+    add("--mfu", type=POSITIVE, default=0.4, help="share of the peak that is assumed, at most the roofline's (0.4)")
+    add("--measured-mfu", type=POSITIVE, metavar="SHARE", help="share of the peak that was measured, in place of both")
+    add("--seconds-per-image", metavar="SECONDS:MACS", help="measured seconds of a prediction of so many MACs")
+    add("--task", default="depth", help="depth, flow, amodal or pretrain: of the commands (default %(default)s)")
+    add("--dataset", help="of the evaluation (default: the task's)")
+    add("--config", metavar="SPEC", help="of the training, with {size}, {resolution}, {steps} (default: the task's)")
+    add("--model", default="", help="what to run where nothing is trained; without --law: its measured budgets")
+    add("--preset", default="", help="timestep grid of the evaluation (default: the model's own)")
+    add("--batch", type=COUNT, help="samples of a training step (default: the config's)")
+    add("--next-share", type=POSITIVE, default=0.1, help="of the budget, for the next run (default %(default)s)")
+    add("--json", metavar="OUT", help="write the plan")
+
+
+def _pairs(words: list[str], flag: str, kind: Callable[[str], Any]) -> dict[str, Any]:
+    out = {}
+    for word in words:
+        name, _, value = word.rpartition("=")
+        try:
+            out[name] = kind(value)
+            good = bool(name) and (kind is str or 0 < out[name] < float("inf"))
+        except ValueError:
+            good = False
+        if not good:
+            what = "NAME=QUANTITY" if kind is str else "NAME=VALUE with a number above zero"
+            raise UserError(f"{flag} {word}: give {what}")
+    return out
+
+
+def _numbers(text: str | None, flag: str, kind: Callable[[str], Any], count: int = 0) -> list[Any]:
+    if text is None:
+        return []
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < v < float("inf") for v in values) or (count and len(values) != count):
+        what = "whole numbers above zero, such as 1,2,5" if kind is int else "numbers above zero"
+        raise UserError(f"{flag} {text}: give {f'{count} ' if count else ''}{what}")
+    return sorted(set(values)) if not count else values
+
+
+def run(args: argparse.Namespace) -> int:
+    from scaling_perception.scaling.plan_sizes import UNITS
+
+    if args.unit not in UNITS:
+        raise UserError(f"--unit {args.unit}{did_you_mean(args.unit, UNITS)}")
+    if args.task not in _TASKS:
+        raise UserError(f"--task {args.task}{did_you_mean(args.task, _TASKS)}")
+    if not args.law:
+        return _measured(args)
+    from scaling_perception.scaling.laws import finite, load_law
+    from scaling_perception.scaling.plan_laws import TRAINING, read_laws
+    from scaling_perception.scaling.plan_text import commands_of, plan_text
+    from scaling_perception.scaling.planner import Question, plan
+    from scaling_perception.tasks import pass_indices
+
+    fixed, at = (_pairs(getattr(args, name), f"--{name}", float) for name in ("fix", "at"))
+    laws = read_laws([load_law(path) for path in args.law], args.law, _pairs(args.column, "--column", str), fixed, at)
+    trains = any(name in laws.quantities for name in TRAINING)
+    speed = _speed(args)
+    template = args.config or (f"configs/{args.task}.py:model={{size}},res={{resolution}}" if trains else "")
+    sizes = _sizes(args, laws, template)
+    items = _numbers(args.item_macs, "--item-macs", float, 2)
+    limits = {"macs": args.macs, "seconds": args.seconds, "items": args.samples}
+    if args.seconds and speed.chip is None and speed.per_mac is None:
+        raise UserError("--seconds needs a speed: give --chip, or --seconds-per-image SECONDS:MACS")
+    answer = plan(
+        laws,
+        Question(
+            args.budget,
+            args.unit,
+            args.images,
+            len(pass_indices(args.task)) if args.task in _TASKS[:3] else 1,
+            tuple(_numbers(args.steps, "--steps", int)) or None,
+            tuple(_numbers(args.members, "--members", int)) or None,
+            sizes,
+            args.batch or _batch(sizes),
+            (items[0], items[1]) if items else None,
+            {name: most for name, most in limits.items() if most},
+            speed,
+            args.next_share,
+        ),
+    )
+    choice = answer["choice"]
+    spec = next(
+        (s.config for s in sizes or () if s.name == choice["size"] and s.resolution == choice.get("resolution")), ""
+    )
+    dataset = args.dataset or {"depth": "hypersim", "flow": "flying_chairs", "amodal": "pix2gestalt"}.get(args.task, "")
+    commands, because = commands_of(choice, spec, args.task, dataset, args.model, args.preset)
+    print(plan_text(answer, laws, commands, because))
+    if args.json:
+        write_json(args.json, finite({"kind": "plan", "version": 1, "laws": args.law, **answer, "commands": commands}))
+        print(f"plan: {args.json}")
+    return 0
+
+
+def _speed(args: argparse.Namespace) -> "Speed":
+    from scaling_perception.scaling.plan_sizes import Speed, chip_named
+    from scaling_perception.scaling.study_cost import assumptions
+
+    for flag, share in (("--mfu", args.mfu), ("--measured-mfu", args.measured_mfu)):
+        if share is not None and share > 1:
+            raise UserError(f"{flag} {share:g}: give a share of the peak, up to 1")
+    per_mac = None
+    if args.seconds_per_image:
+        seconds, macs = _numbers(args.seconds_per_image.replace(":", ","), "--seconds-per-image", float, 2)
+        per_mac = seconds / macs
+    chip = chip_named(args.chip) if args.chip else None
+    price = float("nan")
+    prices = assumptions(args.price)
+    if chip is not None and chip.name in prices:
+        price = prices[chip.name].price
+    memory = args.memory * 1e9 if args.memory else chip.memory if chip is not None else float("inf")
+    return Speed(chip, args.chips, args.mfu, args.measured_mfu, per_mac, price, memory)
+
+
+def _sizes(args: argparse.Namespace, laws: "Laws", template: str) -> "list[Size] | None":
+    from scaling_perception.scaling.plan_sizes import Size, named_sizes
+
+    if not args.sizes:
+        return None
+    names = [name.strip() for name in args.sizes.split(",")]
+    try:
+        counts = [float(name) for name in names]
+    except ValueError:
+        resolutions = _numbers(args.resolution, "--resolution", int)
+        return named_sizes(names, resolutions, template, "params" in laws.quantities)
+    if not all(0 < count < float("inf") for count in counts):
+        raise UserError(f"--sizes {args.sizes}: give numbers of parameters above zero, or names")
+    each = args.tokens or 1.0
+    if "tokens" not in laws.quantities and not args.tokens:
+        raise UserError("--sizes that are numbers of parameters need --tokens, how many a sample has; or give presets")
+    return [Size(f"{count:g}", count, count * each, tokens=each) for count in sorted(set(counts))]
+
+
+def _batch(sizes: "list[Size] | None") -> int:
+    from scaling_perception.support.configs import load_config
+
+    if not sizes or not sizes[0].config:
+        return 256
+    return int(load_config(sizes[0].config.replace("{steps}", "1000")).train.batch_size)
+
+
+def _measured(args: argparse.Namespace) -> int:
+    """The choice among a model's measured budgets: `predict --macs` by another name."""
+    from scaling_perception.evaluation.budgets import choose, load_budgets
+    from scaling_perception.evaluation.inputs import find_model
+    from scaling_perception.scaling.plan_text import commands_of
+
+    if not args.model:
+        raise UserError("give --law LAW.json, or --model for a model whose budgets were measured")
+    if args.unit not in ("macs", "flops"):
+        raise UserError(f"--unit {args.unit}: measured budgets are in macs or flops; seconds are --seconds")
+    table = load_budgets(Path(find_model(args.model)))
+    macs = args.budget / (2 if args.unit == "flops" else 1) / (args.images or 1)
+    found = choose(table, args.task, macs=min(macs, args.macs or macs), seconds=args.seconds)
+    entry: dict[str, Any] = {**found._asdict(), "training_macs": None, "members": found.ensemble}
+    dataset = args.dataset or table["tasks"][args.task]["dataset"] if table else ""
+    commands, _ = commands_of(entry, "", args.task, dataset, args.model, found.preset or "")
+    print(
+        f"choice    {found.steps} steps, {found.ensemble} members: error {found.error:.4g}, measured; "
+        f"{found.macs:.4g} MACs and {found.seconds:.3g} s an image"
+    )
+    print("\n".join(f"command   {line}" for line in commands))
+    if args.json:
+        write_json(
+            args.json, {"kind": "plan", "version": 1, "model": args.model, "choice": entry, "commands": commands}
+        )
+        print(f"plan: {args.json}")
+    return 0
