@@ -70,12 +70,17 @@ def collect(cells: Sequence[Cell], out: Path, images: bool = False) -> tuple[lis
 
 
 def table_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """``rows`` as CSV: `COLUMNS`, then the labels that occur, in their order; what a line does not have is empty."""
+    """``rows`` as CSV: `COLUMNS`, then the labels that occur, in their order; what a line does not have is empty.
+
+    Seven digits: more than any of the figures is known to, and single precision has no more.
+    """
     names = list(dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)]))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(
+        {name: f"{value:.7g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows
+    )
     return text.getvalue()
 
 

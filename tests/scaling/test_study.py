@@ -218,17 +218,17 @@ def test_the_table_has_a_line_for_each_figure(tmp_path):
         (one["run"], one["metric"], one["train_step"], one["train_macs"]) for one in lines if one["kind"] == "train"
     ]
     assert losses == [
-        ("a", "held_out_loss", "1", "50.0"),
-        ("a", "loss", "2", "100.0"),
-        ("b", "held_out_loss", "1", "150.0"),
-        ("b", "loss", "2", "200.0"),  # with those of a, from which it started
+        ("a", "held_out_loss", "1", "50"),
+        ("a", "loss", "2", "100"),
+        ("b", "held_out_loss", "1", "150"),
+        ("b", "loss", "2", "200"),  # with those of a, from which it started
     ]
     found = [one for one in lines if one["kind"] == "evaluate"]
     assert [one["metric"] for one in found] == ["abs_rel", "delta1", "1-delta1"]
     first, share, rest = found
     assert (float(first["value"]), first["members"], first["steps"]) == (pytest.approx(0.3), "2", "5")
     assert 0.1 < float(first["low"]) < 0.3 < float(first["high"]) < 0.5
-    assert (first["run"], first["model"], first["train_macs"], first["seed"]) == ("b", "nano", "200.0", "3")
+    assert (first["run"], first["model"], first["train_macs"], first["seed"]) == ("b", "nano", "200", "3")
     assert first["arm"] == "one" and first["fingerprint"] == read_marker(tmp_path / "eval" / "b")["fingerprint"]
     assert float(rest["low"]) == pytest.approx(1 - float(share["high"]))
     floor = [one for one in lines if one["kind"] == "baseline"]
