@@ -182,15 +182,27 @@ def _compare(names: list[str], cells: list[Any], out: Path) -> int:
     from scaling_perception.scaling.study_table import differences
 
     known = {cell.name: cell for cell in cells if cell.verb == "evaluate"}
-    for name in names:
+    parts = [name.partition(":") for name in names]
+    for name, _, _ in parts:
         if name not in known:
             raise UserError(f"--compare: no cell '{name}' evaluates{did_you_mean(name, known)}")
-    for name in names:
+    for name, _, _ in parts:
         if not is_done(known[name], out):
             raise UserError(f"--compare: {out / name} is not done: run the study, or --only '{name}'")
-    for line in differences(*(out / name for name in names)):
+    settings = [_setting(text) for _, colon, text in parts if colon]
+    if len(settings) == 1:
+        raise UserError("--compare: give both cells a setting, CELL:PRESET,STEPS,MEMBERS, or none")
+    both = (settings[0], settings[1]) if settings else None
+    for line in differences(out / parts[0][0], out / parts[1][0], both):
         print(line)
     return 0
+
+
+def _setting(text: str) -> tuple[str, int, int]:
+    preset, *numbers = text.split(",")
+    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+        raise UserError(f"--compare …:{text}: write PRESET,STEPS,MEMBERS, such as fixed,10,5")
+    return preset, int(numbers[0]), int(numbers[1])
 
 
 def _collect(cells: list[Any], out: Path, path: Path, images: bool = False) -> None:

@@ -197,29 +197,42 @@ def _lines(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], images: b
             yield {**line, "low": None, "high": None, "metric": f"1-{name}", "value": 1 - value, **both}
 
 
-def differences(first: Path, second: Path) -> Iterator[str]:
+Setting = tuple[str, int, int]
+"""Preset, steps and members of a figure."""
+
+
+def differences(first: Path, second: Path, settings: tuple[Setting, Setting] | None = None) -> Iterator[str]:
     """Of two evaluations, what changes from the first to the second: a line for each setting and metric of both, with
     the mean over images of the paired difference and its 95 % interval.
 
     Args:
         first, second: folders of cells that evaluate.
+        settings: compare these two, in place of all that both have.
 
     Raises:
-        UserError: a folder holds no evaluation, or they have no image and setting in common.
+        UserError: a folder holds no evaluation or not that setting, or they have no image and setting in common.
     """
     tables = []
-    for folder in (first, second):
+    for number, folder in enumerate((first, second)):
         values: dict[tuple[Any, ...], dict[str, float]] = {}
         for line in _figures(folder, True):
-            setting = tuple(line[name] for name in ("preset", "steps", "members", "metric"))
-            values.setdefault(setting, {})[line["key"]] = line["value"]
+            setting = (line["preset"], line["steps"], line["members"])
+            if settings is None or setting == settings[number]:
+                name = (*(setting if settings is None else ()), line["metric"])
+                values.setdefault(name, {})[line["key"]] = line["value"]
+        if settings is not None and not values:
+            raise UserError(f"{folder} has no figures of {_told(settings[number])}")
         tables.append(values)
     before, after = tables
     shared = [one for one in before if one in after and before[one].keys() & after[one].keys()]
     if not shared:
         raise UserError(f"{first} and {second} have no image, grid, steps and members in common: nothing is paired")
     for one in shared:
-        preset, steps, members, metric = one
-        found = [sum(table[one].values()) / len(table[one]) for table in (before, after)]
-        head = f"{preset}, {steps} step(s), {members} member(s): {metric} {found[0]:.4f} to {found[1]:.4f}"
-        yield f"{head}, paired {change(before[one], after[one])}"
+        keys = before[one].keys() & after[one].keys()
+        found = [sum(table[one][key] for key in keys) / len(keys) for table in (before, after)]
+        head = _told(one[:3]) if settings is None else " to ".join(map(_told, settings))
+        yield f"{head}: {one[-1]} {found[0]:.4f} to {found[1]:.4f}, paired {change(before[one], after[one])}"
+
+
+def _told(setting: tuple[Any, ...]) -> str:
+    return "{}, {} step(s), {} member(s)".format(*setting)

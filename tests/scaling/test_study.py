@@ -29,6 +29,7 @@ from scaling_perception.scaling.study import (
 )
 from scaling_perception.scaling.study_jobs import write_jobs
 from scaling_perception.scaling.study_table import COLUMNS, collect, differences, table_csv
+from scaling_perception.study import _settings
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_json
 from scaling_perception.support.verbs import run_verb
@@ -249,12 +250,22 @@ def test_two_evaluations_are_compared_image_by_image(config, tmp_path, capsys):
     assert first == "fixed, 5 step(s), 2 member(s): abs_rel 0.3000 to 0.4000, paired +0.1000 [+0.1000, +0.1000]"
     assert second.endswith("paired +0.0000 [+0.0000, +0.0000]")
     evaluated(tmp_path / "three", cells=[])
+    one = list(differences(tmp_path / "one", tmp_path / "two", (("fixed", 5, 2), ("fixed", 5, 2))))
+    assert one[0].startswith("fixed, 5 step(s), 2 member(s) to fixed, 5 step(s)") and one[0].endswith(
+        "[+0.1000, +0.1000]"
+    )
+    with pytest.raises(UserError, match=r"two has no figures of paper, 5 step\(s\)"):
+        list(differences(tmp_path / "one", tmp_path / "two", (("fixed", 5, 2), ("paper", 5, 2))))
     with pytest.raises(UserError, match="nothing is paired"):
         list(differences(tmp_path / "one", tmp_path / "three"))
     with pytest.raises(UserError, match="no cell 'evil' evaluates; did you mean 'eval'"):
         study(config, tmp_path, "--compare", "eval", "evil")
     with pytest.raises(UserError, match="eval is not done"):
         study(config, tmp_path, "--compare", "eval", "eval")
+    go([Cell("eval", "evaluate", ())], tmp_path, Runs(), {"eval": _settings(study_cells(config)[1])})
+    for wrong, told in (("eval:fixed,1", "write PRESET,STEPS,MEMBERS"), ("eval:fixed,5,2", "give both cells")):
+        with pytest.raises(UserError, match=told):
+            study(config, tmp_path, "--compare", wrong, "eval")
 
 
 # ---- Cost ---------------------------------------------------------------------------------------------------------
