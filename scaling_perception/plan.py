@@ -105,50 +105,91 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--task {args.task}{did_you_mean(args.task, _TASKS)}")
     if not args.law:
         return _measured(args)
-    from scaling_perception.scaling.laws import finite, load_law
-    from scaling_perception.scaling.plan_laws import TRAINING, read_laws
+    from scaling_perception.diffusion.schedules import PRESETS
+    from scaling_perception.scaling.laws import finite
     from scaling_perception.scaling.plan_text import commands_of, plan_text
-    from scaling_perception.scaling.planner import Question, plan
-    from scaling_perception.tasks import pass_indices
+    from scaling_perception.scaling.planner import compare
 
-    fixed, at = (_pairs(getattr(args, name), f"--{name}", float) for name in ("fix", "at"))
-    laws = read_laws([load_law(path) for path in args.law], args.law, _pairs(args.column, "--column", str), fixed, at)
-    trains = any(name in laws.quantities for name in TRAINING)
-    speed = _speed(args)
-    template = args.config or (f"configs/{args.task}.py:model={{size}},res={{resolution}}" if trains else "")
-    sizes = _sizes(args, laws, template)
-    items = _numbers(args.item_macs, "--item-macs", float, 2)
-    limits = {"macs": args.macs, "seconds": args.seconds, "items": args.samples}
-    if args.seconds and speed.chip is None and speed.per_mac is None:
-        raise UserError("--seconds needs a speed: give --chip, or --seconds-per-image SECONDS:MACS")
-    answer = plan(
-        laws,
-        Question(
-            args.budget,
-            args.unit,
-            args.images,
-            len(pass_indices(args.task)) if args.task in _TASKS[:3] else 1,
-            tuple(_numbers(args.steps, "--steps", int)) or None,
-            tuple(_numbers(args.members, "--members", int)) or None,
-            sizes,
-            args.batch or _batch(sizes),
-            (items[0], items[1]) if items else None,
-            {name: most for name, most in limits.items() if most},
-            speed,
-            args.next_share,
-        ),
-    )
-    choice = answer["choice"]
-    spec = next(
-        (s.config for s in sizes or () if s.name == choice["size"] and s.resolution == choice.get("resolution")), ""
-    )
+    named = {name: path for name, mark, path in (word.partition("=") for word in args.law) if mark}
+    shared = [word for word in args.law if "=" not in word]
+    plans = {}
+    for name, path in (named or {"": shared[0]}).items():
+        try:
+            plans[name] = _planned(args, [path, *(shared if named else shared[1:])])
+        except UserError as error:
+            raise UserError(f"{name}: {error}") if name else error from None
+    name, others = compare({name: found[:2] for name, found in plans.items()})
+    laws, answer, size = plans[name]
+    if others:
+        answer |= {"alternative": name, "alternatives": others}
+    stages = _stages(answer["choice"], size, args)
     dataset = args.dataset or {"depth": "hypersim", "flow": "flying_chairs", "amodal": "pix2gestalt"}.get(args.task, "")
-    commands, because = commands_of(choice, spec, args.task, dataset, args.model, args.preset)
+    preset = args.preset or (name if name in PRESETS else "")
+    commands, because = commands_of(answer["choice"], stages, args.task, dataset, args.model, preset)
     print(plan_text(answer, laws, commands, because))
     if args.json:
         write_json(args.json, finite({"kind": "plan", "version": 1, "laws": args.law, **answer, "commands": commands}))
         print(f"plan: {args.json}")
     return 0
+
+
+def _planned(args: argparse.Namespace, files: list[str]) -> "tuple[Laws, dict[str, Any], Size | None]":
+    """The plan by these laws, and the size that it chose where that has a name."""
+    from scaling_perception.scaling.laws import load_law
+    from scaling_perception.scaling.plan_laws import TRAINING, read_laws
+    from scaling_perception.scaling.planner import Question, plan
+    from scaling_perception.tasks import pass_indices
+
+    fixed, at = (_pairs(getattr(args, name), f"--{name}", float) for name in ("fix", "at"))
+    laws = read_laws([load_law(path) for path in files], files, _pairs(args.column, "--column", str), fixed, at)
+    trains = any(name in laws.quantities for name in TRAINING)
+    speed = _speed(args)
+    template = args.config or (f"configs/{args.task}.py:model={{size}},res={{resolution}}" if trains else "")
+    sizes = _sizes(args, laws, template)
+    items = _numbers(args.item_macs, "--item-macs", float, 2)
+    limits = {"macs": args.macs, "seconds": args.seconds}
+    if args.seconds and speed.chip is None and speed.per_mac is None:
+        raise UserError("--seconds needs a speed: give --chip, or --seconds-per-image SECONDS:MACS")
+    question = Question(
+        budget=args.budget,
+        unit=args.unit,
+        images=args.images,
+        passes=len(pass_indices(args.task)) if args.task in _TASKS[:3] else 1,
+        steps=tuple(_numbers(args.steps, "--steps", int)) or None,
+        members=tuple(_numbers(args.members, "--members", int)) or None,
+        sizes=sizes,
+        batch=args.batch or _batch(sizes[0].config if sizes else ""),
+        item_macs=(items[0], items[1]) if items else None,
+        limits={name: most for name, most in limits.items() if most},
+        samples=args.samples,
+        speed=speed,
+        next_share=args.next_share,
+    )
+    answer = plan(laws, question)
+    choice = answer["choice"]
+    known = (s for s in sizes or () if s.name == choice["size"] and s.resolution == choice.get("resolution"))
+    return laws, answer, next(known, None)
+
+
+def _stages(choice: dict[str, Any], size: "Size | None", args: argparse.Namespace) -> list[tuple[str, int]]:
+    """The trainings of a choice: config and steps of each. Sets ``stage_steps`` where there are two."""
+    if size is None or not size.config:
+        return []
+    if "stage_samples" not in choice:
+        return [(size.config, choice["training_steps"])]
+    pixels, dense = size.resolution, size.name
+    if size.dit is not None and size.dit.experts:
+        dense = size.name.rpartition("-")[0]
+        split = f"experts={size.dit.experts},active={size.dit.active_experts}"
+        specs = [f"configs/{args.task}.py:model={dense},res={pixels}",
+                 f"configs/upcycle.py:task={args.task},model={dense},res={pixels},{split},init={{init}}"]  # fmt: skip
+    else:
+        join = "," if ".py:" in size.config else ":"
+        specs = [f"configs/pretrain.py:model={dense},res={pixels}", f"{size.config}{join}init={{init}}"]
+    pairs = zip(specs, choice["stage_samples"], strict=True)
+    stages = [(spec, max(int(count // _batch(spec)), 1)) for spec, count in pairs]
+    choice["stage_steps"] = [steps for _, steps in stages]
+    return stages
 
 
 def _speed(args: argparse.Namespace) -> "Speed":
@@ -190,12 +231,13 @@ def _sizes(args: argparse.Namespace, laws: "Laws", template: str) -> "list[Size]
     return [Size(f"{count:g}", count, count * each, tokens=each) for count in sorted(set(counts))]
 
 
-def _batch(sizes: "list[Size] | None") -> int:
+def _batch(spec: str) -> int:
+    """Samples of a training step of a config; those of pre-training where there is none."""
     from scaling_perception.support.configs import load_config
 
-    if not sizes or not sizes[0].config:
+    if not spec:
         return 256
-    return int(load_config(sizes[0].config.replace("{steps}", "1000")).train.batch_size)
+    return int(load_config(spec.replace("{steps}", "1000").replace("{init}", "")).train.batch_size)
 
 
 def _measured(args: argparse.Namespace) -> int:
@@ -213,7 +255,7 @@ def _measured(args: argparse.Namespace) -> int:
     found = choose(table, args.task, macs=min(macs, args.macs or macs), seconds=args.seconds)
     entry: dict[str, Any] = {**found._asdict(), "training_macs": None, "members": found.ensemble}
     dataset = args.dataset or table["tasks"][args.task]["dataset"] if table else ""
-    commands, _ = commands_of(entry, "", args.task, dataset, args.model, found.preset or "")
+    commands, _ = commands_of(entry, [], args.task, dataset, args.model, found.preset or "")
     print(
         f"choice    {found.steps} steps, {found.ensemble} members: error {found.error:.4g}, measured; "
         f"{found.macs:.4g} MACs and {found.seconds:.3g} s an image"

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+Values = Sequence[float] | np.ndarray
 
-def ranked(errors: Sequence[float], costs: Mapping[str, Sequence[float]], limits: Mapping[str, float]) -> np.ndarray:
+
+def ranked(errors: Values, costs: Mapping[str, Values], limits: Mapping[str, float]) -> np.ndarray:
     """Indices of the options within all limits, the lowest error first; of equal errors the one that costs less.
 
     Args:
@@ -27,7 +29,7 @@ def ranked(errors: Sequence[float], costs: Mapping[str, Sequence[float]], limits
     return order[allowed[order]]
 
 
-def front(errors: Sequence[float], costs: Mapping[str, Sequence[float]]) -> list[int]:
+def front(errors: Values, costs: Mapping[str, Values]) -> list[int]:
     """Indices of the options with less error than every cheaper one, from the cheapest to the lowest error.
 
     The first of ``costs`` is what cheap means; of equal cost the lower error comes first, then the other costs.

@@ -201,6 +201,11 @@ def refuse_undecided(laws: Laws, free: Sequence[str]) -> None:
             if column.quantity not in free:
                 continue
             low, high, name = _exponent(law, at)
+            if high < 0:
+                raise UserError(
+                    f"{law.y} grows with {column.name}: the interval of {name}, {low:.3g} to {high:.3g}, lies below "
+                    "zero, and no budget buys anything by it; check the columns"
+                )
             if low <= 1e-3:
                 hold = "hold it by one value" if column.quantity in ("steps", "members", "params", "resolution") else ""
                 raise UserError(

@@ -5,6 +5,7 @@ what the roofline of the network's matrix products allows (``roofline.estimate``
 writes its result once, in bfloat16; attention scores stay on the chip).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -73,6 +74,14 @@ def named_sizes(names: Sequence[str], resolutions: Sequence[int], template: str,
             count = float(count_active_params(dit)) if params else math.nan
             sizes.append(Size(name, count, float(forward_macs(dit)), dit.input_size * 8, dit, spec, dit.tokens))
     return sizes
+
+
+def stage_macs(size: Size) -> tuple[float, float]:
+    """Forward MACs of a sample in two trainings of a size: the dense network's that its experts are copied from, then
+    its own; the same twice for a dense one."""
+    if size.dit is None or not size.dit.experts:
+        return size.macs, size.macs
+    return float(forward_macs(dataclasses.replace(size.dit, experts=0))), size.macs
 
 
 def _preset(name: str) -> DiTConfig:
@@ -144,7 +153,8 @@ def seconds(speed: Speed, size: Size, batch: int, training: bool = False) -> tup
     least = bound(chip, size.dit, batch, training) if size.dit is not None else 0.0
     if least > taken:
         return least, f"roofline of {chip.name} at best, {2 * macs / (least * chip.flops):.0%} of its peak"
-    return taken, f"assumed, {speed.assumed:.0%} of the peak of {chip.name} (its roofline allows more)"
+    allows = " (its roofline allows more)" if size.dit is not None else ""
+    return taken, f"assumed, {speed.assumed:.0%} of the peak of {chip.name}{allows}"
 
 
 def rates(unit: str, speed: Speed, size: Size, batch: int, members: int) -> tuple[float, float, str]:

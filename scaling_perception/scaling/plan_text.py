@@ -10,7 +10,8 @@ from scaling_perception.scaling.plan_laws import Laws
 _LABELS = {
     "size": "size", "params": "parameters", "resolution": "resolution", "steps": "denoising steps",
     "members": "members", "tokens": "training tokens", "samples": "training samples", "training": "forward MACs of it",
-    "training_steps": "training steps", "serving": "MACs of a prediction", "first": "items of the first training",
+    "training_steps": "training steps",
+    "stage_steps": "steps of both", "serving": "MACs of a prediction", "first": "items of the first training",
     "second": "items of the second", "first_macs": "forward MACs of the first", "second_macs": "of the second",
     "training_macs": "training MACs, x 3", "serving_macs": "serving MACs", "macs_per_image": "MACs an image",
     "seconds_per_image": "seconds an image",
@@ -24,6 +25,10 @@ def plan_text(answer: Mapping[str, Any], laws: Laws, commands: Sequence[str], be
     choice, rival = answer["choice"], answer["runner_up"]
     y, level = laws.laws[0].y, f"{100 * choice['level']:g} %"
     lines = [f"law       {law.equation}   (y = {law.y}, {law.points} points)" for law in laws.laws]
+    if answer.get("alternative"):
+        lines.append(
+            f"of        {answer['alternative']}, before {', '.join(o['name'] for o in answer['alternatives'])}"
+        )
     lines += [f"budget    {number(answer['budget'])} {choice['unit']}, of which {number(choice['cost'])} are used", ""]
     head = ["", "choice", f"{level} of the best"] + (["runner-up"] if rival else [])
     rows = [head]
@@ -46,6 +51,12 @@ def plan_text(answer: Mapping[str, Any], laws: Laws, commands: Sequence[str], be
             f"apart     the runner-up's error is {100 * low:+.2g} % to {100 * high:+.2g} % above the choice's: the "
             f"data {told} tell them apart (the choice is better in {100 * rival['choice_better']:.0f} % of the "
             "parameter sets)"
+        )
+    for other in answer.get("alternatives", ()):
+        low, high = other["excess"]
+        lines.append(
+            f"instead   {other['name']}: {y} {number(other['error'])}, {100 * low:+.2g} % to {100 * high:+.2g} % above "
+            f"{answer['alternative']}: the data {'can' if other['told_apart'] else 'cannot'} tell them apart"
         )
     for row in answer["worth"]:
         low, high = row["interval"]
@@ -81,6 +92,8 @@ def plan_text(answer: Mapping[str, Any], laws: Laws, commands: Sequence[str], be
 def _cell(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
     return value if isinstance(value, str) else f"{value:.4g}" if abs(value) >= 1e5 else f"{value:,.6g}"
 
 
@@ -97,22 +110,30 @@ def _spread(found: Any) -> str:
 
 
 def commands_of(
-    choice: Mapping[str, Any], config: str, task: str, dataset: str, model: str, preset: str
+    choice: Mapping[str, Any],
+    stages: Sequence[tuple[str, int]],
+    task: str,
+    dataset: str,
+    model: str,
+    preset: str,
 ) -> tuple[list[str], str]:
     """The command lines of a choice, or why there are none.
 
     Args:
-        config: spec of the choice's training, with ``{steps}`` or without; empty: there is none.
+        stages: trainings one after the other: spec of the config, with ``{init}``, the folder of the one before, and
+            ``{steps}`` or without; and how many steps. Empty: none is known.
         model: what to evaluate, where nothing is trained.
     """
-    out = []
-    steps = choice.get("training_steps")
+    out: list[list[str]] = []
     if choice["training_macs"] is not None:
-        if not config or steps is None:
-            return [], "the law is of sizes or of a compute that no config stands for; name sizes by --sizes"
-        model = f"runs/plan/{str(choice['size']).replace('/', '-')}-{steps}"
-        words = ["train", "--config", config.replace("{steps}", str(steps)), "--workdir", model]
-        out.append([*words, *([] if "{steps}" in config else [f"--config.train.steps={steps}"])])
+        if not stages:
+            return [], "the law is of sizes or of a compute that no config stands for; name one by --sizes"
+        model = ""
+        for spec, steps in stages:
+            spec = spec.replace("{steps}", str(steps)).replace("{init}", model)
+            file = spec.partition(".py")[0].rpartition("/")[2]
+            model = f"runs/plan/{file}-{str(choice['size']).replace('/', '-')}-{steps}"
+            out.append(["train", "--config", spec, "--workdir", model, f"--config.train.steps={steps}"])
     if not model:
         return [], "nothing is trained, and --model names nothing to run"
     known = choice.get("steps") and choice.get("members")

@@ -12,7 +12,7 @@ predicts the choice, its rival and its own best option.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from scaling_perception.evaluation import choosing
 from scaling_perception.scaling.compute import TRAINING_FACTOR
 from scaling_perception.scaling.plan_laws import SERVING, TRAINING, Laws, check_range, refuse_undecided
 from scaling_perception.scaling.plan_next import next_run
-from scaling_perception.scaling.plan_sizes import Size, Speed, first_that_fits, rates, seconds
+from scaling_perception.scaling.plan_sizes import Size, Speed, first_that_fits, rates, seconds, stage_macs
 from scaling_perception.support.errors import UserError
 
 STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 65, 80, 100, 125, 150, 200, 250, 350, 500, 700, 1000)
@@ -41,7 +41,7 @@ class Question:
     ``budget`` in ``unit`` (``plan_sizes.UNITS``) for everything; ``images`` to serve (None: not said); ``steps``,
     ``members`` allowed (None: those near the law's data); ``sizes`` (None: any, where a law of params and tokens alone
     allows it); ``batch`` samples of a training step; ``item_macs``: of an item of the two trainings of a law of D1 x
-    D2; ``limits`` by ``macs`` and ``seconds`` of one prediction, ``items`` of the training.
+    D2; ``limits`` by ``macs`` and ``seconds`` of one prediction, ``samples`` of the training.
     """
 
     budget: float
@@ -54,6 +54,7 @@ class Question:
     batch: int = 256
     item_macs: tuple[float, float] | None = None
     limits: dict[str, float] = field(default_factory=dict)
+    samples: float | None = None
     speed: Speed = Speed()
     next_share: float = 0.1
 
@@ -115,6 +116,27 @@ def plan(laws: Laws, question: Question) -> dict[str, Any]:
     return answer
 
 
+def compare(plans: Mapping[str, tuple[Laws, dict[str, Any]]]) -> tuple[str, list[dict[str, Any]]]:
+    """The plan of the lowest predicted error among plans by laws of different things, such as grids of timesteps, and
+    how far above it the others lie. Parameter sets of different laws are unrelated: each is paired with each."""
+    names = list(plans)
+    choices = [answer["choice"] for _, answer in plans.values()]
+    order = choosing.ranked([c["error"] for c in choices], {"cost": [c["cost"] for c in choices]}, {})
+    drawn = []
+    for laws, answer in plans.values():
+        values = {name: np.array([answer["choice"][name]]) for name in laws.quantities}
+        drawn.append(laws.log_error(values, sampled=True)[:, 0])
+    best = int(order[0])
+    others = []
+    for at in order[1:].tolist():
+        excess = (drawn[at][:, None] - drawn[best][None]).ravel()
+        ends = _ends(np.exp(excess) - 1, choices[best]["level"])
+        known = {"name": names[at], "error": choices[at]["error"], "excess": ends}
+        known |= {"choice_better": float((excess > 0).mean()), "told_apart": choosing.told_apart(ends)}
+        others.append(known)
+    return names[best], others
+
+
 def _checked(laws: Laws, q: Question) -> Question:
     """The question with what the laws leave open, or a refusal of what they cannot answer."""
     held = laws.quantities
@@ -147,9 +169,17 @@ def _checked(laws: Laws, q: Question) -> Question:
     needs = [k for k in held if k in ("params", "samples", "steps", "members", "resolution")]
     if not sizes and needs and not ("tokens" in held and needs == ["params"]):
         raise UserError(f"the law's {needs[0]} costs what the network costs: give --sizes, such as --sizes a1,a2,a3")
-    two = ("first" in held, "second" in held)
-    if any(two) and q.item_macs is None:
-        raise UserError("what an item of the two trainings costs is not known: give --item-macs FIRST,SECOND")
+    if {"first", "second"} & set(held) and q.item_macs is None:
+        if len(sizes) != 1:
+            raise UserError(
+                "what an item of the two trainings costs is not known: give one of --sizes, or --item-macs FIRST,SECOND"
+            )
+        names = {c.quantity: c.name.lower() for row in laws.columns for c in row}
+        each = [
+            macs / (sizes[0].tokens if "token" in names.get(k, "") else 1)
+            for k, macs in zip(("first", "second"), stage_macs(sizes[0]), strict=True)
+        ]
+        q = replace(q, item_macs=(each[0], each[1]))
     if trains and ("steps" in held or "members" in held) and not q.images:
         raise UserError(
             "the law holds training and inference: how they share the budget depends on the images to serve; give "
@@ -195,11 +225,12 @@ def _options(laws: Laws, q: Question, near: float | None = None) -> Options:
     broken = any(law.form == "broken" for law in laws.laws)  # before the break more compute may be worse
     parts = np.geomspace(1e-3, 1.0, 121) if broken or len(two) > 1 else np.ones(1)
     mesh = np.meshgrid(np.arange(len(sizes)), steps, members, shares, parts, indexing="ij")
-    at, t, m, share, part = (row.ravel() for row in mesh)
+    at = mesh[0].ravel().astype(int)
+    t, m, share, part = (row.ravel() for row in mesh[1:])
     each = max(q.batch // q.speed.chips, 1)
     found = [[rates(q.unit, q.speed, s, each, int(k)) for k in members] for s in sizes]
     place = np.searchsorted(members, m) if len(members) > 1 else np.zeros(len(m), int)
-    train_rate, serve_rate = (np.array([[pair[i] for pair in row] for row in found])[at, place] for i in (0, 1))
+    train_rate, serve_rate = (np.array([[pair[i] for pair in row] for row in found], float)[at, place] for i in (0, 1))
     forward = np.array([s.macs for s in sizes])[at]
     per_image = forward * t * m * q.passes
     values: Values = {"size": at.astype(float), "steps": t, "members": m, "forward": forward}
@@ -219,6 +250,8 @@ def _options(laws: Laws, q: Question, near: float | None = None) -> Options:
     left = (q.budget - serve / serve_rate) * train_rate * part
     spent = np.maximum(left, 0.0) if train else np.zeros_like(t)
     ok = np.where(left > 0, spent, np.nan) if train else spent
+    if q.samples is not None:
+        ok = np.minimum(ok, TRAINING_FACTOR * forward * q.samples)
     forward_spent = ok / TRAINING_FACTOR
     if train:
         values["training"] = forward_spent
@@ -261,8 +294,7 @@ def _params(laws: Laws, near: float | None) -> np.ndarray:
 
 
 def _limits(options: Options, q: Question) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    items = options.values.get("samples", np.zeros_like(options.cost))
-    costs = {"cost": options.cost, "macs": options.per_image, "seconds": options.seconds, "items": items}
+    costs = {"cost": options.cost, "macs": options.per_image, "seconds": options.seconds}
     return costs, {"cost": q.budget * (1 + 1e-9), **q.limits}
 
 
@@ -270,7 +302,7 @@ def _nothing(options: Options, q: Question) -> str:
     """Why no option is affordable: the cheapest one."""
     train = np.isnan(options.train)
     cheapest = float(np.nanmin(np.where(train, options.serve / options.serve_rate, options.cost)))
-    limits = "".join(f", at most {most:.3g} {name} a prediction" for name, most in q.limits.items() if name != "items")
+    limits = "".join(f", at most {most:.3g} {name} a prediction" for name, most in q.limits.items())
     if cheapest > q.budget or train.all():
         return f"a budget of {q.budget:.3g} {q.unit} buys nothing: the cheapest option takes {cheapest:.3g}{limits}"
     least = options.values
@@ -300,7 +332,10 @@ def _row(laws: Laws, options: Options, at: int, q: Question) -> dict[str, Any]:
             out.setdefault(name, float(options.values[name][at]))
     known = "serving" in held or {"steps", "members"} <= out.keys()
     trains = any(k in held for k in TRAINING)
-    if size.dit is not None and trains and "first" not in held:
+    if size.dit is not None and {"first", "second", "first_macs", "second_macs"} & set(held):
+        spent = (float(options.values[f"{name}_macs"][at]) for name in ("first", "second"))
+        out["stage_samples"] = [s / each for s, each in zip(spent, stage_macs(size), strict=True)]
+    elif size.dit is not None and trains:
         out["samples"] = float(options.values["samples"][at])
         out["training_steps"] = max(int(out["samples"] // q.batch), 1)
     out["training_macs"] = float(options.train[at]) if trains else None
