@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.extend.backend
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from scaling_perception.ops.by_head import attention_by_head
-from scaling_perception.ops.flash import LANES, LEAST_TOKENS, flash_attention, local_plan
+from scaling_perception.ops.flash import LANES, LARGE, LEAST_TOKENS, flash_attention, local_plan, plan
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, mesh: Any = None) -> jax.Array:
@@ -57,9 +58,16 @@ def _flash_is_for(query: jax.Array, key: jax.Array, mesh: Any) -> bool:
     if query.shape != key.shape or heads < 2 or tokens < LEAST_TOKENS:
         return False  # not worth a kernel
     fits = local_plan(mesh, query.shape, query.dtype) is not None
-    if not fits and jax.default_backend() == "tpu":
-        _warn("TPU", f"bfloat16 or float32, head_dim a multiple of 8 up to {LANES}", query.dtype.name, query.shape)
+    if not fits and _is_tpu(mesh):
+        needs = f"bfloat16 or float32, head_dim a multiple of 8 up to {LANES}"
+        if plan(*query.shape[1:], query.dtype, LARGE):
+            needs = "fewer tokens, or a chip with more memory beside its units (v5e and later)"
+        _warn("TPU", needs, query.dtype.name, query.shape)
     return fits
+
+
+def _is_tpu(mesh: Any) -> bool:
+    return (mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]).platform == "tpu"
 
 
 def _cudnn_is_for(query: jax.Array) -> bool:

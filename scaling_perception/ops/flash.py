@@ -12,15 +12,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from scaling_perception.ops.by_platform import by_platform
 
 LANES = 128
 HEADS = 8  # of a visit, or more: while one waits for its sums, the next is multiplied
 LEAST_TOKENS = 128  # below, the logits are small and a tile of them is mostly padding
-BLOCKS = 40 * 2**20  # bytes of a visit's arrays, each twice; of the 64 MiB that the smallest chip (v5p) has
-ALL_MEMORY = 60 * 2**20
+SMALL, LARGE = 16 * 2**20, 60 * 2**20  # bytes of on-chip memory that a visit may take
+# By the kind of the device. v4 has 16 MiB; v5p and v7 have 64, of which XLA keeps some; v5e and v6e have 128, where
+# larger visits gain nothing. v2 and v3 cannot multiply bfloat16 in a kernel. Kinds that are not here get SMALL, which
+# every TPU since v4 has.
+MEMORY = {"TPU v2": 0, "TPU v3": 0, "TPU v4": SMALL, "TPU v4 lite": SMALL}
+MEMORY |= dict.fromkeys(("TPU v5", "TPU v5p", "TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e"), LARGE)
+MEMORY |= dict.fromkeys(("TPU7", "TPU7x"), LARGE)
 _NT, _NN, _TN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
@@ -38,10 +43,10 @@ class Plan(NamedTuple):
     queries: int
 
 
-def plan(tokens: int, heads: int, head_dim: int, dtype: Any) -> Plan | None:
-    """How to compute it, or None where the kernel is not for these arrays."""
+def plan(tokens: int, heads: int, head_dim: int, dtype: Any, memory: int) -> Plan | None:
+    """How to compute it in ``memory`` bytes on the chip, or None where the kernel is not for these arrays."""
     size = jnp.dtype(dtype).itemsize
-    if heads < 2 or head_dim > LANES or head_dim % 8 or tokens < LEAST_TOKENS or size not in (2, 4):
+    if heads < 2 or head_dim > LANES or head_dim % 8 or tokens < LEAST_TOKENS:
         return None  # one head is an autoencoder's, whose program is told of no mesh
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
         return None
@@ -51,10 +56,23 @@ def plan(tokens: int, heads: int, head_dim: int, dtype: Any) -> Plan | None:
         whole = math.lcm(wide, LANES) // wide
         counts = [count for count in range(whole, heads, whole) if heads % count == 0] + [heads]
         # backward: q, k, v, the gradient, and theirs
-        fit = [count for count in counts if 2 * 7 * padded * count * wide * size <= BLOCKS]
+        fit = [count for count in counts if _taken(7, padded, count * wide, queries, size) <= memory]
         if fit:
             return Plan(wide, min((count for count in fit if count >= HEADS), default=fit[-1]) * wide, padded, queries)
     return None
+
+
+def _taken(arrays: int, tokens: int, lanes: int, queries: int, size: int) -> int:
+    """Bytes on the chip of a visit: while one visit's arrays are used, the next one's come in; beside them the float32
+    sums of two gradients and five arrays of logits, and what the compiler keeps (it took 1 to 3 % less than this)."""
+    return 2 * arrays * tokens * lanes * size + 4 * tokens * (2 * LANES + 5 * queries) + 2**20
+
+
+def device_memory(mesh: Any) -> int:
+    """Bytes on the chip that a visit may take on the mesh's devices (None: JAX's first one, which is the CPU where a
+    program is compiled for chips that are not there: give a mesh of one device then)."""
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
+    return MEMORY.get(device.device_kind, SMALL)
 
 
 # --- One visit -----------------------------------------------------------------------------------------------------
@@ -122,13 +140,14 @@ def _backward_visit(
 # --- All visits ----------------------------------------------------------------------------------------------------
 
 
-def _visits(kernel: Any, name: str, results: int, products: int, arrays: tuple[jax.Array, ...], interpret: bool) -> Any:
+def _visits(
+    kernel: Any, name: str, results: int, products: int, arrays: tuple[jax.Array, ...], how: Plan, memory: int,
+    interpret: bool,
+) -> Any:  # fmt: skip
     from jax.experimental import pallas as pl  # only where it is used: a slow import
     from jax.experimental.pallas import tpu as pltpu
 
     batch, tokens, heads, head_dim = arrays[0].shape
-    how = plan(tokens, heads, head_dim, arrays[0].dtype)
-    assert how is not None, "the caller asks plan()"
     width, padded = heads * how.size, (0, how.tokens - tokens)
     if how.size > head_dim:
         arrays = tuple(jnp.pad(array, (*[(0, 0)] * 3, (0, how.size - head_dim))) for array in arrays)
@@ -137,8 +156,8 @@ def _visits(kernel: Any, name: str, results: int, products: int, arrays: tuple[j
         arrays = tuple(jnp.pad(array, ((0, 0), padded, (0, 0))) for array in arrays)
     block = pl.BlockSpec((1, how.tokens, how.lanes), lambda sample, part: (sample, 0, part))
     shape = jax.ShapeDtypeStruct((batch, how.tokens, width), arrays[0].dtype)
-    held = 2 * (len(arrays) + results) * how.tokens * how.lanes * shape.dtype.itemsize  # while one visit's are used,
-    working = 16 * 2**20 + 8 * 4 * how.tokens * how.queries  # the next's come in; some float32 arrays of logits
+    taken = _taken(len(arrays) + results, how.tokens, how.lanes, how.queries, shape.dtype.itemsize)
+    limit = min(taken + 16 * 2**20, memory)  # a program that may take more is scheduled better
     logits = batch * heads * tokens**2
     moved = (len(arrays) + results) * math.prod(shape.shape) * shape.dtype.itemsize
     found = pl.pallas_call(
@@ -147,9 +166,7 @@ def _visits(kernel: Any, name: str, results: int, products: int, arrays: tuple[j
         in_specs=[block] * len(arrays),
         out_specs=[block] * results,
         out_shape=[shape] * results,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=min(held + working, ALL_MEMORY)
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=limit),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * logits * head_dim, transcendentals=logits, bytes_accessed=moved
         ),
@@ -181,7 +198,18 @@ def local_plan(mesh: Any, shape: tuple[int, ...], dtype: Any) -> Plan | None:
     """``plan`` for what one device of the mesh (None: the only one) has of (B, T, heads, head_dim)."""
     _, tokens, heads, head_dim = shape
     tensor = 1 if mesh is None else mesh.shape.get("tensor", 1)
-    return plan(tokens, heads // tensor if heads % tensor == 0 else heads, head_dim, dtype)
+    heads = heads // tensor if heads % tensor == 0 else heads
+    return plan(tokens, heads, head_dim, dtype, device_memory(mesh))
+
+
+def _over_mesh(kernel: Any, name: str, results: int, products: int, arrays: Any, mesh: Any, interpret: bool) -> Any:
+    how = local_plan(mesh, arrays[0].shape, arrays[0].dtype)
+    assert how is not None, "the caller asks local_plan()"
+
+    def local(*arrays: jax.Array) -> Any:
+        return _visits(kernel, name, results, products, arrays, how, device_memory(mesh), interpret)
+
+    return _on_mesh(local, mesh, arrays)
 
 
 def flash_forward(
@@ -189,22 +217,14 @@ def flash_forward(
 ) -> jax.Array:
     """Attention of arrays (B, T, heads, head_dim) with the TPU's kernel, where ``local_plan`` is not None; no gradient.
     ``interpret`` runs it anywhere, slowly."""
-
-    def local(*arrays: jax.Array) -> Any:
-        return _visits(_forward_visit, "attention_forward", 1, 2, arrays, interpret)
-
-    return _on_mesh(local, mesh, (query, key, value))
+    return _over_mesh(_forward_visit, "attention_forward", 1, 2, (query, key, value), mesh, interpret)
 
 
 def flash_backward(
     query: jax.Array, key: jax.Array, value: jax.Array, gradient: jax.Array, mesh: Any = None, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of query, key and value for that of the result, all (B, T, heads, head_dim). See ``flash_forward``."""
-
-    def local(*arrays: jax.Array) -> Any:
-        return _visits(_backward_visit, "attention_backward", 3, 5, arrays, interpret)
-
-    return _on_mesh(local, mesh, (query, key, value, gradient))
+    return _over_mesh(_backward_visit, "attention_backward", 3, 5, (query, key, value, gradient), mesh, interpret)
 
 
 # --- As one function -----------------------------------------------------------------------------------------------
