@@ -7,11 +7,13 @@ from typing import Any
 EXAMPLES = """
 scaling-perception presets
 scaling-perception presets --json
+scaling-perception presets --published
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the table as JSON, for other programs")
+    parser.add_argument("--published", action="store_true", help="the paper's Tables 1 and 2 beside these counts")
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -85,8 +87,32 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*text, "", note])
 
 
+def published_table() -> str:
+    """The counts of the paper's Tables 1 and 2 beside ours, and whether they agree in the digits that it prints.
+
+    It truncates some and rounds others; either is taken.
+    """
+    from scaling_perception.models.dit import count_active_params, count_params
+    from scaling_perception.models.presets import get_preset
+    from scaling_perception.scaling.paper_laws import published_values
+
+    counts = {"params": count_params, "active_params": count_active_params}
+    lines = [f"{'table':6}  {'model':10}  {'count':13}  {'published':>9}  {'ours':>13}"]
+    for figure in ("tab1", "tab2"):
+        for one in published_values(figure):
+            ours, digits = counts[one.metric](get_preset(one.settings)), len(one.text.split("e")[0].replace(".", ""))
+            unit = 10.0 ** (len(f"{one.value:.0f}") - digits)
+            word = "equal" if round(one.value / unit) in (int(ours / unit), round(ours / unit)) else "differs"
+            lines.append(f"{figure:6}  {one.settings:10}  {one.metric:13}  {one.text:>9}  {ours:>13,}  {word}")
+    return "\n".join(lines)
+
+
 def run(args: argparse.Namespace) -> None:
     from scaling_perception.models.presets import preset_names
+
+    if args.published:
+        print(published_table())
+        return
 
     rows = [describe(name) for name in preset_names()]
     print(json.dumps(rows, indent=2) if args.json else table(rows))

@@ -100,7 +100,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     from jax.experimental.multihost_utils import reached_preemption_sync_point
 
     from scaling_perception.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
-    from scaling_perception.parallel.processes import is_first, own_places, places_of, put_batch, put_tree, to_host
+    from scaling_perception.parallel.processes import is_first, own_places, places_of, put_batch, put_tree
     from scaling_perception.parallel.rules import tree_shardings
     from scaling_perception.support.field_checks import best_metric, check_config, notes
     from scaling_perception.support.files import write_json
@@ -115,7 +115,6 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         refuse_other_model,
         same_everywhere,
         same_run,
-        without_places,
     )
     from scaling_perception.training.optim import make_optimizer
     from scaling_perception.training.profile import parse_steps, trace_steps
@@ -360,18 +359,34 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         if config.train.export_from == "best":
             at = from_first(next((one for _, one in checkpoints.best()), total))
             ema = ema if at == total else load_ema(checkpoints.folder, abstract.ema, _say, at)[0]
-        samples = at * objective.samples_per_step
-        info = {"steps": at, "samples": samples, "macs": samples * macs, "data": identity["data"]}
-        info |= {"config": without_places(identity["config"])}
-        average = jax.tree.map(lambda leaf, like: np.asarray(leaf, like.dtype), to_host(ema, mesh), shapes.params)
-        if is_first():
-            half = workdir / ".model"  # who is killed meanwhile leaves nothing that looks like a finished model
-            shutil.rmtree(half, ignore_errors=True)
-            objective.export(average, str(half), info)
-            shutil.rmtree(model, ignore_errors=True)
-            os.rename(half, model)
+        kept = [one for one in checkpoints.steps() if config.train.keep_every and one % config.train.keep_every == 0]
+        for one in kept if config.train.export_kept else ():
+            then = load_ema(checkpoints.folder, abstract.ema, _say, one)[0]
+            _export(objective, then, one, workdir / "models" / str(one), identity, macs, mesh, shapes.params)
+        _export(objective, ema, at, model, identity, macs, mesh, shapes.params)
         _say(f"exported the averaged weights {'' if at == total else f'of step {at} '}to {model}")
         return model
+
+
+def _export(objective: Any, ema: Any, step: int, model: Path, identity: Any, macs: float, mesh: Any, like: Any) -> None:
+    """Write the averaged weights of ``step`` as the model folder ``model``: whole, or not at all."""
+    import jax
+    import numpy as np
+
+    from scaling_perception.parallel.processes import is_first, to_host
+    from scaling_perception.training.identity import without_places
+
+    samples = step * objective.samples_per_step
+    info = {"steps": step, "samples": samples, "macs": samples * macs, "data": identity["data"]}
+    info |= {"config": without_places(identity["config"])}
+    average = jax.tree.map(lambda leaf, one: np.asarray(leaf, one.dtype), to_host(ema, mesh), like)
+    if is_first():
+        half = model.with_name(f".{model.name}")  # a kill meanwhile leaves nothing that looks like a finished model
+        half.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(half, ignore_errors=True)
+        objective.export(average, str(half), info)
+        shutil.rmtree(model, ignore_errors=True)
+        os.rename(half, model)
 
 
 def _objective(config: Any, mesh: Any, resumed: Mapping[str, Any] | None) -> Any:

@@ -13,6 +13,8 @@ Arguments: ``model`` a1 to a6; ``res`` pixels; the others are told in configs/pa
 
 from ml_collections import ConfigDict
 
+from scaling_perception.scaling.study import Cell
+
 from . import shared
 
 ARGS = {**shared.ARGS, "model": "a1", "res": 256}
@@ -24,3 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def runs(arg: str = "") -> list[tuple[str, str]]:
     return [(model, shared.with_fields(arg, model=model)) for model in shared.LADDER]
+
+
+def study(arg: str = "") -> list[Cell]:
+    return shared.trains("fig2", runs(arg))

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from scaling_perception.scaling.study import Cell
+
 from . import shared
 
 ARGS = {**shared.ARGS, "model": "a1", "res": 256}
@@ -30,3 +32,16 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def runs(arg: str = "") -> list[tuple[str, str]]:
     return [(model, shared.with_fields(arg, model=model)) for model in shared.LADDER]
+
+
+STEPS, MEMBERS, MEASURED = (1, 2, 5, 10, 20, 50, 100, 200), (1, 2, 5, 10, 15, 20, 50), ("a2", "a4", "a6")
+
+
+def study(arg: str = "") -> list[Cell]:
+    args = shared.read(arg, ARGS)
+    return [
+        *shared.trains("fig3", runs(arg)),
+        *(shared.evaluates(args, f"eval/{model}", f"{{{model}}}") for model in shared.LADDER),
+        *(shared.evaluates(args, f"steps/{model}", f"{{{model}}}", steps=STEPS) for model in MEASURED),
+        *(shared.evaluates(args, f"members/{model}", f"{{{model}}}", members=MEMBERS) for model in MEASURED),
+    ]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from scaling_perception.scaling.study import Cell
 from scaling_perception.support.errors import UserError, did_you_mean
 
 from . import shared
@@ -34,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
             args, "depth", str(Path(args.runs) / "fig4" / _name("pretrain", args.pretrained)), "ablation"
         )
     config = shared.pretraining(args)
-    config.train.steps = args.pretrained
+    config.train.steps = args.pretrained // 20_000 if args.trial else args.pretrained
     return config
 
 
@@ -45,3 +46,14 @@ def runs(arg: str = "") -> list[tuple[str, str]]:
 
 def _name(stage: str, steps: int) -> str:
     return f"{stage}-{steps // 1000}k"
+
+
+def study(arg: str = "") -> list[Cell]:
+    args, found = shared.read(arg, ARGS), dict(runs(arg))
+    cells = []
+    for steps in STEPS:
+        before, after = _name("pretrain", steps), _name("finetune", steps)
+        started = shared.with_fields(found[after], init=f"{{{before}}}")
+        cells += shared.trains("fig4", [(before, found[before]), (after, started)], pretrained=steps)
+        cells.append(shared.evaluates(args, f"eval/{steps // 1000}k", f"{{{after}}}"))
+    return cells

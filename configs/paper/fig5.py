@@ -16,6 +16,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from scaling_perception.scaling.study import Cell
+
 from . import shared
 
 ARGS = {**shared.ARGS, "model": "XL/2", "res": 256}
@@ -33,3 +35,12 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def runs(arg: str = "") -> list[tuple[str, str]]:
     return [(f"{shared.plain(name)}-{res}", shared.with_fields(arg, model=name, res=res)) for name, res in GRID]
+
+
+def study(arg: str = "") -> list[Cell]:
+    args = shared.read(arg, ARGS)
+    names = [name for name, _ in runs(arg)]
+    return [
+        *shared.trains("fig5", runs(arg)),
+        *(shared.evaluates(args, f"eval/{name}", f"{{{name}}}") for name in names),
+    ]

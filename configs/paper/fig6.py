@@ -18,6 +18,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from scaling_perception.scaling.study import Cell
+
 from . import shared
 
 ARGS = {**shared.ARGS, "model": "a2", "res": 256, "experts": 8, "active": 2, "gating": "renormalised"}
@@ -28,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     args = shared.read(arg, ARGS)
     config = shared.finetune(args, "depth", str(Path(args.runs) / "fig3" / args.model), "ablation")
     config.model_changes.update({"experts": args.experts, "active_experts": args.active, "gating": args.gating})
-    config.train.steps = 15_000
+    config.train.steps = shared.TRIAL_STEPS // 2 if args.trial else 15_000
     return config
 
 
@@ -38,3 +40,19 @@ def runs(arg: str = "") -> list[tuple[str, str]]:
         (f"{model}-{experts}E{active}A", shared.with_fields(arg, model=model, experts=experts, active=active))
         for model, experts, active in grid
     ]
+
+
+def study(arg: str = "") -> list[Cell]:
+    args = shared.read(arg, ARGS)
+    cells = []
+    for model in ("a2", "a3", "a4"):  # the models of Fig. 3 that the others go on from
+        start = ",".join(part for part in arg.split(",") if part.partition("=")[0] in {*shared.ARGS, "res"})
+        spec = f"configs/paper/fig3.py:{shared.with_fields(start, model=model)}"
+        known = {"model": model, "resolution": args.res, "experts": "dense", "made_by": spec}
+        folder = str(Path(args.runs) / "fig3" / model)
+        dense = shared.evaluates(args, f"eval/{model}-dense", folder)
+        cells.append(dense._replace(labels=known))
+    for name, own in runs(arg):
+        cells += shared.trains("fig6", [(name, own)], experts=name.partition("-")[2])
+        cells.append(shared.evaluates(args, f"eval/{name}", f"{{{name}}}"))
+    return cells

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from scaling_perception.scaling.study import Cell
 from scaling_perception.support.errors import UserError, did_you_mean
 
 from . import shared
@@ -33,9 +34,25 @@ def get_config(arg: str = "") -> ConfigDict:
         return shared.finetune(args, "generalist", shared.dit_folder(args, args.res), "final")
     config = shared.finetune(args, "generalist", str(Path(args.runs) / "fig9" / "dense"), "final")
     config.model_changes.update({"experts": 8, "active_experts": 2, "gating": args.gating})
-    config.train.steps = 4_000
+    config.train.steps = shared.TRIAL_STEPS // 2 if args.trial else 4_000
     return config
 
 
 def runs(arg: str = "") -> list[tuple[str, str]]:
     return [(stage, shared.with_fields(arg, stage=stage)) for stage in STAGES]
+
+
+DATASETS = {"depth": "hypersim", "flow": "flying_chairs", "amodal": "pix2gestalt"}
+SHOWN, TIMES = "8", "1000,800,600,400,200,0"
+
+
+def study(arg: str = "") -> list[Cell]:
+    args, (dense, upcycled) = shared.read(arg, ARGS), runs(arg)
+    started = shared.with_fields(upcycled[1], init="{dense}")
+    cells = shared.trains("fig9", [dense, (upcycled[0], started)])
+    count = () if args.trial else ("--count", SHOWN)
+    for task, dataset in DATASETS.items():
+        panels = (*count, "--panels", SHOWN)
+        given = {"task": task, "dataset": dataset, "steps": (200,), "members": (5,), "more": panels}
+        cells.append(shared.evaluates(args, f"eval/{task}", "{upcycled}", **given))
+    return cells

@@ -14,6 +14,8 @@ Arguments: ``model`` preset; ``res`` pixels; the others are told in configs/pape
 
 from ml_collections import ConfigDict
 
+from scaling_perception.scaling.study import Cell
+
 from . import shared
 
 ARGS = {**shared.ARGS, "model": "S/2-8E2A", "res": 256}
@@ -26,3 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def runs(arg: str = "") -> list[tuple[str, str]]:
     return [(f"{shared.plain(name)}-{res}", shared.with_fields(arg, model=name, res=res)) for name, res in GRID]
+
+
+def study(arg: str = "") -> list[Cell]:
+    return shared.trains("tab2", runs(arg))

@@ -15,6 +15,8 @@ Arguments: ``model`` preset; ``res`` pixels; the others are told in configs/pape
 
 from ml_collections import ConfigDict
 
+from scaling_perception.scaling.study import Cell
+
 from . import shared
 
 ARGS = {**shared.ARGS, "model": "XL/2", "res": 512}
@@ -27,3 +29,18 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def runs(arg: str = "") -> list[tuple[str, str]]:
     return [("depth", arg)]
+
+
+SETS = {"hypersim": "val", "eth3d": "all", "nyuv2": "test", "scannet": "val", "diode": "val"}  # name: split
+
+
+def study(arg: str = "") -> list[Cell]:
+    args = shared.read(arg, ARGS)
+    known = {"steps": (200,), "members": (5,), "more": ("--reduce", "marigold")}
+    return [
+        *shared.trains("tab3", runs(arg)),
+        *(
+            shared.evaluates(args, f"eval/{name}", "{depth}", dataset=name, split=split, **known, published=name)
+            for name, split in SETS.items()
+        ),
+    ]

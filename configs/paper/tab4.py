@@ -14,6 +14,8 @@ Arguments: ``model`` preset; ``res`` pixels; the others are told in configs/pape
 
 from ml_collections import ConfigDict
 
+from scaling_perception.scaling.study import Cell
+
 from . import shared
 
 ARGS = {**shared.ARGS, "model": "XL/2", "res": 512}
@@ -26,3 +28,11 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def runs(arg: str = "") -> list[tuple[str, str]]:
     return [("flow", arg)]
+
+
+def study(arg: str = "") -> list[Cell]:
+    known = {"task": "flow", "dataset": "flying_chairs", "steps": (200,), "members": (1, 5)}
+    return [
+        *shared.trains("tab4", runs(arg)),
+        shared.evaluates(shared.read(arg, ARGS), "eval/flying_chairs", "{flow}", **known, published="flying_chairs"),
+    ]

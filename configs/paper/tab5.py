@@ -14,6 +14,8 @@ Arguments: ``model`` preset; ``res`` pixels; the others are told in configs/pape
 
 from ml_collections import ConfigDict
 
+from scaling_perception.scaling.study import Cell
+
 from . import shared
 
 ARGS = {**shared.ARGS, "model": "XL/2", "res": 256}
@@ -26,3 +28,18 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def runs(arg: str = "") -> list[tuple[str, str]]:
     return [("amodal", arg)]
+
+
+SETS = {"coco_amodal": "val", "pix2gestalt": "val", "mp3d_amodal": "test"}  # name: split
+
+
+def study(arg: str = "") -> list[Cell]:
+    args = shared.read(arg, ARGS)
+    known = {"task": "amodal", "steps": (200,), "members": (5,)}
+    return [
+        *shared.trains("tab5", runs(arg)),
+        *(
+            shared.evaluates(args, f"eval/{name}", "{amodal}", dataset=name, split=split, **known, published=name)
+            for name, split in SETS.items()
+        ),
+    ]

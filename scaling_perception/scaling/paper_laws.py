@@ -41,6 +41,29 @@ def published_laws() -> dict[str, PublishedLaw]:
     return out
 
 
+class PublishedValue(NamedTuple):
+    """One value of a table or figure; ``settings`` say of which model or setting."""
+
+    figure: str
+    dataset: str
+    metric: str
+    value: float
+    settings: str
+    text: str
+
+
+def published_values(figure: str) -> list[PublishedValue]:
+    """The single values of a figure or table (tab3), as many as are published; ``text`` as printed."""
+    table = read_table(FILE)
+    names = ("figure", "kind", "dataset", "metric", "settings", "value")
+    rows = zip(*(table.text(name) for name in names), strict=True)
+    return [
+        PublishedValue(found, dataset, metric, float(value), settings, value)
+        for found, kind, dataset, metric, settings, value in rows
+        if kind == "point" and found == figure
+    ]
+
+
 def published_points(figure: str) -> Table:
     """Points made from the law of a figure, evenly spaced in log MACs: columns macs and the metric.
 

@@ -15,10 +15,11 @@ from scaling_perception.models.config import DiTConfig, config_from_dict
 from scaling_perception.models.dit import count_params
 from scaling_perception.models.presets import at_resolution
 from scaling_perception.scaling.compute import TRAINING_FACTOR, forward_macs
-from scaling_perception.scaling.dry_run import LENGTHS, MFU, encoder_family, encoding_macs
+from scaling_perception.scaling.dry_run import MFU, encoder_family, encoding_macs
 from scaling_perception.scaling.study import Cell
 from scaling_perception.scaling.study_table import read_metrics
 from scaling_perception.scaling.topologies import CHIPS
+from scaling_perception.support.configs import load_config
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import read_json
 from scaling_perception.support.verbs import make_parser
@@ -142,8 +143,6 @@ def _params(dit: DiTConfig) -> int:
 
 
 def _config(cell: Cell) -> Any:
-    from scaling_perception.support.configs import load_config
-
     words = [word for word in cell.words if not word.startswith("--config.")]
     overrides = [word.removeprefix("--config.") for word in cell.words if word.startswith("--config.")]
     return load_config(words[words.index("--config") + 1], overrides)
@@ -151,13 +150,16 @@ def _config(cell: Cell) -> Any:
 
 def _evaluation(cell: Cell, known: Mapping[str, Cell]) -> Cost:
     args = make_parser("evaluate").parse_args([*cell.words, "--json", "x"])
-    name = args.model.strip("{}")
-    if args.model.startswith("{") and name in known:
-        config = _config(known[name])
+    needed, made_by = cell.needs(), cell.labels.get("made_by")
+    if needed and args.model.startswith("{"):
+        config = _config(known[needed[0]])
+        dit, family = network_of(config), encoder_family(config)
+    elif (dit := _of_folder(args.model)) is None and made_by:
+        config = load_config(made_by)
         dit, family = network_of(config), encoder_family(config)
     else:
-        dit, family = _of_folder(args.model), None
-    count = args.count or (64 if args.dataset == "scenes" else LENGTHS.get(args.dataset, 0))
+        family = None
+    count = args.count or (64 if args.dataset == "scenes" else _length(args.dataset, args.split))
     if dit is None or not count:
         what = f"model {args.model} is not here" if dit is None else f"how many images {args.dataset} has: give --count"
         return Cost(cell.name, cell.verb, None, None, 0.0, f"not known: {what}")
@@ -175,6 +177,14 @@ def _evaluation(cell: Cell, known: Mapping[str, Cell]) -> Cost:
             "encoder", sizes, side, side
         )
     return Cost(cell.name, cell.verb, _params(dit), float(forwards) * forward_macs(dit), float(pictures))
+
+
+def _length(dataset: str, split: str) -> int:
+    """How many images a dataset's split has by what is published; 0: not known."""
+    from scaling_perception.evaluation.protocols import RECORDS
+
+    found = RECORDS.get(dataset, {}).get("samples", {}).get(split, 0)
+    return max(found) if isinstance(found, list) else found
 
 
 def _of_folder(name: str) -> DiTConfig | None:

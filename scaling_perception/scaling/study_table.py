@@ -62,7 +62,7 @@ def collect(cells: Sequence[Cell], out: Path, images: bool = False) -> tuple[lis
             words = list(cell.words)
             model = words[words.index("--model") + 1] if "--model" in words else ""
             name = _referred(model)
-            facts = run_facts(name, known, out) if name in known else {}
+            facts = run_facts(name, known, out, _step_of(model)) if name in known else {}
             labels = dict(known[name].labels) if name in known else {}
             rows += [{**labels, **row, **facts, **head} for row in _figures(out / cell.name, images)]
     told = f"{len(cells) - len(missing)}/{len(cells)}"
@@ -84,9 +84,12 @@ def table_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def run_facts(name: str, cells: Mapping[str, Cell], out: Path) -> dict[str, Any]:
+def run_facts(name: str, cells: Mapping[str, Cell], out: Path, step: int | None = None) -> dict[str, Any]:
     """What a training cell's ``run.json`` and last line of metrics say of the run, with the compute of all runs that it
     goes back to.
+
+    Args:
+        step: of a model that was exported on the way (``train.export_kept``); None is the finished one.
 
     Raises:
         UserError: the files are missing or damaged.
@@ -94,6 +97,10 @@ def run_facts(name: str, cells: Mapping[str, Cell], out: Path) -> dict[str, Any]
     record, last = read_json(out / name / "run.json"), list(read_metrics(out / name))[-1:]
     if not last:
         raise UserError(f"{out / name / 'metrics.jsonl'} is empty: remove the folder to do the cell again")
+    if step is not None:  # compute and samples grow evenly
+        share = step / last[0]["step"]
+        last = [{**last[0], "step": step, "samples": round(share * last[0]["samples"])}]
+        last[0] |= {} if last[0].get("macs") is None else {"macs": share * last[0]["macs"]}
     config, own = record["config"], last[0].get("macs")
     total, start = own, _referred(_init_of(cells[name]))
     if start in cells and total is not None:
@@ -120,6 +127,12 @@ def _init_of(cell: Cell) -> str:
         if found:
             return found[1]
     return ""
+
+
+def _step_of(model: str) -> int | None:
+    """The step of an exported model on the way, such as ``{run}/models/5000``."""
+    found = re.search(r"/models/(\d+)$", model)
+    return int(found[1]) if found else None
 
 
 def _referred(text: str) -> str:

@@ -72,7 +72,8 @@ def config_runs(spec: str) -> list[tuple[str, str]]:
     if not callable(getattr(module, "runs", None)):
         raise UserError(f"{path} is one run: give it to `train` as it is")
     file = spec.partition(".py:")[0].removesuffix(".py") + ".py"
-    return [(name, f"{file}:{own}") for name, own in module.runs(arg)]
+    with _own_errors(path):
+        return [(name, f"{file}:{own}") for name, own in module.runs(arg)]
 
 
 def run_declaration(spec: str, names: Sequence[str]) -> tuple[str, list[Any]]:
@@ -86,7 +87,8 @@ def run_declaration(spec: str, names: Sequence[str]) -> tuple[str, list[Any]]:
     module = _execute(path)
     for name in names:
         if callable(getattr(module, name, None)):
-            return name, config_runs(spec) if name == "runs" else list(getattr(module, name)(arg))
+            with _own_errors(path):
+                return name, config_runs(spec) if name == "runs" else list(getattr(module, name)(arg))
     raise UserError(f"{path} declares no {' and no '.join(f'{name}(arg)' for name in names)}: see docs/study.md")
 
 

@@ -176,6 +176,7 @@ FIELDS: dict[str, Field] = {
     "train.checkpoint_every": Field(1000, "between checkpoints", _FROM_1, unit="steps", free=True),
     "train.keep": Field(2, "newest checkpoints that stay", _FROM_1, unit="checkpoints", free=True),
     "train.keep_every": Field(0, "and all at multiples of this; 0 = none", _COUNT, unit="steps", free=True),
+    "train.export_kept": Field(False, "also export the average at those multiples, as models/STEP", free=True),
     "train.keep_best": Field(0, "and those whose metric is smallest; 0 = none", _COUNT, unit="checkpoints", free=True),
     "train.best_metric": Field(
         "", "which: any that is logged; empty = held_out_loss where it is measured, else loss", free=True
