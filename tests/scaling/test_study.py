@@ -147,10 +147,15 @@ def test_other_settings_are_refused_by_name(tmp_path):
         check_settings([A, B], tmp_path, lambda cell: now[cell.name])
 
 
-def test_configs_that_list_runs_are_studies():
-    cells = study_cells("configs/paper/fig4.py:data=DATA")
-    assert len(cells) == 8 and {cell.verb for cell in cells} == {"train"}
-    assert cells[4].name == "finetune-60k" and "stage=finetune" in cells[4].words[1]
+def test_configs_that_list_runs_are_studies(tmp_path):
+    listed = tmp_path / "listed.py"
+    listed.write_text("def runs(arg=''):\n    return [(f'run{n}', f'{arg},n={n}') for n in (1, 2)]\n")
+    cells = study_cells(f"{listed}:data=DATA")
+    assert [(cell.name, cell.verb) for cell in cells] == [("run1", "train"), ("run2", "train")]
+    assert cells[1].words == ("--config", f"{listed}:data=DATA,n=2")
+    listed.write_text("def runs(arg=''):\n    return [].pop()\n")
+    with pytest.raises(UserError, match="listed.py, line 2: IndexError"):
+        study_cells(str(listed))
     with pytest.raises(UserError, match="declares no study"):
         study_cells("configs/mini.py")
 
