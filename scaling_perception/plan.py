@@ -184,8 +184,9 @@ def _stages(choice: dict[str, Any], size: "Size | None", args: argparse.Namespac
         specs = [f"configs/{args.task}.py:model={dense},res={pixels}",
                  f"configs/upcycle.py:task={args.task},model={dense},res={pixels},{split},init={{init}}"]  # fmt: skip
     else:
-        join = "," if ".py:" in size.config else ":"
-        specs = [f"configs/pretrain.py:model={dense},res={pixels}", f"{size.config}{join}init={{init}}"]
+        own = f"configs/from_dit.py:task={args.task},model={dense},res={pixels}" if not args.config else size.config
+        join = "," if ".py:" in own else ":"
+        specs = [f"configs/pretrain.py:model={dense},res={pixels}", f"{own}{join}init={{init}}"]
     pairs = zip(specs, choice["stage_samples"], strict=True)
     stages = [(spec, max(int(count // _batch(spec)), 1)) for spec, count in pairs]
     choice["stage_steps"] = [steps for _, steps in stages]

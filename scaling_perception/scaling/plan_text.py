@@ -94,6 +94,8 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, list):
         return ", ".join(map(_cell, value))
+    if isinstance(value, int):
+        return f"{value:,}"
     return value if isinstance(value, str) else f"{value:.4g}" if abs(value) >= 1e5 else f"{value:,.6g}"
 
 

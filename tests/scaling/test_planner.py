@@ -324,3 +324,37 @@ def test_measured_budgets_are_chosen_as_predict_chooses(capsys):
     text = capsys.readouterr().out
     assert f"{found.steps} steps, {found.ensemble} members" in text
     assert f"--steps {found.steps} --ensemble {found.ensemble}" in text
+
+
+def test_what_is_no_number_is_a_law_for_each(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, ranges = ("steps", "ensemble"), ((1, 200), (1, 50))
+    for name, a in (("fixed", 0.3), ("paper", 0.6)):
+        law = law_of("test_time", names, (0.2, a, 0.8, 0.1, 1.0), ranges=ranges, y="abs_rel", spread=1e-3)
+        write_law(f"{name}.json", law)
+    words = ["plan", "--law", "fixed=fixed.json", "paper=paper.json", "--budget", "5e12", "--sizes", "a2"]
+    assert main([*words, "--model", "runs/a2", "--json", "plan.json"]) == 0
+    text = capsys.readouterr().out
+    assert "fixed, before paper" in text and "--preset fixed" in text
+    other = json.loads((tmp_path / "plan.json").read_text())["alternatives"][0]
+    assert other["name"] == "paper" and other["told_apart"]
+    assert main([*words, "--seconds", "1e-9", "--chip", "h100"]) == 2
+    assert "fixed: no option is within the limits, at most 1e-09 seconds" in capsys.readouterr().err
+
+
+def test_sizes_with_a_config_have_commands_and_memory(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ranges = ((1e15, 1e18), (1e14, 1e17))
+    law = law_of("test_time", ("pretrain_macs", "finetune_macs"), (0.1, 100.0, 0.2, 40.0, 0.15), ranges=ranges)
+    write_law("law.json", law)
+    words = ["plan", "--law", "law.json", "--budget", "1e17", "--sizes", "nano", "--resolution", "64", "--chip", "v5e"]
+    assert main([*words, "--json", "plan.json"]) == 0
+    plan_, text = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
+    pretrain, finetune, evaluate = plan_["commands"]
+    assert "configs/pretrain.py:model=nano,res=64" in pretrain and "configs/from_dit.py:task=depth" in finetune
+    folder = pretrain.split("--workdir ")[1].split()[0]
+    assert f"init={folder}" in finetune and f"train.steps={plan_['choice']['stage_steps'][1]}" in finetune
+    assert f"--model {finetune.split('--workdir ')[1].split()[0]}" in evaluate
+    assert "GB by the dry run, of 16.9 GB" in text
+    assert main([*words, "--memory", "1e-6"]) == 2
+    assert "does not fit" in capsys.readouterr().err
