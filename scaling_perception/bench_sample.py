@@ -34,6 +34,7 @@ from scaling_perception.bench_ways import (
     torch_prediction,
 )
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.stopping import removed_when_stopped
 from scaling_perception.support.verbs import COUNT, POSITIVE
 
 COMPILE_SECONDS = 120  # what torch.compile may take
@@ -138,7 +139,7 @@ def _once(args: argparse.Namespace) -> dict[str, Any]:
 
 def _in_a_process(args: argparse.Namespace, name: str, limit: float | None = None) -> dict[str, int] | str:
     """What `_once` tells of a way of sampling, or why it tells nothing."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, removed_when_stopped(folder):
         file = Path(folder) / "once.json"
         words = [sys.executable, "-m", "scaling_perception", "bench", "sample", "--once", name, "--json", str(file)]
         for field in _SAME:

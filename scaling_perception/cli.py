@@ -3,7 +3,7 @@
 Each verb is a module of this package with ``EXAMPLES``, ``add_arguments(parser)`` and ``run(args)``; only the one that
 is asked for is imported, so that ``--help`` stays instant. Exit codes: 0 done; 2 the user's input is wrong (one line
 says what and how to mend it), or the machine refuses it: no such device, no memory, no permission; 1 a bug or an
-outside failure; 130 interrupted. Output that nobody reads (``| head``) ends no command.
+outside failure; 130 interrupted; 143 stopped by SIGTERM. Output that nobody reads (``| head``) ends no command.
 """
 
 import sys
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from scaling_perception.support.compilation import keep_compiled_programs, quiet_libtpu
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.failures import explain, memory_cause
+from scaling_perception.support.stopping import answer_signals, leave_at_once, wait_if_leaving
 from scaling_perception.support.streams import keep_standard_streams
 from scaling_perception.support.verbs import run_verb
 
@@ -34,6 +35,8 @@ VERBS = {
 }
 # Each of several processes that run one of these would do all of it, and write the same files.
 IN_ONE_PROCESS = ("quickstart", "prepare", "evaluate", "predict", "generate", "convert", "bench")
+# Interrupted, these keep what they have finished.
+GO_ON = ("quickstart", "prepare", "train", "evaluate", "predict", "study")
 
 MEMORY_HINTS = {
     "predict": "give a smaller --batch-size (images × members at once), or fewer --ensemble members",
@@ -82,8 +85,17 @@ def _run(words: Sequence[str]) -> int:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command; returns its exit code.
+
+    Args:
+        words: the command; None: that of this process, which is then ended by SIGINT and SIGTERM at any moment. With
+            words the caller's handlers stay, and a KeyboardInterrupt gives 130.
+    """
     keep_standard_streams()
+    if words is None:
+        goes_on = sys.argv[1:2] and sys.argv[1] in GO_ON
+        again = "the same command goes on from what is finished" if goes_on else "the same command starts anew"
+        answer_signals(again)
     try:
         code = _run(list(sys.argv[1:] if words is None else words))
         sys.stdout.flush()  # an error of it is told here, not by the interpreter at its end
@@ -91,8 +103,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(str(error), error.code)
     except KeyboardInterrupt:
-        print("scaling-perception: interrupted", file=sys.stderr)
-        return 130
+        if words is None:  # raised by a verb's own handler
+            leave_at_once(130, "scaling-perception: interrupted")
+        return _refuse("interrupted", 130)
     except Exception as error:
         line = explain(error)
         if line is None:
@@ -100,8 +113,11 @@ def main(words: Sequence[str] | None = None) -> int:
         given = sys.argv[1:] if words is None else words
         hint = MEMORY_HINTS.get(given[0] if given else "", "") if memory_cause(error) else ""
         return _refuse(line + (f": {hint}" if hint else ""))
+    finally:
+        wait_if_leaving()  # a signal that came while the command ended decides its exit code
 
 
 def _refuse(line: str, code: int = 2) -> int:
+    wait_if_leaving()  # what fails because the process is ending is no news
     print(f"scaling-perception: {line}", file=sys.stderr)
     return code

@@ -15,6 +15,7 @@ from scaling_perception.data.contents import changes
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.failures import explain_os
 from scaling_perception.support.locks import hold
+from scaling_perception.support.stopping import finished_first
 
 _FORMAT = 1
 
@@ -101,9 +102,10 @@ class Journal:
             UserError: the disk is full.
         """
         try:
-            self._file.write(json.dumps(group).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with finished_first():
+                self._file.write(json.dumps(group).encode() + b"\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; free space, then run again") from None
 

@@ -33,6 +33,7 @@ from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_json, write_text
 from scaling_perception.support.locks import hold
 from scaling_perception.support.progress import progress
+from scaling_perception.support.stopping import finished_first, removed_when_stopped
 
 TORCH_SUFFIXES = torch_files.SUFFIXES
 _KL_FILE = "diffusion_pytorch_model.safetensors"
@@ -228,8 +229,9 @@ def write(checkpoint: Checkpoint, plan: Plan, target: Path, shard_bytes: int) ->
     with _stage(target, plan.bytes * (2 if plan.to == "torch" else 1)) as stage:
         if plan.to == "torch":
             _write_torch(checkpoint, plan, stage / target.name, digests)
-            os.replace(stage / target.with_suffix(".json").name, target.with_suffix(".json"))
-            os.replace(stage / target.name, target)
+            with finished_first():
+                os.replace(stage / target.with_suffix(".json").name, target.with_suffix(".json"))
+                os.replace(stage / target.name, target)
             return plan.bytes
         writers = {"dit": _write_dit, "kl": _write_kl, "tiny": _write_tiny, "clip": _write_clip}
         writers[checkpoint.family](checkpoint, plan, stage, shard_bytes, digests)
@@ -276,8 +278,9 @@ def _stage(target: Path, needed: int) -> Iterator[Path]:
                     f"cannot write {target}: it takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} are free; free space "
                     "or choose another place"
                 )
-            stage.mkdir()
-            yield stage
+            with removed_when_stopped(stage):
+                stage.mkdir()
+                yield stage
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
@@ -285,9 +288,10 @@ def _stage(target: Path, needed: int) -> Iterator[Path]:
 def _into_place(stage: Path, target: Path) -> None:
     old = target.absolute().with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(stage, target.absolute())
+    with finished_first():
+        if target.exists():
+            os.replace(target, old)
+        os.replace(stage, target.absolute())
     shutil.rmtree(old, ignore_errors=True)
 
 

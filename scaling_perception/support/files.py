@@ -12,6 +12,7 @@ from typing import Any
 
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.failures import explain_os
+from scaling_perception.support.stopping import making_temporary
 
 _UMASK = threading.Lock()
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -33,11 +34,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: it is there and is no regular file; choose another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        with making_temporary() as temporaries:
+            handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+            temporaries.add(temporary := Path(name).absolute())
         os.close(handle)
     except OSError as error:
         raise UserError(f"cannot write {explain_os(error, path)}") from error
-    temporary = Path(name)
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -54,6 +56,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+        temporaries.discard(temporary)
 
 
 def _sync_folder(folder: Path) -> None:

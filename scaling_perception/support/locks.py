@@ -20,6 +20,7 @@ from typing import Any
 
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.failures import explain_os
+from scaling_perception.support.stopping import removed_when_stopped
 
 # Seconds to wait for a holder, who may just have been killed: his kernel lets go once his memory is freed, an NFS
 # server once the lease of his machine (90 s, usually) is over.
@@ -45,7 +46,8 @@ def hold(path: str | os.PathLike[str], what: str, mend: str, wait: bool = False)
     path = Path(path)
     file = _take(path, what, mend, wait)
     try:
-        yield
+        with removed_when_stopped(path):
+            yield
     finally:
         with contextlib.suppress(OSError):
             path.unlink()  # while it is still locked: who opened it before finds out in ``_same``

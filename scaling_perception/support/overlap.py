@@ -8,6 +8,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from scaling_perception.support.stopping import finished_first
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -53,11 +55,11 @@ class WriteBehind:
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> None:
         if self._pool is None:
-            function(*args)
+            _whole(function, *args)
             return
         while len(self._waiting) >= self._most:
             self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(function, *args))
+        self._waiting.append(self._pool.submit(_whole, function, *args))
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if self._pool is None:
@@ -69,15 +71,24 @@ class WriteBehind:
             self._pool.shutdown(wait=True)
 
 
+def _whole(function: Callable[..., Any], *args: Any) -> None:
+    with finished_first():
+        function(*args)
+
+
 @contextlib.contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """Within the block SIGTERM leaves it as an exception would, with exit code 143, so that it can clean up."""
+    """Within the block SIGTERM leaves it as an exception would, with exit code 143, so that it can clean up.
+
+    A handler that is there already stays, as that of the command line.
+    """
 
     def leave(number: int, frame: Any) -> None:
         del frame
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+    main = threading.current_thread() is threading.main_thread()  # only it may set handlers
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
     before = signal.signal(signal.SIGTERM, leave)
