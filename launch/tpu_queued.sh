@@ -17,6 +17,7 @@ set -euo pipefail
 fail() { echo "tpu_queued.sh: $1 (see --help)" >&2 && exit 2; }
 value() { if [[ $2 ]]; then printf -v "${1#--}" %s "$2"; else fail "$1 has no value"; fi; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source=(scaling_perception configs launch pyproject.toml README.md LICENSE) # what hosts need: no data, models or results
 name='' type='' zone='' bucket='' version='' slices=1 spot=() dry_run=''
 while (($#)); do
   case $1 in
@@ -55,7 +56,7 @@ state() {
   queued describe --format='value(state.state)' 2>"$work/error" || { grep -q NOT_FOUND "$work/error" && echo ABSENT; } || true
 }
 submit() {
-  run tar -czf "$work/source.tgz" -C "$here" --exclude={.git,runs,cache,venv,.venv,__pycache__} .
+  run tar -czf "$work/source.tgz" -C "$here" --exclude=__pycache__ "${source[@]}"
   run gcloud storage cp "$work/source.tgz" "$here/launch/tpu_worker.sh" "$work/start.sh" "$place/"
   queued create "${nodes[@]}" --accelerator-type "$type" --runtime-version "${version:-$default}" "${spot[@]}" \
     --metadata-from-file "startup-script=$work/start.sh"

@@ -20,6 +20,7 @@ set -euo pipefail
 fail() { echo "tpu_vm.sh: $1 (see --help)" >&2 && exit 2; }
 value() { if [[ $2 ]]; then printf -v "${1#--}" %s "$2"; else fail "$1 has no value"; fi; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source=(scaling_perception configs launch pyproject.toml README.md LICENSE) # what hosts need: no data, models or results
 name='' type='' zone='' bucket='' version='' spot=() dry_run='' pause=${PAUSE:-30} tries=${TRIES:-3}
 while (($#)); do
   case $1 in
@@ -53,7 +54,7 @@ create() { # waits while there is no room for it; another error is for a person
   done
 }
 install() {
-  run tar -czf "$work/source.tgz" -C "$here" --exclude={.git,runs,cache,venv,.venv,__pycache__} . &&
+  run tar -czf "$work/source.tgz" -C "$here" --exclude=__pycache__ "${source[@]}" &&
     tpu ssh "$name" --worker=all --command 'mkdir -p scaling-perception' &&
     tpu scp "$work/source.tgz" "$here/launch/tpu_worker.sh" "$name:scaling-perception/" --worker=all &&
     hosts setup "$bucket"

@@ -7,6 +7,7 @@ outside failure; 130 interrupted; 143 stopped by SIGTERM. Output that nobody rea
 """
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 from scaling_perception.support.compilation import keep_compiled_programs, quiet_libtpu
@@ -84,6 +85,19 @@ def _run(words: Sequence[str]) -> int:
     return run_verb(verb, rest)
 
 
+def _note(message: Warning | str, *_: object, **__: object) -> str:
+    return f"note: {' '.join(str(message).split())}\n"
+
+
+def _warnings_as_notes() -> None:
+    """Show Python's warnings, our own and those of libraries, as one line without the place in the source.
+
+    Whoever asks Python for warnings (``-W``, PYTHONWARNINGS) gets Python's own form.
+    """
+    if not sys.warnoptions:
+        warnings.formatwarning = _note
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
@@ -93,6 +107,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     keep_standard_streams()
     if words is None:
+        _warnings_as_notes()
         goes_on = sys.argv[1:2] and sys.argv[1] in GO_ON
         again = "the same command goes on from what is finished" if goes_on else "the same command starts anew"
         answer_signals(again)

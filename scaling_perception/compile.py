@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
     prepare_environment(args.topology)
     from scaling_perception.support.configs import load_config
     from scaling_perception.support.files import write_json
+    from scaling_perception.support.progress import waiting
 
     config = load_config(args.config, list(getattr(args, "overrides", [])))
     if args.batch is not None and args.batch < 1:
@@ -58,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
     names = WHAT if args.what == "all" else (args.what,)
     reports = []
     for name in names:
-        report, text = compile_program(config, topology, mesh, name, args.batch, args.steps, args.ensemble)
+        with waiting(f"compiling {name} for {mesh.size} devices of {topology.name}"):
+            report, text = compile_program(config, topology, mesh, name, args.batch, args.steps, args.ensemble)
         reports.append({"config": args.config, "overrides": list(getattr(args, "overrides", [])), **report})
         print(describe(report), flush=True)
         if args.hlo and name == names[-1]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.verbs import COUNT, NOT_NEGATIVE, POSITIVE, SEED
+from scaling_perception.support.verbs import COUNT, NOT_NEGATIVE, POSITIVE, SEED, STEPS
 
 if TYPE_CHECKING:
     from scaling_perception.data.find import Item
@@ -36,8 +36,8 @@ scaling-perception predict --repeat out/photo_depth.json --out again
 """
 
 SETTINGS: dict[str, tuple[Any, str, str]] = {
-    "steps": (int, "T", "denoising steps (default 10)"),
-    "ensemble": (int, "N", "members that are merged (default 5)"),
+    "steps": (STEPS, "T", "denoising steps (default 10)"),
+    "ensemble": (COUNT, "N", "members that are merged (default 5)"),
     "preset": (str, "NAME", "timestep grid: fixed, paper, released (default: the model's own)"),
     "spacing": (str, "NAME", "timestep spacing alone: leading, trailing, linspace"),
     "solver": (str, "NAME", "ddim (default), ddpm, dpm++2m, unipc, single"),
@@ -50,10 +50,10 @@ SETTINGS: dict[str, tuple[Any, str, str]] = {
     "reduce": (str, "NAME", "merging: depth lsq, median, minmax, marigold; flow mean, median"),
     "antithetic": (bool, "", "members in pairs whose noise differs in sign alone"),
     "aspect": (str, "NAME", "pictures that are not square: squash (default), letterbox, tile"),
-    "tolerance": (float, "X", "adaptive members: stop an image once it would move by less than this"),
-    "first": (int, "N", "members of each round of adaptive members (default 2)"),
-    "step_tolerance": (float, "X", "early exit: stop an image's steps once it changes by less than this"),
-    "step_chunk": (int, "T", "steps between two looks of the early exit (default 2)"),
+    "tolerance": (NOT_NEGATIVE, "X", "adaptive members: stop an image once it would move by less than this"),
+    "first": (COUNT, "N", "members of each round of adaptive members (default 2)"),
+    "step_tolerance": (NOT_NEGATIVE, "X", "early exit: stop an image's steps once it changes by less than this"),
+    "step_chunk": (COUNT, "T", "steps between two looks of the early exit (default 2)"),
 }
 """Every field of ``evaluation.settings.Settings``: type, placeholder, help. Written out, for --help must not wait."""
 
@@ -61,7 +61,10 @@ _USUAL = {"model": "mini", "dtype": "float32", "seed": 0, "every": 1, "start": 0
 _BUDGETS = ("budget", "macs", "seconds")
 _CHOSEN_BY_BUDGET = ("steps", "ensemble", "preset", "spacing", "solver")
 _WITH_REPEAT = ("out", "overwrite", "json", "workers", "model", "autoencoder", "repeat")
-_OF_THE_RUN = ("inputs", "list", "null", "recursive", "every", "start", "end", "mask", "overwrite", "json", "repeat")
+_OF_THE_RUN = (
+    *("inputs", "list", "null", "recursive", "every", "start", "end", "mask"),
+    *("overwrite", "resume", "json", "repeat"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +135,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--align-fit", metavar="NAME", help="least-squares (default), or robust where points may be wrong"
     )
     group.add_argument("--overwrite", action="store_true", default=None, help="make existing results again")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        default=None,
+        help="go on with a list: results of other settings are refused, so that they never mix (default: made anew)",
+    )
     group.add_argument("--json", action="store_true", default=None, help="a summary of the run on stdout, as JSON")
     group.add_argument(
         "--repeat", metavar="JSON", help="make the prediction again that this file beside a result tells of"
@@ -151,11 +160,14 @@ def run(args: argparse.Namespace) -> int:
         return _repeat(args, out)
 
     from scaling_perception.data.find import Search, find_inputs, name_results, read_list
+    from scaling_perception.evaluation.outputs import FILES
     from scaling_perception.tasks import get_task
 
     if args.task is None:
         raise UserError("--task is missing: give depth, flow or amodal")
     get_task(args.task)
+    if args.task not in FILES:
+        raise UserError(f"--task {args.task} predicts nothing of a picture: use `scaling-perception generate`")
     _check_flags(args)
     for name, value in _USUAL.items():
         if getattr(args, name) is None:
@@ -191,6 +203,8 @@ def _check_flags(args: argparse.Namespace) -> None:
                 raise UserError(f"{_flag(name)} belongs to {task}, not to {args.task}: leave it out")
     if args.null and args.list is None and "-" not in args.inputs:
         raise UserError("-0 goes with a list: give --list FILE, or - as an input")
+    if args.overwrite and args.resume:
+        raise UserError("--overwrite makes all results again, --resume keeps them: leave out one")
     if args.list == "-" and "-" in args.inputs:
         raise UserError("standard input is named twice: leave out - or --list -")
     for name in _BUDGETS:
@@ -266,7 +280,9 @@ def _by_budget(
     before = None if args.overwrite else chosen_before(out, items, args.task, asked, predictor.id)
     if before is not None:
         settings, budget = before
-        return {name: settings[name] for name in names if settings[name] is not None}, budget
+        chosen = {name: settings[name] for name in names if settings[name] is not None}
+        _say_choice(asked, chosen, budget["expected"])
+        return chosen, budget
     table = load_budgets(find_model(args.model))
     choose(
         table, args.task, args.budget, args.macs, None if args.seconds is None else math.inf
@@ -274,8 +290,22 @@ def _by_budget(
     here = None if args.seconds is None else measure_timing(predictor, args.task)
     choice = choose(table, args.task, args.budget, args.macs, args.seconds, here)
     expected = {name: getattr(choice, name) for name in ("macs", "seconds", "error")}
+    expected["metric"] = (table or {})["tasks"][args.task]["metric"]
     chosen = {name: getattr(choice, name) for name in names if getattr(choice, name) is not None}
+    _say_choice(asked, chosen, expected)
     return chosen, {"asked": asked, "expected": expected}
+
+
+def _say_choice(asked: dict[str, Any], chosen: dict[str, Any], expected: dict[str, Any]) -> None:
+    """One line on what the budget chose, and what the table expects of it."""
+    budget = ", ".join(
+        f"{_flag(name)} {value if isinstance(value, str) else f'{value:g}'}" for name, value in asked.items()
+    )
+    parts = [f"{chosen['steps']} steps, {chosen['ensemble']} members"]
+    parts += [f"{word} {chosen[name]}" for name, word in (("preset", "grid"), ("solver", "solver")) if name in chosen]
+    cost = f"{expected['macs'] / 1e9:.3g} GMACs and {expected['seconds']:.2g} s an image"
+    error = f"{expected.get('metric', 'error')} {expected['error']:.3g}"
+    print(f"{budget}: {', '.join(parts)}; expected {error}, {cost}", file=sys.stderr)
 
 
 # Again
@@ -356,12 +386,22 @@ def _predict(
         request = _request(args, *_by_budget(args, predictor, items, out))
     workers = min(4, os.cpu_count() or 1) if args.workers is None else args.workers
     summary = run_job(
-        predictor, request, items, out, bool(args.overwrite), workers, lambda item: _command(args, item), repeated
+        predictor,
+        request,
+        items,
+        out,
+        bool(args.overwrite),
+        bool(args.resume),
+        workers,
+        lambda item: _command(args, item),
+        repeated,
     )
     kept = f", {summary['kept']} already there" if summary["kept"] else ""
     failed = f", {summary['failed']} failed" if summary["failed"] else ""
     line = f"{request.task}: {summary['written']} written to {out}{kept}{failed}"
     print(line, file=sys.stderr if args.json else sys.stdout)
+    if summary["anew"] is not None:
+        print(f"note: made anew: {summary['anew']}", file=sys.stderr)
     if args.json:
         print(json.dumps(summary, indent=2, allow_nan=False))
     for file in summary["files"]:

@@ -20,9 +20,9 @@ from typing import Any
 from scaling_perception.support.errors import UserError
 
 EXAMPLES = """
-scaling-perception train --config configs/mini.py --workdir runs/mini
+scaling-perception train --config configs/mini.py:cache=,steps=100 --workdir runs/first
 scaling-perception train --config configs/depth.py:model=a1,res=256,root=DATA/hypersim --workdir runs/a1
-scaling-perception train --config configs/mini.py --workdir runs/short --config.train.steps=500 --config.optim.lr=3e-4
+scaling-perception train --config configs/mini.py:cache=runs/latents --workdir runs/mini --config.optim.lr=3e-4
 """
 
 
@@ -106,7 +106,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     from scaling_perception.support.files import write_json
     from scaling_perception.training import averaging, trouble
     from scaling_perception.training.checkpoints import Checkpoints, load_ema, newest_meta
-    from scaling_perception.training.goodput import Clock
+    from scaling_perception.training.goodput import Clock, waiting_advice
     from scaling_perception.training.identity import (
         as_json,
         keep_table,
@@ -240,6 +240,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
             validate = make_validation(objective, config, mesh) if config.train.validate_every else None
             pace, advance = Pace(), None
             window, since_saved, waited, told_at, late = Window(), Window(), 0.0, start, None
+            advised = False
             hook = closing.enter_context(trace_steps(workdir, *traced, _say))
             kind, tokens = mesh.devices.flat[0].device_kind, getattr(objective.model, "tokens", 0)
 
@@ -252,7 +253,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
                 held: Mapping[str, float],
             ) -> None:
                 """Look at what step ``number`` told; stops the run where its state must not be saved."""
-                nonlocal waited, told_at
+                nonlocal waited, told_at, advised
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 refuse_differing(number, read, trouble.inputs_differ)
                 finite = trouble.is_finite(values)
@@ -278,6 +279,9 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
                     row |= {"data_wait": waited / steps / row["seconds_per_step"], "macs": samples * macs}
                     writer.report(number, {**row, **clock.row()})
                     waited = 0.0
+                    if number > start + 1 and not advised and (advice := waiting_advice(row["data_wait"], config)):
+                        advised = True
+                        writer.say(advice)
 
             def refuse_differing(number: int, copies: Any, error: Callable[..., UserError]) -> None:
                 what = differing(copies) if copies is not None else ""

@@ -93,13 +93,24 @@ def test_a_bad_file_does_not_stop_the_rest_and_finished_work_is_kept(predict, pi
 
 
 @pytest.mark.usefixtures("loaded_once")
-def test_other_settings_neither_keep_nor_replace_silently(predict, pictures, tmp_path):
+def test_other_settings_make_a_result_anew_and_say_so(predict, pictures, tmp_path):
+    out = tmp_path / "out"
     predict("depth", pictures / "frame_1.png")
-    text = predict("depth", pictures / "frame_1.png", "--seed", "1", code=2)
-    assert "seed 0, not 1" in text.err and text.err.count("\n") == 1
-    old = np.load(tmp_path / "out" / "frame_1_depth.npy")
-    predict("depth", pictures / "frame_1.png", "--seed", "1", "--overwrite")
-    assert np.abs(np.load(tmp_path / "out" / "frame_1_depth.npy") - old).max() > 1e-3
+    old, record = np.load(out / "frame_1_depth.npy"), (out / "frame_1_depth.json").read_text()
+    text = predict("depth", pictures, "--seed", "1", "--resume", code=2)
+    assert "--resume: 1 of 3 in" in text.err and "--seed 0, now 1" in text.err and text.err.count("\n") == 1
+    assert (out / "frame_1_depth.json").read_text() == record and not list(out.glob("frame_2*")), "nothing was made"
+    assert "leave out one" in predict("depth", pictures, "--resume", "--overwrite", code=2).err
+    text = predict("depth", pictures, "--seed", "1", "--formats", "npy", "--json")
+    notes = [line for line in text.err.splitlines() if line.startswith("note: ")]
+    assert notes == [f"note: made anew: 1 of 3 in {out} had been made with other settings (--seed 0, now 1)"]
+    assert np.abs(np.load(out / "frame_1_depth.npy") - old).max() > 1e-3
+    assert sorted(path.name for path in out.glob("*frame_1_*")) == ["frame_1_depth.json", "frame_1_depth.npy"]
+    assert json.loads((out / "frame_1_depth.json").read_text())["settings"]["seed"] == 1
+    changed = {file["name"]: file.get("changed") for file in json.loads(text.out)["files"]}
+    assert changed == {"frame_1": ["--seed 0, now 1"], "frame_2": None, "frame_10": None}
+    text = predict("depth", pictures, "--seed", "1", "--formats", "npy", "--resume")
+    assert "3 already there" in text.out and "anew" not in text.err
 
 
 @pytest.mark.usefixtures("loaded_once")
@@ -111,7 +122,36 @@ def test_another_picture_of_the_same_name_does_not_take_its_place(predict, pictu
     shutil.copy(pictures / "frame_10.png", moved / "frame_1.png")
     text = predict("depth", moved / "frame_1.png", code=2)
     assert "is the result of" in text.err and "--overwrite" in text.err and text.err.count("\n") == 1
+    text = predict("depth", moved / "frame_1.png", pictures / "frame_2.jpg", "--seed", 1, code=1)
+    assert "1 written" in text.out and "1 failed" in text.out and "is the result of" in text.err
     predict("depth", moved / "frame_1.png", "--overwrite")
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_one_results_fault_is_not_the_jobs(predict, pictures, tmp_path):
+    out, deep = tmp_path / "out", pictures / "a"
+    (out / "frame_2_depth.npy").mkdir(parents=True)  # a folder where a file should be
+    (out / "frame_10_depth.json").write_text("[1]")  # no record of ours
+    (out / "a").write_text("a file where a folder should be")
+    deep.mkdir()
+    shutil.copy(pictures / "frame_1.png", deep / "frame_1.png")
+    long = [pictures / f"{'é' * 120}{i}.png" for i in range(2)]
+    for path in (*long, pictures / "FRAME_1.png"):
+        shutil.copy(pictures / "frame_1.png", path)
+    listed = tmp_path / "list"
+    listed.write_text(f"{pictures}/{'x' * 300}.png\n")
+    words = (pictures, "--recursive", "--formats", "npy", "--list", listed, "--json")
+    text = predict("depth", *words, code=1)
+    found = {file["inputs"][0].rsplit("/", 1)[1]: file for file in json.loads(text.out)["files"]}
+    failed = {name for name, file in found.items() if file["status"] == "failed" and name != "frame_1.png"}
+    assert failed == {"frame_2.jpg", "frame_10.png", "x" * 300 + ".png"}, text.err
+    for line in ("is no regular file", "is no record of predict", "File name too long", "/out/a/"):
+        assert sum(line in error for error in text.err.splitlines()) == 1, text.err
+    assert (out / "frame_10_depth.json").read_text() == "[1]"
+    names = [path.name.lower() for path in out.glob("*.npy") if path.is_file()]
+    assert len(set(names)) == 4 and not list(out.glob(".*")), "names that differ by more than case"
+    text = predict("depth", *words, code=1)
+    assert json.loads(text.out)["kept"] == 4, "the same names again"
 
 
 @pytest.mark.usefixtures("loaded_once")
@@ -125,7 +165,7 @@ def test_formats_are_added_to_what_is_there_and_stale_ones_go(predict, pictures,
     assert (out / "frame_1_depth.npy").is_file() and (out / "frame_1_depth_color.png").is_file()
     for formats in ("npy", "color", "color,uncertainty"):
         assert "1 already there" in predict("depth", image, "--formats", formats).out
-    predict("depth", image, "--formats", "npy", "--seed", 3, "--overwrite")
+    predict("depth", image, "--formats", "npy", "--seed", 3)
     assert {p.name for p in out.iterdir()} == {"frame_1_depth.json", "frame_1_depth.npy"}, "nothing of the other seed"
 
 
@@ -135,14 +175,15 @@ def test_mistakes_are_one_line(predict, pictures, tmp_path):
     (tmp_path / "file").write_text("")
     for words, message in (
         (("dept", image), "did you mean 'depth'"),
+        (("generation", image), "use `scaling-perception generate`"),
         (("depth", tmp_path / "none.png"), "none.png does not exist"),
         (("depth", f"{tmp_path}/*.tga"), "matches no file"),
         (("depth", tmp_path / "empty"), "holds no picture"),
         (("depth", image, "--mask", image), "--mask belongs to amodal"),
         (("depth", image, "--kitti"), "--kitti belongs to flow"),
         (("depth", image, "--preset", "fixd"), "did you mean 'fixed'"),
-        (("depth", image, "--ensemble", "0"), "ensemble 0"),
-        (("depth", image, "--steps", "0"), "0 sampling steps"),
+        (("depth", image, "--ensemble", "-1"), "argument --ensemble: '-1': give a whole number"),
+        (("depth", image, "--steps", "0"), "argument --steps: '0': give a whole number"),
         (("depth", image, "--model", "mni"), "no folder, hub id"),
         (("flow", image), "is one frame"),
         (("flow", f"{image},"), "is no pair"),

@@ -41,8 +41,7 @@ def test_every_setting_has_a_flag():
     parser = make_parser("predict")
     args = parser.parse_args(["--out", "o", "--step-tolerance", "0.1", "--antithetic", "--first", "3", "x.png"])
     assert (args.step_tolerance, args.antithetic, args.first, args.eta) == (0.1, True, 3, None)
-    for name, (kind, _, text) in SETTINGS.items():
-        assert text and isinstance(fields[name].default, kind | type(None))
+    assert all(text for _, _, text in SETTINGS.values())
     text = parser.format_help()
     assert all(f"\n{group}:" in text for group in ("inputs", "model", "compute", "budget", "outputs", "throughput"))
 
@@ -71,8 +70,9 @@ def test_point_clouds_hold_depth_and_colours(predict, pictures, tmp_path):
     np.testing.assert_allclose(xyz[:, 0], (depth * (columns - 27.5) / 50).ravel(), atol=1e-6)
     np.testing.assert_allclose(xyz[:, 1], (depth * (rows - 19.5) / 60).ravel(), atol=1e-6)
     np.testing.assert_array_equal(rgb, read_image(image).reshape(-1, 3))
-    text = predict("depth", image, "--ply", "--fov", 60, code=2)
-    assert "was made with ply fov None, not 60" in text.err and text.err.count("\n") == 1
+    text = predict("depth", image, "--ply", "--fov", 60, "--resume", code=2)
+    assert "(--fov not given, now 60" in text.err and "--intrinsics 50,60,27.5,19.5, now not given" in text.err
+    assert text.err.count("\n") == 1
     predict("depth", image, "--formats", "ply", "--fov", 60, "--range", "2,5", out="other")
     assert files_in(tmp_path / "other") == {"frame_1_depth.ply", "frame_1_depth.json"}
     _, xyz, _ = read_ply(tmp_path / "other" / "frame_1_depth.ply")
@@ -106,7 +106,10 @@ def test_points_of_known_distance_give_metres(predict, pictures, tmp_path):
     assert "frame_1_depth_color.png" in record["outputs"].values(), "what was there before belongs to it"
     assert "1 already there" in predict("depth", *words).out
     write_points(csv, depth, lambda d: 5 * d + 1.25)
-    assert "was made with ply points" in predict("depth", *words, code=2).err
+    assert "had been made with other settings (--align " in predict("depth", image, "--align", csv).err
+    outputs_now = json.loads((out / "frame_1_depth.json").read_text())["outputs"]
+    assert "ply" not in outputs_now and not (out / "frame_1_depth.ply").exists(), "a cloud of other points is stale"
+    assert {"npy", "color", "metric_npy"} <= outputs_now.keys()
     predict("depth", *words, "--align-space", "disparity", "--align-fit", "robust", out="near")
     write_points(csv, depth, lambda d: 5 - 4 * d)
     text = predict("depth", *words, out="inverted")
@@ -252,7 +255,9 @@ def test_budgets_choose_from_the_models_table(command, pictures, nano_folder, tm
     budget = record["request"]["budget"]
     assert budget["asked"] == {"macs": 3e6} and budget["expected"]["error"] == 0.5
     assert summary["macs_per_image"] == record["macs"] > 0
-    assert "steps 1, not 2" in command(*words, "--macs", "9e6", code=2).err
+    text = command(*words, "--macs", "9e6")
+    assert "--macs 9e+06: 2 steps, 2 members, grid paper, solver ddim; expected abs_rel 0.25, 0.004 GMACs" in text.err
+    assert "(--steps 1, now 2)" in text.err
     for flags, message in (
         (("--budget", "fast", "--ensemble", 3), "leave out --budget or --ensemble"),
         (("--budget", "fast", "--seconds", 3), "not allowed with"),
@@ -350,17 +355,22 @@ def write_atomic(path, array, fill):
         fill(temporary, array)
 
 
-def test_a_replaced_result_is_unfinished_until_it_is_whole(predict, pictures, tmp_path, monkeypatch):
-    image = pictures / "frame_1.png"
+def test_a_replaced_result_stays_until_the_new_one_is_whole(predict, pictures, tmp_path, monkeypatch):
+    image, out = pictures / "frame_1.png", tmp_path / "out"
     predict("depth", image)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
 
     def stop(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(outputs, "heat", stop)
-        predict("depth", image, "--seed", 1, "--overwrite", "--workers", 0, code=130)
-    assert not files_in(tmp_path / "out"), "neither the old seed's record nor a part of the new one"
+        predict("depth", image, "--seed", 1, "--workers", 0, code=130)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "write_json", stop)
+        predict("depth", image, "--seed", 1, "--workers", 0, code=130)
+    assert not files_in(out), "no record, and nothing of either seed"
     assert "1 written" in predict("depth", image).out
 
 

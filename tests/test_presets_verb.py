@@ -4,6 +4,13 @@ import json
 
 from scaling_perception.cli import main
 from scaling_perception.models.presets import preset_names
+from scaling_perception.presets import COUNTS, count
+
+
+def test_the_stored_counts_are_those_of_the_networks():
+    stored = json.loads(COUNTS.read_text())
+    counted = {name: count(name) for name in preset_names()}
+    assert stored == counted, f"write this into {COUNTS}:\n{json.dumps(counted, indent=1)}"
 
 
 def test_json_lists_every_preset_with_exact_numbers(capsys):

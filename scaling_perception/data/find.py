@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +83,8 @@ def read_list(file: str, null: bool = False) -> list[str]:
             data = Path(file).expanduser().read_bytes()
         except OSError as error:
             raise UserError(f"--list {file} cannot be read ({error.strerror}): check the path") from None
+    if b"\0" in data and not null:
+        raise UserError(f"{'standard input' if file == '-' else file} ends its paths with zero bytes: give -0 too")
     if null:
         words = [os.fsdecode(word) for word in data.split(b"\0")]
     else:
@@ -179,11 +182,11 @@ def _matches(word: str, search: Search, note: Callable[[str], None]) -> list[lis
 def _expand(word: str, search: Search, literal: bool, note: Callable[[str], None]) -> _Found:
     """A file, a folder's pictures, a video's frames, or what a glob matches (unless the word is ``literal``)."""
     path = Path(word).expanduser() if not literal else Path(word)
-    if path.is_dir():
+    if os.path.isdir(path):  # and not path.is_dir(): it raises where a name is too long
         found = [s[search.start : search.end : search.every] for s in _folder(path, search, note)]
-    elif path.exists() and not is_video(path):
+    elif os.path.exists(path) and not is_video(path):
         return _Found([[Picture(path)]], True)
-    elif path.exists():
+    elif os.path.exists(path):
         found = [_video(path, search)]
     elif not literal and glob.has_magic(word):
         found = _matches(word, search, note)
@@ -229,10 +232,10 @@ def find_inputs(
     if mask is None:
         raise UserError("amodal needs --mask: the mask of the object's visible part, or a folder of masks")
     place = Path(mask).expanduser()
-    if place.is_dir():
+    if os.path.isdir(place):
         listings: dict[Path, dict[str, list[Path]]] = {}
         return [_distinct((image, _mask_of(image, place, listings)), "mask") for image in images]
-    if not place.exists():
+    if not os.path.exists(place):
         raise UserError(f"--mask {mask} does not exist: check the path")
     if len(images) != 1:
         raise UserError(f"--mask {mask} is one file but there are {len(images)} images: give a folder of masks")
@@ -243,8 +246,8 @@ def _distinct(pair: tuple[Picture, ...], what: str) -> tuple[Picture, ...]:
     first, second = pair
     if (
         first.frame == second.frame
-        and first.path.exists()
-        and second.path.exists()
+        and os.path.exists(first.path)
+        and os.path.exists(second.path)
         and first.path.samefile(second.path)
     ):
         raise UserError(f"{first} would be its own {what}: name another file")
@@ -287,11 +290,11 @@ def _mask_of(image: Picture, folder: Path, listings: dict[Path, dict[str, list[P
             *(numbered if len(numbered) == 1 else ()),
         ):
             for path in sorted(found.get(stem, ()), key=lambda path: path.suffix.lower() != own):
-                if not (image.path.is_file() and path.samefile(image.path)):
+                if not (os.path.isfile(image.path) and path.samefile(image.path)):
                     return Picture(path)
     # missing: reported when it is read, so that the other images go on
     named = folder / image.folder / f"{image.stem}.png"
-    return Picture(named.with_name(f"{image.stem}_mask.png") if named.exists() else named)
+    return Picture(named.with_name(f"{image.stem}_mask.png") if os.path.exists(named) else named)
 
 
 def _find_pairs(
@@ -320,8 +323,28 @@ def _find_pairs(
     return _unique(pairs)
 
 
+_LONGEST = 180  # bytes of a result's name: 255 less what follows it, a lock's or a temporary file's ending included
+
+
+def _cut(name: str) -> str:
+    whole = os.fsencode(name)
+    if len(whole) <= _LONGEST:
+        return name
+    begin = whole[: _LONGEST - 9].decode("utf-8", "ignore")  # no half of a character
+    return f"{begin}_{hashlib.sha256(whole).hexdigest()[:8]}"
+
+
+def _one(name: str) -> str:
+    """The same for names that a file system may hold for one."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def name_results(inputs: Sequence[tuple[Picture, ...]], task: str) -> list[Item]:
-    """A name for every prediction: the image's stem, with its folder and suffix where two would collide."""
+    """A name for every prediction: the image's stem, with its folder and suffix where two would collide.
+
+    Names that differ only by case or by Unicode form collide as well: many file systems hold them for one. What is
+    longer than a file system takes, with all that is put behind it, is cut and gets a hash.
+    """
 
     def candidates(files: tuple[Picture, ...]) -> list[str]:
         first, parent = files[0], Path(os.path.abspath(files[0].path)).parent.name
@@ -331,20 +354,18 @@ def name_results(inputs: Sequence[tuple[Picture, ...]], task: str) -> list[Item]
         if task == "flow":
             names.insert(1, f"{first.stem}_{files[1].stem}")
         digest = hashlib.sha256(repr([file.place for file in files]).encode()).hexdigest()
-        return [os.path.join(first.folder, name) for name in (*names, f"{names[-1]}_{digest[:6]}")]
+        return [os.path.join(first.folder, _cut(name)) for name in (*names, f"{_cut(names[-1])}_{digest[:6]}")]
 
     proposed = [candidates(files) for files in inputs]
     pending = list(range(len(inputs)))
     names = [""] * len(inputs)
     taken: set[str] = set()
     for level in range(len(proposed[0]) if proposed else 0):
-        counts: dict[str, int] = {}
-        for i in pending:
-            counts[proposed[i][level]] = counts.get(proposed[i][level], 0) + 1
+        counts = collections.Counter(_one(proposed[i][level]) for i in pending)
         for i in pending:
             name = proposed[i][level]
-            if counts[name] == 1 and name not in taken:
+            if counts[_one(name)] == 1 and _one(name) not in taken:
                 names[i] = name
-        taken |= set(filter(None, names))
+        taken |= {_one(name) for name in names if name}
         pending = [i for i in pending if not names[i]]
     return [Item(name, files) for name, files in zip(names, inputs, strict=True)]

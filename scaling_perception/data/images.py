@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import threading
@@ -74,6 +75,10 @@ def file_errors(path: FilePath) -> Iterator[None]:
         raise UserError(f"{path} is a folder, not a file: check the path") from None
     except PermissionError:
         raise UserError(f"{path} cannot be read: give yourself permission to read it") from None
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EINVAL):
+            raise
+        raise UserError(f"{path} does not exist and cannot ({error.strerror}): check the path") from None
 
 
 # Opening

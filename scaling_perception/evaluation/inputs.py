@@ -15,6 +15,7 @@ from scaling_perception.interop.model_folder import CONFIG, SHIPPED, WEIGHTS
 from scaling_perception.models.presets import preset_names
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import read_json
+from scaling_perception.support.hub import fetch
 from scaling_perception.tasks.amodal import EMPTY_PROMPT
 from scaling_perception.tasks.common import require
 
@@ -152,21 +153,7 @@ def _foreign(path: Path) -> UserError:
 
 
 def _from_hub(hub_id: str) -> Path:
-    """The snapshot of a hub model: brought up to date where the hub answers, else as the local cache holds it."""
-    from huggingface_hub import snapshot_download
-
-    reason = ""
-    for offline in (False, True):
-        try:
-            folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, local_files_only=offline))
-            break
-        except Exception as error:  # the client raises errors of the libraries that it is built on, too
-            reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    else:
-        raise UserError(
-            f"model '{hub_id}' is no folder here and could not be fetched from the hub ({reason}): "
-            "check the name and the network, or give a folder"
-        )
+    folder = fetch(hub_id, _HUB_FILES, "model")
     if not _is_model(folder):
         raise UserError(
             f"hub model '{hub_id}' has no {CONFIG} and {WEIGHTS} of this package: download it, convert it "

@@ -1,15 +1,18 @@
 """Predictions of many pictures into files: reading, computing and writing at the same time, what is there is kept.
 
-One bad picture is told and does not stop the rest. A full disk or Ctrl-C stops everything; what was computed by then is
-written, and the same command goes on from there.
+One bad picture, or a result that cannot be written, is named and does not stop the rest. A full or read-only disk or
+Ctrl-C stops everything; what was computed by then is written, and the same command goes on from there.
 """
 
+import collections
 import dataclasses
 import math
+import os
+import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +26,15 @@ from scaling_perception.evaluation.metric_depth import Points, check_inside, fit
 from scaling_perception.evaluation.outputs import (
     FORMAT,
     Extras,
+    There,
     described,
     difference,
     digest,
-    is_finished,
     output_files,
-    prepare_place,
+    replace_results,
     sidecar_path,
     software,
-    write_record,
+    what_is_there,
     write_results,
 )
 from scaling_perception.evaluation.prediction import Estimate
@@ -39,6 +42,7 @@ from scaling_perception.evaluation.predictor import Predictor
 from scaling_perception.evaluation.protocols import reduce_mode
 from scaling_perception.evaluation.settings import Settings
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.failures import explain_os, full_or_read_only
 from scaling_perception.support.locks import hold
 from scaling_perception.support.overlap import WriteBehind, read_ahead, stopped_by_sigterm
 from scaling_perception.support.progress import progress
@@ -82,6 +86,7 @@ def run_job(
     items: Sequence[Item],
     out: Path,
     overwrite: bool = False,
+    resume: bool = False,
     workers: int = 2,
     command: Callable[[Item], list[str]] | None = None,
     repeated: tuple[str, dict[str, Any]] | None = None,
@@ -90,16 +95,19 @@ def run_job(
 
     Args:
         overwrite: also those that are there.
+        resume: those of other settings are refused; without, they are made anew.
         workers: threads that read; 0 reads, computes and writes in turn.
         command: words that make one item's prediction, to be recorded.
         repeated: name and content of a record, whose weights, settings and points these must be.
 
     Returns:
-        JSON values: ``files`` (name, inputs, status written, kept or failed, outputs or error), how many of each,
-        ``seconds``, ``seconds_per_image``, ``compile_seconds``, ``macs_per_image``.
+        JSON values: ``files`` (name, inputs, status written, kept or failed, outputs or error, and where settings were
+        other ``changed``), how many of each, ``anew`` (in words, how many had other settings, or None), ``seconds``,
+        ``seconds_per_image``, ``compile_seconds``, ``macs_per_image``.
 
     Raises:
-        UserError: an impossible setting, results of other settings in the way, a full disk.
+        UserError: an impossible setting, only results of other pictures in the way, with ``resume`` results of other
+            settings, a full disk, ``out`` cannot be written.
     """
     task, begin = request.task, time.perf_counter()
     predictor.check_task(task)
@@ -112,16 +120,37 @@ def run_job(
     results: dict[str, dict[str, Any]] = {}
     known = {item.name: (own, choice) for item, own, choice in zip(items, points, options, strict=True)}
 
-    def missing(item: Item) -> bool:
+    def look(item: Item) -> There | UserError:
         files = output_files(task, item.name, request.formats)
-        return overwrite or not is_finished(out, item, task, settings, known[item.name][1], files, digest_of)
+        try:
+            return (
+                There()
+                if overwrite
+                else what_is_there(out, item, task, settings, known[item.name][1], files, digest_of)
+            )
+        except UserError as error:
+            return error
 
-    todo = []
-    for item, needed in zip(items, read_ahead(items, missing, workers, 64), strict=True):
-        if needed:
-            todo.append(item)
-        else:
+    todo, changed = [], {}
+    for item, there in zip(items, read_ahead(items, look, workers, 64), strict=True):
+        if isinstance(there, UserError):
+            results[item.name] = {"status": "failed", "error": str(there)}
+        elif there.finished:
             results[item.name] = {"status": "kept", "outputs": output_files(task, item.name, request.formats)}
+        else:
+            todo.append(item)
+            if there.changed:
+                changed[item.name] = there.changed
+    failed = [result["error"] for result in results.values() if result["status"] == "failed"]
+    if len(failed) == len(items):
+        more = "" if len(failed) == 1 else f" (and {len(failed) - 1} more like it)"
+        raise UserError(failed[0] + more)
+    if resume and changed:
+        raise UserError(
+            f"--resume: {_anew(changed, len(items), out)}: leave out --resume to make them anew, or give another --out"
+        )
+    if todo:
+        _check_writable(out)
 
     videos = VideoReader()
     in_video = any(picture.frame is not None for item in todo for picture in item.inputs)
@@ -141,14 +170,19 @@ def run_job(
             return _told(item, error)
 
     def finish(ready: _Ready, estimate: Estimate) -> None:
+        try:
+            put(ready, estimate)
+        except (UserError, OSError) as error:  # of this item, unless nothing more can be written at all
+            if full_or_read_only(error):
+                raise
+            text = explain_os(error) if isinstance(error, OSError) else str(error)
+            results[ready.item.name] = {"status": "failed", "error": _told(ready.item, text)}
+
+    def put(ready: _Ready, estimate: Estimate) -> None:
         item, (own, choice) = ready.item, known[ready.item.name]
         fit = None
-        try:
-            if own is not None:
-                fit = fit_points(estimate.prediction, own, request.extras.space, request.extras.fit)
-        except UserError as error:  # of this picture's points; a full disk stops everything instead
-            results[item.name] = {"status": "failed", "error": _told(item, error)}
-            return
+        if own is not None:
+            fit = fit_points(estimate.prediction, own, request.extras.space, request.extras.fit)
         files = output_files(task, item.name, request.formats)
         macs = predictor.macs(task, 1, 1) * estimate.forwards
         record = {
@@ -173,13 +207,17 @@ def run_job(
         record_path = sidecar_path(out, item.name, task)
         busy = f"another predict is writing {record_path}"
         with hold(record_path.with_name(f".{record_path.name}.lock"), busy, "wait for it", wait=True):
-            if not overwrite and is_finished(out, item, task, settings, choice, files, digest_of):
+            if not overwrite and what_is_there(out, item, task, settings, choice, files, digest_of).finished:
                 results[item.name] = {"status": "kept", "outputs": files}  # another predict made it meanwhile
                 return
-            prepare_place(out, item, task, record)
-            write_results(out, files, task, estimate, ready.raw["image"], request.extras, fit)
-            write_record(out, item, task, record)
+
+            def write(folder: Path, names: Mapping[str, str]) -> None:
+                write_results(folder, names, task, estimate, ready.raw["image"], request.extras, fit)
+
+            replace_results(out, item, task, record, write)
         results[item.name] = {"status": "written", "macs": record["macs"], "outputs": files}
+        if item.name in changed:
+            results[item.name]["changed"] = list(changed[item.name])
         if estimate.members.ndim == 3 and len(estimate.members) > 1 and opposed(estimate.members):  # maps of depth
             note = "half of the members or more are inside out: its depth is that of the member that agrees best"
             results[item.name]["note"] = f"{item.inputs[0]}: {note}"
@@ -189,7 +227,30 @@ def run_job(
 
     _compute(predictor, request, todo, readers, workers, read, finish, results)
     videos.close()
-    return _summary(predictor, request, items, out, results, time.perf_counter() - begin)
+    done = {name: words for name, words in changed.items() if "changed" in results[name]}
+    return {
+        **_summary(predictor, request, items, out, results, time.perf_counter() - begin),
+        "anew": _anew(done, len(items), out) if done else None,
+    }
+
+
+def _anew(changed: Mapping[str, tuple[str, ...]], of: int, out: Path) -> str:
+    """How many results had other settings, and which: those of most of them."""
+    ((words, count),) = collections.Counter(changed.values()).most_common(1)
+    which = "; ".join(words) + (f"; {len(changed) - count} more with others" if count < len(changed) else "")
+    return f"{len(changed)} of {of} in {out} had been made with other settings ({which})"
+
+
+def _check_writable(out: Path) -> None:
+    """UserError before anything is computed where no result can be written."""
+    place = out.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write {explain_os(error, place)}") from error
 
 
 def _compute(
@@ -228,7 +289,7 @@ def _compute(
             write(finish, waiting.popleft(), estimate)
 
 
-def _told(item: Item, error: UserError) -> str:
+def _told(item: Item, error: UserError | str) -> str:
     """A reason that names its picture."""
     name = str(item.inputs[0].path)
     return str(error) if name in str(error) or len(item.inputs) > 1 else f"{name}: {error}"
@@ -293,10 +354,9 @@ def _check_same(
 ) -> None:
     """UserError when a repetition would not compute what the record tells of."""
     what = {"weights": f"weights of model {model}", "autoencoder_weights": "weights of the autoencoder"}
-    other = difference(found["settings"], settings)
-    if other is not None:
-        changed = what.get(other[0], f"{other[0]} of model {model}")
-        raise UserError(f"the {changed} are not those of {name} ({other[1]} then, {other[2]} now): bring those back")
+    for other, was, now in difference(found["settings"], settings):
+        changed = what.get(other, f"{other} of model {model}")
+        raise UserError(f"the {changed} are not those of {name} ({was} then, {now} now): bring those back")
     for kind, own in options.items():
         if found["options"].get(kind, own) != own:
             raise UserError(f"the points of this picture are not those of {name}: bring the old file of points back")

@@ -5,7 +5,10 @@ settings, and how to make it again.
 """
 
 import hashlib
+import json
+import os
 import platform
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -149,8 +152,7 @@ def write_results(
             makers[kind](out / file)
     except BaseException:
         for path in begun:
-            if path.is_file():
-                path.unlink()
+            path.unlink(missing_ok=True)
         raise
 
 
@@ -231,16 +233,52 @@ def software() -> dict[str, str]:
     }
 
 
-def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first entry of ``wanted`` that a record has otherwise: (name, was, is)."""
+_FLAGS = {
+    "weights": "--model",
+    "autoencoder_weights": "--autoencoder",
+    "diffusion": "--preset or --spacing",
+    "points": "--align",
+    "space": "--align-space",
+    "fit": "--align-fit",
+    "camera": "--intrinsics",
+    "distances": "--range",
+    "resolution": "the model's resolution",
+    "task_options": "the model's options",
+}
+"""What decides a result -> the flag that sets it, where that is not called the same."""
+
+
+def _said(name: str, was: Any, now: Any) -> str:
+    """``--seed 0, now 1`` for a setting that differs."""
+    flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+
+    def text(value: Any) -> str:
+        return "not given" if value is None else str(value if isinstance(value, str) else json.dumps(value))[:60]
+
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        parts = [part for part in {**was, **now} if was.get(part) != now.get(part)]
+        return f"{flag} ({', '.join(f'{part} {text(was.get(part))}, now {text(now.get(part))}' for part in parts)})"
+    if isinstance(now if was is None else was, list):
+        was, now = (None if side is None else ",".join(f"{number:g}" for number in side) for side in (was, now))
+    if name in ("weights", "autoencoder_weights", "points"):  # digests
+        was, now = (side if side is None else str(side)[:12] for side in (was, now))
+    return f"{flag} {text(was)}, now {text(now)}"
+
+
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The entries of ``wanted`` that a record has otherwise: (name, was, is)."""
     recorded = {**Settings().to_dict(), **found}  # what a record of an older version does not name was not turned
-    for name, value in wanted.items():
-        if recorded.get(name) != value:
-            return name, recorded.get(name), value
-    return None
+    return [(name, recorded.get(name), value) for name, value in wanted.items() if recorded.get(name) != value]
 
 
-def is_finished(
+class There(NamedTuple):
+    """What lies where a prediction is to be written."""
+
+    finished: bool = False  # the same prediction, of the same inputs
+    changed: tuple[str, ...] = ()  # or one of other settings: each in words
+
+
+def what_is_there(
     out: Path,
     item: Item,
     task: str,
@@ -248,42 +286,45 @@ def is_finished(
     options: Mapping[str, Any],
     files: Mapping[str, str],
     digest_of: Callable[[Path], str] = digest,
-) -> bool:
-    """Whether this prediction is there, of the same inputs.
+) -> There:
+    """Whether this prediction is there, or which settings of the one that is there are other.
 
     Args:
         settings: all that decides a prediction besides its inputs.
         options: {kind: what else decides this file}.
 
     Raises:
-        UserError: a result of other settings or of another picture is there: neither keeping nor replacing it silently
-            would be right.
+        UserError: a result of another picture is there, or a JSON that is no record: neither keeping nor replacing it
+            silently would be right.
     """
     path = sidecar_path(out, item.name, task)
-    if not path.is_file() or not all(picture.path.is_file() for picture in item.inputs):
-        return False  # an input that has gone is named among the failures
-    found = read_json(path)
-    other = difference(found.get("settings", {}), settings)
-    for kind in files:
-        if other is None and kind in found.get("outputs", {}):
-            was = found.get("options", {}).get(kind, {})
-            names = [name for name in {**options[kind], **was} if was.get(name) != options[kind].get(name)]
-            other = (f"{kind} {names[0]}", was.get(names[0]), options[kind].get(names[0])) if names else None
-    if other is not None:
-        raise UserError(
-            f"{path} was made with {other[0]} {other[1]}, not {other[2]}: "
-            "give --overwrite, or another --out to keep both"
-        )
+    if not os.path.lexists(path) or not all(os.path.isfile(picture.path) for picture in item.inputs):
+        return There()  # an input that has gone is named among the failures
     inputs = described(item.inputs, [digest_of(picture.path) for picture in item.inputs])
-    recorded = {"frames": [None] * len(item.inputs), **found.get("inputs", {})}
-    if recorded.get("sha256") == inputs["sha256"] and recorded["frames"] == inputs["frames"]:
-        return all(found["outputs"].get(kind) == file and (out / file).is_file() for kind, file in files.items())
-    if recorded.get("files") != inputs["files"] or recorded["frames"] != inputs["frames"]:
+    try:
+        found = read_json(path)
+        recorded = {"frames": [None] * len(item.inputs), **found["inputs"]}
+        first, own, written = recorded["files"][0], dict(found["settings"]), dict(found["outputs"])
+        past = {kind: dict(found.get("options", {}).get(kind, {})) for kind in written}
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise UserError(
-            f"{path} is the result of {recorded.get('files', ['?'])[0]}, not of {item.inputs[0]}: "
+            f"{path} is no record of predict: move it away, give another --out, or --overwrite to replace it"
+        ) from None
+    equal = recorded.get("sha256") == inputs["sha256"] and recorded["frames"] == inputs["frames"]
+    if not equal and (recorded["files"] != inputs["files"] or recorded["frames"] != inputs["frames"]):
+        raise UserError(
+            f"{path} is the result of {first}, not of {item.inputs[0]}: "
             "give another --out, or --overwrite to replace it"
         )
-    return False
+    changed = [_said(*other) for other in difference(own, settings)]
+    for kind in files.keys() & past.keys():
+        was, now = past[kind], options[kind]
+        changed += [_said(n, was.get(n), now.get(n)) for n in {**now, **was} if was.get(n) != now.get(n)]
+    if changed:
+        return There(changed=tuple(dict.fromkeys(changed)))
+    return There(
+        equal and all(written.get(kind) == file and os.path.isfile(out / file) for kind, file in files.items())
+    )
 
 
 def chosen_before(
@@ -291,41 +332,79 @@ def chosen_before(
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Settings and budget of the first record of these items that was made by these weights for the same budget."""
     for item in items:
-        path = sidecar_path(out, item.name, task)
-        found = read_json(path) if path.is_file() else {}
-        budget = found.get("request", {}).get("budget")
-        if budget is not None and budget["asked"] == asked and found["settings"]["weights"] == weights:
-            return found["request"]["settings"], budget
+        try:
+            found = read_json(sidecar_path(out, item.name, task))
+            budget = found["request"]["budget"]
+            if budget is not None and budget["asked"] == asked and found["settings"]["weights"] == weights:
+                return found["request"]["settings"], budget
+        except (UserError, KeyError, TypeError):
+            continue  # none, or no record: named when its item is looked at
     return None
 
 
-def prepare_place(out: Path, item: Item, task: str, record: dict[str, Any]) -> None:
-    """Make way for the files of a new record: the old record goes first, so that nothing unfinished looks finished.
-
-    Further files of the old record join the new one (``outputs``, ``options``, ``metric``) where they are of the same
-    prediction; otherwise they are removed.
-    """
-    path = sidecar_path(out, item.name, task)
-    if not path.is_file():
-        return
+def _keep_others(out: Path, item: Item, task: str, record: dict[str, Any]) -> list[Path]:
+    """Let further files of the old record join the new one (``outputs``, ``options``, ``metric``) where they are of
+    the same prediction and points; returns those that are not."""
     ours = output_files(task, item.name, (*FILES[task], "uncertainty"))
     try:
-        found = read_json(path)
+        found = read_json(sidecar_path(out, item.name, task))
         others = {kind for kind, file in found["outputs"].items() if ours.get(kind) == file and (out / file).is_file()}
-        others -= set(record["outputs"])
         same = all(found[name] == record[name] for name in ("settings", "inputs"))
         options, metric = found["options"], found["metric"]
     except (UserError, KeyError, TypeError, AttributeError):
-        others, same, options, metric = set(), False, {}, None
-    path.unlink()
-    for kind in sorted(others):
-        if same:
-            record["outputs"][kind], record["options"][kind] = ours[kind], options.get(kind, {})
+        return []  # without a record nothing is known to be ours
+
+    def fit_of(choice: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: choice[name] for name in ("points", "space", "fit") if name in choice}
+
+    fits = [fit_of(choice) for choice in record["options"].values() if fit_of(choice)]
+    stale = []
+    for kind in sorted(others - set(record["outputs"])):
+        choice = options.get(kind, {})
+        if same and (not fit_of(choice) or fits in ([], [fit_of(choice)] * len(fits))):
+            record["outputs"][kind], record["options"][kind] = ours[kind], choice
             record["metric"] = record["metric"] or metric
         else:
-            (out / ours[kind]).unlink()
+            stale.append(out / ours[kind])
+    return stale
 
 
-def write_record(out: Path, item: Item, task: str, record: Mapping[str, Any]) -> None:
-    """Write the JSON that ends a prediction."""
-    write_json(sidecar_path(out, item.name, task), record)
+def replace_results(
+    out: Path, item: Item, task: str, record: dict[str, Any], write: Callable[[Path, Mapping[str, str]], None]
+) -> None:
+    """Write a prediction's files beside their places, put them there, and write the record last.
+
+    What was there stays whole until all new files are. From the first file that changes to the end there is no record,
+    so that nothing unfinished looks finished.
+
+    Args:
+        record: what is written as JSON; older files that are of the same prediction join it.
+        write: writes the files of ``{kind: name}`` into a folder.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    path = sidecar_path(out, item.name, task)
+    beside = path.with_name(f".{path.name}.new")
+    places = {kind: out / file for kind, file in record["outputs"].items()}
+    for place in (path, *places.values()):
+        if os.path.lexists(place) and not place.is_file():
+            raise UserError(f"cannot write {place}: it is there and is no regular file; move it away")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)  # of a killed process: the lock is ours
+        beside.mkdir()
+        write(beside, {kind: place.name for kind, place in places.items()})
+        stale = _keep_others(out, item, task, record)
+        path.unlink(missing_ok=True)
+        try:
+            for place in stale:
+                place.unlink()
+            for place in places.values():
+                os.replace(beside / place.name, os.path.realpath(place))
+            write_json(path, record)
+        except BaseException:
+            for place in () if path.is_file() else places.values():
+                place.unlink(missing_ok=True)
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

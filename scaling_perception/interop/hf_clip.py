@@ -29,6 +29,7 @@ from scaling_perception.models.clip_text import (
 )
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import read_json
+from scaling_perception.support.hub import fetch
 
 PREFIX = "text_model."
 PROJECTION = "text_projection.weight"
@@ -388,22 +389,12 @@ def task_context(prompts: Mapping[str, str], clip: Clip, passes: Sequence[str]) 
 
 
 def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     tokenizer = [*_TOKENIZER, *_TOKENIZER_MORE]
     patterns = ["config.json", "text_encoder/config.json", *tokenizer, *(f"tokenizer/{name}" for name in tokenizer)]
-    try:
-        for name in _WEIGHTS:
-            folder = Path(snapshot_download(hub_id, allow_patterns=[*patterns, name, f"text_encoder/{name}"]))
-            if (folder / name).exists() or (folder / "text_encoder" / name).exists():
-                return folder
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"text encoder '{hub_id}' is no folder here and could not be fetched from the hub ({reason}): check the "
-            "name and the network, or give a folder"
-        ) from None
+    for name in _WEIGHTS:
+        folder = fetch(hub_id, [*patterns, name, f"text_encoder/{name}"], "text encoder")
+        if (folder / name).exists() or (folder / "text_encoder" / name).exists():
+            return folder
     raise UserError(
         f"text encoder '{hub_id}' on the hub has no {_WEIGHTS[0]}: convert its weights (transformers: save_pretrained) "
         "and give the folder"

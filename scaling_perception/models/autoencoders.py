@@ -16,6 +16,7 @@ from scaling_perception.models.vae_tiles import VAELimits, tiled_decode, tiled_e
 from scaling_perception.models.vae_torch import CLASS, vae_config_from_json, vae_from_torch
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path, read_json
+from scaling_perception.support.hub import fetch
 
 PARTS = ("encoder", "decoder")
 TINY_FOLDER = Path(__file__).resolve().parent.parent / "weights" / "tiny_vae"
@@ -297,22 +298,12 @@ def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 
 def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     patterns = ["config.json", "taesd_*.safetensors", "*coder.safetensors", "vae/config.json"]
-    try:
-        for name in _KL_FILES:  # one after the other: the second, a copy in half precision, is rarely needed
-            folder = Path(snapshot_download(hub_id, allow_patterns=[*patterns, name, f"vae/{name}"]))
-            own = ("encoder.safetensors", "taesd_encoder.safetensors", name, f"vae/{name}")
-            if any((folder / file).exists() for file in own):
-                return folder
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"autoencoder '{hub_id}' is no folder here and could not be fetched from the hub ({reason}): "
-            "check the name and the network, or give a folder"
-        ) from None
+    for name in _KL_FILES:  # one after the other: the second, a copy in half precision, is rarely needed
+        folder = fetch(hub_id, [*patterns, name, f"vae/{name}"], "autoencoder")
+        own = ("encoder.safetensors", "taesd_encoder.safetensors", name, f"vae/{name}")
+        if any((folder / file).exists() for file in own):
+            return folder
     raise UserError(
         f"autoencoder '{hub_id}' on the hub has no safetensors file of an autoencoder: convert its .bin file "
         "(diffusers: save_pretrained with safe_serialization=True) and give the folder"

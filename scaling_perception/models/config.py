@@ -9,6 +9,8 @@ from scaling_perception.support.errors import UserError, did_you_mean
 EXPERT_MLPS = ("gelu", "swiglu")
 GATINGS = ("paper", "renormalised")
 
+TIME_FREQUENCIES = 128  # sinusoids of a timestep: 128 cosines, then 128 sines
+
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:

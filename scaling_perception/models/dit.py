@@ -17,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from scaling_perception.models.config import TIME_FREQUENCIES as TIME_FREQUENCIES
 from scaling_perception.models.config import DiTConfig as DiTConfig
 from scaling_perception.models.config import config_from_dict as config_from_dict
 from scaling_perception.models.moe import MoE
@@ -26,7 +27,6 @@ from scaling_perception.support.errors import UserError
 
 Params = dict[str, Any]  # nested dict of arrays
 
-TIME_FREQUENCIES = 128  # sinusoids: 128 cosines, then 128 sines
 NORM_EPSILON = 1e-6
 
 _xavier = nn.initializers.xavier_uniform()

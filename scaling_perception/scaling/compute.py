@@ -4,8 +4,7 @@ MACs and FLOPs are different words: one MAC is two FLOPs. DiT's published "Gflop
 (facts 1.4). Biases, norms, softmax and modulation are left out, and so is the autoencoder.
 """
 
-from scaling_perception.models.config import DiTConfig
-from scaling_perception.models.dit import TIME_FREQUENCIES
+from scaling_perception.models.config import TIME_FREQUENCIES, DiTConfig
 from scaling_perception.models.presets import at_resolution
 
 TRAINING_FACTOR = 3  # one forward and one backward pass; the paper does not say whether it counts the backward

@@ -36,6 +36,16 @@ def explain_os(error: OSError, path: str | os.PathLike[str] = "") -> str:
     return f"{name}: {reason}; choose another place"
 
 
+def full_or_read_only(error: BaseException) -> bool:
+    """Whether nothing more can be written at all: a full or read-only disk. Other errors are of one file."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
 def too_many_files() -> str:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return f"the limit of open files ({soft}) is reached; raise it with `ulimit -n {max(4096, min(hard, 65536))}`"

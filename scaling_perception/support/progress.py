@@ -1,6 +1,8 @@
-"""Progress: a bar on a terminal, plain log lines elsewhere."""
+"""Progress: a bar on a terminal, plain log lines elsewhere; and for what cannot be counted, the time it takes."""
 
+import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -27,6 +29,25 @@ def progress(items: Iterable[T], total: int | None, label: str, every_seconds: f
             last = now
             _line(label, count, total, now - begin)
     _line(label, count, total, time.monotonic() - begin)
+
+
+@contextlib.contextmanager
+def waiting(label: str, every_seconds: float = 10.0) -> Iterator[None]:
+    """Say on stderr that ``label`` has begun, and while the block runs every so often for how long it has."""
+    done, begin = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(every_seconds):
+            print(f"{label}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+
+    print(f"{label} …", file=sys.stderr, flush=True)
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _line(label: str, count: int, total: int | None, seconds: float) -> None:

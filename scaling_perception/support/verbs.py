@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -55,6 +56,21 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _with_negative_values(words: list[str]) -> list[str]:
+    """``--ensemble -1`` as ``--ensemble=-1``: argparse takes a negative number for a flag where a verb has a flag that
+    looks like one (``-0``), and would say no more than that an argument is missing."""
+    joined: list[str] = []
+    for at, word in enumerate(words):
+        if word == "--":
+            return [*joined, *words[at:]]
+        before = joined[-1] if joined else ""
+        if re.match(r"-(?!0$)[\d.]", word) and before.startswith("--") and "=" not in before:
+            joined[-1] = f"{before}={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
 def run_verb(verb: str, words: list[str]) -> int:
     """Run a verb with the words a person would type; returns its exit code.
 
@@ -68,7 +84,7 @@ def run_verb(verb: str, words: list[str]) -> int:
     overrides: list[str] = []
     if hasattr(module, "split_overrides"):
         words, overrides = module.split_overrides(words)
-    args = parser.parse_args(words)
+    args = parser.parse_args(_with_negative_values(words))
     place_arguments(args)
     args.overrides = overrides
     return module.run(args) or 0

@@ -33,6 +33,28 @@ _TOLD = {
 }
 
 
+_HUNGRY = 0.3  # share of the time waiting for data from which a line says how to mend it
+
+
+def waiting_advice(share: float, config: Any) -> str | None:
+    """What to do about waiting for data, or None where it takes little of the time.
+
+    Args:
+        share: of the time between two reports.
+        config: of the run.
+    """
+    if not share > _HUNGRY:
+        return None
+    data = config.get("data", {})
+    online = bool(data.get("mixture")) and not data.get("cache")
+    mend = (
+        "encode the data once (`scaling-perception prepare … --latents`) and train from that (--config.data.cache=DIR)"
+        if online
+        else "read with more processes (--config.data.workers=N), or from a faster disk"
+    )
+    return f"waiting for data takes {share:.0%} of the time: {mend}"
+
+
 class Clock:
     """Shares the wall time of an attempt out among causes, from when it was made.
 

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
@@ -97,6 +98,23 @@ def test_names_are_short_until_they_collide(tmp_path):
     assert found[:4] == ["a_x", "y", "b_x_png", "b_x_jpg"] and len(set(found)) == 6
     again = [item.name for item in name_results(inputs[::-1], "depth")]
     assert again[::-1] == found
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("Cat.png", "cat.png", "CAT.jpg"),
+        ("é.png", "e\u0301.png"),
+        ("x" * 250 + ".png", "x" * 249 + "y.png"),
+        ("深" * 80 + "a.png", "深" * 80 + "b.png", "深" * 80 + "B.png"),
+    ],
+)
+def test_names_of_results_fit_and_differ_on_every_file_system(tmp_path, paths):
+    inputs = [(Picture(tmp_path / path),) for path in paths]
+    found = [item.name for item in name_results(inputs, "depth")]
+    assert len({unicodedata.normalize("NFC", name).lower() for name in found}) == len(paths)
+    assert all(len(os.fsencode(name)) <= 190 for name in found)
+    assert found == [item.name for item in name_results(inputs, "depth")]
 
 
 ODD = ["two words.png", " leading.png", "für 深度.png", "[1]*.png", "~.png", "a,b.png", os.fsdecode(b"\xff\xfe.png")]

@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from scaling_perception.training.goodput import Clock, account, goodput_report, goodput_table, goodput_tables
+from scaling_perception.training.goodput import (
+    Clock,
+    account,
+    goodput_report,
+    goodput_table,
+    goodput_tables,
+    waiting_advice,
+)
 from scaling_perception.training.record import open_record, why_ended
 
 BEGIN = 1_800_000_000.0
@@ -166,3 +173,11 @@ def test_all_runs_of_a_folder(tmp_path, capsys):
     page = write_report(tmp_path, tmp_path / "page.html", "t").read_text()
     assert "Where the time went, two/work" in page and "steps: 20 kept, 0 done again" in page
     assert find_evaluations(tmp_path, needed=False) == []
+
+
+def test_waiting_for_data_says_what_to_do():
+    online, cached = {"data": {"mixture": {"a": {}}, "cache": ""}}, {"data": {"mixture": {}, "cache": "runs/latents"}}
+    assert "75% of the time" in (waiting_advice(0.75, online) or "")
+    assert "prepare … --latents" in (waiting_advice(0.75, online) or "")
+    assert "--config.data.workers" in (waiting_advice(0.31, cached) or "")
+    assert waiting_advice(0.2, online) is None and waiting_advice(float("nan"), online) is None
