@@ -41,6 +41,9 @@ D = Cell("d", "train", ("--config", "y"))
 SETTINGS = {name: {"steps": 1, "from": name} for name in ("a", "b", "eval/b", "d")}
 
 
+LAST = ("arm=ladder", "seed=0", "last=1")  # of the published study
+
+
 class Runs:
     """Stands for the commands of the cells: makes what they leave, or fails as it is asked to."""
 
@@ -271,6 +274,30 @@ def test_two_evaluations_are_compared_image_by_image(config, tmp_path, capsys):
     for wrong, told in (("eval:fixed,1", "write PRESET,STEPS,MEMBERS"), ("eval:fixed,5,2", "give both cells")):
         with pytest.raises(UserError, match=told):
             study(config, tmp_path, "--compare", wrong, "eval")
+
+
+@pytest.mark.parametrize(
+    ("words", "alpha"),
+    [
+        (
+            ("test_time_mini.csv", "--where", "task=depth", "preset=paper", "members=1", "--x", "steps", "--group"),
+            0.156,
+        ),
+        (
+            ("test_time_mini.csv", "--where", "task=depth", "preset=fixed", "members=1", "--x", "steps", "--group"),
+            -0.060,
+        ),
+        (("scenes_study.csv", "--where", "kind=train", "metric=held_out_loss", *LAST, "--x", "train_macs"), 0.070),
+    ],
+)
+def test_the_published_tables_give_the_published_laws(tmp_path, capsys, words, alpha):
+    table, *more = words
+    path = Path(__file__).parents[2] / "docs" / "studies" / table
+    found = ["--y", "value", "--form", "power", "--bootstraps", "100", "--json", str(tmp_path / "law.json")]
+    assert run_verb("fit", [str(path), *more, *found]) == 0
+    assert json.loads((tmp_path / "law.json").read_text())["parameters"]["alpha"]["value"] == pytest.approx(
+        alpha, abs=6e-4
+    )
 
 
 # ---- Cost ---------------------------------------------------------------------------------------------------------
