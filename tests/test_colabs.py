@@ -17,6 +17,7 @@ FOLDER = Path(__file__).parent.parent / "colabs"
 SMALL = {
     "quickstart": {"steps": 1, "ensemble": 2},
     "test_time_scaling": {"scenes": 2, "steps": "1,2", "members": "1,2", "tolerances": "0.02"},
+    "scaling_laws": {"bootstraps": 100},
     "finetune_your_own": {"count": 8, "steps": 2, "batch": 8},
 }
 
