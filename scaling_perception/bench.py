@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from scaling_perception import bench_sample, bench_train
+from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
 
 EXAMPLES = """
 scaling-perception bench moe
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for kind in (moe, sample, train):
         kind.add_argument("--repeats", type=int, default=7, help="rounds; the median is told")
         kind.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
+        add_overwrite(kind)
 
 
 def in_turns(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -174,10 +176,13 @@ def run(args: argparse.Namespace) -> None:
 
     from scaling_perception.support.files import write_json
 
+    settings = settings_of(args, ("json",), ("model",))
+    check_output(args.json, settings, args.overwrite)
     measure, table = _KINDS[args.what]
     result = measure(args)
     device = jax.devices()[0]
     result["machine"] = {"devices": jax.device_count(), "device": device.device_kind, "jax": jax.__version__}
     print(table(result))
     if args.json:
-        write_json(args.json, result)
+        with replacing(args.json, settings) as file:
+            write_json(file, result)

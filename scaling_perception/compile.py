@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.verbs import COUNT, STEPS
 from scaling_perception.train import split_overrides as split_overrides
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chip", default="", help="with cpu:N, the GPU whose limits to use: a100, h100, h200")
     parser.add_argument("--json", metavar="FILE", help="also write everything to this file")
     parser.add_argument("--hlo", metavar="FILE", help="also write the compiled program's text (one program)")
+    add_overwrite(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
     prepare_environment(args.topology)
     from scaling_perception.support.configs import load_config
-    from scaling_perception.support.files import write_json
+    from scaling_perception.support.files import write_json, write_text
     from scaling_perception.support.progress import waiting
 
     config = load_config(args.config, list(getattr(args, "overrides", [])))
@@ -57,6 +59,9 @@ def run(args: argparse.Namespace) -> None:
     topology = get_topology(args.topology, args.slices, args.chip)
     mesh = mesh_of(config, args.mesh, topology.devices)
     names = WHAT if args.what == "all" else (args.what,)
+    settings = settings_of(args, ("json", "hlo"))
+    for path in (args.json, args.hlo):
+        check_output(path, settings, args.overwrite)
     reports = []
     for name in names:
         with waiting(f"compiling {name} for {mesh.size} devices of {topology.name}"):
@@ -64,10 +69,11 @@ def run(args: argparse.Namespace) -> None:
         reports.append({"config": args.config, "overrides": list(getattr(args, "overrides", [])), **report})
         print(describe(report), flush=True)
         if args.hlo and name == names[-1]:
-            with open(args.hlo, "w", encoding="utf-8") as file:
-                file.write(text)
+            with replacing(args.hlo, settings) as file:
+                write_text(file, text)
     if args.json:
-        write_json(args.json, reports)
+        with replacing(args.json, settings) as file:
+            write_json(file, reports)
 
 
 def mesh_of(config: Any, text: str, devices: Sequence[Any]) -> Any:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from scaling_perception.support.again import add_overwrite, settings_of
 from scaling_perception.support.errors import UserError
 
 EXAMPLES = """
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-size", default="4GB", metavar="SIZE", help="largest file of weights (default 4GB)")
     parser.add_argument("--table", action="store_true", help="show every tensor, not only the first and last ones")
     parser.add_argument("--dry-run", action="store_true", help="check and show, write nothing")
+    add_overwrite(parser, "a model")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: give a whole number above 0")
-    outputs.check_target(source, target, to)
+    settings = settings_of(args, ("target", "table", "dry_run"))
+    settings |= {"source": source.name, "to": to}  # its name alone: the record goes along with the model
+    outputs.check_target(source, target, to, settings, args.overwrite or args.dry_run)
     begin = time.monotonic()
     checkpoint = exchange.open_checkpoint(source, args.layout, args.heads, args.active, args.gating)
     if checkpoint.family != "dit" and (args.heads or args.active or args.gating):
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("dry run: nothing was written")
         return 0
-    written = outputs.write(checkpoint, plan, target, shard_bytes)
+    written = outputs.write(checkpoint, plan, target, shard_bytes, settings, args.overwrite)
     print(f"{target}: {written / 1e6:.1f} MB in {time.monotonic() - begin:.1f} s")
     return 0
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scaling_perception.support.again import refuse_other
+from scaling_perception.support.again import add_overwrite, check_output, refuse_other, replacing
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json, write_json, write_text
 from scaling_perception.support.verbs import COUNT, FROM_0, SEED
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--write-budgets", metavar="MODEL", help="put this into the model folder's budgets.json, for predict --budget"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a result that was made with other settings")
+    add_overwrite(parser)
     parser.add_argument(
         "--controls",
         type=FROM_0,
@@ -160,6 +160,7 @@ def open_data(args: argparse.Namespace) -> Any:
 def run(args: argparse.Namespace) -> int:
     from scaling_perception import Predictor, __version__
     from scaling_perception.data.contents import contents_of, described
+    from scaling_perception.evaluation.budgets import check_entry
     from scaling_perception.evaluation.nested import Adaptive
     from scaling_perception.evaluation.protocols import REPORTED, count_note, get_protocol, reduce_mode
     from scaling_perception.evaluation.sweep import sweep
@@ -198,6 +199,10 @@ def run(args: argparse.Namespace) -> int:
     protocol = get_protocol(args.task, args.dataset, metrics, **own)  # as the model's answers are made
     asked = {name: getattr(args, name) for name in _ASKED}
     asked |= {"weights": predictor.id, "autoencoder": predictor.autoencoder_id, "data": data, "protocol": protocol}
+    for path in (args.csv, args.per_image):
+        check_output(path, asked, args.overwrite)
+    if folder is not None:
+        check_entry(folder, args.task, asked, args.overwrite)
     if out is not None and out.exists() and not args.overwrite:
         before = read_json(out)
         refuse_other(out, before.get("asked") if isinstance(before, dict) else None, asked)
@@ -283,9 +288,11 @@ def _write_tables(args: argparse.Namespace, result: dict[str, Any], predictor: A
     from scaling_perception.evaluation.tables import cells_csv, images_csv
 
     if args.csv:
-        write_text(args.csv, cells_csv(result))
+        with replacing(args.csv, result["asked"]) as file:
+            write_text(file, cells_csv(result))
     if args.per_image:
-        write_text(args.per_image, images_csv(result))
+        with replacing(args.per_image, result["asked"]) as file:
+            write_text(file, images_csv(result))
     if folder is not None:
         entry = budget_entry(result, measure_timing(predictor, args.task))
         print(f"written: {write_budgets(folder, args.task, entry)}")

@@ -6,6 +6,7 @@ run.json or folder. Without --form the forms for so many columns are compared on
 
 import argparse
 
+from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
 from scaling_perception.support.errors import UserError
 
 EXAMPLES = """
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="OUT", help="write the law, for `plan` and other programs")
     parser.add_argument("--figure", metavar="OUT", help="draw points, law, bands and residuals: .svg, .png or .pdf")
+    add_overwrite(parser, "a law or figure")
 
 
 def options_of(args: argparse.Namespace):
@@ -118,6 +120,9 @@ def run(args: argparse.Namespace) -> int:
         from scaling_perception.scaling.law_figures import check_name
 
         check_name(args.figure)
+    settings = settings_of(args, ("json", "figure"), ("points",))
+    for path in (args.json, args.figure):
+        check_output(path, settings, args.overwrite)
     points = read_points(
         args.points, args.x, args.y, args.group, args.image, args.form, args.where, args.drop_invalid,
         args.keep_duplicates,
@@ -128,11 +133,13 @@ def run(args: argparse.Namespace) -> int:
     for row in wanted:
         print(prediction_text(law, row))
     if args.json:
-        write_law(args.json, law)
+        with replacing(args.json, settings) as file:
+            write_law(file, law)
         print(f"law: {args.json}")
     if args.figure:
         from scaling_perception.scaling.law_figures import write_figure
 
-        write_figure(args.figure, law, points)
+        with replacing(args.figure, settings) as file:
+            write_figure(file, law, points)
         print(f"figure: {args.figure}")
     return 0

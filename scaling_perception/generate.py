@@ -5,6 +5,7 @@ Perception models draw none: they are asked with `predict`.
 
 import argparse
 
+from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.verbs import NOT_NEGATIVE, SEED, STEPS
 
@@ -34,11 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solver", default="ddim", help="ddim, ddpm, dpm++2m or unipc (default %(default)s)")
     parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the noise (default %(default)s)")
     parser.add_argument("--vae", default="", metavar="NAME|DIR", help="autoencoder (default: the model's own)")
+    add_overwrite(parser, "a picture")
 
 
 def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
+    settings = settings_of(args, ("out",), ("model", "vae"))
+    check_output(args.out, settings, args.overwrite)
     from scaling_perception.evaluation.class_pictures import example_classes, grid_of, write_classes
     from scaling_perception.interop.model_folder import load_model
 
@@ -57,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
         )
     labels = labels or example_classes(meta.get("classes") or meta["model"]["num_classes"], 8)
     how = {"steps": args.steps, "guidance": args.guidance, "channels": args.channels, "solver": args.solver}
-    pictures = write_classes(args.out, params, meta, labels, key=args.seed, autoencoder=args.vae, **how)
+    with replacing(args.out, settings) as file:
+        pictures = write_classes(file, params, meta, labels, key=args.seed, autoencoder=args.vae, **how)
     print(f"{args.out}: classes {', '.join(map(str, labels))}, {grid_of(len(pictures))} to a row")
     if shown := [f"{label} {names[label]}" for label in labels if label < len(names) and names[label]]:
         print(f"names of the classes: {', '.join(shown)}")

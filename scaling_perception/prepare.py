@@ -9,12 +9,21 @@ only verifies.
 import argparse
 import contextlib
 import hashlib
+import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from scaling_perception.support.again import (
+    add_overwrite,
+    check_output,
+    restore_folder,
+    settings_of,
+    swap_folder,
+)
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.failures import not_damage
 from scaling_perception.support.locks import hold
@@ -30,6 +39,10 @@ scaling-perception prepare flying_chairs --raw /data/FlyingChairs --out runs/cha
 # 9.0 ms a picture of 128 pixels in batches of 8 against 12.6 ms in batches of 64.
 _BATCH = {"cpu": 8}
 _BATCH_ELSEWHERE = 64
+# Flags that say nothing of a manifest, and the files of a cache and of a check of its samples
+_OF_LATENTS = ("out", "latents", "vae", "resolution", "flips", "flow_divisor", "image_resize", "depth_prompt")
+_OF_LATENTS += ("shard_size", "batch", "workers", "skip_bad", "overrides")
+_CACHE = re.compile(r"latents-\d+-of-\d+\..*|\.?(ledger|summary)\.json.*|\.?manifest\.jsonl.*|\.lock|\.contents.*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, metavar="N", help="reading processes (default: cores; 0: none)")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad samples out instead of failing")
+    add_overwrite(parser, "a manifest or cache")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,8 +102,11 @@ def _manifest(args: argparse.Namespace) -> int:
     total = len(samples)
     lines = ordered_map(Checker, spec, range(total), args.workers)
     about = {"format": 1, "dataset": args.dataset, "split": args.split, "sources": samples.fingerprint()}
+    settings = settings_of(args, _OF_LATENTS, ("raw",))
+    for name in (MANIFEST, SUMMARY):
+        check_output(out / name, settings, args.overwrite)
     with _alone(out):
-        summary = write_manifest(out, progress(lines, total, "check"), about)
+        summary = write_manifest(out, progress(lines, total, "check"), about, settings)
     for name, (low, high) in summary["ranges"].items():
         print(f"{name}: {low:.4g} .. {high:.4g}{UNITS.get(name, '')}")
     for note in unlikely(summary["ranges"]):
@@ -220,7 +237,7 @@ def _alone(out: Path) -> Iterator[None]:
 def _latents(args: argparse.Namespace) -> int:
     import jax
 
-    from scaling_perception.data.latents import FORMAT
+    from scaling_perception.data.latents import FORMAT, LEDGER
     from scaling_perception.data.ledger import finished_shards, sources_and_entries
     from scaling_perception.data.manifest import RawSamples
     from scaling_perception.models.autoencoders import load_autoencoder
@@ -261,14 +278,29 @@ def _latents(args: argparse.Namespace) -> int:
     if hasattr(samples.groups[0][0], "class_names"):
         ledger["class_names"] = samples.groups[0][0].class_names  # by label
     ledger |= {"complete": False, "shards": []}
-    with _alone(out):
+    with contextlib.ExitStack() as held:
+        restore_folder(out)
+        held.enter_context(_alone(out))
         table = samples.contents()  # before anything is read: what changes from now on is noticed next time
-        ledger["shards"] = finished_shards(out, ledger, samples, table)
+        place = out
+        try:
+            ledger["shards"] = finished_shards(out, ledger, samples, table)
+        except UserError:
+            if not args.overwrite:
+                raise
+            place = _beside(out)
+            held.enter_context(_alone(place))
+            try:  # of an earlier start of this command
+                ledger["shards"] = finished_shards(place, ledger, samples, table)
+            except UserError:
+                (place / LEDGER).unlink()
         begin, before = time.monotonic(), len(ledger["shards"])
-        _build(args, spec, options, samples, table, ledger, autoencoder)
+        _build(args, place, spec, options, samples, table, ledger, autoencoder)
+        if place != out:
+            _replace(out, place)
     shards = ledger["shards"]
     records, new = (sum(shard["records"] for shard in some) for some in (shards, shards[before:]))
-    if before == settings["shards"]:
+    if before == settings["shards"] and place == out:
         print(f"{out} is already finished: {records} records in {before} shards, all checksums match")
         return 0
     size = sum(shard["bytes"] for shard in shards) / 1e6
@@ -281,8 +313,32 @@ def _latents(args: argparse.Namespace) -> int:
     return 0
 
 
+def _beside(out: Path) -> Path:
+    """Where the cache is made that will replace the one in ``out``, which stays whole until then.
+
+    Raises:
+        UserError: ``out`` holds something that is no part of a cache or of a check of its samples.
+    """
+    other = sorted(path.name for path in out.iterdir() if not _CACHE.fullmatch(path.name))
+    if other:
+        raise UserError(
+            f"{out} also holds {', '.join(other[:5])}, which --overwrite would remove: choose another --out"
+        )
+    return out.absolute().with_name(f".{out.name}.partial")
+
+
+def _replace(out: Path, place: Path) -> None:
+    from scaling_perception.data.manifest import MANIFEST, SUMMARY
+
+    for name in (MANIFEST, SUMMARY, f".{MANIFEST}.settings", f".{SUMMARY}.settings"):
+        if (out / name).is_file():
+            shutil.copy2(out / name, place / name)
+    swap_folder(place, out)
+
+
 def _build(
     args: argparse.Namespace,
+    out: Path,
     spec: tuple[Any, ...],
     options: dict[str, Any],
     samples: Any,
@@ -298,7 +354,7 @@ def _build(
     from scaling_perception.support.files import write_json
     from scaling_perception.support.progress import progress
 
-    out, count, total = Path(args.out), ledger["settings"]["shards"], len(samples)
+    count, total = ledger["settings"]["shards"], len(samples)
     names = [f"latents-{number:05d}-of-{count:05d}.array_record" for number in range(count)]
     have = {shard["file"] for shard in ledger["shards"]}
     missing = [number for number, name in enumerate(names) if name not in have]

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from scaling_perception.support.again import add_overwrite
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import run_verb
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scenes", type=int, default=192, help="new scenes to fine-tune on (default %(default)s)")
     parser.add_argument("--train-steps", type=int, default=120, help="fine-tuning steps (default %(default)s)")
     parser.add_argument("--images", type=int, default=24, help="held-out images a task (default %(default)s)")
+    add_overwrite(parser, "evaluations")
 
 
 def _stage(verb: str, *words: str) -> float:
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a whole number above 0")
     work = Path(args.workdir)
     begin = time.monotonic()
+    replace = ["--overwrite"] if args.overwrite else []
     cache, tuned, evals = work / "latents", work / "train", work / "evaluations"
     seconds = {}
     words = ["scenes", "--out", str(cache), "--latents", "--vae", "tiny", "--resolution", "128", "--flips", "none"]
@@ -82,9 +85,9 @@ def run(args: argparse.Namespace) -> int:
             continue
         words = ["--task", task, "--dataset", "scenes", "--split", "val", "--count", str(args.images)]
         words += ["--model", str(tuned), "--steps", STEPS, "--ensemble", ENSEMBLE, "--preset", PRESETS]
-        seconds[f"evaluate {task}"] = _stage("evaluate", *words, "--panels", "4", "--json", str(out))
+        seconds[f"evaluate {task}"] = _stage("evaluate", *words, "--panels", "4", "--json", str(out), *replace)
     title = "Quickstart: what denoising steps and ensemble members buy"
-    seconds["report"] = _stage("report", str(work), "--title", title)
+    seconds["report"] = _stage("report", str(work), "--title", title, *replace)
     print_table(evals)
     for name, value in seconds.items():
         print(f"{name}: {value:.0f} s", file=sys.stderr)

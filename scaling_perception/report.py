@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import numpy as np
 
 from scaling_perception.evaluation.comparisons import Change, best_steps, change, savings, select, values, way
 from scaling_perception.evaluation.intervals import FEWEST_IMAGES, interval_text
+from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.files import atomic_path, write_text
+from scaling_perception.support.files import write_text
 from scaling_perception.training.goodput import goodput_tables
 
 EXAMPLES = """
@@ -63,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="page to write (default DIR/report.html)")
     parser.add_argument("--figures", metavar="DIR", help="also write each evaluation's error against MACs as PNG here")
     parser.add_argument("--title", default="Error against compute", help="heading of the page")
+    add_overwrite(parser, "a page or figure")
 
 
 def find_evaluations(folder: Path, needed: bool = True) -> list[tuple[Path, dict[str, Any]]]:
@@ -407,7 +410,7 @@ def _section(path: Path, evaluation: dict) -> str:
 
 
 def write_report(folder: Path, out: Path, title: str) -> Path:
-    """Write the page of all evaluations below ``folder`` to ``out``; returns ``out``.
+    """Write the page of all evaluations below ``folder`` to ``out``, whatever is there; returns ``out``.
 
     Raises:
         UserError: neither evaluation nor training run is there, or an evaluation lacks what the page needs.
@@ -436,30 +439,37 @@ def write_report(folder: Path, out: Path, title: str) -> Path:
     return out
 
 
-def write_figures(folder: Path, into: Path) -> list[Path]:
+def write_figures(folder: Path, into: Path, settings: Mapping[str, Any], overwrite: bool = False) -> list[Path]:
     """Each evaluation's error against MACs as a PNG named after its JSON, and after the folders too where several JSON
     have one name; returns the files.
 
     Raises:
-        UserError: no evaluation is there, or the files cannot be written.
+        UserError: no evaluation is there, the files cannot be written, or were made with other ``settings``.
     """
-    written = []
     found = find_evaluations(folder)
-    stems = [path.stem for path, _ in found]
+    stems, made = [path.stem for path, _ in found], []
     for path, evaluation in found:
         if png := compute_figure(evaluation):
             parts = path.relative_to(folder).with_suffix("").parts
-            written.append(into / f"compute_{path.stem if stems.count(path.stem) == 1 else '_'.join(parts)}.png")
-            with atomic_path(written[-1]) as file:
-                file.write_bytes(png)
-    return written
+            name = path.stem if stems.count(path.stem) == 1 else "_".join(parts)
+            made.append((into / f"compute_{name}.png", png))
+            check_output(made[-1][0], settings, overwrite)
+    for path, png in made:
+        with replacing(path, settings) as file:
+            file.write_bytes(png)
+    return [path for path, _ in made]
 
 
 def run(args: argparse.Namespace) -> int:
     folder = Path(args.dir)
-    out = write_report(folder, Path(args.out) if args.out else folder / "report.html", args.title)
-    for path in write_figures(folder, Path(args.figures)) if args.figures else ():
+    out = Path(args.out) if args.out else folder / "report.html"
+    settings = settings_of(args, ("out", "figures"), ("dir",))
+    check_output(out, settings, args.overwrite)
+    about = {"dir": settings["dir"]}  # no title is in a figure
+    for path in write_figures(folder, Path(args.figures), about, args.overwrite) if args.figures else ():
         print(f"figure: {path}")
+    with replacing(out, settings) as file:
+        write_report(folder, file, args.title)
     for name, table in goodput_tables(folder).items():
         print(f"{name}: {table}")
     print(f"report: {out}")

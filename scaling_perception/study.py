@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
 from scaling_perception.support.errors import UserError, did_you_mean
 
 EXAMPLES = """
@@ -33,6 +34,7 @@ _FREE = {
     "batch",
     "batch_size",
     "overrides",
+    "overwrite",
 }
 _WRITERS = ("slurm", "jobset")
 
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--collect", action="store_true", help="run nothing; collect what is there")
     parser.add_argument("--csv", metavar="FILE", help="the collected table (default DIR/study.csv)")
     parser.add_argument("--images", metavar="FILE", help="also collect a table of one line an image")
+    add_overwrite(parser, "a table")
     parser.add_argument(
         "--compare",
         nargs=2,
@@ -74,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--stage and --index go together: they name one cell")
     if args.only and args.stage is not None:
         raise UserError("--only and --stage both choose cells: give one of them")
+    about = settings_of(args, ("csv", "images", "only", "collect", "stage", "index"), ("config", "out"))
+    for path in (args.csv, args.images):
+        check_output(path, about, args.overwrite)
     out = Path(args.out)
     cells = study_cells(args.config)
     settings = check_settings(cells, out, _settings, _defaults)
@@ -92,9 +98,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     code = 0 if args.collect else _run(chosen, out, settings)
     if args.stage is None:  # cells that run side by side would write the table at once
-        _collect(cells, out, Path(args.csv or out / "study.csv"))
+        _collect(cells, out, Path(args.csv or out / "study.csv"), about)
         if args.images:
-            _collect(cells, out, Path(args.images), images=True)
+            _collect(cells, out, Path(args.images), about, images=True)
     return code
 
 
@@ -205,7 +211,7 @@ def _setting(text: str) -> tuple[str, int, int]:
     return preset, int(numbers[0]), int(numbers[1])
 
 
-def _collect(cells: list[Any], out: Path, path: Path, images: bool = False) -> None:
+def _collect(cells: list[Any], out: Path, path: Path, about: dict[str, Any], images: bool = False) -> None:
     from scaling_perception.scaling.study_table import collect, table_csv
     from scaling_perception.support.files import write_text
 
@@ -216,5 +222,6 @@ def _collect(cells: list[Any], out: Path, path: Path, images: bool = False) -> N
     if not rows:
         print(f"no cell has figures yet: {path} is not written", file=sys.stderr)
         return
-    write_text(path, table_csv(rows))
+    with replacing(path, about) as file:
+        write_text(file, table_csv(rows))
     print(f"written: {path} ({len(rows)} lines of {len(cells) - len(missing)} cells)")

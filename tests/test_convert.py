@@ -208,7 +208,7 @@ def test_words_that_cannot_be_meant_are_refused_in_one_line(file, tmp_path, caps
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("")
-    (tmp_path / "there.pt").write_text("")
+    (tmp_path / "there.pt").write_text("mine")
     save_file({"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)}, tmp_path / "foreign.safetensors")
     out = tmp_path / "out"
     cases = [
@@ -224,7 +224,7 @@ def test_words_that_cannot_be_meant_are_refused_in_one_line(file, tmp_path, caps
         ((file, tmp_path / "file"), "is a file"),
         ((file, file), "source itself"),
         ((file, tmp_path), "holds the source"),
-        ((file, tmp_path / "there.pt"), "there.pt is there already"),
+        ((file, tmp_path / "there.pt"), "there.pt holds another result (its settings are not known)"),
         ((file, out, "--to", "torch"), "ends in .pt"),
         ((file, tmp_path / "x.pt", "--to", "ours"), "writes a folder"),
         ((ROOT / "scaling_perception" / "weights" / "tiny_vae", tmp_path / "x.pt"), "no published layout holds"),
@@ -243,15 +243,30 @@ def test_sizes():
         size_of("0")
 
 
-def test_a_folder_of_ours_is_replaced_whole(file, tmp_path):
-    convert(file, tmp_path / "out", "--shard-size", "300KB")
-    assert len(os.listdir(tmp_path / "out")) > 4
-    convert(file, tmp_path / "out", "--heads", 4)
-    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "config.json", "model.safetensors"]
-    assert meta_of(tmp_path / "out")["model"]["heads"] == 4
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    convert(file, tmp_path / "out", code=2)
-    assert (tmp_path / "out" / "notes.txt").exists()
+def test_another_model_is_replaced_by_wish_alone(file, tmp_path, capsys):
+    out = tmp_path / "out"
+
+    def refused(message, *words):
+        capsys.readouterr()
+        before = {path: path.read_bytes() for path in out.iterdir()}
+        convert(*words, code=2)
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+        assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+    for _ in range(2):  # equal settings go on
+        convert(file, out, "--shard-size", "300KB")
+    assert len(os.listdir(out)) > 4
+    refused('heads: "absent" there, 4 here', file, out, "--shard-size", "300KB", "--heads", 4)
+    convert(file, out, "--heads", 4, "--overwrite")
+    assert sorted(os.listdir(out)) == [".settings", "README.md", "config.json", "model.safetensors"]
+    assert meta_of(out)["model"]["heads"] == 4
+    save_file({name: array + 1 for name, array in load_file(file).items()}, file)
+    refused("sha256: ", file, out, "--heads", 4)  # the same words, other weights
+    (out / ".settings").unlink()  # as one that was trained
+    refused("its settings are not known", file, out, "--heads", 4)
+    (out / "notes.txt").write_text("mine")
+    refused("holds other files", file, out, "--overwrite")
     assert sorted(os.listdir(tmp_path)) == ["in.safetensors", "out"]
 
 

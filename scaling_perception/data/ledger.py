@@ -89,7 +89,7 @@ def _same_settings(
             told = changes({p: "" for s in _all(out, found) for p in s.get("files", {})}, dict.fromkeys(table, ""))
             raise UserError(
                 f"{out} holds a cache of other samples ({told or 'their order or values'}): choose another --out, or "
-                "remove it to prepare it anew"
+                "--overwrite to replace it"
             )
     else:  # before contents were hashed: names and sizes
         rows = samples.fingerprint()
@@ -99,13 +99,13 @@ def _same_settings(
             for a, b in zip(old["sources"], rows, strict=False)
         ):
             raise UserError(
-                f"{out} holds a cache of files with other names or sizes: choose another --out, or remove it to "
-                "prepare it anew"
+                f"{out} holds a cache of files with other names or sizes: choose another --out, or "
+                "--overwrite to replace it"
             )
     if changed := differences(old, new):
         raise UserError(
             f"{out} holds a cache of other settings ({'; '.join(changed[:5])}): choose another --out or the "
-            "same settings"
+            "same settings, or --overwrite to replace it"
         )
 
 

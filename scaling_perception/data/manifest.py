@@ -14,8 +14,9 @@ import numpy as np
 
 from scaling_perception.data.contents import contents_of
 from scaling_perception.data.pipeline import open_subset
+from scaling_perception.support.again import replacing
 from scaling_perception.support.errors import UserError, did_you_mean
-from scaling_perception.support.files import atomic_path, write_json
+from scaling_perception.support.files import write_json
 from scaling_perception.tasks import TaskOptions, get_task
 from scaling_perception.tasks.amodal import EMPTY_PROMPT
 
@@ -229,8 +230,11 @@ def unlikely(ranges: Mapping[str, Sequence[float]]) -> list[str]:
     ]
 
 
-def write_manifest(out: Path, lines: Iterable[dict[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write manifest and summary; a key that comes twice makes the second sample bad.
+def write_manifest(
+    out: Path, lines: Iterable[dict[str, Any]], about: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write manifest and summary, each with the record of its ``settings`` (``support.again``); a key that comes twice
+    makes the second sample bad.
 
     Returns:
         The summary: ``about``, samples, good, bad, sizes {"WxH": count}, ranges {field: [least, most]}, bad_samples.
@@ -240,7 +244,7 @@ def write_manifest(out: Path, lines: Iterable[dict[str, Any]], about: Mapping[st
     ranges: dict[str, list[float]] = {}
     bad: list[dict[str, Any]] = []
     count = 0
-    with atomic_path(out / MANIFEST) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with replacing(out / MANIFEST, settings) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for line in lines:
             count += 1
             if line["ok"]:
@@ -271,5 +275,6 @@ def write_manifest(out: Path, lines: Iterable[dict[str, Any]], about: Mapping[st
         "ranges": ranges,
         "bad_samples": bad[:_MOST_LISTED],
     }
-    write_json(out / SUMMARY, summary)
+    with replacing(out / SUMMARY, settings) as temporary:
+        write_json(temporary, summary)
     return summary

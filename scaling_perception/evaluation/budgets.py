@@ -27,6 +27,7 @@ from scipy.optimize import nnls
 
 from scaling_perception.evaluation import choosing
 from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
+from scaling_perception.support.again import refuse_other
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import read_json, write_text
 from scaling_perception.support.locks import hold
@@ -240,6 +241,7 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
         "autoencoder": result.get("autoencoder", {}).get("weights"),
         "reduce": fixed[0]["reduce"],
         "protocol": result["protocol"].get("fingerprint"),
+        **({"asked": result["asked"]} if "asked" in result else {}),
         "timing": _numbers(fit_timing(cells)),
         **({} if reference is None else {"reference": _numbers(reference)}),
         **({"trivial": {"name": strongest, "error": trivial[strongest]}} if strongest else {}),
@@ -254,6 +256,17 @@ def _numbers(timing: Timing) -> dict[str, float]:
 def _short(value: float) -> float:
     """Six digits: the table is read by people, too."""
     return float(f"{value:.6g}")
+
+
+def check_entry(folder: str | os.PathLike[str], task: str, asked: Mapping[str, Any], overwrite: bool = False) -> None:
+    """Refuse to replace a task's entry of the folder's table by one of an evaluation with other settings.
+
+    Raises:
+        UserError: the settings differ, or the entry does not say its own.
+    """
+    entry = ((load_budgets(folder) or {}).get("tasks") or {}).get(task)
+    if entry is not None and not overwrite:
+        refuse_other(f"{Path(folder) / FILE} ({task})", entry.get("asked"), asked)
 
 
 def write_budgets(folder: str | os.PathLike[str], task: str, entry: Mapping[str, Any]) -> Path:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,14 @@ from scaling_perception.interop.torch_dit import leaf_pieces
 from scaling_perception.models import tiny_vae, vae_torch
 from scaling_perception.models.dit import count_active_params, count_params
 from scaling_perception.models.presets import LATENT_FACTOR, get_preset, preset_names
+from scaling_perception.support.again import (
+    keep_folder_settings,
+    keep_settings,
+    refuse_other,
+    restore_folder,
+    settings_there,
+    swap_folder,
+)
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_json, write_text
 from scaling_perception.support.locks import hold
@@ -38,7 +46,9 @@ from scaling_perception.support.stopping import finished_first, removed_when_sto
 TORCH_SUFFIXES = torch_files.SUFFIXES
 _KL_FILE = "diffusion_pytorch_model.safetensors"
 _MARK = "library_name: scaling-perception"  # in the card of every folder that this package writes
-_OURS = re.compile(r"config\.json|README\.md|.*\.safetensors|.*\.safetensors\.index\.json|tokenizer|text_encoder")
+_OURS = re.compile(
+    r"config\.json|README\.md|.*\.safetensors|.*\.safetensors\.index\.json|tokenizer|text_encoder|\.settings|budgets\.json"
+)
 _TOKENIZER = (
     "vocab.json",
     "tokenizer.json",
@@ -184,11 +194,15 @@ def _count(checkpoint: Checkpoint) -> int:
     return sum(prod(item.shape) for item in checkpoint.plans.values())
 
 
-def check_target(source: Path, target: Path, to: str) -> None:
+def check_target(source: Path, target: Path, to: str, settings: Mapping[str, Any], overwrite: bool = False) -> None:
     """Refuse a target that cannot be written or would destroy something.
 
+    Args:
+        settings: of this conversion. overwrite: also where a model is that was made with other ones.
+
     Raises:
-        UserError: it is the source, another file, a folder that this package did not write, or of the wrong kind.
+        UserError: it is the source, another file, a folder that this package did not write, of the wrong kind, or holds
+            another model.
     """
     if target.resolve() == source.resolve():
         raise UserError(f"{target} is the source itself: give another name to write to")
@@ -200,14 +214,27 @@ def check_target(source: Path, target: Path, to: str) -> None:
         if target.suffix not in TORCH_SUFFIXES:
             raise UserError(f"{target}: --to torch writes one file: give a name that ends in .pt")
         for path in (target, target.with_suffix(".json")):
-            if path.exists():
-                raise UserError(f"{path} is there already: remove it or give another name")
+            if path.is_dir():
+                raise UserError(f"{path} is a folder: give another name")
+            _refuse_other(path, settings, overwrite)
     elif target.suffix in (*TORCH_SUFFIXES, ".safetensors"):
         raise UserError(f"{target}: --to {to} writes a folder: give a name without {target.suffix}")
     elif target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: give the name of a folder to write")
     elif target.is_dir() and not _replaceable(target):
         raise UserError(f"{target} holds other files than a model that this package wrote: give another name")
+    else:
+        _refuse_other(target, settings, overwrite)
+
+
+def _refuse_other(target: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """The source's digest counts where ``settings`` has it: it is known when all is read."""
+    if overwrite or not (any(target.iterdir()) if target.is_dir() else target.exists()):
+        return
+    there = settings_there(target)
+    if there is not None and "sha256" not in settings:
+        there = {name: value for name, value in there.items() if name != "sha256"}
+    refuse_other(target, there, settings)
 
 
 def _replaceable(folder: Path) -> bool:
@@ -219,23 +246,34 @@ def _replaceable(folder: Path) -> bool:
     return marked and all(_OURS.fullmatch(name) for name in names)
 
 
-def write(checkpoint: Checkpoint, plan: Plan, target: Path, shard_bytes: int) -> int:
-    """Write the checkpoint; returns the bytes of its tensors.
+def write(
+    checkpoint: Checkpoint, plan: Plan, target: Path, shard_bytes: int, settings: Mapping[str, Any], overwrite: bool
+) -> int:
+    """Write the checkpoint; returns the bytes of its tensors. ``settings`` and ``overwrite`` as for ``check_target``.
 
     Raises:
-        UserError: the disk is too small or full, or the folder cannot be written.
+        UserError: the disk is too small or full, the folder cannot be written, or it holds what an equal command made
+            of other weights.
     """
     digests = _Digests(checkpoint.files)
     with _stage(target, plan.bytes * (2 if plan.to == "torch" else 1)) as stage:
         if plan.to == "torch":
             _write_torch(checkpoint, plan, stage / target.name, digests)
+            settings = {**settings, "sha256": digests.result()}
+            for path in (target.with_suffix(".json"), target):
+                _refuse_other(path, settings, overwrite)
             with finished_first():
-                os.replace(stage / target.with_suffix(".json").name, target.with_suffix(".json"))
-                os.replace(stage / target.name, target)
+                for path in (target.with_suffix(".json"), target):
+                    keep_settings(path, stage / path.name, settings)
+                    os.replace(stage / path.name, path)
             return plan.bytes
         writers = {"dit": _write_dit, "kl": _write_kl, "tiny": _write_tiny, "clip": _write_clip}
         writers[checkpoint.family](checkpoint, plan, stage, shard_bytes, digests)
-        _into_place(stage, target)
+        settings = {**settings, "sha256": digests.result()}
+        _refuse_other(target, settings, overwrite)
+        keep_folder_settings(stage, settings)
+        with finished_first():
+            swap_folder(stage, target)
     return plan.bytes
 
 
@@ -273,6 +311,7 @@ def _stage(target: Path, needed: int) -> Iterator[Path]:
         free = shutil.disk_usage(parent).free
         try:
             shutil.rmtree(stage, ignore_errors=True)  # of one that was killed
+            restore_folder(target)
             if free < needed:
                 raise UserError(
                     f"cannot write {target}: it takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} are free; free space "
@@ -283,16 +322,6 @@ def _stage(target: Path, needed: int) -> Iterator[Path]:
                 yield stage
         finally:
             shutil.rmtree(stage, ignore_errors=True)
-
-
-def _into_place(stage: Path, target: Path) -> None:
-    old = target.absolute().with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    with finished_first():
-        if target.exists():
-            os.replace(target, old)
-        os.replace(stage, target.absolute())
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _described(plan: Plan, digests: _Digests) -> dict[str, Any]:

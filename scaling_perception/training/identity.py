@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from scaling_perception.data.contents import changes
+from scaling_perception.support.again import differing, differing_names, shown
 from scaling_perception.support.configs import flatten
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.fields import FIELDS
@@ -126,19 +127,17 @@ def refuse_other_model(workdir: Path, config: Mapping[str, Any]) -> list[str]:
     if not path.is_file():
         return []
     old, new = flatten(read_json(path)), flatten(config)
-    changed = {
-        name: f"{name}: {json.dumps(old[name])[:80]} there, {json.dumps(new[name])[:80]} here"
-        for name in sorted(old.keys() & new.keys())
-        if old[name] != new[name]
-    }
+    both = old.keys() & new.keys()  # fields that came later are no difference
+    changed = differing({name: old[name] for name in both}, {name: new[name] for name in both})
     best = "best" in (old.get("train.export_from"), new.get("train.export_from"))
-    other = [changed[name] for name in changed if name in (_EXPORTED if best else _EXPORTED[:2])]
+    exported = _EXPORTED if best else _EXPORTED[:2]
+    other = [line for line in changed if line.partition(":")[0] in exported]
     if other:
         raise UserError(
             f"{workdir} is finished with other settings ({'; '.join(other)}): restore them, or move "
             f"{workdir / 'model'} away, and the last checkpoint is exported anew"
         )
-    return list(changed.values())
+    return changed
 
 
 def same_run(
@@ -166,12 +165,12 @@ def same_run(
         old, new = ({name: value for name, value in side.items() if value != {}} for side in both)
         cached = bool(old.get("data.cache")) and bool(new.get("data.cache"))
         measured = bool(old.get("train.validate_every")) and bool(new.get("train.validate_every"))
-        for name in sorted(old.keys() | new.keys()):
+        for name in differing_names(old, new):
             free = part == "config" and (name in FREE or (name.startswith("data.") and name.endswith(".root")))
             free |= part == "config" and name.startswith(_MEASURED) and not measured
             free |= part == "config" and cached and name.startswith("data.mixture.") and name.endswith(_OF_CACHE)
-            if old.get(name) != new.get(name) and not free:
-                was, is_now = (json.dumps(side.get(name, "absent"))[:80] for side in (old, new))
+            if not free:
+                was, is_now = shown(old, name), shown(new, name)
                 how = f"restore it (--config.{name}={was})" if part == "config" and name in LATER else "restore it"
                 raise UserError(
                     f"cannot resume in {workdir}: {what} {name} was {was} and is now {is_now}; "
