@@ -163,5 +163,5 @@ def test_figures_of_adaptive_cells_and_many_solvers(tmp_path):
     for name in ("a", "b"):  # as a study lays them out
         (tmp_path / "study" / name).mkdir(parents=True)
         (tmp_path / "study" / name / "result.json").write_text(json.dumps(_evaluation()))
-    written = write_figures(tmp_path / "study", tmp_path / "figures")
+    written = write_figures(tmp_path / "study", tmp_path / "figures", {})
     assert [path.name for path in written] == ["compute_a_result.png", "compute_b_result.png"]

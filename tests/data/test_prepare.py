@@ -14,6 +14,7 @@ import stand_ins
 from PIL import Image
 
 import scaling_perception
+from scaling_perception import prepare
 from scaling_perception.data import latents
 from scaling_perception.data.latents import CacheReader
 from scaling_perception.data.pipeline import flip_sample
@@ -133,6 +134,25 @@ def test_other_settings_are_refused_by_name(tmp_path, stand_in, words, named):
         stand_ins.prepare(tmp_path, *words, count=2)
     assert named in str(caught.value)
     assert files(tmp_path) == before
+
+
+def test_other_settings_replace_by_wish(tmp_path, stand_in, monkeypatch):
+    """The old cache is whole until the new one is; what is no part of a cache is never removed."""
+    out = tmp_path / "cache"
+    stand_ins.prepare(out, count=2)
+    before, build = files(out), prepare._build
+    with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception):
+        patch.setattr(prepare, "_build", lambda *args: (build(*args), pytest.fail("killed")))
+        stand_ins.prepare(out, "--tasks", "depth", "--overwrite", count=2)
+    assert files(out) == before
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="also holds notes.txt"):
+        stand_ins.prepare(out, "--tasks", "depth", "--overwrite", count=2)
+    (out / "notes.txt").unlink()
+    assert stand_ins.prepare(out, "--tasks", "depth", "--overwrite", count=2) == 0
+    CacheReader(out).verify()
+    assert json.loads((out / "ledger.json").read_text())["settings"]["tasks"] == ["depth"]
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_full_disk_tells_and_the_same_command_goes_on(tmp_path, stand_in, monkeypatch):
