@@ -272,8 +272,7 @@ def write(
         settings = {**settings, "sha256": digests.result()}
         _refuse_other(target, settings, overwrite)
         keep_folder_settings(stage, settings)
-        with finished_first():
-            swap_folder(stage, target)
+        swap_folder(stage, target)
     return plan.bytes
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from scaling_perception.support.configs import flatten
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path, write_json
+from scaling_perception.support.stopping import finished_first
 
 _RECORD = ".settings"
 _NO_SETTINGS = {"overwrite", "help"}
@@ -139,9 +140,10 @@ def swap_folder(made: Path, target: Path) -> None:
     """Put the finished folder ``made`` in the place of ``target``; ``restore_folder`` mends what a crash left of it."""
     old = _old(target)
     shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(made, target.absolute())
+    with finished_first():
+        if target.exists():
+            os.replace(target, old)
+        os.replace(made, target.absolute())
     shutil.rmtree(old, ignore_errors=True)
 
 
