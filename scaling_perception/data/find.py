@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from scaling_perception.data.images import suffixes
 from scaling_perception.data.video import count_frames, is_video, require_pyav
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.tables import decode
 
 _MASK_NAME = re.compile(r"(?P<picture>.+?)_(?:visible_)?mask_?\d*")
 
@@ -88,11 +89,20 @@ def read_list(file: str, null: bool = False) -> list[str]:
     if null:
         words = [os.fsdecode(word) for word in data.split(b"\0")]
     else:
-        lines = [os.fsdecode(line.removesuffix(b"\r")) for line in data.split(b"\n")]
+        lines = _lines(file, data)
         words = [line for line in lines if line.strip() and not line.startswith("#")]
     if not any(words):
         raise UserError(f"{'standard input' if file == '-' else file} names no path: write one a line")
     return [word for word in words if word]
+
+
+def _lines(file: str, data: bytes) -> list[str]:
+    """The lines of a list in any encoding; a name in bytes that are no UTF-8 is kept where there is such a file."""
+    lines = [line.removesuffix("\r") for line in decode(file, data).split("\n")]
+    raw = [line.removesuffix(b"\r") for line in data.split(b"\n")]
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or len(raw) != len(lines) or b"\0" in data[:4]:
+        return lines
+    return [os.fsdecode(own) if os.path.exists(own) else line for own, line in zip(raw, lines, strict=True)]
 
 
 # From words to pictures

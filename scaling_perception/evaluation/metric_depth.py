@@ -7,7 +7,6 @@ is nearest to most of them, and then least squares over those that are near it: 
 points or fewer none can be called the wrong one, and it is plain least squares.
 """
 
-import csv
 import hashlib
 import itertools
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from scaling_perception.data.find import Picture
 from scaling_perception.evaluation.alignment import Fit, fit_scale_shift
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.tables import read_table
 
 SPACES = ("depth", "disparity")
 FITS = ("least-squares", "robust")
@@ -82,40 +82,25 @@ def read_points(path: str) -> dict[str | None, Points]:
     Raises:
         UserError: missing, a column is not there, or a value is no number or no distance.
     """
+    table = read_table(Path(path).expanduser())
+    missing = [name for name in ("x", "y", "depth") if name not in table.names]
+    if missing:
+        raise UserError(f"{path} has no column '{missing[0]}' in its first line: write x,y,depth[,image]")
+    columns = {name: table.numbers(name) for name in ("x", "y", "depth")}
+    images = [word.strip() for word in table.text("image")] if "image" in table.names else None
     rows: dict[str | None, list[tuple[float, float, float, int]]] = {}
-    try:
-        with open(Path(path).expanduser(), newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            missing = [name for name in ("x", "y", "depth") if name not in columns]
-            if missing:
-                raise UserError(f"{path} has no column '{missing[0]}' in its first line: write x,y,depth[,image]")
-            for row in reader:
-                image = row["image"] if "image" in columns else None
-                if "image" in columns and not image:
-                    raise UserError(f"{path} line {reader.line_num}: the image is missing: write its file name")
-                x, y, depth = (_number(path, reader.line_num, name, row[name]) for name in ("x", "y", "depth"))
-                if not depth > 0:
-                    raise UserError(f"{path} line {reader.line_num}: depth {depth:g} is no distance in metres")
-                rows.setdefault(image, []).append((x, y, depth, reader.line_num))
-    except OSError as error:
-        raise UserError(f"--align {path} cannot be read ({error.strerror}): check the path") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is no CSV file ({error}): save it as UTF-8 with commas") from None
-    if not rows:
-        raise UserError(f"{path} holds no point: write lines of x,y,depth below the first")
+    for at, line in enumerate(table.lines):
+        if images and not images[at]:
+            raise UserError(f"{path} line {line}: the image is missing: write its file name")
+        for name, values in columns.items():
+            if not np.isfinite(values[at]):
+                word = table.text(name)[at].strip()
+                raise UserError(f"{path} line {line}: {name} '{word}' is no number: write it with a decimal point")
+        x, y, depth = (float(values[at]) for values in columns.values())
+        if not depth > 0:
+            raise UserError(f"{path} line {line}: depth {depth:g} is no distance in metres")
+        rows.setdefault(images[at] if images else None, []).append((x, y, depth, line))
     return {image: Points(*np.asarray(found, np.float64).T) for image, found in rows.items()}
-
-
-def _number(path: str, line: int, name: str, text: str | None) -> float:
-    try:
-        value = float(text or "")
-    except ValueError:
-        value = np.nan
-    if not np.isfinite(value):
-        raise UserError(f"{path} line {line}: {name} '{text or ''}' is no number: write it with a decimal point")
-    return value
 
 
 def points_of(path: str, table: dict[str | None, Points], images: Sequence[Picture]) -> list[Points | None]:

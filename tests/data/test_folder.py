@@ -153,21 +153,21 @@ def test_depth_range_and_bad_depths(data):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "manifest.csv has no rows: write one a sample, with the columns image, depth"),
-        ("image,depth\n", "manifest.csv has no rows"),
+        ("", "manifest.csv is empty: its first line must name the columns"),
+        ("image,depth\n", "manifest.csv names columns and has no rows"),
         ("image,deph\na.png,a.pfm\n", "manifest.csv line 2: unknown column 'deph'; did you mean 'depth'"),
         ("image\na.png\n", "line 2 has no depth, which depth needs"),
-        ("image,depth\na.png,a.pfm\n\nb.png,c.pfm\n", "line 4: depth file .*c.pfm does not exist"),
-        ("image,depth\na.png,a.pfm\nb.png\n", "line 3 has 1 fields where the first line names 2"),
+        ("image,depth\na.png,a.pfm\n\nb.png,c.pfm\n", "not exist: .*line 4: depth c.pfm"),
+        ("image,depth\na.png,a.pfm\nb.png\n", "line 3 has 1 field where the first line names 2"),
         ("image,depth\na.png,\n", "line 2 has no depth"),
-        ("image,image\na.png,a.png\n", "line 1 names a column twice"),
+        ("image,image\na.png,a.png\n", "the first line names 'image' twice"),
         ("image,depth,depth_scale\na.png,a.pfm,0\n", "line 2: depth_scale '0' must be above 0"),
         ("image,depth,depth_scale\na.png,a.pfm,mm\n", "line 2: depth_scale 'mm' must be above 0"),
         ("image,depth,label\na.png,a.pfm,cat\n", "line 2: label 'cat' is no class"),
         ("image,depth,label\na.png,a.pfm,1.5\n", "line 2: label '1.5' is no class"),
         ("image,depth,label\na.png,a.pfm,-1\n", "line 2: label '-1' is no class"),
         ("image,depth\na.png,a.pfm\na.png,b.pfm\n", "two samples are called 'a'"),
-        ('image,depth\n"a.png,a.pfm\n', "line 2 is no CSV"),
+        ('image,depth\n"a.png,a.pfm\n', "is no CSV"),
     ],
 )
 def test_manifest_mistakes_name_the_line(data, text, words):
@@ -187,11 +187,27 @@ def test_json_mistakes_name_the_line(data, text, words):
     refuse(words, manifest(data, text, "manifest.jsonl"))
 
 
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_a_manifest_in_any_encoding(data, codec, delimiter):
+    (data / "a.png").rename(data / "größe, groß.png")
+    rows = [("image", "depth", "depth_scale"), ('"größe, groß.png"', "a.pfm", "0,5")]
+    text = "".join(delimiter.join(row) + "\n" for row in rows)
+    (data / "manifest.csv").write_bytes(text.encode(codec))
+    (entry,) = open_source("folder", data, "all", "depth").entries
+    assert entry.files["image"] == "größe, groß.png" and entry.values["depth_scale"] == 0.5
+
+
+def test_all_missing_files_are_counted(data):
+    text = "image,depth\na.png,a.pfm\n" + "".join(f"a.png,no{at}.pfm\n" for at in range(12))
+    refuse("12 files do not exist: line 3: depth no0.pfm; .*no9.pfm; …: restore", manifest(data, text))
+
+
 def test_other_manifest_mistakes(data):
     root = manifest(data, "image,visible_mask\na.png,a_mask.png\n")
     refuse("line 2 has neither whole nor whole_mask", root, "amodal")
-    (data / "manifest.csv").write_bytes(b"image,depth\n\xff\xfe,a\n")
-    refuse("is no UTF-8 text", data)
+    (data / "manifest.csv").write_bytes(b"image,depth\n\0\1,a\n")
+    refuse("is no text file", data)
     manifest(data, "{}", "manifest.jsonl")
     refuse("holds both manifest.csv and manifest.jsonl", data)
     refuse("a.png is no manifest", data / "a.png")

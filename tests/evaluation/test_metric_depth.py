@@ -103,8 +103,9 @@ def test_points_of_several_images(tmp_path):
         ("x,y,depth\n1,2,\n", "line 2: depth '' is no number"),
         ("x,y,depth\n1,2,3\n1,b,3\n", "line 3: y 'b' is no number"),
         ("x,y,depth\n1,2,0\n", "line 2: depth 0 is no distance"),
-        ("x,y,depth\n", "holds no point"),
+        ("x,y,depth\n", "has no rows"),
         ("x,y,depth,image\n1,2,3,\n", "line 2: the image is missing"),
+        ("x,y,depth\n1,2,1,25\n", "line 2 has 4 fields where the first line names 3: a decimal comma"),
         ("x,y,depth\n1,2,nan\n", "'nan' is no number"),
     ],
 )
@@ -120,5 +121,5 @@ def test_one_list_of_points_is_for_one_image(tmp_path):
     path.write_text("x,y,depth\n1,2,3\n")
     with pytest.raises(UserError, match="no column 'image' but there are 2 images"):
         points_of(str(path), read_points(str(path)), [Picture(tmp_path / "a.png"), Picture(tmp_path / "b.png")])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="does not exist"):
         read_points(str(tmp_path / "none.csv"))

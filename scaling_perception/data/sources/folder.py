@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -12,6 +11,7 @@ from typing import Any
 
 from scaling_perception.data.sources.base import Entry, FileSource, list_files
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.tables import read_table, read_text
 from scaling_perception.tasks.amodal import mask_from_whole
 from scaling_perception.tasks.common import to_unit
 
@@ -99,6 +99,7 @@ class Folder(FileSource):
 
     def _from_manifest(self, path: Path) -> list[Entry]:
         entries, splits, rows = [], set(), 0
+        missing: list[str] = []
         for line, row in _rows(path):
             rows += 1
             where = f"{path} line {line}"
@@ -109,7 +110,11 @@ class Folder(FileSource):
                 splits.add(str(row["split"]))
                 if self.split not in ("all", str(row["split"])):
                     continue
-            entries.append(self._entry(row, where))
+            entries.append(self._entry(row, where, missing))
+        if missing:
+            shown = "; ".join(missing[:10]) + ("; …" if len(missing) > 10 else "")
+            are = "1 file does" if len(missing) == 1 else f"{len(missing)} files do"
+            raise UserError(f"{path}: {are} not exist: {shown}: restore them or drop the lines")
         if rows and not splits:
             self.not_split()
         if rows and not entries:
@@ -119,7 +124,7 @@ class Folder(FileSource):
             raise UserError(f"{path} has no rows: write one a sample, with the columns {columns}")
         return entries
 
-    def _entry(self, row: dict[str, Any], where: str) -> Entry:
+    def _entry(self, row: dict[str, Any], where: str, missing: list[str]) -> Entry:
         files = {}
         for column in (*REQUIRED[self.task], *OPTIONAL[self.task]):
             name = row.get(column)
@@ -128,8 +133,7 @@ class Folder(FileSource):
             if not isinstance(name, str):
                 raise UserError(f"{where}: {column} is {name!r}: give the name of a file")
             if not (self.root / name).is_file():
-                path = self.root / name
-                raise UserError(f"{where}: {column} file {path} does not exist: restore it or drop the line")
+                missing.append(f"line {where.rsplit(' ', 1)[1]}: {column} {name}")
             files[column] = name
         for column in REQUIRED[self.task]:
             if column not in files:
@@ -199,38 +203,20 @@ def _number(value: Any, kind: type) -> Any:
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of a manifest; blank lines are skipped."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            yield from (_csv_rows if path.suffix.lower() == ".csv" else _json_rows)(path, file)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text ({error.reason}): save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check the path and its permission") from None
+    yield from (_csv_rows if path.suffix.lower() == ".csv" else _json_rows)(path)
 
 
-def _csv_rows(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(file, strict=True)
-    header: list[str] = []
-    try:
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            cells = [cell.strip() for cell in cells]
-            if not header:
-                header = cells
-                if len(set(header)) != len(header):
-                    raise UserError(f"{path} line {reader.line_num} names a column twice: keep one of them")
-                continue
-            if len(cells) != len(header):
-                counts = f"{len(cells)} fields where the first line names {len(header)}"
-                raise UserError(f"{path} line {reader.line_num} has {counts}: quote names that hold commas")
-            yield reader.line_num, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num} is no CSV ({error}): mend the line") from None
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    table = read_table(path)
+    columns = {name: table.text(name) for name in table.names}
+    if any("," in word for word in columns.get("depth_scale", ())):  # decimal commas
+        columns["depth_scale"] = ["" if math.isnan(x) else repr(float(x)) for x in table.numbers("depth_scale")]
+    for at, line in enumerate(table.lines):
+        yield line, {name: words[at].strip() for name, words in columns.items()}
 
 
-def _json_rows(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(file, 1):
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.tables import read_text
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 _PLACES = {"train": ("train",), "val": ("val", "validation")}  # a split's folder; its name for tensorflow-datasets
@@ -215,7 +216,7 @@ def _read_labels(path: Path, folders: list[str]) -> dict[str, int]:
     if not path.is_file():
         raise UserError(f"labels {path} does not exist: give a text file with one class folder a line")
     numbers: dict[str, int] = {}
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     for row, line in enumerate(lines):
         name, *rest = [line] if line in folders else line.rsplit(maxsplit=1)  # a folder's name may have spaces
         number = rest[0] if rest else str(row)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from scaling_perception.data.sources.base import file_sizes, list_files
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.tables import read_text
 
 
 def list_path(root: Path, given: str) -> Path:
@@ -23,9 +24,9 @@ def read_list(path: Path, columns: Sequence[str]) -> list[list[str]]:
     """
     form = f"'{' '.join(columns)}'"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): it must be text, lines {form}") from None
+        lines = read_text(path).splitlines()
+    except UserError as error:
+        raise UserError(f"{error}; it must be text, lines {form}") from None
     rows = []
     for number, line in enumerate(lines, 1):
         words = line.split()
