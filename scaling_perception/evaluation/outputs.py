@@ -25,6 +25,7 @@ from scaling_perception.evaluation.prediction import Estimate
 from scaling_perception.evaluation.settings import Settings
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import atomic_path, read_json, write_json
+from scaling_perception.support.stopping import removed_when_stopped
 
 FORMAT = 2
 
@@ -392,8 +393,9 @@ def replace_results(
             raise UserError(f"cannot write {place}: it is there and is no regular file; move it away")
     try:
         shutil.rmtree(beside, ignore_errors=True)  # of a killed process: the lock is ours
-        beside.mkdir()
-        write(beside, {kind: place.name for kind, place in places.items()})
+        with removed_when_stopped(beside):
+            beside.mkdir()
+            write(beside, {kind: place.name for kind, place in places.items()})
         stale = _keep_others(out, item, task, record)
         path.unlink(missing_ok=True)
         try:
