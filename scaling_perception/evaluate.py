@@ -78,6 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also measure what the model answers without the picture, on the first K images (default 32; 0: none)",
     )
     parser.add_argument("--panels", type=FROM_0, default=0, metavar="K", help="save pictures of the first K images")
+    parser.add_argument(
+        "--intermediates",
+        metavar="T",
+        help="with --panels: also what sampling predicts at these times of 1000 to 0, such as 1000,500,0",
+    )
 
 
 def numbers(text: str, flag: str) -> list[int]:
@@ -89,6 +94,18 @@ def numbers(text: str, flag: str) -> list[int]:
     values = _parts(text, int)
     if not values or min(values) < 1:
         raise UserError(f"{flag} '{text}': give whole numbers above 0, such as 1,2,5")
+    return values
+
+
+def times_of(text: str) -> list[int]:
+    """``1000,500,0`` as times of the diffusion, all different.
+
+    Raises:
+        UserError: anything else.
+    """
+    values = _parts(text, int)
+    if not values or len(set(values)) < len(values) or not all(0 <= value <= 1000 for value in values):
+        raise UserError(f"--intermediates '{text}': give different whole numbers from 1000 to 0, such as 1000,500,0")
     return values
 
 
@@ -184,6 +201,9 @@ def run(args: argparse.Namespace) -> int:
     out = None if args.json is None else Path(args.json).expanduser()
     if out is None and args.panels:
         raise UserError("--panels are written beside the result: give --json OUT, or leave them out")
+    times = [] if args.intermediates is None else times_of(args.intermediates)
+    if times and not args.panels:
+        raise UserError("--intermediates are pictures of --panels: give --panels K, or leave them out")
     for path in filter(None, (args.json, args.csv, args.per_image)):
         _check_folder(Path(path))
     folder = _budgets_folder(args.write_budgets)
@@ -199,6 +219,8 @@ def run(args: argparse.Namespace) -> int:
     protocol = get_protocol(args.task, args.dataset, metrics, **own)  # as the model's answers are made
     asked = {name: getattr(args, name) for name in _ASKED}
     asked |= {"weights": predictor.id, "autoencoder": predictor.autoencoder_id, "data": data, "protocol": protocol}
+    if times:
+        asked["intermediates"] = args.intermediates
     for path in (args.csv, args.per_image):
         check_output(path, asked, args.overwrite)
     if folder is not None:
@@ -227,7 +249,7 @@ def run(args: argparse.Namespace) -> int:
         solvers=words(args.solver),
         adaptive=adaptive,
         journal=journal,
-        show=None if out is None else _Panels(args.task, protocol, out),
+        show=None if out is None else _Panels(args.task, protocol, out, predictor, times, args.seed),
         controls=args.controls,
     )
     result = {
@@ -301,8 +323,11 @@ def _write_tables(args: argparse.Namespace, result: dict[str, Any], predictor: A
 class _Panels:
     """Writes an image's pictures as soon as it is done, so that a run that goes on need not do it again."""
 
-    def __init__(self, task: str, protocol: dict[str, Any], out: Path) -> None:
+    def __init__(
+        self, task: str, protocol: dict[str, Any], out: Path, predictor: Any, times: list[int], seed: int
+    ) -> None:
         self.task, self.protocol, self.out = task, protocol, out
+        self.predictor, self.times, self.seed = predictor, times, seed
 
     def __call__(self, shown: Any, number: int) -> dict[str, Any]:
         from scaling_perception.data.formats import write_image
@@ -312,7 +337,31 @@ class _Panels:
         for name, pixels in panel_pictures(self.task, shown.raw, shown.estimate, self.protocol).items():
             entry[name] = f"panels/{self.out.stem}_{number:02d}_{name}.png"
             write_image(self.out.parent / entry[name], pixels)
+        for time, estimate in self._on_the_way(shown) if self.times else ():
+            entry[f"t{time}"] = f"panels/{self.out.stem}_{number:02d}_t{time}.png"
+            pixels = panel_pictures(self.task, shown.raw, estimate, self.protocol)["prediction"]
+            write_image(self.out.parent / entry[f"t{time}"], pixels)
         return {**entry, "cell": shown.cell}
+
+    def _on_the_way(self, shown: Any) -> list[tuple[int, Any]]:
+        """The prediction at each time, as `Predictor.intermediates` has it; of a grid without it at the nearest."""
+        import numpy as np
+
+        from scaling_perception.evaluation.settings import Settings
+
+        cell, raw = shown.cell, shown.raw
+        preset = None if cell["preset"] == "own" else cell["preset"]
+        settings = {"steps": cell["steps"], "ensemble": cell["ensemble"], "preset": preset, "solver": cell["solver"]}
+        settings["reduce"] = cell["reduce"]
+        grid = np.asarray(Settings(**settings).tables(self.predictor.choose_diffusion(preset)).t)
+        nearest = {time: int(np.abs(grid - time).argmin()) for time in self.times}
+        steps = sorted(set(nearest.values()))
+        prompt = (
+            raw.get("image2") if self.task == "flow" else raw.get("visible_mask") if self.task == "amodal" else None
+        )
+        found = self.predictor.intermediates(raw["image"], self.task, steps, self.seed, prompt, **settings)
+        estimates = dict(zip(steps, found, strict=True))
+        return [(time, estimates[step]) for time, step in nearest.items()]
 
 
 def _report_skipped(skipped: list[dict[str, str]]) -> int:

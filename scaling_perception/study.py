@@ -99,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
     code = 0 if args.collect else _run(chosen, out, settings)
     if args.stage is None:  # cells that run side by side would write the table at once
         _collect(cells, out, Path(args.csv or out / "study.csv"), about)
+        _draw(args.config, cells, out)
         if args.images:
             _collect(cells, out, Path(args.images), about, images=True)
     return code
@@ -209,6 +210,18 @@ def _setting(text: str) -> tuple[str, int, int]:
     if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
         raise UserError(f"--compare …:{text}: write PRESET,STEPS,MEMBERS, such as fixed,10,5")
     return preset, int(numbers[0]), int(numbers[1])
+
+
+def _draw(spec: str, cells: list[Any], out: Path) -> None:
+    """The figures and tables that the config declares, from the cells that are done."""
+    from scaling_perception.scaling.study_table import collect
+    from scaling_perception.support.configs import declared
+
+    figures = declared(spec, "figures")
+    rows = collect(cells, out)[0] if figures else []
+    for figure in figures:
+        path = figure.write(rows, out) if rows else None
+        print(f"written: {path}" if path else f"{figure.name}: no cell of it is done yet", flush=True)
 
 
 def _collect(cells: list[Any], out: Path, path: Path, about: dict[str, Any], images: bool = False) -> None:

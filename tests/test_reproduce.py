@@ -4,12 +4,18 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from scaling_perception.data.formats import write_image
+from scaling_perception.data.images import read_image
 from scaling_perception.scaling import study_cost
+from scaling_perception.scaling.paper_laws import published_values
 from scaling_perception.scaling.study import study_cells
 from scaling_perception.scaling.topologies import CHIPS
 from scaling_perception.study import _chosen
+from scaling_perception.support.configs import declared
+from scaling_perception.support.files import write_json
 from scaling_perception.support.verbs import make_parser, run_verb
 
 ROOT = Path(__file__).parent.parent
@@ -79,3 +85,85 @@ def test_the_counts_of_tables_1_and_2_are_the_published_ones(capsys):
     assert run_verb("presets", ["--published"]) == 0
     text = capsys.readouterr().out.splitlines()[1:]
     assert len(text) == 12 and all(line.endswith("equal") for line in text)
+
+
+# ---- From the table to the figure ---------------------------------------------------------------------------------
+
+SLICED = {"Fig. 6": "a2-4E2A,eval/a2-dense,eval/a2-4E2A", "Fig. 8e, f": "cosine,eval/cosine-[16]"}  # at trial size
+
+
+def line(**changes):
+    row = {
+        "kind": "evaluate",
+        "metric": "abs_rel",
+        "cell": "eval/a1",
+        "model": "a1",
+        "run": "a1",
+        "value": 0.3,
+        "low": 0.2,
+    }
+    row |= {"high": 0.4, "last": 1, "images": 9, "steps": 50, "members": 1, "study_cells": "2/3"}
+    return {**row, **dict.fromkeys(("own_train_macs", "train_macs", "macs", "macs_per_forward"), 1e12), **changes}
+
+
+def all_rows():
+    for cell in ("eval/a1", "steps/a2", "members/a2", "eval/dense", "a1"):
+        for n in (1, 2):
+            for metric in ("abs_rel", "1-delta1"):
+                macs = dict.fromkeys(("own_train_macs", "train_macs", "macs", "macs_per_forward"), n * 1e12)
+                yield line(cell=cell, metric=metric, value=0.5 / n, **macs)
+        yield line(cell=cell, kind="train", metric="loss")
+
+
+@pytest.mark.parametrize("stem", ["fig2", "fig3", "fig4", "fig5", "fig6", "fig8ef"])
+def test_the_figures_of_a_study_are_drawn_from_its_table(stem, tmp_path):
+    found = declared(f"configs/paper/{stem}.py:trial", "figures")
+    rows = list(all_rows())
+    for figure in found:
+        assert figure.write([], tmp_path) is None
+        text = figure.write(rows, tmp_path).read_text()
+        assert text.startswith("<?xml") and f"{figure.name}, 2/3 cells" in re.sub(r"<!-- | -->", "", text)
+    if stem == "fig3":
+        assert "published: 28.93 C^-0.1504" in text or "published: 14.38 C^-0.1308" in text
+
+
+def test_tables_hold_ours_beside_the_published_values(tmp_path):
+    (table,) = declared("configs/paper/tab4.py", "figures")
+    assert table.write([line()], tmp_path) is None  # nothing of it
+    rows = [line(metric="epe", published="flying_chairs", members=n, value=float(n)) for n in (1, 5)]
+    text = table.write(rows, tmp_path).read_text().splitlines()
+    assert "| 3.45 | 1 | 0.2 to 0.4 | 9 | 50 x 1 |" in text[2] and "| 3.08 | 5 | 0.2 to 0.4 | 9 | 50 x 5 |" in text[3]
+    for stem in ("tab3", "tab5"):  # every published data set has a cell, by its name
+        named = {cell.labels.get("published") for cell in study_cells(f"configs/paper/{stem}.py")} - {None}
+        assert named == {one.dataset for one in published_values(stem)}
+
+
+def test_pictures_are_put_on_one_page(tmp_path):
+    found = declared("configs/paper/fig9.py", "figures")
+    for task in ("depth", "flow", "amodal"):
+        folder = tmp_path / "eval" / task
+        panel = {"key": "k", "image": "image.png", "t800": "image.png"}
+        write_json(folder / "result.json", {"panels": [panel, panel, panel]})
+        write_image(folder / "image.png", np.zeros((4, 4, 3), np.uint8))
+    rows = [line(cell=f"eval/{task}") for task in ("depth", "flow", "amodal")]
+    for figure, high in zip(found, (6, 9, 3), strict=True):
+        assert figure.write([], tmp_path) is None
+        page = read_image(figure.write(rows, tmp_path))
+        assert page.shape[0] == 240 * high
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_every_line_runs_at_trial_size_to_its_figure(tmp_path, monkeypatch):
+    """In their order, in one folder, as the page says; of two grids with many alike cells, some."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    for row, words in lines().items():
+        words = [word.replace("data=DATA", "trial") for word in words]
+        if row in SLICED:
+            words += ["--only", SLICED[row]]
+        assert run_verb(words[0], words[1:]) == 0, row
+    written = {path.name for path in tmp_path.rglob("runs/paper/*/*.*")}
+    figures = {"fig2.svg", "fig3.svg", "fig4.svg", "fig5.svg", "fig6.svg", "fig8ab.svg", "fig8cd.svg", "fig8ef.svg"}
+    figures |= {"tab3.md", "tab4.md", "tab5.md", "fig9.png", "suppl_fig1.png", "suppl_fig2.png"}
+    assert figures <= written

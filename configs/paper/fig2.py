@@ -14,6 +14,7 @@ Arguments: ``model`` a1 to a6; ``res`` pixels; the others are told in configs/pa
 from ml_collections import ConfigDict
 
 from scaling_perception.scaling.study import Cell
+from scaling_perception.scaling.study_figures import Figure, Panel
 
 from . import shared
 
@@ -30,3 +31,7 @@ def runs(arg: str = "") -> list[tuple[str, str]]:
 
 def study(arg: str = "") -> list[Cell]:
     return shared.trains("fig2", runs(arg))
+
+
+def figures(arg: str = "") -> list[Figure]:
+    return [Figure("fig2", (Panel("own_train_macs", "loss", law="fig2", kind="train"),))]

@@ -19,6 +19,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from scaling_perception.scaling.study import Cell
+from scaling_perception.scaling.study_figures import Figure, Panel
 
 from . import shared
 
@@ -44,4 +45,16 @@ def study(arg: str = "") -> list[Cell]:
         *(shared.evaluates(args, f"eval/{model}", f"{{{model}}}") for model in shared.LADDER),
         *(shared.evaluates(args, f"steps/{model}", f"{{{model}}}", steps=STEPS) for model in MEASURED),
         *(shared.evaluates(args, f"members/{model}", f"{{{model}}}", members=MEMBERS) for model in MEASURED),
+    ]
+
+
+def figures(arg: str = "") -> list[Figure]:
+    train = tuple(Panel("own_train_macs", name, "eval/*") for name in ("abs_rel", "1-delta1"))
+    sweeps = [("fig8ab", "steps/*", "fig8a", "fig8b"), ("fig8cd", "members/*", "fig8c", "fig8d")]
+    return [
+        Figure("fig3", (Panel("own_train_macs", "loss", "a?", kind="train"), *train)),
+        *(
+            Figure(name, (Panel("macs", "1-delta1", cells, law=first), Panel("macs", "abs_rel", cells, law=second)))
+            for name, cells, first, second in sweeps
+        ),
     ]

@@ -17,6 +17,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from scaling_perception.scaling.study import Cell
+from scaling_perception.scaling.study_figures import Figure, Panel
 from scaling_perception.support.errors import UserError, did_you_mean
 
 from . import shared
@@ -57,3 +58,7 @@ def study(arg: str = "") -> list[Cell]:
         cells += shared.trains("fig4", [(before, found[before]), (after, started)], pretrained=steps)
         cells.append(shared.evaluates(args, f"eval/{steps // 1000}k", f"{{{after}}}"))
     return cells
+
+
+def figures(arg: str = "") -> list[Figure]:
+    return [Figure("fig4", tuple(Panel("train_macs", name) for name in ("abs_rel", "1-delta1")))]

@@ -17,6 +17,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from scaling_perception.scaling.study import Cell
+from scaling_perception.scaling.study_figures import Figure, Panel
 
 from . import shared
 
@@ -44,3 +45,7 @@ def study(arg: str = "") -> list[Cell]:
         *shared.trains("fig5", runs(arg)),
         *(shared.evaluates(args, f"eval/{name}", f"{{{name}}}") for name in names),
     ]
+
+
+def figures(arg: str = "") -> list[Figure]:
+    return [Figure("fig5", tuple(Panel("own_train_macs", name, group="run") for name in ("abs_rel", "1-delta1")))]

@@ -19,6 +19,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from scaling_perception.scaling.study import Cell
+from scaling_perception.scaling.study_figures import Figure, Panel
 
 from . import shared
 
@@ -56,3 +57,7 @@ def study(arg: str = "") -> list[Cell]:
         cells += shared.trains("fig6", [(name, own)], experts=name.partition("-")[2])
         cells.append(shared.evaluates(args, f"eval/{name}", f"{{{name}}}"))
     return cells
+
+
+def figures(arg: str = "") -> list[Figure]:
+    return [Figure("fig6", tuple(Panel("macs_per_forward", name) for name in ("abs_rel", "1-delta1")))]

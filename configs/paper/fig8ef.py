@@ -17,6 +17,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from scaling_perception.scaling.study import Cell
+from scaling_perception.scaling.study_figures import Figure, Panel
 
 from . import shared
 
@@ -47,3 +48,7 @@ def study(arg: str = "") -> list[Cell]:
             model = f"{{{schedule}}}/models/{step}"
             cells.append(shared.evaluates(args, f"eval/{schedule}-{step}", model))
     return cells
+
+
+def figures(arg: str = "") -> list[Figure]:
+    return [Figure("fig8ef", tuple(Panel("own_train_macs", name, group="run") for name in ("abs_rel", "1-delta1")))]

@@ -18,6 +18,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from scaling_perception.scaling.study import Cell
+from scaling_perception.scaling.study_figures import Pictures
 from scaling_perception.support.errors import UserError, did_you_mean
 
 from . import shared
@@ -52,7 +53,18 @@ def study(arg: str = "") -> list[Cell]:
     cells = shared.trains("fig9", [dense, (upcycled[0], started)])
     count = () if args.trial else ("--count", SHOWN)
     for task, dataset in DATASETS.items():
-        panels = (*count, "--panels", SHOWN)
+        panels = (*count, "--panels", SHOWN, *(("--intermediates", TIMES) if task == "depth" else ()))
         given = {"task": task, "dataset": dataset, "steps": (200,), "members": (5,), "more": panels}
         cells.append(shared.evaluates(args, f"eval/{task}", "{upcycled}", **given))
     return cells
+
+
+def figures(arg: str = "") -> list[Pictures]:
+    cells = tuple(f"eval/{task}" for task in DATASETS)
+    kinds = ("image", "prompt", "truth", "prediction")
+    times = tuple(f"t{time}" for time in TIMES.split(","))
+    return [
+        Pictures("fig9", cells, kinds, rows=2),
+        Pictures("suppl_fig2", cells, kinds, rows=8),
+        Pictures("suppl_fig1", cells[:1], ("image", *times, "truth"), rows=4),
+    ]

@@ -16,6 +16,7 @@ Arguments: ``model`` preset; ``res`` pixels; the others are told in configs/pape
 from ml_collections import ConfigDict
 
 from scaling_perception.scaling.study import Cell
+from scaling_perception.scaling.study_figures import Comparison
 
 from . import shared
 
@@ -44,3 +45,7 @@ def study(arg: str = "") -> list[Cell]:
             for name, split in SETS.items()
         ),
     ]
+
+
+def figures(arg: str = "") -> list[Comparison]:
+    return [Comparison("tab3")]

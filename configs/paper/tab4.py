@@ -15,6 +15,7 @@ Arguments: ``model`` preset; ``res`` pixels; the others are told in configs/pape
 from ml_collections import ConfigDict
 
 from scaling_perception.scaling.study import Cell
+from scaling_perception.scaling.study_figures import Comparison
 
 from . import shared
 
@@ -36,3 +37,7 @@ def study(arg: str = "") -> list[Cell]:
         *shared.trains("tab4", runs(arg)),
         shared.evaluates(shared.read(arg, ARGS), "eval/flying_chairs", "{flow}", **known, published="flying_chairs"),
     ]
+
+
+def figures(arg: str = "") -> list[Comparison]:
+    return [Comparison("tab4")]

@@ -15,6 +15,7 @@ Arguments: ``model`` preset; ``res`` pixels; the others are told in configs/pape
 from ml_collections import ConfigDict
 
 from scaling_perception.scaling.study import Cell
+from scaling_perception.scaling.study_figures import Comparison
 
 from . import shared
 
@@ -30,7 +31,7 @@ def runs(arg: str = "") -> list[tuple[str, str]]:
     return [("amodal", arg)]
 
 
-SETS = {"coco_amodal": "val", "pix2gestalt": "val", "mp3d_amodal": "test"}  # name: split
+SETS = {"coco_amodal": ("val", "cocoa"), "pix2gestalt": ("val", "pix2gestalt"), "mp3d_amodal": ("test", "mp3d")}
 
 
 def study(arg: str = "") -> list[Cell]:
@@ -39,7 +40,11 @@ def study(arg: str = "") -> list[Cell]:
     return [
         *shared.trains("tab5", runs(arg)),
         *(
-            shared.evaluates(args, f"eval/{name}", "{amodal}", dataset=name, split=split, **known, published=name)
-            for name, split in SETS.items()
+            shared.evaluates(args, f"eval/{name}", "{amodal}", dataset=name, split=split, **known, published=published)
+            for name, (split, published) in SETS.items()
         ),
     ]
+
+
+def figures(arg: str = "") -> list[Comparison]:
+    return [Comparison("tab5")]

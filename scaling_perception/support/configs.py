@@ -92,6 +92,18 @@ def run_declaration(spec: str, names: Sequence[str]) -> tuple[str, list[Any]]:
     raise UserError(f"{path} declares no {' and no '.join(f'{name}(arg)' for name in names)}: see docs/study.md")
 
 
+def declared(spec: str, name: str) -> list[Any]:
+    """What the function ``name`` of a config file returns for the file's argument; empty where it has none.
+
+    Raises:
+        UserError: no such file, an unknown argument, or an error in it.
+    """
+    path, arg = _split(spec)
+    function = getattr(_execute(path), name, None)
+    with _own_errors(path):
+        return list(function(arg)) if callable(function) else []
+
+
 def _split(spec: str) -> tuple[Path, str]:
     name, _, arg = spec.partition(".py:")
     return find_config(name if name.endswith(".py") else name + ".py"), arg
