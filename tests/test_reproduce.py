@@ -3,18 +3,24 @@
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from scaling_perception.data.formats import write_image
 from scaling_perception.data.images import read_image
+from scaling_perception.diffusion.schedules import get_diffusion
+from scaling_perception.evaluate import _Panels, times_of
+from scaling_perception.evaluation.protocols import get_protocol
+from scaling_perception.evaluation.sweep import Shown
 from scaling_perception.scaling import study_cost
 from scaling_perception.scaling.paper_laws import published_values
 from scaling_perception.scaling.study import study_cells
 from scaling_perception.scaling.topologies import CHIPS
 from scaling_perception.study import _chosen
 from scaling_perception.support.configs import declared
+from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_json
 from scaling_perception.support.verbs import make_parser, run_verb
 
@@ -167,3 +173,27 @@ def test_every_line_runs_at_trial_size_to_its_figure(tmp_path, monkeypatch):
     figures = {"fig2.svg", "fig3.svg", "fig4.svg", "fig5.svg", "fig6.svg", "fig8ab.svg", "fig8cd.svg", "fig8ef.svg"}
     figures |= {"tab3.md", "tab4.md", "tab5.md", "fig9.png", "suppl_fig1.png", "suppl_fig2.png"}
     assert figures <= written
+
+
+def test_predictions_on_the_way_are_those_of_the_nearest_steps(tmp_path):
+    preset, asked = get_diffusion("paper"), {}
+
+    class Stand:
+        def choose_diffusion(self, name):
+            return preset
+
+        def intermediates(self, image, task, at, key, prompt, **settings):
+            asked.update(at=at, key=key, **settings)
+            return [SimpleNamespace(prediction=depth * (step + 1), uncertainty=depth) for step in at]
+
+    depth = np.linspace(1, 2, 64, dtype=np.float32).reshape(8, 8)
+    raw = {"key": "k", "image": np.zeros((8, 8, 3), np.uint8), "depth": depth, "valid": np.ones((8, 8), bool)}
+    cell = {"preset": "own", "steps": 5, "ensemble": 2, "solver": "ddim", "reduce": "lsq"}
+    panels = _Panels("depth", get_protocol("depth", "scenes"), tmp_path / "r.json", Stand(), [1000, 800, 0], 7)
+    entry = panels(Shown(raw, SimpleNamespace(prediction=depth, uncertainty=depth), cell), 0)
+    assert asked["at"] == [0, 4] and asked["key"] == 7 and asked["steps"] == 5 and asked["preset"] is None
+    truth = read_image(tmp_path / entry["truth"])
+    for time in (1000, 800, 0):  # whatever their scale: each is aligned by itself
+        assert np.abs(read_image(tmp_path / entry[f"t{time}"]).astype(int) - truth).max() <= 1
+    with pytest.raises(UserError, match="--intermediates '1000,1000': give different"):
+        times_of("1000,1000")
