@@ -7,7 +7,6 @@ not repeated when the command is run again.
 """
 
 import argparse
-import json
 import shlex
 import sys
 import time
@@ -59,11 +58,6 @@ def print_table(folder: Path) -> None:
             print("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
 
 
-def _evaluated(path: Path, images: int) -> bool:
-    """Whether ``path`` holds a whole evaluation on as many images (files are written whole or not at all)."""
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("images") == images
-
-
 def run(args: argparse.Namespace) -> int:
     for name in ("scenes", "train_steps", "images"):
         if getattr(args, name) < 1:
@@ -80,9 +74,6 @@ def run(args: argparse.Namespace) -> int:
     seconds["fine-tune"] = _stage("train", *words, "--config.data.flip=false")
     for task in ("depth", "flow", "amodal"):
         out = evals / f"{task}.json"
-        if _evaluated(out, args.images):
-            print(f"\n{out} is already there")
-            continue
         words = ["--task", task, "--dataset", "scenes", "--split", "val", "--count", str(args.images)]
         words += ["--model", str(tuned), "--steps", STEPS, "--ensemble", ENSEMBLE, "--preset", PRESETS]
         seconds[f"evaluate {task}"] = _stage("evaluate", *words, "--panels", "4", "--json", str(out), *replace)

@@ -29,8 +29,19 @@ def test_renders_trains_evaluates_and_reports(tmp_path, small, capfd):
     assert page.count("<h2>") == 5 and "http" not in page.replace("http-equiv", "")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluations").glob("*.json")}
     assert main(words) == 0
-    assert "is already there" in capfd.readouterr().out
+    assert "already finished: " in capfd.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}, "a finished stage is not repeated"
+
+
+def test_what_lies_there_is_judged_by_evaluate(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(quickstart, "_stage", lambda verb, *words: ran.append((verb, words)) or 0.0)
+    monkeypatch.setattr(quickstart, "print_table", lambda folder: None)
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "depth.json").write_text('{"images": 2}')  # foreign: evaluate refuses it
+    assert main(["quickstart", "--workdir", str(tmp_path), "--images", "2"]) == 0
+    assert [verb for verb, _ in ran] == ["prepare", "train", "evaluate", "evaluate", "evaluate", "report"]
+    assert str(tmp_path / "evaluations" / "depth.json") in ran[2][1]
 
 
 def test_a_wrong_number_is_one_line(tmp_path, capsys):
