@@ -156,9 +156,7 @@ def test_figures_of_adaptive_cells_and_many_solvers(tmp_path):
     more = [{**cell, "solver": solver} for cell in many["cells"] for solver in ("ddim", "unipc", "dpm++2m", "ddpm")]
     head, rows = compute_table({**many, "cells": more})
     assert len(rows) == 16 and rows[2][0] == "fixed, unipc"
-    args = argparse.Namespace(
-        dir=str(tmp_path), out=None, title="t", figures=str(tmp_path / "figures"), overwrite=False
-    )
+    args = argparse.Namespace(dir=str(tmp_path), out=None, title="t", figures=str(tmp_path / "figures"), overwrite=True)
     assert run(args) == 0 and (tmp_path / "figures" / "compute_depth.png").read_bytes().startswith(b"\x89PNG")
     for name in ("a", "b"):  # as a study lays them out
         (tmp_path / "study" / name).mkdir(parents=True)

@@ -60,7 +60,7 @@ def _flash_is_for(query: jax.Array, key: jax.Array, mesh: Any) -> bool:
     fits = local_plan(mesh, query.shape, query.dtype) is not None
     if not fits and _is_tpu(mesh):
         needs = f"bfloat16 or float32, head_dim a multiple of 8 up to {LANES}"
-        if plan(*query.shape[1:], query.dtype, LARGE):
+        if plan(tokens, heads, query.shape[3], query.dtype, LARGE):
             needs = "fewer tokens, or a chip with more memory beside its units (v5e and later)"
         _warn("TPU", needs, query.dtype.name, query.shape)
     return fits
