@@ -158,4 +158,6 @@ def write_samples(path: str, config: Config, params: Any, meta: Mapping[str, Any
     except (RuntimeError, UserError) as error:
         print(f"no {path}: {' '.join(str(error).split())[:200]}", file=sys.stderr, flush=True)
         return
-    print(f"drew classes {', '.join(map(str, labels))}, {grid_of(len(pictures))} to a row: {path}", file=sys.stderr)
+    # ``path`` is in the folder of the export under way, which is renamed
+    shown = f"drew classes {', '.join(map(str, labels))}, {grid_of(len(pictures))} to a row"
+    print(f"{shown}: samples.png in the model's folder", file=sys.stderr)
