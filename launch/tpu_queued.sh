@@ -51,7 +51,6 @@ for try in 1 2 3; do
 done
 [[ \$(bash tpu_worker.sh number) != 0 ]] || echo \$code | gcloud storage cp - $place/exit
 END
-
 state() {
   queued describe --format='value(state.state)' 2>"$work/error" || { grep -q NOT_FOUND "$work/error" && echo ABSENT; } || true
 }

@@ -199,7 +199,7 @@ def test_mistakes_are_one_line(predict, pictures, tmp_path):
         (("depth", image, "--ply", "--fov", 60, "--range", "2,1"), "NEAR < FAR"),
         (("flow", pictures, "--ply"), "--ply belongs to depth"),
         (("depth", image, "--align-fit", "robust"), "goes with --align"),
-        (("depth", image, "--align", tmp_path / "none.csv"), "none.csv cannot be read"),
+        (("depth", image, "--align", tmp_path / "none.csv"), "none.csv does not exist"),
         (("depth", image, "--budget", "fast"), "leave out --budget or --steps"),
         (("depth", image, "--solver", "dim"), "did you mean 'ddim'"),
         (("depth", image, "--aspect", "tiles"), "did you mean 'tile'"),
