@@ -101,7 +101,7 @@ def test_refusals(monkeypatch):
         run_verb("bench", [*NANO, "--autoencoder", "tinny"])
     with pytest.raises(UserError, match="resolution 40 is not a multiple of 16"):
         run_verb("bench", [*NANO, "--resolution", "40"])
-    with pytest.raises(UserError, match="--cores 0"):
+    with pytest.raises(UserError, match="--cores"):
         run_verb("bench", [*NANO, "--cores", "0"])
     with pytest.raises(UserError, match="--images 0: give 1 or more"):
         run_verb("bench", [*NANO, "--images", "0"])

@@ -138,7 +138,7 @@ def test_the_command(tmp_path, capsys):
         (["--mesh", "fsdp=3"], "does not fit 8 devices"),
         (["--batch", "12"], "give a multiple of 8"),
         (["--batch", "0"], "--batch 0"),
-        (["--config.objective=autoencoder"], "this config's is 'autoencoder'"),
+        (["--config.objective=autoencoder"], "objective=autoencoder needs it"),
         (["--what", "sample", "--batch", "3"], "3 rows"),
         (["--topology", "v5p"], "give a TPU slice"),
     ],

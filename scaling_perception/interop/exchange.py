@@ -289,9 +289,10 @@ def _tiny_config(told: Mapping[str, Any], origin: str) -> tiny_vae.TinyVAEConfig
         "decoder_blocks": "num_decoder_blocks",
         "latent_channels": "latent_channels",
     }
-    given = {own: told[theirs] for own, theirs in fields.items() if theirs in told}
+    given: dict[str, Any] = {own: told[theirs] for own, theirs in fields.items() if theirs in told}
     try:
-        return tiny_vae.TinyVAEConfig(**{own: tuple(v) if isinstance(v, list) else v for own, v in given.items()})
+        values: dict[str, Any] = {own: tuple(v) if isinstance(v, list) else v for own, v in given.items()}
+        return tiny_vae.TinyVAEConfig(**values)
     except (TypeError, ValueError) as error:
         raise UserError(f"{origin} describes no AutoencoderTiny ({error}): restore it") from None
 

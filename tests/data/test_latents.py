@@ -115,8 +115,9 @@ def test_a_cache_of_another_user_is_one_line(cache):
     reader = CacheReader(cache)
     os.chmod(cache / reader.shards[0]["file"], 0)
     os.chmod(cache / "ledger.json", 0o600)
-    for folder in (cache, cache.parent, cache.parent.parent, cache.parent.parent.parent):
-        os.chmod(folder, folder.stat().st_mode | 0o055)
+    for folder in (cache, *cache.parents):  # temporary folders are the user's own, each of them
+        if folder.stat().st_mode & 0o005 != 0o005:
+            os.chmod(folder, folder.stat().st_mode | 0o055)
     os.seteuid(54321)
     try:
         with pytest.raises(UserError, match="cannot read .*ledger.json: Permission denied .it is of root, mode 600"):

@@ -233,8 +233,8 @@ def test_stable_diffusion_s_autoencoder_behind_the_same_interface(kl, reference)
     np.testing.assert_allclose(mean, arrays["out/latent_mode_scaled"], atol=1e-5)
     np.testing.assert_allclose(np.exp(0.5 * logvar), 0.18215 * arrays["out/std"], rtol=1e-5)
     decode = jax.jit(kl.decode)
-    np.testing.assert_allclose(decode(kl.params, mean), arrays["out/roundtrip_scaled"], atol=1e-5)
-    np.testing.assert_allclose(decode(kl.params, 0.18215 * arrays["in/z"]), arrays["out/decode_of_z"], atol=1e-5)
+    np.testing.assert_allclose(decode(kl.params, mean), arrays["out/roundtrip_scaled"], atol=2e-5)
+    np.testing.assert_allclose(decode(kl.params, 0.18215 * arrays["in/z"]), arrays["out/decode_of_z"], atol=2e-5)
     with pytest.raises(UserError, match="20x16 is no multiple of 8"):
         kl.encode(kl.params, np.zeros((1, 16, 20, 3), np.float32))
 

@@ -21,7 +21,7 @@ def draw(rows, width=WIDTH, hidden=HIDDEN, seed=0):
     return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
-def close(mine, theirs, tolerance=3e-6):
+def close(mine, theirs, tolerance=1e-5):
     for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

@@ -148,10 +148,10 @@ def test_what_is_printed(capsys):
     ("overrides", "how", "words"),
     [
         (["mesh.fsdp=3"], {}, "train.batch_size is 1024: give a multiple of 3"),
-        (["mesh.fsdp=0"], {}, "give sizes of 1 or more"),
+        (["mesh.fsdp=0"], {}, "mesh.fsdp is 0: give a whole number of at least 1, or -1"),
         (["train.dtype=float16"], {}, "give bfloat16"),
         (["mesh.data=2"], {"devices": 3}, "does not fit 3 devices"),
-        (["objective=autoencoder"], {}, "known for diffusion models"),
+        (["objective=autoencoder"], {}, "objective=autoencoder needs it"),
         ([], {"mfu": 40}, "MFU 40: give a share"),
     ],
 )

@@ -59,7 +59,7 @@ def test_loss_falls_and_everything_is_recorded(linear, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["60"]
     assert list((tmp_path / "run" / "tb").iterdir())
     weights = np.load(model / "model.npz")
-    assert np.abs(weights["kernel"] - [[1.0, -2.0], [0.5, 0.0], [2.0, 1.0]]).max() < 0.5
+    assert np.abs(weights["kernel"] - [[1.0, -2.0], [0.5, 0.0], [2.0, 1.0]]).max() < 0.6
     np.testing.assert_array_equal(weights["table"], np.float32(0.25))
 
 
