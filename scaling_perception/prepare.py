@@ -99,6 +99,7 @@ def _manifest(args: argparse.Namespace) -> int:
 
     spec, out = _spec(args), Path(args.out)
     samples = RawSamples(*spec)
+    print("\n".join(samples.taken(args.dataset, args.raw, args.split)), flush=True)
     total = len(samples)
     lines = ordered_map(Checker, spec, range(total), args.workers)
     about = {"format": 1, "dataset": args.dataset, "split": args.split, "sources": samples.fingerprint()}
@@ -249,6 +250,7 @@ def _latents(args: argparse.Namespace) -> int:
     encoding = TaskOptions(flow_divisor=args.flow_divisor, **chosen)
     options = encoding.to_dict()
     samples = RawSamples(*spec)
+    print("\n".join(samples.taken(args.dataset, args.raw, args.split)), flush=True)
     sources, entries = sources_and_entries(samples)
     autoencoder = load_autoencoder(args.vae)
     if args.resolution % autoencoder.factor:

@@ -14,6 +14,7 @@ import numpy as np
 
 from scaling_perception.data.contents import contents_of
 from scaling_perception.data.pipeline import open_subset
+from scaling_perception.data.sources import taken
 from scaling_perception.support.again import replacing
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import write_json
@@ -86,6 +87,14 @@ class RawSamples:
         """The files of raw sample ``index``, the picture first; [] for sources without files."""
         source, place, _ = self._place(index)
         return source.file_paths([place])[1] if hasattr(source, "file_paths") else []
+
+    def taken(self, dataset: str, root: str, split: str) -> list[str]:
+        """A line a source: how many samples are used, and of how many."""
+        lines = []
+        for source, chosen, names in self.groups:
+            line = taken(source, dataset, root, split, names[0])
+            lines.append(line if len(chosen) == len(source) else f"{line}; {len(chosen)} of them, from {chosen.start}")
+        return lines
 
     def read(self, index: int) -> tuple[Mapping[str, Any], list[str]]:
         """Raw sample ``index`` and the tasks that it serves."""

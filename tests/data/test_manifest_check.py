@@ -20,5 +20,5 @@ def test_depth_scale_the_wrong_way_round_is_noticed(tmp_path, capsys, scale, war
     words = ["folder", "--raw", str(tmp_path), "--tasks", "depth", "--out", str(tmp_path / "out"), "--workers", "0"]
     assert run_verb("prepare", words) == 0
     text = capsys.readouterr()
-    assert " m\n" in text.out
+    assert text.out.startswith("1 samples of folder (train)\n") and " m\n" in text.out
     assert ("outside 1 mm to 10 km: depth_scale" in text.err) == warned
