@@ -44,9 +44,9 @@ def fetch(hub_id: str, patterns: Sequence[str], what: str) -> Path:
     from huggingface_hub import snapshot_download
 
     first: BaseException | None = None
-    for where in ({}, {"local_files_only": True}):
+    for offline in (False, True):
         try:
-            return Path(snapshot_download(hub_id, allow_patterns=list(patterns), **where))
+            return Path(snapshot_download(hub_id, allow_patterns=list(patterns), local_files_only=offline))
         except Exception as error:  # the client raises errors of the libraries that it is built on, too
             first = first or error
     assert first is not None
