@@ -84,12 +84,13 @@ def own_places(sharding: NamedSharding, size: int) -> np.ndarray:
     return places_of(sharding, size)[jax.process_index()]
 
 
-def part_of(values: np.ndarray, places: np.ndarray, index: tuple[slice, ...], size: int) -> np.ndarray:
+def part_of(values: np.ndarray, places: np.ndarray, index: tuple[slice, ...] | None, size: int) -> np.ndarray:
     """What a device holds: the part ``index`` of an array (B, ...), of which ``values`` are the rows at ``places``.
 
     Args:
         places: ascending; those of ``index`` are among them. size: B.
     """
+    index = (slice(None),) if index is None else index
     rows = range(size)[index[0]]
     first = int(np.searchsorted(places, rows.start))
     return values[(slice(first, first + len(rows)), *index[1:])]

@@ -99,7 +99,7 @@ def declared(spec: str, name: str) -> list[Any]:
         UserError: no such file, an unknown argument, or an error in it.
     """
     path, arg = _split(spec)
-    function = getattr(_execute(path), name, None)
+    function: Any = getattr(_execute(path), name, None)
     with _own_errors(path):
         return list(function(arg)) if callable(function) else []
 

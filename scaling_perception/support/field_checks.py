@@ -86,7 +86,7 @@ def _check_value(field: Field, where: str, value: Any) -> None:
         if value in field.refused:
             raise UserError(f"{where} is '{value}': {field.refused[value]}")
         if value not in options and value not in field.also:
-            raise UserError(f"{where} is '{value}'{did_you_mean(value, options)}")
+            raise UserError(f"{where} is '{value}'{did_you_mean(str(value), options)}")
 
 
 def _check_number(field: Field, where: str, value: Any, kind: type, shown: Any) -> None:
