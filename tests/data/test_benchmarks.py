@@ -123,7 +123,7 @@ def test_kitti_eigen_list_leaves_out_what_has_no_truth(tmp_path):
     refuse("eigen.txt line 1 is 'a.png': it must be 'image-file depth-file'", "kitti_depth", tmp_path, list="eigen.txt")
     (tmp_path / "eigen.txt").write_text("0000000005.png 0000000005.png\n")
     refuse("keep one of them", "kitti_depth", tmp_path, list="eigen.txt")
-    refuse("none.txt cannot be read", "kitti_depth", tmp_path, list="none.txt")
+    refuse("none.txt does not exist", "kitti_depth", tmp_path, list="none.txt")
 
 
 def test_kitti_as_marigold_lays_it_out(tmp_path):

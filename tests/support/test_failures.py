@@ -93,8 +93,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_platform_that_is_not_here():
+def test_a_platform_that_is_not_here(tmp_path):
     env = {**os.environ, "JAX_PLATFORMS": "cuda"}
-    done = subprocess.run([sys.executable, "-c", _VERB, "presets"], env=env, capture_output=True, text=True)
+    words = ["train", "--config", "configs/mini.py:model=nano,res=32", "--workdir", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", _VERB, *words], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "JAX_PLATFORMS=cuda: no such device was found" in done.stderr and "this machine has: cpu" in done.stderr
