@@ -101,7 +101,7 @@ def declared(spec: str, name: str) -> list[Any]:
     path, arg = _split(spec)
     function: Any = getattr(_execute(path), name, None)
     with _own_errors(path):
-        return list(function(arg)) if callable(function) else []
+        return [] if function is None else list(function(arg))
 
 
 def _split(spec: str) -> tuple[Path, str]:
