@@ -116,8 +116,8 @@ def steps_noted(workdir, index=0):
 def main(log, *words):
     make = verb._objective
 
-    def noting(config, mesh):
-        objective = make(config, mesh)
+    def noting(*arguments):
+        objective = make(*arguments)
         objective.batches.iterate = functools.partial(noted, objective.batches.iterate)
         return objective
 
