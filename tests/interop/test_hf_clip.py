@@ -277,7 +277,7 @@ def test_other_forms_of_a_folder(folder, loaded):
 def test_hub_and_wrong_names(folder, monkeypatch):
     asked = []
 
-    def fetch(name, allow_patterns):
+    def fetch(name, allow_patterns, **_):
         asked.extend(allow_patterns)
         return str(folder)
 
@@ -289,7 +289,7 @@ def test_hub_and_wrong_names(folder, monkeypatch):
     with pytest.raises(UserError, match=r"'owner/name' on the hub has no model\.safetensors"):
         load_clip("owner/name")
 
-    def offline(name, allow_patterns):
+    def offline(name, allow_patterns, **_):
         raise LocalEntryNotFoundError("no connection\nand much more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)

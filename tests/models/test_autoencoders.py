@@ -338,7 +338,7 @@ def test_a_hub_id_may_be_a_whole_model_in_half_precision(reference, kl, tmp_path
 
     asked = []
 
-    def fetch(name, allow_patterns):
+    def fetch(name, allow_patterns, **_):
         asked.append(allow_patterns)
         if "vae/diffusion_pytorch_model.fp16.safetensors" in allow_patterns and name == "somebody/half":
             write_kl(tmp_path / "vae", reference, "diffusion_pytorch_model.fp16.safetensors")
