@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peak",
         type=POSITIVE,
         metavar="TFLOPS",
-        help="of the devices: tell the share that is reached",
+        help="of the device, to give the share that is reached (default: by its kind, where it is known)",
     )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory (a process for each way)")
     parser.add_argument("--quick", action="store_true", help="two steps and members, one round: no measurement")
@@ -169,6 +169,7 @@ def bench_sample(args: argparse.Namespace) -> dict[str, Any]:
 
     from scaling_perception.models.autoencoders import part_size
     from scaling_perception.scaling.compute import forward_macs
+    from scaling_perception.training.writer import peak_flops
 
     if args.quick:
         vars(args).update(_QUICK)
@@ -231,8 +232,9 @@ def bench_sample(args: argparse.Namespace) -> dict[str, Any]:
         "network_gflops_per_second": 2e-9 * forward * case.evaluations / network,
         "gflops_per_second": 2e-9 * total / spent["ours"],
     }
-    if args.peak:
-        result["ours"]["mfu"] = 2 * total / spent["ours"] / (args.peak * 1e12)
+    peak = args.peak * 1e12 if args.peak else peak_flops(jax.devices()[0].device_kind)
+    if peak:
+        result["ours"]["mfu"] = 2 * total / spent["ours"] / peak
     result["ways"] = {name: found[name] for name in ways}
     result["parts"] = {name: found[name] for name in stages}
     result["load_before"] = list(load)

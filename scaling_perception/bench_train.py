@@ -210,7 +210,10 @@ def bench_train(args: argparse.Namespace) -> dict[str, Any]:
         UserError: options that are unknown or do not go together, or no torch.
         RuntimeError: losses or gradients that should be equal are not.
     """
+    import jax
+
     from scaling_perception.scaling.compute import TRAINING_FACTOR, forward_macs
+    from scaling_perception.training.writer import peak_flops
 
     if args.quick:
         vars(args).update(_QUICK)
@@ -236,11 +239,14 @@ def bench_train(args: argparse.Namespace) -> dict[str, Any]:
     load = os.getloadavg() if hasattr(os, "getloadavg") else ()
     found = in_rounds(ways, args.repeats)
     work = 2 * TRAINING_FACTOR * forward_macs(case.config) * args.batch
+    peak = peak_flops(jax.devices()[0].device_kind)
     for name, row in found.items():
         count = steps[name]
         row.update({field: row[field] / count for field in ("seconds", "fastest", "processor_seconds")})
         row["rounds"] = [seconds / count for seconds in row["rounds"]]
         row["steps_a_round"], row["gflops_per_second"] = count, 1e-9 * work / row["seconds"]
+        if peak:
+            row["mfu"] = work / row["seconds"] / peak
         row.pop("first_call_seconds")
     names = ("model", "resolution", "batch", "dtype", "remat", "cores", "repeats")
     result: dict[str, Any] = {"what": "train", **{name: getattr(args, name) for name in names}}
@@ -262,7 +268,8 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
     for name, row in result["ways"].items():
         times = f"{row['seconds']:8.4f} {row['fastest']:8.4f} {max(row['rounds']):8.4f}"
         times = f"{times} {row['processor_seconds']:12.4f}"
-        yield f"{name:<16} {times} {row['gflops_per_second']:8.0f} {result['batch'] / row['seconds']:9.2f}"
+        share = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
+        yield f"{name:<16} {times} {row['gflops_per_second']:8.0f} {result['batch'] / row['seconds']:9.2f}{share}"
     yield f"ours: compiling {result['compile_seconds']:.1f} s"
     if against := result.get("against"):
         yield from ratio_lines(against)

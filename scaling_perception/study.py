@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the study; each cell has one in it")
     parser.add_argument("--only", default="", metavar="PATTERNS", help="cells by name, such as 'ladder/*,eval/*'")
     parser.add_argument("--dry-run", action="store_true", help="only tell cells, MACs, chip-hours and money")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells that run at a time on this machine")
     parser.add_argument("--collect", action="store_true", help="run nothing; collect what is there")
     parser.add_argument("--csv", metavar="FILE", help="the collected table (default DIR/study.csv)")
     parser.add_argument("--images", metavar="FILE", help="also collect a table of one line an image")
@@ -75,9 +76,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--write '{args.write}'{did_you_mean(args.write, _WRITERS)}")
     if (args.stage is None) != (args.index is None):
         raise UserError("--stage and --index go together: they name one cell")
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: give the number of cells that run at a time, 1 or more")
     if args.only and args.stage is not None:
         raise UserError("--only and --stage both choose cells: give one of them")
-    about = settings_of(args, ("csv", "images", "only", "collect", "stage", "index"), ("config", "out"))
+    about = settings_of(args, ("csv", "images", "only", "collect", "stage", "index", "jobs"), ("config", "out"))
     for path in (args.csv, args.images):
         check_output(path, about, args.overwrite)
     out = Path(args.out)
@@ -96,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         for path in write_jobs(args.write, args.config, out, Path(args.to or out / "jobs"), stages(cells)):
             print(f"written: {path}")
         return 0
-    code = 0 if args.collect else _run(chosen, out, settings)
+    code = 0 if args.collect else _run(chosen, out, settings, args.jobs)
     if args.stage is None:  # cells that run side by side would write the table at once
         _collect(cells, out, Path(args.csv or out / "study.csv"), about)
         _draw(args.config, cells, out)
@@ -164,13 +167,13 @@ def _dry_run(args: argparse.Namespace, cells: list[Any], chosen: list[Any]) -> i
     return 0
 
 
-def _run(cells: list[Any], out: Path, settings: dict[str, Any]) -> int:
+def _run(cells: list[Any], out: Path, settings: dict[str, Any], jobs: int) -> int:
     from scaling_perception.scaling.study import run_cells
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    outcomes = list(run_cells(cells, out, settings, say))
+    outcomes = list(run_cells(cells, out, settings, say, jobs=jobs))
     left = [outcome for outcome in outcomes if outcome.state not in ("done", "was done")]
     for outcome in left:
         say(f"not done: {outcome.name}: {outcome.reason}" + _log_of(out, outcome))

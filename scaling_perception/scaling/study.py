@@ -17,12 +17,15 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,21 +224,36 @@ def run_cells(
     settings: Mapping[str, dict[str, Any]],
     say: Callable[[str], None],
     run: Callable[[list[str], Path], int] | None = None,
+    jobs: int = 1,
 ) -> Iterator[Outcome]:
-    """Run the cells one after the other, and yield how each ended; one that fails stops only those that need it.
+    """Run the cells, and yield how each ended; one that fails stops only those that need it.
 
     Args:
         cells: in order; what they need and is not among them must be done already.
         settings: of `check_settings`, for all cells of the study.
-        say: takes a line about a cell that starts or ends.
+        say: takes a line about a cell that starts or ends; called from one thread a job.
         run: runs the words of a command with its output added to a file; returns the exit code.
+        jobs: cells that run at a time.
+
+    Raises:
+        StudyStopped: SIGINT or SIGTERM came; the running commands received it, and have ended.
     """
     ended: dict[str, str] = {}
-    for number, cell in enumerate(cells, 1):
-        head = f"{number}/{len(cells)} {cell.name}"
-        outcome = _run_cell(cell, out, settings, ended, lambda text, head=head: say(f"{head}: {text}"), run or _run)
-        ended[cell.name] = outcome.state
-        yield outcome
+    left = list(enumerate(cells, 1))
+    among = {cell.name for cell in cells}
+    with _Commands(shared=jobs > 1) as commands, ThreadPoolExecutor(jobs) as pool:
+        running: set[Future[Outcome]] = set()
+        while left or running:
+            free = [at for at in left if all(name in ended for name in at[1].needs() if name in among)]
+            for number, cell in free[: jobs - len(running)]:
+                left.remove((number, cell))
+                head = f"{number}/{len(cells)} {cell.name}"
+                told = partial(lambda head, text: say(f"{head}: {text}"), head)
+                running.add(pool.submit(_run_cell, cell, out, settings, dict(ended), told, run or commands.run))
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for outcome in (future.result() for future in finished):
+                ended[outcome.name] = outcome.state
+                yield outcome
 
 
 def _run_cell(
@@ -316,34 +334,58 @@ class StudyStopped(SystemExit):
     """The study was asked to stop and so was its cell; its code (130 or 143) is the exit code of the command."""
 
 
-def _run(words: list[str], log: Path) -> int:
-    """Run a command of the library in a process of its own; SIGINT and SIGTERM reach it, and end the study after it."""
-    asked: list[int] = []
-    with open(log, "ab") as file:
-        file.write(f"$ scaling-perception {' '.join(words)}\n".encode())
-        file.flush()
-        command = [sys.executable, "-u", "-m", "scaling_perception", *words]
-        # a session of its own, so that Ctrl-C at a terminal reaches it once, through us
-        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+class _Commands:
+    """The commands of the library that run at a time; SIGINT and SIGTERM reach each of them, and end the study."""
 
-        def passed_on(number: int, _: Any) -> None:
-            asked.append(number)
+    def __init__(self, shared: bool) -> None:
+        # cells side by side share an accelerator, of whose memory the first would else take three quarters
+        self.environment = dict(os.environ)
+        if shared:
+            self.environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.asked: list[int] = []
+        self.handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Commands":
+        with contextlib.suppress(ValueError):  # outside the main thread there are no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.pass_on)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def pass_on(self, number: int, _: Any) -> None:
+        self.asked.append(number)
+        for child in list(self.running):
             child.send_signal(number)
 
-        before = {}
-        with contextlib.suppress(ValueError):  # outside the main thread there are no handlers
-            before = {number: signal.signal(number, passed_on) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            code = child.wait()
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    if asked and code:
-        raise StudyStopped(128 + asked[0])
-    return code
+    def run(self, words: list[str], log: Path) -> int:
+        """Run one command in a process of its own, and return its exit code."""
+        if self.asked:
+            raise StudyStopped(128 + self.asked[0])
+        with open(log, "ab") as file:
+            file.write(f"$ scaling-perception {' '.join(words)}\n".encode())
+            file.flush()
+            command = [sys.executable, "-u", "-m", "scaling_perception", *words]
+            # a session of its own, so that Ctrl-C at a terminal reaches it once, through `pass_on`
+            child = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=self.environment
+            )
+            self.running.add(child)
+            try:
+                if self.asked:  # the signal came while the process was made
+                    child.send_signal(self.asked[0])
+                code = child.wait()
+            finally:
+                if child.poll() is None:
+                    child.kill()
+                    child.wait()
+                self.running.discard(child)
+        if self.asked and code:
+            raise StudyStopped(128 + self.asked[0])
+        return code
 
 
 def _last_line(log: Path) -> str:

@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Everything that needs one GPU, within a budget, without a network: tests, speed, then a study of as many cells as there is time for.
+#
+#   benchmarks/on_gpu.sh OUT [PART …]     parts, in this order: tests compiles speed study
+#
+#   BUDGET   seconds for all of it (540); what does not fit is left out, and reported as such
+#   WHEELS   folder of wheels to put on the path first: what the machine lacks (nothing is downloaded)
+#   WORK     folder for compiled programs and the study (a new one); named again, what was begun goes on
+#   START    folder in which the study has been begun, or nothing
+#   STUDY    config of the study (configs/scenes_study.py); JOBS cells at a time (one for each core but two);
+#            ONLY some of them, by patterns
+#   DEVICE   platform of JAX (cuda); cpu rehearses it with the smallest model: BUDGET=120 DEVICE=cpu benchmarks/on_gpu.sh /tmp/out
+#
+# OUT gets logs and JSON, and study.tar.gz: its table, results, logs and models, without checkpoints.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 2
+out=${1:?usage: benchmarks/on_gpu.sh OUT [tests] [compiles] [speed] [study]}
+shift
+parts=${*:-tests compiles speed study}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+budget=${BUDGET:-540} device=${DEVICE:-cuda} jobs=${JOBS:-$(($(nproc) > 3 ? $(nproc) - 2 : 1))}
+work=${WORK:-$(mktemp -d)}
+mkdir -p "$work"
+begin=$SECONDS
+
+left() { echo $((budget - (SECONDS - begin))); }
+note() { echo "== $((SECONDS - begin)) s: $*"; }
+within() { # within SECONDS COMMAND …: at most so long, and never beyond the budget
+  local most=$1 rest
+  shift
+  rest=$(left)
+  if [ "$rest" -lt 10 ]; then
+    note "left out, no time: $*"
+    return 124
+  fi
+  timeout -k 10 $((most < rest ? most : rest)) "$@"
+}
+
+if [ -n "${WHEELS:-}" ]; then
+  for wheel in "$WHEELS"/*.whl; do python3 -m zipfile -e "$wheel" "$work/packages"; done
+  export PYTHONPATH=$work/packages
+fi
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} JAX_PLATFORMS=$device
+export JAX_COMPILATION_CACHE_DIR=$work/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+verb=(python3 -m scaling_perception)
+python3 -c "import jax; print(jax.__version__, jax.devices())" || exit 2
+
+tests() {
+  note "tests that need an accelerator"
+  # shellcheck disable=SC2046 # the files are several
+  within 240 python3 -m pytest -p no:cacheprovider -o addopts= -q -m device $(grep -rl mark.device tests) 2>&1 | tee "$out/tests.log" | tail -n 15
+}
+
+# name, arguments of `bench`
+speeds() {
+  if [ "$device" = cpu ]; then
+    echo "train-nano train --model nano --resolution 64 --batch 2"
+    echo "sample-nano sample --model nano --resolution 64 --steps 2 --ensemble 2 --no-memory"
+    return
+  fi
+  echo "train-xl2-256 train --model XL/2 --resolution 256 --batch 64 --dtype bfloat16 --remat"
+  echo "train-xl2-512 train --model XL/2 --resolution 512 --batch 16 --dtype bfloat16 --remat"
+  echo "train-a4-256 train --model a4 --resolution 256 --batch 128 --dtype bfloat16"
+  echo "train-b2moe-256 train --model B/2-8E2A --resolution 256 --batch 64 --dtype bfloat16 --remat"
+  echo "sample-xl2-512 sample --model XL/2 --resolution 512 --steps 200 --ensemble 5 --dtype bfloat16 --no-memory"
+  echo "sample-a1-256 sample --model a1 --resolution 256 --steps 50 --ensemble 5 --dtype bfloat16 --no-memory"
+}
+
+compiles() {
+  note "compiling what is measured, side by side"
+  while read -r name words; do
+    # shellcheck disable=SC2086 # the words are several
+    XLA_PYTHON_CLIENT_PREALLOCATE=false within 200 "${verb[@]}" bench $words --quick >"$out/$name.compile.log" 2>&1 &
+  done < <(speeds)
+  wait
+  tail -n 1 "$out"/*.compile.log
+}
+
+speed() {
+  while read -r name words; do
+    note "bench $words"
+    # shellcheck disable=SC2086
+    within 100 "${verb[@]}" bench $words --repeats 3 --json "$out/$name.json" --overwrite 2>&1 | tee "$out/$name.log" | tail -n 6
+  done < <(speeds)
+  note "attention"
+  local sizes=16,32,48,64,72,96,112,128 tokens=1024
+  [ "$device" = cpu ] && sizes=16 tokens=64
+  within 90 python3 benchmarks/attention.py --sizes $sizes --tokens $tokens --json "$out/attention.json" 2>&1 | tee "$out/attention.log"
+}
+
+study() {
+  local config=${STUDY:-configs/scenes_study.py} place=$work/study
+  [ -z "${START:-}" ] || [ -d "$place" ] || cp -r "$START" "$place"
+  note "study $config, $jobs cells at a time"
+  # float32 products as on a CPU, not TensorFloat-32; SIGTERM lets every cell save what it has
+  JAX_DEFAULT_MATMUL_PRECISION=float32 OMP_NUM_THREADS=1 timeout -s TERM -k 20 $(($(left) > 30 ? $(left) - 20 : 10)) \
+    "${verb[@]}" study --config "$config" --out "$place" --jobs "$jobs" ${ONLY:+--only "$ONLY"} >"$out/study.out" 2>"$out/study.log"
+  tail -n 5 "$out/study.log" "$out/study.out"
+  "${verb[@]}" study --config "$config" --out "$place" --collect --csv "$out/study.csv" --overwrite 2>&1 | tail -n 2
+  tar -C "$place" --exclude checkpoints --exclude tb --exclude data --exclude '*.npz.tmp' -czf "$out/study.tar.gz" .
+  ls -l "$out"
+}
+
+for part in $parts; do
+  case $part in
+    tests | compiles | speed | study) $part ;;
+    *) echo "$0: no part '$part': tests, compiles, speed, study" >&2; exit 2 ;;
+  esac
+done
+note "done"
