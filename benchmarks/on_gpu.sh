@@ -9,7 +9,7 @@
 #   START    folder in which the study has been begun, or nothing
 #   STUDY    config of the study (configs/scenes_study.py); JOBS cells at a time (one for each core but two);
 #            ONLY some of them, by patterns
-#   DEVICE   platform of JAX (cuda); cpu rehearses it with the smallest model: BUDGET=120 DEVICE=cpu benchmarks/on_gpu.sh /tmp/out
+#   DEVICE   platforms of JAX (cuda,cpu); cpu rehearses it with the smallest model: BUDGET=120 DEVICE=cpu benchmarks/on_gpu.sh /tmp/out
 #
 # OUT gets logs and JSON, and study.tar.gz: its table, results, logs and models, without checkpoints.
 set -uo pipefail
@@ -19,7 +19,7 @@ shift
 parts=${*:-tests compiles speed study}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-budget=${BUDGET:-540} device=${DEVICE:-cuda} jobs=${JOBS:-$(($(nproc) > 3 ? $(nproc) - 2 : 1))}
+budget=${BUDGET:-540} device=${DEVICE:-cuda,cpu} jobs=${JOBS:-$(($(nproc) > 3 ? $(nproc) - 2 : 1))}
 work=${WORK:-$(mktemp -d)}
 mkdir -p "$work"
 begin=$SECONDS
