@@ -122,10 +122,15 @@ def test_interrupted_at_many_moments(verb, cache, inputs, tmp_path):
     assert whole.code == 0, whole.err
     if cache == "warm":
         whole = run(verb, inputs, tmp_path / "again", warm)
+    longest = 0.85 * whole.seconds
     for moment in range(moments):
-        folder = tmp_path / f"at{moment}"
-        at = draw.uniform(0, 0.85 * whole.seconds)
-        found = run(verb, inputs, folder, warm if cache == "warm" else tmp_path / f"cold{moment}", at)
+        found = None
+        while found is None:  # a run that ended before its signal is no try: others, or none, had the processor
+            folder = tmp_path / f"at{moment}_{longest:.3f}"
+            at = draw.uniform(0, longest)
+            cold = tmp_path / f"cold{moment}_{longest:.3f}"
+            found = run(verb, inputs, folder, warm if cache == "warm" else cold, at)
+            longest *= 1 if found else 0.8
         assert found.code == 130, (at, found)
         assert "interrupted; the same command" in found.err and "Traceback" not in found.err
         hidden = [path for path in folder.rglob("*") if path.name.startswith(".")]
@@ -142,7 +147,11 @@ class Ended(NamedTuple):
 
 
 def run(verb, inputs, folder, cache, at=None):
-    """Run a verb; ``at``: seconds after it began to answer signals, when it gets SIGINT."""
+    """Run a verb; ``at``: seconds after it began to answer signals, when it gets SIGINT.
+
+    Returns:
+        None if it had ended by then, or was in the interpreter's teardown.
+    """
     folder.mkdir(exist_ok=True)
     words = [sys.executable, "-m", "scaling_perception", verb, *words_of(verb, inputs, folder)]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
@@ -152,7 +161,11 @@ def run(verb, inputs, folder, cache, at=None):
         begin = time.monotonic()
         if at is not None:
             time.sleep(at)
+            alive = answers(one.pid)
             one.send_signal(signal.SIGINT)
+            if not alive:
+                one.communicate()
+                return None
         err, _ = one.communicate(timeout=300)
     return Ended(one.returncode, err, time.monotonic() - begin)
 
@@ -160,5 +173,5 @@ def run(verb, inputs, folder, cache, at=None):
 def answers(pid):
     """Whether the process has a handler of SIGTERM."""
     status = Path(f"/proc/{pid}/status").read_text()
-    caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
-    return int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1
+    caught = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
+    return bool(caught) and int(caught[0], 16) >> (signal.SIGTERM - 1) & 1  # a process that has ended catches none
