@@ -7,11 +7,12 @@ floats of 0 to 255                        from 128 up, where anything is
 0 and 1, in integers                      1
 8 bits                                    from 128 up (probabilities, blurred edges, JPEG)
 16 bits                                   from 32768 up
-a palette of colours, an RGB picture      every colour but black; from 128 up in any channel
+a palette of colours, an RGB picture      the colour beside black; from 128 up in any channel
 ========================================  ====================================================
 
 Refused, each in one line: NaN, negative values and other floats (logits), class or instance numbers (nothing reaches
-the middle of the range, or areas of one low value each beside 0), transparency.
+the middle of the range, or areas of one low value each beside 0), several colours, 0 and 1 in a lossy file,
+transparency.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from scaling_perception.data.images import FilePath, open_image, set_upright
 from scaling_perception.support.errors import UserError
 
 _ROUNDING = 1e-3  # resizing brings a float that far beyond [0, 1]
+_AREA = 1e-3  # of the picture: more pixels than that are no edge
 _FEW = 16  # different values: numbers of classes or objects, not a ramp
 _CHOOSE = "choose one of them and save it as 0 and 255"
 
@@ -66,13 +68,18 @@ def _of_picture(image: Any, name: str, upright: bool) -> np.ndarray:
         if "transparency" in image.info:
             return _of_array(np.asarray(image.convert("RGBA")), name)
         colours = np.asarray(image.convert("RGB"))
-        grey = (colours == colours[..., :1]).all()
-        return _of_array(colours[..., 0], name) if grey else np.asarray(colours.any(axis=-1))
+        if (colours == colours[..., :1]).all():
+            return _of_array(colours[..., 0], name)
+        _one_colour(colours, name)
+        return np.asarray(colours.any(axis=-1))
     if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         image = image.convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBa"):
         image = image.convert("RGBA")
-    return _of_array(np.asarray(image), name)
+    array = np.asarray(image)
+    if image.format in ("JPEG", "WEBP", "MPO") and array.max() == 1:
+        raise UserError(f"{name} holds 0 and 1, which {image.format} does not keep: save it as PNG, with 0 and 255")
+    return _of_array(array, name)
 
 
 def _of_array(array: np.ndarray, name: str) -> np.ndarray:
@@ -81,6 +88,8 @@ def _of_array(array: np.ndarray, name: str) -> np.ndarray:
         if not opaque.all():
             raise UserError(f"{name} has transparency, which a mask must not have: save it as grey 0 and 255")
         array = array[..., :3]
+    if array.ndim == 3 and array.shape[-1] == 3 and array.dtype.kind in "iu":
+        _one_colour(array, name)
     if array.ndim == 3 and array.shape[-1] in (1, 3):
         array = array.max(axis=-1)
     if array.ndim != 2 or 0 in array.shape:
@@ -122,12 +131,31 @@ def _numbers_areas(array: np.ndarray, middle: int) -> bool:
     values = np.unique(array)
     if len(values) > _FEW or values[0] != 0 or not ((values > 0) & (values < middle)).any():
         return False
+    inside = _inside(array)
     centre = array[1:-1, 1:-1]
-    inside = (centre > 0) & (centre < middle)
-    for rows, columns in ((0, 1), (2, 1), (1, 0), (1, 2)):
-        height, width = centre.shape
-        inside &= array[rows : rows + height, columns : columns + width] == centre
-    return bool(inside.sum() > 1e-3 * array.size)
+    return bool((inside & (centre > 0) & (centre < middle)).sum() > _AREA * array.size)
+
+
+def _inside(array: np.ndarray) -> np.ndarray:
+    """Of all pixels but the outermost (H - 2, W - 2): whether the four neighbours have the same value."""
+    centre = array[1:-1, 1:-1]
+    height, width = centre.shape
+    same = [
+        array[rows : rows + height, columns : columns + width] == centre
+        for rows, columns in ((0, 1), (2, 1), (1, 0), (1, 2))
+    ]
+    return np.logical_and.reduce(same)
+
+
+def _one_colour(colours: np.ndarray, name: str) -> None:
+    """UserError where areas of several colours beside black stand for several objects."""
+    if (colours == colours[..., :1]).all() or min(colours.shape[:2]) < 3:
+        return
+    levels = (np.clip(colours, 0, 255).astype(np.int64) // 16) @ np.array([256, 16, 1])  # JPEG changes colours a little
+    found, counts = np.unique(levels[1:-1, 1:-1][_inside(levels)], return_counts=True)
+    areas = int(((found > 0) & (counts > _AREA * levels.size)).sum())
+    if areas > 1:
+        raise UserError(f"{name} holds areas of {areas} colours beside black: several objects? {_CHOOSE}")
 
 
 def _values(array: np.ndarray) -> str:

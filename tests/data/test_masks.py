@@ -41,6 +41,10 @@ REFUSED = {
     "NaN": (levels(1, np.nan, np.float32), "NaN"),
     "infinity": (levels(np.inf, 0, np.float32), "NaN or infinity"),
     "a dark colour": (np.stack([levels(64), levels(0), levels(0)], axis=-1), "nothing from 128 up"),
+    "two objects in two colours": (
+        np.stack([levels(255), np.roll(levels(200), 15, 0), levels(0)], axis=-1),
+        "areas of 2 colours beside black",
+    ),
     "transparent": (np.stack([levels(255)] * 4, axis=-1), "transparency"),
     "complex": (TRUTH.astype(np.complex64), "complex64"),
     "two channels": (np.zeros((4, 4, 2)), "one channel"),
@@ -90,6 +94,22 @@ def test_palettes_and_soft_edges(tmp_path):
     for way in (soft, tmp_path / "soft.jpg"):
         out = to_mask(way)
         assert out[inside].all() and (out & ~TRUTH).sum() < 10 and 100 < out.sum() <= TRUTH.sum()
+
+
+def test_what_files_do_to_masks(tmp_path):
+    Image.fromarray(levels(1)).save(tmp_path / "classes.jpg")  # most of its ones are kept, and some are not
+    with pytest.raises(UserError, match="0 and 1, which JPEG does not keep"):
+        to_mask(tmp_path / "classes.jpg")
+    objects = np.where(TRUTH, 1, np.roll(levels(2), 15, 0)).astype(np.uint8)
+    two = Image.fromarray(objects)
+    two.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])  # as PASCAL VOC colours instances
+    two.save(tmp_path / "two.png")
+    for way in (two, tmp_path / "two.png"):
+        with pytest.raises(UserError, match="areas of 2 colours beside black"):
+            to_mask(way)
+    red = np.stack([levels(255), levels(0), levels(0)], axis=-1)
+    Image.fromarray(red).save(tmp_path / "red.jpg", quality=60)
+    assert (to_mask(tmp_path / "red.jpg") ^ TRUTH).mean() < 0.02
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
