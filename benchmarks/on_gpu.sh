@@ -11,7 +11,7 @@
 #            ONLY some of them, by patterns
 #   DEVICE   platforms of JAX (cuda,cpu); cpu rehearses it with the smallest model: BUDGET=120 DEVICE=cpu benchmarks/on_gpu.sh /tmp/out
 #
-# OUT gets logs and JSON, and study.tar.gz: its table, results, logs and models, without checkpoints.
+# OUT gets logs and JSON, and study.tar.gz: its table, results and logs, without checkpoints and models.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 out=${1:?usage: benchmarks/on_gpu.sh OUT [tests] [compiles] [speed] [study]}
@@ -62,7 +62,7 @@ speeds() {
   echo "train-xl2-256 train --model XL/2 --resolution 256 --batch 64 --dtype bfloat16 --remat"
   echo "train-xl2-512 train --model XL/2 --resolution 512 --batch 16 --dtype bfloat16 --remat"
   echo "train-a4-256 train --model a4 --resolution 256 --batch 128 --dtype bfloat16"
-  echo "train-b2moe-256 train --model B/2-8E2A --resolution 256 --batch 64 --dtype bfloat16 --remat"
+  echo "train-l2moe-256 train --model L/2-8E2A --resolution 256 --batch 32 --dtype bfloat16 --remat"
   echo "sample-xl2-512 sample --model XL/2 --resolution 512 --steps 200 --ensemble 5 --dtype bfloat16 --no-memory"
   echo "sample-a1-256 sample --model a1 --resolution 256 --steps 50 --ensemble 5 --dtype bfloat16 --no-memory"
 }
@@ -98,7 +98,7 @@ study() {
     "${verb[@]}" study --config "$config" --out "$place" --jobs "$jobs" ${ONLY:+--only "$ONLY"} >"$out/study.out" 2>"$out/study.log"
   tail -n 5 "$out/study.log" "$out/study.out"
   "${verb[@]}" study --config "$config" --out "$place" --collect --csv "$out/study.csv" --overwrite 2>&1 | tail -n 2
-  tar -C "$place" --exclude checkpoints --exclude tb --exclude data --exclude '*.npz.tmp' -czf "$out/study.tar.gz" .
+  tar -C "$place" --exclude checkpoints --exclude tb --exclude model --exclude ./data -czf "$out/study.tar.gz" .
   ls -l "$out"
 }
 
