@@ -6,8 +6,10 @@ import contextlib
 import errno
 import functools
 import os
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +30,18 @@ _ROUNDING = 1e-3  # how far beyond [0, 1] resizing brings a float of a picture: 
 # Pillow opens these only to say what they are, or with programs that are not there.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
+# Pillow opens some of these as TIFF, and finds the small picture that the camera put in for its screen.
+_RAW = (
+    *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mrw", ".nef", ".nrw", ".orf"),
+    *(".pef", ".raf", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),
+)
+
+# Modes of 16 bits a channel of which Pillow keeps the upper 8.
+_DEEP = {f"{mode};16{order}" for mode in ("RGB", "RGBA") for order in "BLN"}
+
 # First bytes of what people take for a picture that can be read here: (offset, bytes, name, what to do).
 _SAVE = "save it as PNG or JPEG"
 _KINDS = (
-    (0, b"II*\0\x10\0\0\0CR", "a camera's raw picture (CR2)", _SAVE),
     (0, b"\xff\x0a", "a JPEG XL picture", _SAVE),
     (0, b"\0\0\0\x0cJXL ", "a JPEG XL picture", _SAVE),
     (0, b"v/1\x01", "an OpenEXR picture", "save it as PNG, or depth as .npy"),
@@ -45,6 +55,12 @@ _KINDS = (
     (0, b"\x1aE\xdf\xa3", "a video", "give it the suffix of a video (.mkv, .webm)"),
     (0, b"\x93NUMPY", "a numpy array", "save the picture as PNG"),
     (0, b"\x89HDF", "an HDF5 file", _SAVE),
+    (0, b"8BPS", "a Photoshop document", _SAVE),
+    (128, b"DICM", "a DICOM file", _SAVE),
+    (8, b"AVI ", "a video", "give it the suffix of a video (.avi)"),
+    (8, b"WAVE", "a sound", "give a picture"),
+    (0, b"Rar!", "a RAR archive", "unpack it"),
+    (0, b"7z\xbc\xaf", "a 7z archive", "unpack it"),
     (0, b"PK\x03\x04", "a zip archive", "unpack it"),
     (0, b"\x1f\x8b", "a gzip archive", "unpack it"),
 )
@@ -67,6 +83,8 @@ def suffixes() -> tuple[str, ...]:
 @contextlib.contextmanager
 def file_errors(path: FilePath) -> Iterator[None]:
     """Turn what the operating system says of a file that cannot be read into a ``UserError``."""
+    if "\0" in os.fsdecode(path):
+        raise UserError(f"{os.fsdecode(path)!r} holds a zero byte, which no path can: check the path")
     try:
         yield
     except FileNotFoundError:
@@ -123,6 +141,10 @@ def open_image(path: FilePath, prepare: Any = None) -> Iterator[Image.Image]:
         except Exception as error:
             raise UserError(f"{path} is a damaged image ({error}): {AGAIN}") from None
         with image:
+            if image.format in _NOT_DECODED:
+                raise UserError(f"{path} is of the kind {image.format}, which is not read here: {_SAVE}")
+            if Path(path).suffix.lower() in _RAW:
+                raise UserError(f"{path} is a camera's raw picture, which is not read here: {_SAVE}")
             if image.width * image.height > (most := _max_pixels()):
                 size = f"{image.width * image.height} pixels ({image.width}x{image.height})"
                 raise UserError(
@@ -143,7 +165,7 @@ def open_image(path: FilePath, prepare: Any = None) -> Iterator[Image.Image]:
 
 def _first_bytes(path: FilePath) -> bytes:
     with open(path, "rb") as file:
-        return file.read(64)
+        return file.read(256)
 
 
 def _is_heif(head: bytes) -> bool:
@@ -165,12 +187,16 @@ def _not_opened(path: FilePath, error: OSError) -> UserError:
     head = _first_bytes(path)
     if not head:
         return UserError(f"{path} is cut short (it has 0 bytes): {AGAIN}")
+    if Path(path).suffix.lower() in _RAW:
+        return UserError(f"{path} is a camera's raw picture, which is not read here: {_SAVE}")
     if _is_heif(head):
         return UserError(f"{path} is a HEIC picture: pip install pillow-heif, or save it as JPEG")
     if head[4:12] in (b"ftypavif", b"ftypavis"):
         return UserError(f"{path} is an AVIF picture, damaged or more than this Pillow reads: save it as JPEG")
     if head[4:8] == b"ftyp":
         return UserError(f"{path} is a video or audio file: give a video its own suffix (.mp4, .mov)")
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    head = text if text[:1] == b"<" else head
     for offset, magic, name, mending in _KINDS:
         if head[offset : offset + len(magic)].lower() == magic.lower():
             return UserError(f"{path} is {name}, which is not read here: {mending}")
@@ -248,11 +274,25 @@ def read_image(path: FilePath, upright: bool = True) -> np.ndarray:
             range nobody can know).
     """
     stored_as: list[str] = []
-    with open_image(path, lambda image: stored_as.extend(_raw_modes(image))) as image:
-        if stored_as != ["RGB;16B"]:
-            return _pixels(image, upright, str(path))
+    tiles: list[Any] = []
+
+    def prepare(image: Any) -> None:
+        stored_as.extend(_raw_modes(image))
+        tiles.extend(getattr(image, "tile", ()))
+
+    with open_image(path, prepare) as image:
         turn = _orientation_of(image) if upright else 1
-    return np.ascontiguousarray(turned(to_8_bits(read_png16(path)), turn))  # Pillow keeps the upper 8 bits alone
+        if image.format == "PPM" and image.mode == "RGB" and tiles[0][0] == "ppm" and tiles[0][3] == ("RGB", 65535):
+            words = np.fromfile(path, ">u2", 3 * image.width * image.height, offset=tiles[0][2])
+            stored = words.reshape(image.height, image.width, 3)
+        elif image.format not in ("PNG", "TIFF") or not stored_as or not _DEEP.issuperset(stored_as):
+            return _pixels(image, upright, str(path))
+        else:
+            stored = _all_bits(path, np.asarray(image))
+    if stored.shape[-1] == 3:
+        return np.ascontiguousarray(turned(to_8_bits(stored), turn))
+    stored = np.concatenate([to_8_bits(stored[..., :3]), to_8_bits(stored[..., 3:])], axis=-1)
+    return from_array(turned(stored, turn))
 
 
 def from_pil(image: Image.Image, name: str = "the picture") -> np.ndarray:
@@ -278,11 +318,11 @@ def _pixels(image: Image.Image, upright: bool, name: str) -> np.ndarray:
 def to_8_bits(stored: np.ndarray) -> np.ndarray:
     """uint16 of any shape to uint8: the upper 8 of the bits that the picture uses.
 
-    Cameras and microscopes write 10, 12 or 14 bits into files of 16 without saying so. A picture whose largest value
-    is below 1024, 4096 or 16384 is taken for one of these; as one of 16 bits it would be nearly black.
+    Cameras and microscopes write 8, 10, 12 or 14 bits into files of 16 without saying so. A picture whose largest value
+    is below 256, 1024, 4096 or 16384 is taken for one of these; as one of 16 bits it would be nearly black.
     """
     top = int(stored.max(initial=0))
-    shift = next((bits - 8 for bits in (10, 12, 14) if 255 < top < 1 << bits), 8)
+    shift = next((bits - 8 for bits in (8, 10, 12, 14) if top < 1 << bits), 8)
     return (stored >> shift).astype(np.uint8)
 
 
@@ -357,10 +397,13 @@ def read_png16(path: FilePath, eight_bits: bool = False) -> np.ndarray:
             kind = f"a {image.format} picture of {'8 bits' if image.mode == 'L' else image.mode}"
             grey = ", or depth_scale if it is depth in 8 bits" if image.mode == "L" else ""
             raise UserError(f"{path} is {kind}: give a 16-bit grey PNG for depth (16-bit RGB for KITTI flow){grey}")
-        high = np.asarray(image)
-    # Pillow keeps 8 bits a channel. Asked for the other byte order it keeps the other half: two readings give all 16.
+        return _all_bits(path, np.asarray(image))
+
+
+def _all_bits(path: FilePath, upper: np.ndarray) -> np.ndarray:
+    """uint16 of a picture of which Pillow gave the upper 8 bits; asked for the other byte order it gives the others."""
     with open_image(path, _swap_byte_order) as image:
-        return (high.astype(np.uint16) << 8) | np.asarray(image)
+        return (upper.astype(np.uint16) << 8) | np.asarray(image)
 
 
 def _raw_modes(image: Any) -> list[str]:
@@ -370,7 +413,14 @@ def _raw_modes(image: Any) -> list[str]:
 
 
 def _swap_byte_order(image: Any) -> None:
+    other = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+
+    def swapped(mode: str) -> str:
+        return mode[:-1] + other[mode[-1]]
+
     image.tile = [
-        tile._replace(args="RGB;16L" if isinstance(tile.args, str) else ("RGB;16L", *tile.args[1:]))
+        tile._replace(
+            args=swapped(tile.args) if isinstance(tile.args, str) else (swapped(tile.args[0]), *tile.args[1:])
+        )
         for tile in image.tile
     ]

@@ -1,5 +1,7 @@
 """Pictures of every bit depth, and what is said of files that are none."""
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,8 +13,8 @@ from scaling_perception.support.errors import UserError
 RAMP = np.linspace(0, 1, 24 * 30).reshape(24, 30)
 
 
-@pytest.mark.parametrize("bits", [10, 12, 14, 16])
-@pytest.mark.parametrize("kind", ["grey.png", "rgb.png", "grey.tif", "grey.pgm", "array"])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("kind", ["grey.png", "rgb.png", "grey.tif", "rgb.tif", "grey.pgm", "rgb.ppm", "array"])
 def test_deep_pictures_use_the_whole_range(tmp_path, bits, kind):
     stored = np.round(RAMP * (2**bits - 1)).astype(np.uint16)
     stored = np.stack([stored, stored[::-1], stored], -1) if kind.startswith("rgb") else stored
@@ -22,18 +24,36 @@ def test_deep_pictures_use_the_whole_range(tmp_path, bits, kind):
     elif kind.endswith(".png"):
         write_png16(path, stored)
         out = read_image(path)
+    elif kind == "rgb.tif":
+        path.write_bytes(tiff_of_16_bits(stored))
+        out = read_image(path)
+    elif kind == "rgb.ppm":
+        path.write_bytes(b"P6\n30 24\n65535\n" + stored.astype(">u2").tobytes())
+        out = read_image(path)
     elif kind.endswith(".tif"):
         Image.fromarray(stored).save(path)
         out = read_image(path)
         np.testing.assert_array_equal(from_pil(Image.open(path)), out)
     else:
-        path.write_bytes(b"P5\n30 24\n%d\n" % (2**bits - 1) + stored.astype(">u2").tobytes())
+        path.write_bytes(b"P5\n30 24\n%d\n" % (65535 if bits == 8 else 2**bits - 1) + stored.astype(">u2").tobytes())
         out = read_image(path)
     wanted = np.round(RAMP * 255)
     assert out.shape == (24, 30, 3) and out.dtype == np.uint8
     assert np.abs(out[..., 0].astype(int) - wanted).max() <= 1
     if kind.startswith("rgb"):
         assert np.abs(out[::-1, :, 1].astype(int) - wanted).max() <= 1
+
+
+def tiff_of_16_bits(stored):
+    """RGB without compression, little-endian; Pillow cannot write it."""
+    height, width = stored.shape[:2]
+    data = stored.astype("<u2").tobytes()
+    end = 8 + len(data)
+    fields = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, end), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 8)]
+    fields += [(277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(data))]
+    entries = b"".join(struct.pack("<HHII", *field) for field in fields)
+    bits = struct.pack("<HHH", 16, 16, 16)
+    return b"II*\0" + struct.pack("<I", end + 6) + data + bits + struct.pack("<H", len(fields)) + entries + b"\0" * 4
 
 
 def test_floats_leave_their_range_by_rounding_alone():
@@ -53,6 +73,13 @@ BROKEN = {
     "lfs.png": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
     "x.exr": (b"v/1\x01" + b"\0" * 40, "is an OpenEXR picture"),
     "clip.png": (b"\0\0\0\x20ftypisom\0\0\2\0", "is a video"),
+    "clip.jpg": (b"RIFF\x24\0\0\0AVI LIST" + b"\0" * 50, "is a video"),
+    "page.png": (b"\xef\xbb\xbf\n <HTML>", "is a web page"),
+    "x.eps": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        "of the kind EPS, which is not read",
+    ),
+    "small.NEF": (b"MM\0*\0\0\0\x08" + b"\0" * 40, "camera's raw picture"),
     "words.png": (b"not at all a picture", "is no image"),
     "none.jpg": (b"", "0 bytes"),
     "cut.png": (b"\x89PNG\r\n\x1a\n\0\0", "damaged"),
@@ -66,6 +93,14 @@ def test_each_fault_has_its_line(tmp_path, name):
     with pytest.raises(UserError, match=words) as error:
         read_image(tmp_path / name)
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_small_picture_of_a_raw_file_is_not_taken_for_it(tmp_path):
+    Image.new("RGB", (16, 12)).save(tmp_path / "x.tif")
+    for name in ("x.dng", "x.ARW"):
+        (tmp_path / name).write_bytes((tmp_path / "x.tif").read_bytes())
+        with pytest.raises(UserError, match="camera's raw picture"):
+            read_image(tmp_path / name)
 
 
 def test_too_large_says_how_to_lift_the_limit(tmp_path, monkeypatch):
