@@ -16,7 +16,11 @@ from scaling_perception.data.video import count_frames, is_video, require_pyav
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.tables import decode
 
-_MASK_NAME = re.compile(r"(?P<picture>.+?)_(?:visible_)?mask_?\d*")
+_OF_WHAT = r"(?:(?P<part>visible|modal|whole|amodal)[_\-. ]?)?(?:mask|segmentation|seg|matte)s?"
+_MASK_NAME = re.compile(
+    rf"(?P<picture>.+?)[_\-. ]{_OF_WHAT}[_\-. ]?\d*|{_OF_WHAT.replace('part', 'which')}[_\-. ](?P<named>.+)",
+    re.IGNORECASE,
+)
 
 
 class Picture(NamedTuple):
@@ -25,6 +29,7 @@ class Picture(NamedTuple):
     path: Path
     frame: int | None = None  # of a video, from 0
     folder: str = ""  # where it was found below the folder that was searched; its results go likewise below --out
+    fault: str = ""  # why there is none; said when it is to be read, so that the others go on
 
     @property
     def stem(self) -> str:
@@ -120,14 +125,20 @@ def _natural(path: Any) -> list[Any]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
+def _picture_of(stem: str) -> str:
+    """The stem, without regard to case, of the picture whose mask is called so; empty where it is no name of a mask."""
+    match = _MASK_NAME.fullmatch(stem)
+    return (match["picture"] or match["named"]).casefold() if match else ""
+
+
 def _pictures(paths: Sequence[Path], where: object, note: Callable[[str], None]) -> list[Path]:
     """Of files found together the pictures that are inputs; the others are counted by kind in one line.
 
     ``cat_mask.png`` beside ``cat.jpg`` is a mask, not a picture to predict from.
     """
     found = [path for path in paths if path.suffix.lower() in suffixes()]
-    stems = {(path.parent, path.stem.removesuffix("_occlusion")) for path in found}
-    masks = {p for p in found if (m := _MASK_NAME.fullmatch(p.stem)) and (p.parent, m["picture"]) in stems}
+    stems = {(path.parent, path.stem.removesuffix("_occlusion").casefold()) for path in found}
+    masks = {path for path in found if (path.parent, _picture_of(path.stem)) in stems}
     others = collections.Counter(path.suffix.lower() or "(no suffix)" for path in paths if path not in set(found))
     left = [f"{len(masks)} mask(s) beside their picture"] if masks else []
     videos = sum(count for suffix, count in others.items() if is_video(Path("x" + suffix)))
@@ -243,8 +254,9 @@ def find_inputs(
         raise UserError("amodal needs --mask: the mask of the object's visible part, or a folder of masks")
     place = Path(mask).expanduser()
     if os.path.isdir(place):
-        listings: dict[Path, dict[str, list[Path]]] = {}
-        return [_distinct((image, _mask_of(image, place, listings)), "mask") for image in images]
+        listings: dict[Path, list[Path]] = {}
+        inputs = {os.path.realpath(image.path) for image in images}
+        return [(image, _mask_of(image, place, listings, inputs)) for image in images]
     if not os.path.exists(place):
         raise UserError(f"--mask {mask} does not exist: check the path")
     if len(images) != 1:
@@ -281,30 +293,42 @@ def _unique(inputs: Iterable[tuple[Picture, ...]]) -> list[tuple[Picture, ...]]:
     return list(first.values())
 
 
-def _mask_of(image: Picture, folder: Path, listings: dict[Path, dict[str, list[Path]]]) -> Picture:
-    """The mask of a picture in a folder of masks; ``listings`` keeps what each folder holds, by stem."""
+def _mask_of(image: Picture, folder: Path, listings: dict[Path, list[Path]], inputs: set[str]) -> Picture:
+    """The mask of a picture in a folder of masks; ``listings`` keeps what each folder holds.
+
+    Called NAME_mask or like it, or as the picture itself; of several the one that is called so exactly.
+
+    Args:
+        inputs: real paths of all pictures, which are nobody's mask.
+    """
     short = image.stem.removesuffix("_occlusion")  # pix2gestalt: ID_occlusion.png and ID_visible_mask.png
     own = image.path.suffix.lower() if image.frame is None else ".png"
+    exact = (f"{image.stem}_mask", f"{short}_visible_mask", image.stem)
     for place in dict.fromkeys((folder / image.folder, folder)):
         if place not in listings:
-            listings[place] = collections.defaultdict(list)
-            for path in sorted(place.iterdir()) if place.is_dir() else ():
-                if path.suffix.lower() in (*suffixes(), ".npy") and path.is_file():
-                    listings[place][path.stem].append(path)
-        found = listings[place]
-        numbered = [stem for stem in found if re.fullmatch(re.escape(image.stem) + r"_mask_?\d+", stem)]
-        for stem in (
-            f"{image.stem}_mask",
-            f"{short}_visible_mask",
-            image.stem,
-            *(numbered if len(numbered) == 1 else ()),
-        ):
-            for path in sorted(found.get(stem, ()), key=lambda path: path.suffix.lower() != own):
-                if not (os.path.isfile(image.path) and path.samefile(image.path)):
-                    return Picture(path)
-    # missing: reported when it is read, so that the other images go on
-    named = folder / image.folder / f"{image.stem}.png"
-    return Picture(named.with_name(f"{image.stem}_mask.png") if os.path.exists(named) else named)
+            paths = sorted(place.iterdir()) if place.is_dir() else ()
+            kinds = (*suffixes(), ".npy")
+            listings[place] = [path for path in paths if path.suffix.lower() in kinds and path.is_file()]
+        free = [path for path in listings[place] if os.path.realpath(path) not in inputs]
+        for stem in exact:
+            named = [path for path in free if path.stem == stem]
+            if named:
+                return Picture(min(named, key=lambda path: path.suffix.lower() != own))
+        fitting = [path for path in free if _is_visible_mask(path.stem, (image.stem, short))]
+        if len(fitting) > 1:
+            shown = ", ".join(path.name for path in fitting[:4]) + (", …" if len(fitting) > 4 else "")
+            return Picture(fitting[0], fault=f"{image} has {len(fitting)} masks in {place} ({shown}): keep one")
+        if fitting:
+            return Picture(fitting[0])
+    missing = folder / image.folder / f"{image.stem}_mask.png"
+    same = missing.with_name(f"{image.stem}.png")
+    return Picture(missing, fault=f"{image} has no mask: {same} does not exist, nor {missing.name}: add one of them")
+
+
+def _is_visible_mask(stem: str, pictures: Sequence[str]) -> bool:
+    match = _MASK_NAME.fullmatch(stem)
+    whole = match is not None and (match["part"] or match["which"] or "").lower() in ("whole", "amodal")
+    return not whole and _picture_of(stem) in {picture.casefold() for picture in pictures}
 
 
 def _find_pairs(
@@ -333,6 +357,25 @@ def _find_pairs(
     return _unique(pairs)
 
 
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+
+
+def _portable(name: str) -> str:
+    """A name without <>:"|?* and the names of devices, which Windows and the disks of cameras refuse."""
+    name = re.sub(r'[<>:"|?*\\]', "_", name)
+    head = name.split(".")[0]
+    return f"_{name}" if head.rstrip().lower() in _RESERVED and "." in name else name
+
+
+def _portable_folder(folder: str) -> str:
+    """A folder below --out of which the same is true; none of its names ends with a dot or a space."""
+    names = []
+    for name in Path(folder).parts:
+        name = re.sub(r"[. ]+$", "_", _portable(name))
+        names.append(f"_{name}" if name.lower() in _RESERVED else name)
+    return os.path.join(*names) if names else ""
+
+
 _LONGEST = 180  # bytes of a result's name: 255 less what follows it, a lock's or a temporary file's ending included
 
 
@@ -353,7 +396,8 @@ def name_results(inputs: Sequence[tuple[Picture, ...]], task: str) -> list[Item]
     """A name for every prediction: the image's stem, with its folder and suffix where two would collide.
 
     Names that differ only by case or by Unicode form collide as well: many file systems hold them for one. What is
-    longer than a file system takes, with all that is put behind it, is cut and gets a hash.
+    longer than a file system takes, with all that is put behind it, is cut and gets a hash. Characters and names that
+    Windows refuses are replaced.
     """
 
     def candidates(files: tuple[Picture, ...]) -> list[str]:
@@ -364,7 +408,8 @@ def name_results(inputs: Sequence[tuple[Picture, ...]], task: str) -> list[Item]
         if task == "flow":
             names.insert(1, f"{first.stem}_{files[1].stem}")
         digest = hashlib.sha256(repr([file.place for file in files]).encode()).hexdigest()
-        return [os.path.join(first.folder, _cut(name)) for name in (*names, f"{_cut(names[-1])}_{digest[:6]}")]
+        names = [_cut(_portable(name)) for name in (*names, f"{_cut(names[-1])}_{digest[:6]}")]
+        return [os.path.join(_portable_folder(first.folder), name) for name in names]
 
     proposed = [candidates(files) for files in inputs]
     pending = list(range(len(inputs)))

@@ -157,6 +157,8 @@ def run_job(
     readers = min(workers, 1) if in_video else workers  # frames come one after the other
 
     def read(item: Item) -> _Ready | str:
+        if fault := next((picture.fault for picture in item.inputs if picture.fault), ""):
+            return fault
         try:
             paths = [p.path if p.frame is None else videos.read(p.path, p.frame) for p in item.inputs]
             raw = predictor.raw_inputs(paths[:1], task, paths[1:] or None)[0]

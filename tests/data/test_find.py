@@ -117,6 +117,14 @@ def test_names_of_results_fit_and_differ_on_every_file_system(tmp_path, paths):
     assert found == [item.name for item in name_results(inputs, "depth")]
 
 
+def test_names_of_results_are_taken_by_windows_too(tmp_path):
+    paths = ["a:b.png", "a?b.png", 'q"<r>|*.png', "con.png", "con.x.png", "end..png"]
+    inputs = [(Picture(tmp_path / path),) for path in paths] + [(Picture(tmp_path / "x.png", folder="aux/b. /c:"),)]
+    found = [item.name for item in name_results(inputs, "depth")]
+    assert len(set(found)) == 7 and not any(set(name) & set('<>:"|?*\\') for name in found)
+    assert found[2:] == ["q__r___", "con", "_con.x", "end.", os.path.join("_aux", "b_", "c_", "x")]
+
+
 ODD = ["two words.png", " leading.png", "für 深度.png", "[1]*.png", "~.png", "a,b.png", os.fsdecode(b"\xff\xfe.png")]
 
 
@@ -161,6 +169,29 @@ def test_masks_beside_pictures_are_masks(tmp_path):
     ]
     assert lines == [f"{tmp_path}: 3 picture(s) taken, left out 3 mask(s) beside their picture, 1 .txt"]
     assert names(find_inputs([f"{tmp_path}/*_mask.png"], "depth")) == ["cat_mask.png", "owl_mask.png"]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    ["cat-mask.png", "cat.mask.png", "cat_MASK.PNG", "Cat_Mask.png", "mask_cat.png", "cat_seg.tif", "cat_masks_1.png"],
+)
+def test_other_names_of_masks(tmp_path, mask):
+    touch(tmp_path, "cat.jpg", mask, "cat_whole_mask.png")
+    lines = []
+    found = find_inputs([str(tmp_path)], "amodal", str(tmp_path), note=lines.append)
+    assert [[f.path.name for f in pair] for pair in found] == [["cat.jpg", mask]]
+    assert lines == [f"{tmp_path}: 1 picture(s) taken, left out 2 mask(s) beside their picture"]
+
+
+def test_another_picture_is_no_mask_and_of_several_none_is_taken(tmp_path):
+    touch(tmp_path, "a.jpg", "a.png", "b.jpg", "b_mask_0.png", "b_mask_1.png", "c.jpg", "c_whole_mask.png")
+    found = find_inputs([str(tmp_path)], "amodal", str(tmp_path))
+    faults = {image.path.name: mask.fault for image, mask in found}
+    assert list(faults) == ["a.jpg", "a.png", "b.jpg", "c.jpg"] and "b_mask_0.png, b_mask_1.png" in faults["b.jpg"]
+    assert all("a.png does not exist, nor a_mask.png" in faults[name] for name in ("a.jpg", "a.png"))
+    assert "c_mask.png" in faults["c.jpg"]
+    ((_, mask),) = find_inputs([f"{tmp_path}/a.jpg"], "amodal", str(tmp_path))
+    assert mask == Picture(tmp_path / "a.png")  # alone, it may be the mask that is called as its picture
 
 
 def test_a_prompt_is_another_file(tmp_path):
