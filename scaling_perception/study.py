@@ -7,11 +7,13 @@ CSV, one line a figure, which `fit` reads.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
+from scaling_perception.support.again import add_overwrite, check_output, keep_settings, replacing
+from scaling_perception.support.configs import declared
 from scaling_perception.support.errors import UserError, did_you_mean
 
 EXAMPLES = """
@@ -80,12 +82,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--jobs {args.jobs}: give the number of cells that run at a time, 1 or more")
     if args.only and args.stage is not None:
         raise UserError("--only and --stage both choose cells: give one of them")
-    about = settings_of(args, ("csv", "images", "only", "collect", "stage", "index", "jobs"), ("config", "out"))
-    for path in (args.csv, args.images):
-        check_output(path, about, args.overwrite)
     out = Path(args.out)
     cells = study_cells(args.config)
-    settings = check_settings(cells, out, _settings, _defaults)
+    settings = check_settings(cells, out, _settings, _defaults, _free)
     chosen = _chosen(cells, args.only)
     if args.stage is not None:
         chosen = [_indexed(stages(cells), args.stage, args.index)]
@@ -99,12 +98,17 @@ def run(args: argparse.Namespace) -> int:
         for path in write_jobs(args.write, args.config, out, Path(args.to or out / "jobs"), stages(cells)):
             print(f"written: {path}")
         return 0
+    if args.stage is not None:  # cells that run side by side would write the table at once
+        return _run(chosen, out, settings, args.jobs)
+    about = {"config": os.path.realpath(args.config.partition(":")[0]), "out": os.path.realpath(out)}
+    table, figures = Path(args.csv or out / "study.csv"), declared(args.config, "figures")
+    for path in (table, args.images, *(out / figure.file for figure in figures)):
+        check_output(path, about, args.overwrite)
     code = 0 if args.collect else _run(chosen, out, settings, args.jobs)
-    if args.stage is None:  # cells that run side by side would write the table at once
-        _collect(cells, out, Path(args.csv or out / "study.csv"), about)
-        _draw(args.config, cells, out)
-        if args.images:
-            _collect(cells, out, Path(args.images), about, images=True)
+    _collect(cells, out, table, about)
+    _draw(figures, cells, out, about)
+    if args.images:
+        _collect(cells, out, Path(args.images), about, images=True)
     return code
 
 
@@ -117,17 +121,16 @@ def _settings(cell: Any) -> dict[str, Any]:
     from scaling_perception.support.configs import flatten, load_config
     from scaling_perception.support.verbs import make_parser
     from scaling_perception.train import split_overrides
-    from scaling_perception.training.identity import FREE, as_json
+    from scaling_perception.training.identity import as_json
 
     output = ["--workdir", "x"] if cell.verb == "train" else ["--json" if cell.verb == "evaluate" else "--out", "x"]
     if cell.verb != "train":
         flags = vars(make_parser(cell.verb).parse_args([*cell.words, *output]))
-        return {name: value for name, value in flags.items() if name not in _FREE}
+        return {name: value for name, value in flags.items() if name not in _free(cell)}
     words, overrides = split_overrides([*cell.words, *output])
     args = make_parser("train").parse_args(words)
     flat = flatten(as_json(load_config(args.config, overrides).to_dict()))
-    free = {*FREE} - {"data.cache", "train.validate_every"}
-    return {name: value for name, value in flat.items() if name not in free and not name.endswith(".root")}
+    return {name: value for name, value in flat.items() if name not in _free(cell) and not name.endswith(".root")}
 
 
 def _defaults(cell: Any) -> dict[str, Any]:
@@ -138,6 +141,13 @@ def _defaults(cell: Any) -> dict[str, Any]:
     if cell.verb == "train":
         return dict(LATER)
     return {action.dest: action.default for action in make_parser(cell.verb)._actions}
+
+
+def _free(cell: Any) -> frozenset[str]:
+    """Settings of a cell that decide no figure."""
+    from scaling_perception.training.identity import FREE
+
+    return frozenset({*FREE} - {"data.cache", "train.validate_every"} if cell.verb == "train" else _FREE)
 
 
 def _chosen(cells: list[Any], only: str) -> list[Any]:
@@ -215,16 +225,19 @@ def _setting(text: str) -> tuple[str, int, int]:
     return preset, int(numbers[0]), int(numbers[1])
 
 
-def _draw(spec: str, cells: list[Any], out: Path) -> None:
+def _draw(figures: list[Any], cells: list[Any], out: Path, about: dict[str, Any]) -> None:
     """The figures and tables that the config declares, from the cells that are done."""
     from scaling_perception.scaling.study_table import collect
-    from scaling_perception.support.configs import declared
 
-    figures = declared(spec, "figures")
     rows = collect(cells, out)[0] if figures else []
     for figure in figures:
         path = figure.write(rows, out) if rows else None
-        print(f"written: {path}" if path else f"{figure.name}: no cell of it is done yet", flush=True)
+        if path:
+            keep_settings(path, path, about)
+            print(f"written: {path}", flush=True)
+            print("".join(f"{line}\n" for line in figure.summary(rows)), end="", flush=True)
+        else:
+            print(f"{figure.name}: no cell of it is done yet", flush=True)
 
 
 def _collect(cells: list[Any], out: Path, path: Path, about: dict[str, Any], images: bool = False) -> None:

@@ -118,7 +118,8 @@ def all_rows():
             for metric in ("abs_rel", "1-delta1"):
                 macs = dict.fromkeys(("own_train_macs", "train_macs", "macs", "macs_per_forward"), n * 1e12)
                 yield line(cell=cell, metric=metric, value=0.5 / n, **macs)
-        yield line(cell=cell, kind="train", metric="loss")
+        for metric in ("loss", "mse"):
+            yield line(cell=cell, kind="train", metric=metric)
 
 
 @pytest.mark.parametrize("stem", ["fig2", "fig3", "fig4", "fig5", "fig6", "fig8ef"])
@@ -131,6 +132,21 @@ def test_the_figures_of_a_study_are_drawn_from_its_table(stem, tmp_path):
         assert text.startswith("<?xml") and f"{figure.name}, 2/3 cells" in re.sub(r"<!-- | -->", "", text)
     if stem == "fig3":
         assert "published: 28.93 C^-0.1504" in text or "published: 14.38 C^-0.1308" in text
+
+
+def test_the_mean_gain_of_upcycling_is_computed_beside_the_published_one():
+    (figure,) = declared("configs/paper/fig6.py:trial", "figures")
+    values = {
+        ("a2", "dense"): 0.4,
+        ("a2", "4E2A"): 0.3,
+        ("a2", "8E2A"): 0.42,
+        ("a3", "dense"): 0.2,
+        ("a3", "4E2A"): 0.1,
+    }
+    rows = [line(model=model, experts=experts, value=value) for (model, experts), value in values.items()]
+    (text,) = figure.summary(rows)  # gains 25 %, -5 % and 50 %
+    assert text == "gain of abs_rel, 3 models against dense: mean +23.3 % (-5 to +50 %); published: +5.3 %"
+    assert figure.summary(rows[:1]) == []
 
 
 def test_tables_hold_ours_beside_the_published_values(tmp_path):

@@ -4,9 +4,9 @@
     scaling-perception train --config configs/paper/fig2.py:model=a6,caches=CACHES --workdir runs/paper/fig2/a6
 
 Six runs of 400 k steps of batch 256 at a constant 1e-4 (paper section 3.1); the rest is DiT's (configs/pretrain.py).
-Published: L(C) = 0.23 C^-0.0098. The y-axis is the training loss: of metrics.jsonl ``mse`` is the paper's equation 2,
-``loss`` has the variational bound besides. The x-axis is ``macs``, forward alone: the paper does not say whether it
-counts the backward pass, which triples it.
+Published: L(C) = 0.23 C^-0.0098. The y-axis is the training loss, which the paper defines as the error of the predicted
+noise (its equation 2): ``mse`` of metrics.jsonl; ``loss`` has the variational bound besides. The x-axis is ``macs``,
+forward alone: the paper does not say whether it counts the backward pass, which triples it.
 
 Arguments: ``model`` a1 to a6; ``res`` pixels; the others are told in configs/paper/shared.py.
 """
@@ -34,4 +34,4 @@ def study(arg: str = "") -> list[Cell]:
 
 
 def figures(arg: str = "") -> list[Figure]:
-    return [Figure("fig2", (Panel("own_train_macs", "loss", law="fig2", kind="train"),))]
+    return [Figure("fig2", (Panel("own_train_macs", "mse", law="fig2", kind="train"),))]

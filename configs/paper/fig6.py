@@ -19,7 +19,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from scaling_perception.scaling.study import Cell
-from scaling_perception.scaling.study_figures import Figure, Panel
+from scaling_perception.scaling.study_figures import Figure, Gain, Panel
 
 from . import shared
 
@@ -60,4 +60,6 @@ def study(arg: str = "") -> list[Cell]:
 
 
 def figures(arg: str = "") -> list[Figure]:
-    return [Figure("fig6", tuple(Panel("macs_per_forward", name) for name in ("abs_rel", "1-delta1")))]
+    metrics = ("abs_rel", "1-delta1")
+    gains = tuple(Gain(name, "experts", "dense", "fig6") for name in metrics)
+    return [Figure("fig6", tuple(Panel("macs_per_forward", name) for name in metrics), gains)]

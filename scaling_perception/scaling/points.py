@@ -11,6 +11,17 @@ from typing import Any
 import numpy as np
 
 from scaling_perception.scaling.paper_laws import PREFIX, published_points
+from scaling_perception.scaling.point_rows import (
+    codes_of,
+    find_column,
+    first_column,
+    need_column,
+    refuse_unlike,
+    tidy,
+    valid_rows,
+    where_rows,
+    without_copies,
+)
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.tables import Table, read_table, read_text
 
@@ -84,29 +95,6 @@ class Points:
             self.x[:, keep], self.y[keep], self.x_names, self.y_name, [g[keep] for g in self.groups],
             self.group_names, images, list(self.notes), self.source, self.one_size, labels,
         )  # fmt: skip
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-def find_column(names: Sequence[str], wanted: str) -> str | None:
-    """The column ``wanted``, as written or else by its letters and digits alone (``absrel`` finds ``abs_rel``)."""
-    if wanted in names:
-        return wanted
-    same = [name for name in names if _plain(name) == _plain(wanted)]
-    return same[0] if len(same) == 1 else None
-
-
-def _need(table: Table, wanted: str, flag: str) -> str:
-    found = find_column(table.names, wanted)
-    if found is None:
-        raise UserError(f"{flag}: {table.path} has no column '{wanted}'{did_you_mean(wanted, table.names)}")
-    return found
-
-
-def _first(table: Table, options: Sequence[str]) -> str | None:
-    return next((found for one in options if (found := find_column(table.names, one))), None)
 
 
 # Files to one table
@@ -252,7 +240,7 @@ def melt(table: Table, y: Sequence[str], x: Sequence[str]) -> tuple[Table, list[
         return Table(table.path, [*kept, x_name, y_name], rows, lines, table.delimiter), [x_name], [y_name]
     if len(y) < 2:
         return table, list(x), list(y)
-    columns = [_need(table, one, "--y") for one in y]
+    columns = [need_column(table, one, "--y") for one in y]
     at = {name: index for index, name in enumerate(table.names)}
     kept = [name for name in table.names if name not in columns]
     rows, lines = [], []
@@ -289,7 +277,7 @@ def choose_x(table: Table, form: str) -> list[str]:
         UserError: they are not there.
     """
     kind = form if form in ("upcycling", "test_time") else "two" if form in ("additive", "joint", "kaplan") else ""
-    found = [(options, _first(table, options)) for options in X_NAMES[kind]]
+    found = [(options, first_column(table, options)) for options in X_NAMES[kind]]
     if kind == "test_time":
         there = [name for _, name in found if name and len(np.unique(table.numbers(name))) > 1]
         if len(there) < 2:
@@ -335,107 +323,42 @@ def read_points(
     table, source = load_tables(paths)
     notes: list[str] = []
     table, x, y = melt(table, _expand(table.names, y), x)
-    table = _where(table, where)
+    table = where_rows(table, where)
     if not keep_duplicates:
-        table = _without_copies(table, notes)
-    x_names = [_need(table, one, "--x") for one in x] if x else choose_x(table, form)
-    y_name = _need(table, y[0], "--y") if y else _first(table, Y_NAMES)
+        table = without_copies(table, notes)
+    x_names = [need_column(table, one, "--x") for one in x] if x else choose_x(table, form)
+    both = [first_column(table, options) for options in X_NAMES["two"]]
+    if not x and form == "auto" and all(both) and not {*both} & {*x_names}:
+        notes.append(f"{both[0]} and {both[1]} are there as well: --form additive fits a law of both")
+    y_name = need_column(table, y[0], "--y") if y else first_column(table, Y_NAMES)
     if y_name is None:
         raise UserError(f"--y: name the column of the error; known: {', '.join(table.names)}")
     if y_name in x_names or len(set(x_names)) < len(x_names):
         raise UserError(f"--x {' '.join(x_names)} --y {y_name}: a column is named twice: name different columns")
     columns = np.stack([table.numbers(name) for name in (*x_names, y_name)])
-    keep = _valid(table, columns, (*x_names, y_name), drop_invalid, notes, zero=image is not None)
+    keep = valid_rows(table, columns, (*x_names, y_name), drop_invalid, notes, zero=image is not None)
+    refuse_unlike(table, keep, (*x_names, y_name), notes)
     group_names = _groups(table, group, notes)
-    codes = [_codes(table.text(name))[keep] for name in group_names]
+    codes = [codes_of(table.text(name))[keep] for name in group_names]
     if group is None and group_names and len(np.unique(codes[0])) == 1:
         notes.append(f"all points are of one {group_names[0]}: intervals treat every point as independent")
         group_names, codes = (), []
-    size = _first(table, SIZES)
+    size = first_column(table, SIZES)
     one_size = ""
     if size and size not in x_names:
         sizes = {word for word, kept in zip(table.text(size), keep, strict=True) if kept} - {""}
-        one_size = f"{size} {next(iter(sizes))}" if len(sizes) == 1 else ""
+        one_size = f"{size} {tidy(next(iter(sizes)))}" if len(sizes) == 1 else ""
     text = table.text(group_names[0]) if group_names else [""] * len(table)
     labels = [word for word, kept in zip(text, keep, strict=True) if kept]
     x_kept, y_kept = columns[:-1, keep], columns[-1, keep]
     points = Points(x_kept, y_kept, tuple(x_names), y_name, codes, group_names, None, notes, source, one_size, labels)
-    return points if image is None else _by_image(points, table, _need(table, image, "--image"), keep)
-
-
-def _where(table: Table, where: Sequence[str]) -> Table:
-    for one in where:
-        name, equals, value = one.partition("=")
-        if not equals:
-            raise UserError(f"--where '{one}': write column=value")
-        words = table.text(_need(table, name, "--where"))
-        keep = [at for at, word in enumerate(words) if word.strip() == value]
-        if not keep:
-            some = sorted(set(words))[:8]
-            raise UserError(f"--where {one}: no row has it{did_you_mean(value, some)}")
-        rows, lines = [table.rows[at] for at in keep], [table.lines[at] for at in keep]
-        table = Table(table.path, table.names, rows, lines, table.delimiter)
-    return table
-
-
-def _without_copies(table: Table, notes: list[str]) -> Table:
-    seen: dict[tuple[str, ...], int] = {}
-    for at, row in enumerate(table.rows):
-        seen.setdefault(tuple(row), at)
-    copies = len(table) - len(seen)
-    if not copies:
-        return table
-    notes.append(
-        f"{copies} row{'s are copies' if copies > 1 else ' is a copy'} of another in every column and left out "
-        "(--keep-duplicates keeps them)"
-    )
-    keep = list(seen.values())
-    rows, lines = [table.rows[at] for at in keep], [table.lines[at] for at in keep]
-    return Table(table.path, table.names, rows, lines, table.delimiter)
-
-
-def _valid(
-    table: Table, columns: np.ndarray, names: Sequence[str], drop: bool, notes: list[str], zero: bool
-) -> np.ndarray:
-    """Rows with all values; missing values are left out and counted, impossible ones refused or left out.
-
-    ``zero``: the last column may be zero, such as an image's error of which the mean is taken.
-    """
-    keep = np.ones(len(table), bool)
-    for name, values in zip(names, columns, strict=True):
-        bad = ~(np.isfinite(values) & ((values > 0) | ((values == 0) & (zero and name == names[-1]))))
-        if not bad.any():
-            continue
-        words = table.text(name)
-        empty = np.array([word.strip().lower() in ("", "na", "n/a", "null", "none", "-") for word in words])
-        wrong = np.flatnonzero(bad & ~empty)
-        if len(wrong) and not drop:
-            first = int(wrong[0])
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise UserError(
-                f"{table.path} line {table.lines[first]}: {name} is {words[first].strip()}{more}; a law needs values "
-                "above zero: mend them, or leave such rows out with --drop-invalid"
-            )
-        keep &= ~bad
-        for which, text in ((wrong, "is not above zero or not finite"), (np.flatnonzero(empty), "is missing")):
-            if len(which):
-                rows = f"{len(which)} row{'s' * (len(which) > 1)}"
-                notes.append(f"{rows} left out: {name} {text} (first at line {table.lines[int(which[0])]})")
-    if not keep.any():
-        raise UserError(f"{table.path}: no row has all of {', '.join(names)}: check --x, --y and --where")
-    return keep
-
-
-def _codes(words: Sequence[str]) -> np.ndarray:
-    """A number for each word, equal for equal words."""
-    known: dict[str, int] = {}
-    return np.array([known.setdefault(word, len(known)) for word in words])
+    return points if image is None else _by_image(points, table, need_column(table, image, "--image"), keep)
 
 
 def _groups(table: Table, group: Sequence[str] | None, notes: list[str]) -> tuple[str, ...]:
     if group is not None:
-        return tuple(_need(table, one, "--group") for one in group)
-    found = _first(table, GROUP_NAMES)
+        return tuple(need_column(table, one, "--group") for one in group)
+    found = first_column(table, GROUP_NAMES)
     if found is None:
         notes.append("no column names the run (--group): intervals treat every point as independent")
     return (found,) if found else ()
@@ -445,11 +368,11 @@ def _by_image(points: Points, table: Table, image: str, keep: np.ndarray) -> Poi
     """One point for each setting: the mean over images, with every image's value kept for the bootstrap."""
     names = [word for word, kept in zip(table.text(image), keep, strict=True) if kept]
     present = [found for one in SETTINGS if (found := find_column(table.names, one))]
-    columns = [_codes(table.text(one))[keep] for one in present if one != image]
+    columns = [codes_of(table.text(one))[keep] for one in present if one != image]
     settings = np.stack([*(columns or list(points.x)), *(points.groups if points.group_names else [])])
     unique, first, which = np.unique(settings, axis=1, return_index=True, return_inverse=True)
     which = which.reshape(-1)
-    codes = _codes(names)
+    codes = codes_of(names)
     if len(np.unique(np.stack([which, codes]), axis=1).T) < len(names):
         raise UserError(
             f"--image {image}: an image has several values at one setting: tell settings apart with --where or --group"

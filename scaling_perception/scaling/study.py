@@ -43,6 +43,7 @@ _REFERENCE = re.compile(r"\{([^{}]*)\}")
 
 Settings = Callable[["Cell"], dict[str, Any]]
 Defaults = Callable[["Cell"], Mapping[str, Any]]
+Free = Callable[["Cell"], frozenset[str]]
 
 
 class Cell(NamedTuple):
@@ -163,14 +164,19 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def check_settings(
-    cells: Sequence[Cell], out: Path, settings_of: Settings, defaults_of: Defaults = lambda cell: {}
+    cells: Sequence[Cell],
+    out: Path,
+    settings_of: Settings,
+    defaults_of: Defaults = lambda cell: {},
+    free_of: Free = lambda cell: frozenset(),
 ) -> dict[str, dict[str, Any]]:
     """The settings of every cell, by name.
 
     Args:
         settings_of: what decides a cell's figures.
-        defaults_of: values that a setting has where a folder does not know it: it was begun by an earlier version of
-            the library, which behaved so.
+        defaults_of: values that a setting has where one side does not know it: the folder was begun by another version
+            of the library, which behaved so.
+        free_of: settings that decide no figure; an earlier version may have recorded them.
 
     Raises:
         UserError: a cell's settings are wrong, or differ from those that its folder was begun with; says in what.
@@ -186,9 +192,9 @@ def check_settings(
         marker = read_marker(out / cell.name)
         if marker is None:
             continue
-        was, now = {**defaults_of(cell), **marker["settings"]}, known[cell.name]
-        was = {name: value for name, value in was.items() if name in now or name in marker["settings"]}
-        differ = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
+        defaults = defaults_of(cell)
+        differ = differing_settings(marker["settings"], known[cell.name], defaults, free_of(cell))
+        was, now = ({**defaults, **side} for side in (marker["settings"], known[cell.name]))
         if marker["verb"] != cell.verb:
             differ, was, now = ["verb"], {"verb": marker["verb"]}, {"verb": cell.verb}
         if differ:
@@ -206,6 +212,20 @@ def check_settings(
                     "or choose another --out"
                 )
     return known
+
+
+def differing_settings(
+    was: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any], free: frozenset[str] = frozenset()
+) -> list[str]:
+    """Names of settings that differ, sorted. One that a side does not have has its default there, or else is not set:
+    null, false or empty."""
+
+    def value(side: Mapping[str, Any], name: str) -> Any:
+        found = side.get(name, defaults.get(name))
+        return None if found is False or found in ("", [], {}) else found
+
+    names = sorted((was.keys() | now.keys()) - free)
+    return [name for name in names if value(was, name) != value(now, name)]
 
 
 def _short(table: Mapping[str, Any], name: str) -> str:

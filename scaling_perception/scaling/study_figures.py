@@ -39,11 +39,54 @@ class Panel(NamedTuple):
     kind: str = "evaluate"
 
 
+class Gain(NamedTuple):
+    """By how much of its error each model is better than the one it goes on from, and the mean over all.
+
+    Attributes:
+        metric: of the evaluations, less is better.
+        label: column that is ``base`` for the models that the others of the same preset go on from.
+        law: figure whose published mean gain is printed beside ours.
+    """
+
+    metric: str
+    label: str
+    base: str
+    law: str
+
+    def lines(self, rows: Rows) -> list[str]:
+        """The mean gain in one line, with its least and its greatest; nothing where no pair is done."""
+        mine = [row for row in rows if (row["kind"], row["metric"]) == ("evaluate", self.metric)]
+        start = {_setting(row): row["value"] for row in mine if row.get(self.label) == self.base}
+        pairs = [row for row in mine if row.get(self.label) != self.base and _setting(row) in start]
+        if not pairs:
+            return []
+        found = np.array([1 - row["value"] / start[_setting(row)] for row in pairs])
+        values = [one.value for one in published_values(self.law) if one.metric == f"gain of {self.metric}"]
+        published = f"; published: {100 * values[0]:+.3g} %" if values else ""
+        ends = f" ({100 * found.min():+.3g} to {100 * found.max():+.3g} %)" if len(found) > 1 else ""
+        many = f"{len(found)} model{'s' * (len(found) > 1)} against {self.base}"
+        return [f"gain of {self.metric}, {many}: mean {100 * found.mean():+.3g} %{ends}{published}"]
+
+
+def _setting(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("model", "task", "dataset", "preset", "steps", "members"))
+
+
 class Figure(NamedTuple):
     """Panels side by side, as ``NAME.svg``."""
 
     name: str
     panels: tuple[Panel, ...]
+    gains: tuple[Gain, ...] = ()
+
+    @property
+    def file(self) -> str:
+        """The name of what is written."""
+        return f"{self.name}.svg"
+
+    def summary(self, rows: Rows) -> list[str]:
+        """Lines that are printed beside the figure: the mean gain of every group of pairs, with the published one."""
+        return [line for gain in self.gains for line in gain.lines(rows)]
 
     def write(self, rows: Rows, out: Path) -> Path | None:
         import matplotlib
@@ -56,7 +99,7 @@ class Figure(NamedTuple):
         for at, (panel, series) in enumerate(zip(self.panels, found, strict=True), 1):
             _draw(canvas.add_subplot(1, len(found), at), panel, series)
         canvas.suptitle(f"{self.name}, {next(row['study_cells'] for row in rows)} cells", fontsize=9)
-        path = out / f"{self.name}.svg"
+        path = out / self.file
         with atomic_path(path) as temporary, matplotlib.rc_context({"svg.hashsalt": self.name}):
             canvas.savefig(temporary, format="svg", metadata={"Date": None})
         return path
@@ -66,6 +109,15 @@ class Comparison(NamedTuple):
     """The published values of a table beside those of the cells with the label ``published``, as ``NAME.md``."""
 
     name: str
+
+    @property
+    def file(self) -> str:
+        """The name of what is written."""
+        return f"{self.name}.md"
+
+    def summary(self, rows: Rows) -> list[str]:
+        """Nothing more is printed."""
+        return []
 
     def write(self, rows: Rows, out: Path) -> Path | None:
         head = "| dataset | metric | settings | published | ours | 95 % interval | images | steps x members |"
@@ -80,7 +132,7 @@ class Comparison(NamedTuple):
                 ends = "" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
                 cells = [f"{row['value']:.4g}", ends, str(row["images"]), f"{row['steps']} x {row['members']}"]
             lines.append("| " + " | ".join([one.dataset, one.metric, one.settings, one.text, *cells]) + " |")
-        path = out / f"{self.name}.md"
+        path = out / self.file
         if any_found:
             write_text(path, "\n".join(lines) + "\n")
         return path if any_found else None
@@ -93,6 +145,15 @@ class Pictures(NamedTuple):
     cells: tuple[str, ...]
     columns: tuple[str, ...]
     rows: int = 2
+
+    @property
+    def file(self) -> str:
+        """The name of what is written."""
+        return f"{self.name}.png"
+
+    def summary(self, rows: Rows) -> list[str]:
+        """Nothing more is printed."""
+        return []
 
     def write(self, rows: Rows, out: Path) -> Path | None:
         from matplotlib.figure import Figure as Canvas
@@ -113,7 +174,7 @@ class Pictures(NamedTuple):
                 if name in panel:
                     axis.imshow(imread(folder / panel[name]))
                     axis.set_title(name, fontsize=7)
-        path = out / f"{self.name}.png"
+        path = out / self.file
         with atomic_path(path) as temporary:
             canvas.savefig(temporary, format="png")
         return path

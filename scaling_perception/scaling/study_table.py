@@ -159,11 +159,14 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _losses(folder: Path, before: float) -> Iterator[dict[str, Any]]:
-    """Every held-out loss of a run, and its last training loss; ``before``: MACs of the runs that it started from."""
+    """Every held-out loss of a run, and its last training loss; ``before``: MACs of the runs that it started from.
+
+    ``mse`` is the network's error alone, logged where the loss holds more (a variational bound, a balance of experts).
+    """
     rows = list(read_metrics(folder))
     for row in rows:
-        names = [name for name in row if name.startswith("held_out_") and name.endswith("loss")]
-        names += ["loss"] if row is rows[-1] and "loss" in row else []
+        names = [name for name in row if name.startswith("held_out_") and name.endswith(("loss", "mse"))]
+        names += [name for name in ("loss", "mse") if row is rows[-1] and name in row]
         own = row.get("macs")
         spent = {} if own is None else {"own_train_macs": own, "train_macs": before + own}
         at = {

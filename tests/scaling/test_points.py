@@ -217,3 +217,18 @@ def test_many_points_agree_with_full_bootstraps():
 def test_a_law_over_points_of_one_run_holds_for_all():
     points = Points(np.geomspace(1e8, 1e12, 12)[None], np.full(12, 0.3) * np.geomspace(1, 0.5, 12), ("macs",), "y")
     assert fit_law(points, "power", QUICK).clusters == 12
+
+
+def test_points_of_several_metrics_are_refused_and_other_differences_named(tmp_path):
+    rows = "".join(
+        f"{metric},{preset},{10**n},{value}\n"
+        for metric, value in (("abs_rel", 0.3), ("delta1", 0.7))
+        for n in range(4, 8)
+        for preset in ("fixed", "paper")
+    )
+    path = tmp_path / "study.csv"
+    path.write_text(f"metric,preset,macs,value\n{rows}")
+    with pytest.raises(UserError, match="value is of several metrics .abs_rel, delta1.*--where metric=abs_rel"):
+        read_points([path])
+    points = read_points([path], where=["metric=delta1"])
+    assert len(points) == 8 and "the points are of preset fixed, paper together" in " ".join(points.notes)

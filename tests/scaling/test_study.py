@@ -185,6 +185,13 @@ def test_other_settings_are_refused_by_name(tmp_path):
     assert known["b"] == SETTINGS["b"]
     with pytest.raises(UserError, match='flag was "new" and is now "old"'):
         check_settings([A, B], tmp_path, lambda cell: now[cell.name], lambda cell: {"flag": "new"})
+    then = {"free": True, "unset": False, "flag": "old"}  # a later version records none of these
+    write_json(tmp_path / "b" / MARKER, read_marker(tmp_path / "b") | {"settings": SETTINGS["b"] | then})
+    defaults, free = (lambda cell: {"flag": "old"}), (lambda cell: frozenset({"free"}))
+    assert check_settings([A, B], tmp_path, lambda cell: SETTINGS[cell.name], defaults, free)["b"]["flag"] == "old"
+    with pytest.raises(UserError, match="flag was .old. and is now absent; free was true and is now absent"):
+        check_settings([A, B], tmp_path, lambda cell: SETTINGS[cell.name])
+    write_json(tmp_path / "b" / MARKER, read_marker(tmp_path / "b") | {"settings": SETTINGS["b"]})
     now = {**SETTINGS, "a": {"steps": 9}}
     (tmp_path / "a" / MARKER).unlink()  # a was removed to do it again in another way
     with pytest.raises(UserError, match="b was made from 'a' of other settings"):
@@ -225,12 +232,8 @@ def test_the_shipped_study_compares_like_with_like(monkeypatch):
 
 def trained(folder, macs=100.0, **config):
     folder.mkdir(parents=True)
-    record = {
-        "config": {"model": "nano", "resolution": 64, "seed": 3} | config,
-        "parameters": 50,
-        "macs_per_sample": 10,
-    }
-    record["environment"] = {"devices": {"kind": "cpu", "count": 1}}
+    record = {"config": {"model": "nano", "resolution": 64, "seed": 3} | config}
+    record |= {"parameters": 50, "macs_per_sample": 10, "environment": {"devices": {"kind": "cpu", "count": 1}}}
     write_json(folder / "run.json", record)
     rows = [{"step": step, "samples": 5 * step, "loss": 1 / step, "macs": macs * step / 2} for step in (1, 2)]
     rows[0]["held_out_loss"] = 0.5
@@ -439,6 +442,11 @@ def test_a_study_by_its_verb(config, tmp_path, capsys, monkeypatch):
     assert "not done: eval: exit code 2: scaling-perception: no such thing" in told.err
     assert "1 of 2 cells are done" in told.err and "1 of 2 cells are missing from the table: eval" in told.err
     assert (out / "study.csv").read_text().startswith("cell,kind,run,")
+    assert study(config, out, "--collect") == 0
+    (out / "study.csv").write_text("mine\n")
+    with pytest.raises(UserError, match=r"study.csv holds another result .*--overwrite"):
+        study(config, out, "--collect")
+    assert (out / "study.csv").read_text() == "mine\n" and study(config, out, "--collect", "--overwrite") == 0
     Path(config).write_text(TWO.replace("STEPS", "5").replace("*MORE", ""))
     with pytest.raises(UserError, match=r"run was begun with other settings: .*train.steps was 4 and is now 5"):
         study(config, out, "--collect")
