@@ -5,9 +5,16 @@ run.json or folder. Without --form the forms for so many columns are compared on
 """
 
 import argparse
+import shlex
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
 from scaling_perception.support.errors import UserError
+
+if TYPE_CHECKING:
+    from scaling_perception.scaling.points import Points
 
 EXAMPLES = """
 scaling-perception fit points.csv
@@ -17,6 +24,7 @@ scaling-perception fit runs/sweep.csv --x steps ensemble --form test_time --y ab
 scaling-perception fit runs/sweep.csv --form hull
 scaling-perception fit runs/sweep.csv --form power --loss quantile --tau 0.05
 scaling-perception fit images.csv --x macs --y abs_rel --image key --group model
+scaling-perception fit runs/study/study.csv --where metric=abs_rel --x train_macs macs --form additive --html law.html
 scaling-perception fit paper:fig8b
 scaling-perception fit wide.csv --x macs --y a1 a2 a3 --predict 1e14
 """
@@ -60,7 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="OUT", help="write the law, for `plan` and other programs")
     parser.add_argument("--figure", metavar="OUT", help="draw points, law, bands and residuals: .svg, .png or .pdf")
-    add_overwrite(parser, "a law or figure")
+    parser.add_argument("--html", metavar="OUT", help="write a page: figure, profiles, hold-out, warnings, points")
+    parser.add_argument("--frontier", metavar="OUT", help="draw error over training and test-time compute, two --x")
+    parser.add_argument("--serve", nargs="+", default=[], metavar="N", help="images to serve, of the frontier")
+    add_overwrite(parser, "a law, figure or page")
 
 
 def options_of(args: argparse.Namespace):
@@ -89,7 +100,7 @@ def options_of(args: argparse.Namespace):
     )  # fmt: skip
 
 
-def predictions(texts: list[str], names: tuple[str, ...]) -> list[list[float]]:
+def predictions(texts: list[str], names: tuple[str, ...], flag: str = "--predict") -> list[list[float]]:
     """``1e9,2e10`` as a row of numbers above zero for each text.
 
     Raises:
@@ -102,7 +113,7 @@ def predictions(texts: list[str], names: tuple[str, ...]) -> list[list[float]]:
         except ValueError:
             row = []
         if len(row) != len(names) or not all(0 < value < float("inf") for value in row):
-            raise UserError(f"--predict '{text}': give {','.join(names)} as numbers above zero")
+            raise UserError(f"{flag} '{text}': give {','.join(names)} as numbers above zero")
         rows.append(row)
     return rows
 
@@ -116,18 +127,22 @@ def run(args: argparse.Namespace) -> int:
     options = options_of(args)
     if args.form != "auto":
         variable_counts(args.form)
-    if args.figure:
+    if args.figure or args.frontier:
         from scaling_perception.scaling.law_figures import check_name
 
-        check_name(args.figure)
-    settings = settings_of(args, ("json", "figure"), ("points",))
-    for path in (args.json, args.figure):
-        check_output(path, settings, args.overwrite)
+        for flag, path in (("--figure", args.figure), ("--frontier", args.frontier)):
+            check_name(path or "x.svg", flag)
+    if args.html and not args.html.lower().endswith((".html", ".htm")):
+        raise UserError(f"--html {args.html}: end the name in .html")
+    settings = settings_of(args, _OUTPUTS, ("points",))
+    for name in _OUTPUTS:
+        check_output(getattr(args, name), settings, args.overwrite)
     points = read_points(
         args.points, args.x, args.y, args.group, args.image, args.form, args.where, args.drop_invalid,
         args.keep_duplicates,
     )  # fmt: skip
     wanted = predictions(args.predict, points.x_names)
+    images = _served(args, points)
     law = fit_law(points, args.form, options)
     print(law_text(law))
     for row in wanted:
@@ -136,10 +151,52 @@ def run(args: argparse.Namespace) -> int:
         with replacing(args.json, settings) as file:
             write_law(file, law)
         print(f"law: {args.json}")
-    if args.figure:
-        from scaling_perception.scaling.law_figures import write_figure
+    if args.figure or args.frontier:
+        from scaling_perception.scaling.frontier import draw_frontier
+        from scaling_perception.scaling.law_figures import draw_law, save_figure
 
-        with replacing(args.figure, settings) as file:
-            write_figure(file, law, points)
-        print(f"figure: {args.figure}")
+        for name, draw in (("figure", draw_law), ("frontier", partial(draw_frontier, images=images))):
+            if path := getattr(args, name):
+                with replacing(path, settings) as file:
+                    save_figure(file, draw(law, points), Path(path).suffix)
+                print(f"{name}: {path}")
+    if args.html:
+        from scaling_perception.scaling.law_page import law_page
+        from scaling_perception.support.files import write_text
+
+        with replacing(args.html, settings) as file:
+            write_text(file, law_page(law, points, options, command_of(args), images))
+        print(f"page: {args.html}")
     return 0
+
+
+_OUTPUTS = ("json", "figure", "html", "frontier")
+
+
+def _served(args: argparse.Namespace, points: "Points") -> list[float]:
+    """Images to serve, of the frontier; none where the law is of other columns and none are asked for.
+
+    Raises:
+        UserError: they are asked for and the columns are others, or a number is none.
+    """
+    from scaling_perception.scaling.frontier import compute_columns, need_columns, usual_images
+
+    if args.frontier or args.serve:
+        need_columns(points.x_names)
+    if not compute_columns(points.x_names):
+        return []
+    return [predictions([text], ("N",), "--serve")[0][0] for text in args.serve] or usual_images(points)
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command line that asks for what ``args`` hold: flags that differ from their defaults."""
+    from scaling_perception.support.verbs import make_parser
+
+    words = ["scaling-perception", "fit", *args.points]
+    for action in make_parser("fit")._actions:
+        value = getattr(args, action.dest, None)
+        if not action.option_strings or action.dest in ("overwrite", "help") or value == action.default:
+            continue
+        words.append(action.option_strings[-1])
+        words += [] if value is True else map(str, value) if isinstance(value, list) else [str(value)]
+    return shlex.join(words)

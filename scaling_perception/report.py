@@ -5,7 +5,6 @@ offline. Of training runs it also prints where their time went: goodput, and bad
 """
 
 import argparse
-import base64
 import html
 import io
 import json
@@ -20,6 +19,7 @@ from scaling_perception.evaluation.intervals import FEWEST_IMAGES, interval_text
 from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_text
+from scaling_perception.support.html_page import image, page, table
 from scaling_perception.training.goodput import goodput_tables
 
 EXAMPLES = """
@@ -118,16 +118,6 @@ def _figure(draw, width: float = 4.6, height: float = 3.3, columns: int = 1) -> 
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-
-def _image(png: bytes, name: str) -> str:
-    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def compute_table(evaluation: dict) -> tuple[list[str], list[list[str]]]:
@@ -332,7 +322,7 @@ def _panels(evaluation: dict, folder: Path) -> str:
         for name in ("image", "prompt", "truth", "prediction", "error", "uncertainty"):
             path = folder / panel[name] if panel.get(name) else None
             if path and path.is_file():
-                figures.append(f"<figure>{_image(path.read_bytes(), name)}<figcaption>{name}</figcaption></figure>")
+                figures.append(f"<figure>{image(path.read_bytes(), name)}<figcaption>{name}</figcaption></figure>")
         key = html.escape(str(panel["key"]))
         blocks.append(f'<div class="panel"><p>{key}</p><div>{"".join(figures)}</div></div>')
     return "".join(blocks)
@@ -360,21 +350,7 @@ def _training_curve(path: Path) -> str:
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
 
-    return _image(_figure(draw), "plot")
-
-
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-h1{font-size:1.7rem;margin-bottom:.2rem}
-h2{margin-top:2.4rem;border-bottom:1px solid #ddd}small,figcaption,.panel p{color:#666}
-table{border-collapse:collapse;font-size:.85rem;margin:.8rem 0;display:block;overflow-x:auto}
-th,td{padding:.25rem .7rem;border-bottom:1px solid #e5e5e5;text-align:right}
-th:first-child,td:first-child{text-align:left}
-.plots{display:flex;flex-wrap:wrap;gap:.6rem}.plots img{width:340px;max-width:100%}.wide img{width:800px}
-.panel>div{display:flex;flex-wrap:wrap;gap:.5rem}.panel p{margin:.8rem 0 .1rem;font-size:.8rem}
-figure{margin:0}figure img{width:160px;image-rendering:auto;display:block}figcaption{font-size:.75rem;text-align:center}
-li{margin:.15rem 0}pre{background:#f6f6f6;padding:.6rem;overflow-x:auto;font-size:.8rem}
-"""
+    return image(_figure(draw), "plot")
 
 
 def _section(path: Path, evaluation: dict) -> str:
@@ -394,17 +370,17 @@ def _section(path: Path, evaluation: dict) -> str:
         "protocol": evaluation["protocol"].get("fingerprint", ""), "file": path.name,
     }  # fmt: skip
     line = " · ".join(f"{name}: {value}" for name, value in facts.items())
-    curves = "".join(_image(_curves(evaluation, x), "plot") for x in ("steps", "ensemble"))
+    curves = "".join(image(_curves(evaluation, x), "plot") for x in ("steps", "ensemble"))
     compute, adaptive = compute_figure(evaluation), adaptive_table(evaluation)
     verdicts = "".join(f"<li>{html.escape(text)}</li>" for text in _verdicts(evaluation))
     return (
         f"<h2>{html.escape(task)} on {html.escape(str(evaluation['dataset']))}</h2>"
         f"<p><small>{html.escape(line)}</small></p>"
         f"<ul>{verdicts}</ul><div class='plots'>{curves}</div>"
-        f"<div class='plots wide'>{_image(compute, 'plot') if compute else ''}</div>"
-        f"{_table(*compute_table(evaluation))}"
-        f"{f'<p>{_ADAPTIVE_WORDS}</p>{_table(*adaptive)}' if adaptive[1] else ''}"
-        f"<p>Trivial answers and floor on the same images:</p>{_table(['', *names], baselines)}"
+        f"<div class='plots wide'>{image(compute, 'plot') if compute else ''}</div>"
+        f"{table(*compute_table(evaluation))}"
+        f"{f'<p>{_ADAPTIVE_WORDS}</p>{table(*adaptive)}' if adaptive[1] else ''}"
+        f"<p>Trivial answers and floor on the same images:</p>{table(['', *names], baselines)}"
         f"{_panels(evaluation, path.parent)}"
     )
 
@@ -424,18 +400,14 @@ def write_report(folder: Path, out: Path, title: str) -> Path:
     for path in sorted(folder.rglob("metrics.jsonl")):
         if picture := _training_curve(path):
             sections.append(f"<h2>Training, {html.escape(path.parent.name)}</h2><div class='plots'>{picture}</div>")
-    for name, table in times.items():
-        sections.append(f"<h2>Where the time went, {html.escape(name)}</h2><pre>{html.escape(table)}</pre>")
+    for name, text in times.items():
+        sections.append(f"<h2>Where the time went, {html.escape(name)}</h2><pre>{html.escape(text)}</pre>")
     body = "".join(sections)
-    page = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
-        "<p><small>Means over images with 95 % bootstrap intervals; changes are paired by image. MACs count the DiT's "
-        "forward multiply-accumulates, without the autoencoder.</small></p>"
-        f"{body}</body></html>"
+    intro = (
+        "Means over images with 95 % bootstrap intervals; changes are paired by image. MACs count the DiT's forward "
+        "multiply-accumulates, without the autoencoder."
     )
-    write_text(out, page)
+    write_text(out, page(title, intro, body))
     return out
 
 
@@ -470,7 +442,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"figure: {path}")
     with replacing(out, settings) as file:
         write_report(folder, file, args.title)
-    for name, table in goodput_tables(folder).items():
-        print(f"{name}: {table}")
+    for name, text in goodput_tables(folder).items():
+        print(f"{name}: {text}")
     print(f"report: {out}")
     return 0

@@ -48,7 +48,7 @@ def split_largest(points: Points, parameters: int) -> Split | None:
     return None
 
 
-def _thin(points: Points) -> Points:
+def thinned(points: Points) -> Points:
     """At most 2,000 of the points, drawn at random: enough to judge a hold-out."""
     if len(points) <= _MOST:
         return points
@@ -57,9 +57,22 @@ def _thin(points: Points) -> Points:
     return points.take(keep)
 
 
-def _held_out_errors(points: Points, form: str, split: Split, options: Options) -> tuple[np.ndarray, np.ndarray, float]:
-    """log y - log prediction (m,) of the held-out points, whether (m,) each lies in its interval, and the scatter of
-    the fitted points."""
+class HeldOut(NamedTuple):
+    """Held-out points: log y - log prediction (m,), ends (2, m) of their intervals as errors of the same kind, and the
+    scatter of the fitted points."""
+
+    errors: np.ndarray
+    ends: np.ndarray
+    scatter: float
+
+    @property
+    def inside(self) -> np.ndarray:
+        """Which points (m,) lie in their intervals."""
+        return (self.errors >= self.ends[0] - 1e-9) & (self.errors <= self.ends[1] + 1e-9)
+
+
+def held_out_points(points: Points, form: str, split: Split, options: Options) -> HeldOut:
+    """Fit the points that are kept and predict those that are held out."""
     kept, held = points.take(~split.held), points.take(split.held)
     problem = Problem.of(kept, form, options)
     best = fit_problem(problem, options)
@@ -71,34 +84,34 @@ def _held_out_errors(points: Points, form: str, split: Split, options: Options) 
         logs = np.log(np.maximum(problem.form.value(samples, np.log(held.x)), 5e-324))
     widen = math.sqrt(len(kept) / max(len(kept) - problem.form.size, 1))
     residual = np.quantile(problem.residual(best.inner), np.linspace(0, 1, 101)) * widen
-    inside = np.empty(len(held), bool)
-    ends = 0.5 - options.level / 2, 0.5 + options.level / 2
+    ends = np.empty((2, len(held)))
+    level = 0.5 - options.level / 2, 0.5 + options.level / 2
+    predicted = np.log(held.y) - errors
     for at in range(0, len(held), 64):
         part = slice(at, at + 64)
-        low, high = np.quantile(with_noise(logs[:, part], residual), ends, axis=0)
-        inside[part] = (np.log(held.y[part]) >= low - 1e-9) & (np.log(held.y[part]) <= high + 1e-9)
-    return errors, inside, float(problem.residual(best.inner).std() * widen)
+        ends[:, part] = np.quantile(with_noise(logs[:, part], residual), level, axis=0) - predicted[part]
+    return HeldOut(errors, ends, float(problem.residual(best.inner).std() * widen))
 
 
 def hold_out(points: Points, form: str, options: Options) -> dict[str, Any] | None:
     """Fit without the largest points and predict them: the ``holdout`` of a law; None where too few are left."""
     if form == "hull" or options.loss == "quantile":
         return None  # an envelope does not predict a point
-    points = _thin(points)
+    points = thinned(points)
     made = make_form(form, points.x_names)
     split = split_largest(points, made.size)
     if split is None:
         return None
     try:
         refuse_unfit(points.take(~split.held), form)
-        errors, inside, _ = _held_out_errors(points, form, split, options)
+        found = held_out_points(points, form, split, options)
     except UserError:
         return None
     return {
-        "points": len(errors), "fitted": int((~split.held).sum()), "what": split.what,
+        "points": len(found.errors), "fitted": int((~split.held).sum()), "what": split.what,
         "from": None if split.start is None else {points.x_names[0]: split.start},
-        "error": float(np.sqrt((errors**2).mean())), "bias": float(errors.mean()),
-        "inside": float(inside.mean()), "level": options.level,
+        "error": float(np.sqrt((found.errors**2).mean())), "bias": float(found.errors.mean()),
+        "inside": float(found.inside.mean()), "level": options.level,
     }  # fmt: skip
 
 
@@ -134,7 +147,7 @@ def choose_form(points: Points, options: Options) -> tuple[str, list[dict[str, A
         return names[0], [], "the only form for so many columns"
     if np.ptp(np.log(points.y)) < 1e-12:
         return names[0], [], "the simplest form: all errors are equal"
-    thin = _thin(points)
+    thin = thinned(points)
     sizes = {name: make_form(name, points.x_names).size for name in names}
     usable = [name for name in names if len(points) >= 3 * sizes[name]] or names[:1]
     split = split_largest(thin, max(sizes[name] for name in usable))
@@ -147,7 +160,7 @@ def choose_form(points: Points, options: Options) -> tuple[str, list[dict[str, A
     for name in usable:
         try:
             refuse_unfit(thin.take(~split.held), name)
-            errors[name], _, scatter[name] = _held_out_errors(thin, name, split, options)
+            errors[name], _, scatter[name] = held_out_points(thin, name, split, options)
         except UserError:
             continue
     if not errors:

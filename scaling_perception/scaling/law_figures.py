@@ -19,14 +19,14 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _MOST_POINTS = 20_000
 
 
-def check_name(path: str) -> None:
+def check_name(path: str, flag: str = "--figure") -> None:
     """Refuse a figure's name whose suffix is no format, before the fit is made.
 
     Raises:
         UserError: the suffix is none of ``FORMATS``.
     """
     if Path(path).suffix.lower() not in FORMATS:
-        raise UserError(f"--figure {path}: end the name in {', '.join(FORMATS)}")
+        raise UserError(f"{flag} {path}: end the name in {', '.join(FORMATS)}")
 
 
 def write_figure(path: str | Path, law: Law, points: Points) -> None:
@@ -36,13 +36,18 @@ def write_figure(path: str | Path, law: Law, points: Points) -> None:
         UserError: the name's suffix or the place.
     """
     check_name(str(path))
-    figure = draw_law(law, points)
-    suffix = Path(path).suffix.lower()[1:]
-    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(suffix)
+    with atomic_path(path) as temporary:
+        save_figure(temporary, draw_law(law, points), Path(path).suffix)
+
+
+def save_figure(path: str | Path, figure, suffix: str) -> None:
+    """Write a matplotlib figure in the format of ``suffix``, the same bytes each time."""
     import matplotlib
 
-    with atomic_path(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "law"}):
-        figure.savefig(temporary, format=suffix, metadata=metadata)
+    kind = suffix.lower()[1:]
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    with matplotlib.rc_context({"svg.hashsalt": "law"}):
+        figure.savefig(path, format=kind, metadata=metadata)
 
 
 def draw_law(law: Law, points: Points):
@@ -108,13 +113,13 @@ def _draw_curve(axis, law: Law, points: Points, j: int) -> None:
     floor = law.parameters.get("E", {}).get("value", 0.0)
     if len(law.x) == 1 and floor > 0.3 * y.min():
         axis.axhline(floor, color="0.35", ls=":", lw=1, label="floor E")
-    _log_scale(axis.xaxis, axis.set_xscale, line)
-    _log_scale(axis.yaxis, axis.set_yscale, y)
+    log_scale(axis.xaxis, axis.set_xscale, line)
+    log_scale(axis.yaxis, axis.set_yscale, y)
     axis.set_xlabel(law.x[j])
     axis.set_ylabel(law.y if len(law.x) == 1 else f"{law.y}, other columns at their mean")
 
 
-def _log_scale(axis, set_scale, values: np.ndarray) -> None:
+def log_scale(axis, set_scale, values: np.ndarray) -> None:
     """A log axis; of values within a decade with a few round numbers as ticks."""
     from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter
 
@@ -154,6 +159,6 @@ def _draw_residuals(axis, law: Law, points: Points) -> None:
     ends = np.quantile(100 * np.asarray(law.noise["quantiles"]), [0.5 - law.level / 2, 0.5 + law.level / 2])
     axis.axhspan(*ends, color=PALETTE[0], alpha=0.12, lw=0)
     axis.axhline(0, color=PALETTE[0], lw=1)
-    _log_scale(axis.xaxis, axis.set_xscale, value)
+    log_scale(axis.xaxis, axis.set_xscale, value)
     axis.set_xlabel(f"predicted {law.y}")
     axis.set_ylabel("residual, 100 log(y / law)")

@@ -5,7 +5,7 @@ percentiles): with few clusters plain percentiles are too narrow.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -147,6 +147,52 @@ def covariance(form: Form, inner: Array, lx: Array, ly: Array, loss: Loss, group
     return inverse / np.outer(scale, scale) * variance, np.maximum(ratio, 1.0)
 
 
+class Profiled(NamedTuple):
+    """A parameter whose profile is taken: its inner name's index at the fit ``at``, over log x ``shifted`` so that the
+    two are the same, and what turns a difference of losses into the statistic that ``threshold`` is of."""
+
+    name: str
+    at: Array
+    lx: Array
+    index: int
+    kind: str
+    cov: Array
+    factor: float
+    threshold: float
+
+
+class Profile(NamedTuple):
+    """The profile of a published parameter: values (K,), the statistic (K,), its threshold; ends (None: open)."""
+
+    values: Array
+    statistic: Array
+    threshold: float
+    ends: tuple[float | None, ...]
+
+
+def _profiled(
+    form: Form, best: Best, lx: Array, ly: Array, loss: Loss, centre: Array, groups: Sequence[Array], level: float
+) -> Iterator[Profiled]:
+    residual = ly - jacobian(form, best.inner[None], lx)[0][0]
+    if float(np.abs(residual).max()) < 1e-10:  # exact data: every interval is its value
+        return
+    factor = 2 * robust_scale(residual, loss, form.size)
+    limit = float(stats.f.ppf(level, 1, count_clusters(groups, form.size).free))
+    for name, (inner_name, zeroed, kind) in form.profiles.items():
+        delta = np.zeros(len(lx))
+        delta[list(zeroed)] = centre[list(zeroed)]
+        at = form.shift(best.inner[None], delta)[0]
+        shifted = lx + delta[:, None]
+        index = form.inner.index(inner_name)
+        cov, ratio = covariance(form, at, shifted, ly, loss, groups)
+        yield Profiled(name, at, shifted, index, kind, cov, factor, limit * ratio[index])
+
+
+def _profile_ends(form: Form, one: Profiled, ly: Array, loss: Loss, least: float) -> list[float | None]:
+    return [_profile_end(form, one.at, least, one.lx, ly, loss, one.index, side, one.cov, one.factor, one.threshold)
+            for side in (-1, 1)]  # fmt: skip
+
+
 def profile_intervals(
     form: Form, best: Best, lx: Array, ly: Array, loss: Loss, centre: Array, scale: float,
     groups: Sequence[Array], level: float,
@@ -157,24 +203,42 @@ def profile_intervals(
     whose loss is not significantly larger (for Huber's loss the robust tau test, F-distributed; where points come in
     clusters, the threshold is widened by the ratio of the clustered to the independent variance).
     """
-    residual = ly - jacobian(form, best.inner[None], lx)[0][0]
-    if float(np.abs(residual).max()) < 1e-10:  # exact data: every interval is its value
-        return {}
-    factor = 2 * robust_scale(residual, loss, form.size)
-    clusters = count_clusters(groups, form.size)
-    limit = float(stats.f.ppf(level, 1, clusters.free))
     out: dict[str, tuple[float | None, ...]] = {}
-    for name, (inner_name, zeroed, kind) in form.profiles.items():
-        delta = np.zeros(len(lx))
-        delta[list(zeroed)] = centre[list(zeroed)]
-        at = form.shift(best.inner[None], delta)[0]
-        shifted = lx + delta[:, None]
-        index = form.inner.index(inner_name)
-        cov, ratio = covariance(form, at, shifted, ly, loss, groups)
-        threshold = limit * ratio[index]
-        ends = [_profile_end(form, at, best.loss, shifted, ly, loss, index, side, cov, factor, threshold)
-                for side in (-1, 1)]  # fmt: skip
-        out[name] = tuple(None if end is None else _outward(end, kind, scale, float(centre[0])) for end in ends)
+    for one in _profiled(form, best, lx, ly, loss, centre, groups, level):
+        ends = _profile_ends(form, one, ly, loss, best.loss)
+        out[one.name] = tuple(None if e is None else _outward(e, one.kind, scale, float(centre[0])) for e in ends)
+    return out
+
+
+def profile_curves(
+    form: Form, best: Best, lx: Array, ly: Array, loss: Loss, centre: Array, scale: float,
+    groups: Sequence[Array], level: float, count: int = 31,
+) -> dict[str, Profile]:  # fmt: skip
+    """The curves behind `profile_intervals`, from half as far again below the interval to as far above it."""
+    out = {}
+    lower, upper = form.bounds()
+    for one in _profiled(form, best, lx, ly, loss, centre, groups, level):
+        ends = _profile_ends(form, one, ly, loss, best.loss)
+        middle, spread = float(one.at[one.index]), math.sqrt(max(one.cov[one.index, one.index], 1e-30))
+        low, high = (
+            middle + side * 4 * spread if e is None else middle + 1.5 * (e - middle)
+            for side, e in zip((-1, 1), ends, strict=True)
+        )
+        values = np.union1d(np.linspace(low, high, count), [middle])
+        values = np.unique(np.clip(values, lower[one.index], upper[one.index]))
+        held = np.zeros(form.size, bool)
+        held[one.index] = True
+        plain = np.repeat(one.at[None], len(values), 0)
+        slope = one.cov[:, one.index] / max(one.cov[one.index, one.index], 1e-300)
+        moved = np.clip(one.at + np.outer(values - middle, slope), lower, upper)
+        plain[:, one.index] = moved[:, one.index] = values
+        starts = (moved, plain)
+        losses = [solve(form, one.lx, ly, x, loss, fixed=held, iterations=120, tolerance=1e-11).loss for x in starts]
+        statistic = np.maximum(one.factor * (np.minimum(*losses) - best.loss), 0.0)
+        first = float(centre[0])
+        shown = np.array([_outward(float(value), one.kind, scale, first) for value in values])
+        outward = tuple(None if e is None else _outward(e, one.kind, scale, first) for e in ends)
+        out[one.name] = Profile(shown, statistic, one.threshold, outward)
     return out
 
 

@@ -351,6 +351,9 @@ def read_points(
     text = table.text(group_names[0]) if group_names else [""] * len(table)
     labels = [word for word, kept in zip(text, keep, strict=True) if kept]
     x_kept, y_kept = columns[:-1, keep], columns[-1, keep]
+    metric = first_column(table, ("metric",))
+    if y_name == "value" and metric:  # which of one, refuse_unlike has seen
+        y_name = next(word for word, kept in zip(table.text(metric), keep, strict=True) if kept) or y_name
     points = Points(x_kept, y_kept, tuple(x_names), y_name, codes, group_names, None, notes, source, one_size, labels)
     return points if image is None else _by_image(points, table, need_column(table, image, "--image"), keep)
 

@@ -231,4 +231,5 @@ def test_points_of_several_metrics_are_refused_and_other_differences_named(tmp_p
     with pytest.raises(UserError, match="value is of several metrics .abs_rel, delta1.*--where metric=abs_rel"):
         read_points([path])
     points = read_points([path], where=["metric=delta1"])
-    assert len(points) == 8 and "the points are of preset fixed, paper together" in " ".join(points.notes)
+    assert len(points) == 8 and points.y_name == "delta1"
+    assert "the points are of preset fixed, paper together" in " ".join(points.notes)
