@@ -177,6 +177,7 @@ def open_data(args: argparse.Namespace) -> Any:
 def run(args: argparse.Namespace) -> int:
     from scaling_perception import Predictor, __version__
     from scaling_perception.data.contents import contents_of, described
+    from scaling_perception.data.manifest import unlikely
     from scaling_perception.evaluation.budgets import check_entry
     from scaling_perception.evaluation.nested import Adaptive
     from scaling_perception.evaluation.protocols import REPORTED, count_note, get_protocol, reduce_mode
@@ -280,6 +281,8 @@ def run(args: argparse.Namespace) -> int:
         journal.unlink(missing_ok=True)
     print_table(result)
     _report_constants(found["cells"])
+    for note in unlikely(found["ranges"]):
+        print(f"warning: {note}", file=sys.stderr)
     if out is not None:
         print(f"written: {out}")
     return _report_skipped(found["skipped"])
@@ -399,6 +402,8 @@ def print_table(result: dict[str, Any]) -> None:
         rows.append([f"picture against {name}", *[""] * 6, *figures(value["adds"])])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     print(f"{result['task']} on {result['dataset']}: {result['images']} images, model {result['model']}")
+    if depth := result.get("ranges", {}).get("depth"):
+        print(f"  true depth: {depth[0]:.4g} .. {depth[1]:.4g} m")
     for row in rows:
         left = row[0].ljust(widths[0])
         print("  " + "  ".join([left, *[cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]]))

@@ -93,7 +93,7 @@ def _spec(args: argparse.Namespace) -> tuple[Any, ...]:
 
 
 def _manifest(args: argparse.Namespace) -> int:
-    from scaling_perception.data.manifest import MANIFEST, SUMMARY, UNITS, Checker, RawSamples, unlikely, write_manifest
+    from scaling_perception.data.manifest import MANIFEST, SUMMARY, Checker, RawSamples, write_manifest
     from scaling_perception.data.workers import ordered_map
     from scaling_perception.support.progress import progress
 
@@ -108,14 +108,20 @@ def _manifest(args: argparse.Namespace) -> int:
         check_output(out / name, settings, args.overwrite)
     with _alone(out):
         summary = write_manifest(out, progress(lines, total, "check"), about, settings)
-    for name, (low, high) in summary["ranges"].items():
-        print(f"{name}: {low:.4g} .. {high:.4g}{UNITS.get(name, '')}")
-    for note in unlikely(summary["ranges"]):
-        print(f"warning: {note}", file=sys.stderr)
+    _say_ranges(summary["ranges"])
     for line in summary["bad_samples"][:10]:
         print(f"bad sample {line['index']}: {line['reason']}")
     print(f"{summary['good']} good and {summary['bad']} bad samples: see {out / MANIFEST} and {out / SUMMARY}")
     return 1 if summary["bad"] and not args.skip_bad else 0
+
+
+def _say_ranges(ranges: dict[str, list[float]]) -> None:
+    from scaling_perception.data.manifest import UNITS, unlikely
+
+    for name, (low, high) in ranges.items():
+        print(f"{name}: {low:.4g} .. {high:.4g}{UNITS.get(name, '')}")
+    for note in unlikely(ranges):
+        print(f"warning: {note}", file=sys.stderr)
 
 
 class SampleMaker:
@@ -137,12 +143,13 @@ class SampleMaker:
         import numpy as np
 
         from scaling_perception.data.latents import FIELDS
-        from scaling_perception.data.manifest import reason
+        from scaling_perception.data.manifest import ranges_of, reason
         from scaling_perception.tasks import get_task
 
         pictures: dict[bytes, Any] = {}
         try:
             raw, tasks = self.samples.read(index)
+            ranges = ranges_of(raw, tasks)
             made = [one for task in tasks for one in get_task(task).encode(raw, self.resolution, self.options)]
             for sample in made:
                 for field in (name for name in FIELDS if name in sample):
@@ -155,7 +162,7 @@ class SampleMaker:
             if not isinstance(error, UserError) and (why := not_damage(error)):  # no reason to leave the sample out
                 raise UserError(f"cannot read raw sample {index}: {why}") from error
             return {"index": index, "bad": reason(error)}
-        return {"index": index, "samples": made, "pictures": pictures}
+        return {"index": index, "samples": made, "pictures": pictures, "ranges": ranges}
 
 
 class _Encoder:
@@ -370,8 +377,9 @@ def _build(
         results = ordered_map(SampleMaker, (spec, args.resolution, options), jobs, workers)
         with contextlib.closing(results):
             shown = progress(results, len(jobs), "encode")
+            ranges: dict[str, list[float]] = {}
             for number, part in parts.items():
-                records, passes, bad, seen = _shard(encoder, shown, len(part), args)
+                records, passes, bad, seen = _shard(encoder, shown, len(part), args, ranges)
                 path, files = out / names[number], shard_files(samples, part, table)
                 pictures = [files.get(next(iter(samples.paths(index)), "")) for index, *_ in seen]
                 rows = [[key, made, picture] for (_, key, made), picture in zip(seen, pictures, strict=True)]
@@ -391,15 +399,21 @@ def _build(
                 write_json(out / LEDGER, ledger)
             for _ in shown:  # nothing is left: lets the progress say so
                 pass
+            _say_ranges(ranges)
     ledger["complete"] = True
 
 
 def _shard(
-    encoder: _Encoder, results: Iterator[dict[str, Any]], count: int, args: argparse.Namespace
+    encoder: _Encoder,
+    results: Iterator[dict[str, Any]],
+    count: int,
+    args: argparse.Namespace,
+    ranges: dict[str, list[float]],
 ) -> tuple[list[bytes], dict[str, int], list[dict[str, Any]], list[tuple[int, str, str]]]:
     """Of the next ``count`` raw samples: records ordered by pass, records a pass, bad samples, and of the good ones
-    (index, key, digest of the picture)."""
+    (index, key, digest of the picture); ``ranges`` are widened by theirs."""
     from scaling_perception.data.latents import encode_record
+    from scaling_perception.data.manifest import wider
     from scaling_perception.diffusion.targets import latent_mask
     from scaling_perception.tasks import ALL_PASSES, FIELDS
 
@@ -414,6 +428,7 @@ def _shard(
                 raise UserError(f"raw sample {result['index']} is bad ({result['bad']}): mend it or pass --skip-bad")
             bad.append({"index": result["index"], "reason": result["bad"]})
             continue
+        wider(ranges, result["ranges"])
         first = result["samples"][0]
         seen.append((result["index"], first["key"], first["image" if "image" in first else "target"].hex()))
         for sample in result["samples"]:

@@ -99,6 +99,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     import numpy as np
     from jax.experimental.multihost_utils import reached_preemption_sync_point
 
+    from scaling_perception.data.selection import samples_taken
     from scaling_perception.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
     from scaling_perception.parallel.processes import is_first, own_places, places_of, put_batch, put_tree
     from scaling_perception.parallel.rules import tree_shardings
@@ -196,12 +197,13 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         macs = _macs(objective)
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
         facts = {"command": command, "config": identity["config"], "data": identity["data"], "parameters": count}
-        facts |= {"macs_per_sample": macs, "samples_per_step": objective.samples_per_step}
+        samples = samples_taken(objective.batches)
+        facts |= {"macs_per_sample": macs, "samples_per_step": objective.samples_per_step, "samples": samples}
         record = open_record(workdir, facts, is_first())
         _say(f"{config.model if objective.model else config.objective}: {count / 1e6:.2f} M parameters, {story}")
         spread = " × ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "whole"
         on = f"{mesh.size} {mesh.devices.flat[0].platform} device(s) ({spread})"
-        for line in notes(config):
+        for line in (*samples, *notes(config)):
             _say(line)
         if warning := averaging.start_warning(config.optim, total):
             _say(warning)

@@ -119,6 +119,19 @@ def test_unreadable_samples_are_named_and_fail_at_the_end(evaluate, tmp_path):
     assert result["images"] == 2 and [one["kind"] for one in result["skipped"]] == ["unreadable"]
 
 
+def test_the_unit_of_true_depth_is_printed_and_doubted(evaluate, tmp_path):
+    words = ("depth", "--steps", "1", "--ensemble", "1", "--controls", "0")
+    text = evaluate(*words)
+    low, high = json.loads((tmp_path / "eval" / "result.json").read_text())["ranges"]["depth"]
+    valid = np.concatenate([raw["depth"][raw["valid"]] for raw in evaluate.samples])
+    assert (low, high) == (valid.min(), valid.max()) and f"true depth: {low:.4g} .. {high:.4g} m" in text.out
+    assert "outside 1 mm" not in text.err
+    for raw in evaluate.samples:
+        raw["depth"] = raw["depth"] * np.float32(1e6)  # depth_scale the wrong way round
+    text = evaluate(*words, json_name="eval/wrong.json")
+    assert "outside 1 mm to 10 km: depth_scale" in text.err
+
+
 def test_same_command_same_figures(evaluate, tmp_path):
     results = []
     for name in ("a.json", "b.json"):

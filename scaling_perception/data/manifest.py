@@ -143,7 +143,7 @@ def check_sample(raw: Mapping[str, Any], tasks: Iterable[str], options: TaskOpti
             if picture is None or picture.dtype != np.uint8 or picture.shape != (*image.shape[:2], 3):
                 shape = "absent" if picture is None else f"{picture.dtype} {picture.shape}"
                 raise UserError(f"{name} is {shape}: it must be uint8 ({image.shape[0]}, {image.shape[1]}, 3)")
-        found |= _RANGES[task](raw, image.shape[:2])
+        found |= ranges_of(raw, [task])
         for sample in get_task(task).encode(raw, _CHECK_SIZE, options):
             if not np.isfinite(sample["target"][sample["valid"]]).all():
                 raise UserError(f"{task} encodes to values that are not finite")
@@ -161,9 +161,15 @@ def _valid(raw: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
     return _field(raw, "valid", size).astype(bool) if raw.get("valid") is not None else np.ones(size, bool)
 
 
+FEWEST_VALID = 10
+"""Valid pixels of depth or flow below which a sample says nothing: scale and shift pass through two of them anyway."""
+
+
 def _values(values: np.ndarray, name: str) -> list[float]:
     if not values.size:
         raise UserError(f"no {name} pixel is valid")
+    if len(values) < FEWEST_VALID:
+        raise UserError(f"{len(values)} {name} pixel(s) are valid: give at least {FEWEST_VALID}, or leave it out")
     if not np.isfinite(values).all():
         raise UserError(f"{name} holds {int((~np.isfinite(values)).sum())} valid pixels that are not finite")
     return [float(values.min()), float(values.max())]
@@ -174,6 +180,8 @@ def _depth(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     low, high = _values(_field(raw, "depth", size)[valid], "depth")
     if low <= 0:
         raise UserError(f"depth is {low:g} m in a valid pixel: it must be above 0")
+    if low == high:
+        raise UserError(f"depth is {low:g} m in every valid pixel, from which nothing can be learned: leave it out")
     return {"depth": [low, high], "depth_valid": float(valid.mean())}
 
 
@@ -204,6 +212,41 @@ def _generation(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]
 
 _RANGES: dict[str, Callable[..., dict[str, Any]]] = {"depth": _depth, "flow": _flow, "amodal": _amodal}
 _RANGES["generation"] = _generation
+
+
+def ranges_of(raw: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
+    """Least and most depth (metres) and so on of a sample for its tasks, as ``check_sample`` has them.
+
+    Raises:
+        UserError: the truth is missing, not finite, or too little of it is valid; the message names the sample.
+    """
+    size = np.asarray(raw["image"]).shape[:2] if "image" in raw else (0, 0)
+    found: dict[str, Any] = {}
+    try:
+        for task in tasks:
+            found |= _RANGES[task](raw, size)
+    except UserError as error:
+        raise UserError(f"sample '{raw.get('key', '?')}': {error}") from None
+    return found
+
+
+def wider(ranges: dict[str, list[float]], found: Mapping[str, Any]) -> None:
+    """Let ranges take in those of another sample."""
+    for field in ("depth", "flow", "depth_valid", "flow_valid", "visible", "label"):
+        if field in found:
+            values = np.atleast_1d(found[field])
+            low, high = ranges.get(field, [math.inf, -math.inf])
+            ranges[field] = [min(low, float(values.min())), max(high, float(values.max()))]
+
+
+def widen_depth(ranges: dict[str, list[float]], raw: Mapping[str, Any]) -> None:
+    """Let ranges take in the valid depths (metres) of a raw sample, if it has any."""
+    if raw.get("depth") is None:
+        return
+    depth = np.asarray(raw["depth"])
+    values = depth[_valid(raw, depth.shape[:2]) & np.isfinite(depth)]
+    if values.size:
+        wider(ranges, {"depth": [float(values.min()), float(values.max())]})
 
 
 class Checker:
@@ -266,11 +309,7 @@ def write_manifest(
             if line["ok"]:
                 size = f"{line['size'][1]}x{line['size'][0]}"
                 sizes[size] = sizes.get(size, 0) + 1
-                for field in ("depth", "flow", "depth_valid", "flow_valid", "visible", "label"):
-                    if field in line:
-                        values = np.atleast_1d(line[field])
-                        low, high = ranges.get(field, [math.inf, -math.inf])
-                        ranges[field] = [min(low, float(values.min())), max(high, float(values.max()))]
+                wider(ranges, line)
             else:
                 bad.append(line)
             file.write(json.dumps(line) + "\n")

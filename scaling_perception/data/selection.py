@@ -66,6 +66,32 @@ def _of_folder(reader: CacheReader, entry: Mapping[str, Any], field: str) -> Non
         )
 
 
+def samples_taken(batches: Any) -> list[str]:
+    """A line for each entry of the mixture: how many samples train, of how many, and from where.
+
+    Args:
+        batches: ``pipeline.Batches``; others have nothing to say.
+    """
+    from scaling_perception.data.sources import taken
+
+    lines = []
+    if online := getattr(batches, "online", None):
+        for name, entry in online.entries:
+            source, chosen, task = online.opened[name]
+            where = entry["source"], entry.get("root", ""), entry.get("split", "train"), task
+            line = taken(source, *where, every=f"data.mixture.{name}.split=all")
+            lines.append(line if len(chosen) == len(source) else f"{line}; {len(chosen)} of them, from {chosen.start}")
+    elif cached := getattr(batches, "cached", None):
+        where = ", ".join(
+            f"{r.settings['dataset']} ({r.settings['split'] or 'all'}) in {r.path}" for r in cached.readers
+        )
+        for stream in batches.streams:
+            total = sum(len(reader.indices(stream.pass_name)) for reader in cached.readers)
+            count = f"{stream.length}" if stream.length == total else f"{stream.length} of {total}"
+            lines.append(f"{count} records of {stream.pass_name}: {where}")
+    return lines
+
+
 def classes_of(held: Sequence[Any]) -> list[str] | None:
     """The names of the classes of sources or caches by label, None where none knows them.
 

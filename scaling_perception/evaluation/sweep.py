@@ -19,6 +19,7 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt
 
 from scaling_perception.data.contents import contents_of, described
+from scaling_perception.data.manifest import widen_depth, wider
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
 from scaling_perception.evaluation.budgets import OWN
@@ -105,9 +106,10 @@ def sweep(
             grid and solver with all members.
 
     Returns:
-        ``images``, ``macs_per_forward``, ``cells``, ``baselines``, ``controls``, ``skipped`` of the evaluation JSON,
-        and what is shown. A cell's ``seconds`` are per image: encoding, the share of the sampling and decoding that its
-        members and steps take, deciding, and merging; compiling is left out.
+        ``images``, ``macs_per_forward``, ``cells``, ``baselines``, ``controls``, ``skipped``, ``ranges`` (of the true
+        depth, metres) of the evaluation JSON, and what is shown. A cell's ``seconds`` are per image: encoding, the
+        share of the sampling and decoding that its members and steps take, deciding, and merging; compiling is left
+        out.
 
     Raises:
         UserError: an empty grid, a bad value in it, no image left, a prediction that is not finite, or a journal of
@@ -253,9 +255,9 @@ class _Run:
             label += f", {done} images are done"
         count = iter(range(units) if progress is None else progress(range(units), units, label))
         for start in left:
-            record: dict[str, Any] = {"images": [], "skipped": [], "shown": []}
+            record: dict[str, Any] = {"images": [], "skipped": [], "shown": [], "ranges": {}}
             indices = range(start, min(start + self.way.plan.images, len(self.source)))
-            self._add(list(self._readable(indices, record["skipped"])), record, count)
+            self._add(list(self._readable(indices, record["skipped"], record["ranges"])), record, count)
             self._add_controls(record)
             if keep is not None:
                 keep(record)
@@ -279,11 +281,15 @@ class _Run:
             row.pop(CONSTANT, None)
             image.setdefault("controls", {})[name] = row
 
-    def _readable(self, indices: Iterable[int], skipped: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    def _readable(
+        self, indices: Iterable[int], skipped: list[dict[str, str]], ranges: dict[str, list[float]]
+    ) -> Iterator[dict[str, Any]]:
         self._group: list[tuple[int, dict[str, Any]]] = []  # index and sample of those that were taken
         for index in indices:
             try:
-                raw = prepare_raw(self.source[index], self.way.protocol)
+                sample = self.source[index]
+                widen_depth(ranges, sample)
+                raw = prepare_raw(sample, self.way.protocol)
             except UserError as error:
                 skipped.append({"key": f"sample {index}", "kind": "unreadable", "reason": str(error)})
                 continue
@@ -354,7 +360,11 @@ class _Run:
         skipped = [one for group in self.groups for one in group["skipped"]]
         if not images:
             reason = f": {skipped[0]['key']}: {skipped[0]['reason']}" if skipped else ""
-            raise UserError(f"no image could be evaluated{reason}; check the data set and its split")
+            more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
+            raise UserError(f"no image could be evaluated{reason}{more}; check the data set and its split")
+        ranges: dict[str, list[float]] = {}
+        for group in self.groups:
+            wider(ranges, group.get("ranges", {}))
         each = forward * len(pass_indices(self.way.task))
         each = None if math.isnan(each) else each
         names = [cell for point in self.points for cell in point.cells]
@@ -375,6 +385,7 @@ class _Run:
             "baselines": {name: {"metrics": summarise(rows), "rows": rows} for name, rows in baselines.items()},
             "controls": control_results(images, at, names[at]),
             "skipped": skipped,
+            "ranges": ranges,
         }
 
 

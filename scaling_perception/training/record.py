@@ -97,7 +97,8 @@ def open_record(
 
     Args:
         facts: JSON-able; what the caller knows: ``command``, ``config``, ``data`` (fingerprint), ``parameters``
-            (``total`` and ``active``), ``macs_per_sample`` (forward), ``samples_per_step``.
+            (``total`` and ``active``), ``macs_per_sample`` (forward), ``samples_per_step``,
+            ``samples`` (lines that say how many of which data)
         write: False in processes other than the first.
         now: seconds since 1970.
     """

@@ -1,11 +1,34 @@
-"""What `prepare` says of value ranges that no scene has."""
+"""What `prepare` says of value ranges that no scene has, and of truth that says nothing."""
+
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from scaling_perception.data.formats import write_png16
+from scaling_perception.data.manifest import check_sample, ranges_of
+from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import run_verb
+from scaling_perception.tasks import TaskOptions
+
+
+@pytest.mark.parametrize(
+    ("depth", "reason"),
+    [
+        ([1.5] * 9, "9 depth pixel(s) are valid: give at least 10"),
+        ([2.0] * 30, "depth is 2 m in every valid pixel"),
+        ([1.5] * 29 + [np.inf], "1 valid pixels that are not finite"),
+    ],
+)
+def test_truth_that_says_nothing_is_a_bad_sample(depth, reason):
+    raw = {"key": "a/b", "image": np.zeros((6, 10, 3), np.uint8), "depth": np.zeros((6, 10), np.float32)}
+    raw["depth"].flat[: len(depth)] = depth
+    raw["valid"] = raw["depth"] > 0
+    for check in (lambda: ranges_of(raw, ["depth"]), lambda: check_sample(raw, ["depth"], TaskOptions())):
+        with pytest.raises(UserError, match=re.escape(reason)) as error:
+            check()
+        assert "'a/b'" in str(error.value)
 
 
 @pytest.mark.parametrize(("scale", "warned"), [("1000", False), ("0.001", True), ("2e7", True)])

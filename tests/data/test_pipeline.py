@@ -10,6 +10,7 @@ import stand_ins
 from ml_collections import ConfigDict
 
 from scaling_perception.data.pipeline import Batches, open_batches
+from scaling_perception.data.selection import samples_taken
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import PASSES
 
@@ -124,6 +125,21 @@ def test_mixture_follows_the_weights(cache):
 def test_the_order_does_not_depend_on_how_the_mixture_was_written(cache):
     pairs = list(online()["mixture"].items())
     assert_same(open_(online(mixture=dict(pairs))).at(2), open_(online(mixture=dict(reversed(pairs)))).at(2))
+
+
+def test_what_is_taken_is_said(cache, tmp_path):
+    whole = samples_taken(open_(online()))
+    assert whole == ["8 samples of scenes (train)"] * 2
+    for split, number in (("train", 5), ("val", 2)):
+        for name in (f"{split}/{field}/{i}.png" for field in ("image", "depth") for i in range(number)):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"not read here")
+    some = {"source": "folder", "root": str(tmp_path), "task": "depth", "count": 3, "start": 2}
+    (line,) = samples_taken(open_(online(mixture={"d": some})))
+    assert line == "5 samples of folder (train); 3 of them, from 2"
+    held = samples_taken(open_(cached(cache, mixture={"d": {"task": "depth", "count": 5}})))
+    assert held == [f"5 of 8 records of depth: scenes (train) in {cache}"]
+    assert samples_taken(object()) == []  # batches of another kind
 
 
 def test_flips_are_drawn_from_seed_and_position_alone(cache):

@@ -103,11 +103,20 @@ def open_source(name: str, root: str | os.PathLike[str], split: str, task: str, 
     return make(**{key: value for key, value in given.items() if key in parameters}, **options)
 
 
-def taken(source: Source, name: str, root: str | os.PathLike[str], split: str, task: str, **options: Any) -> str:
+def taken(
+    source: Source,
+    name: str,
+    root: str | os.PathLike[str],
+    split: str,
+    task: str,
+    every: str = "--split all",
+    **options: Any,
+) -> str:
     """How many samples a verb takes and of how many: ``1 of 4 samples of pix2gestalt (val; --split all for all)``.
 
     Args:
         source: the open one. The others are what ``open_source`` was given.
+        every: what to give for all splits.
     """
     found, rest = len(source), {key: value for key, value in options.items() if key != "count"}
     try:
@@ -116,7 +125,7 @@ def taken(source: Source, name: str, root: str | os.PathLike[str], split: str, t
         total = found
     if found >= total:
         return f"{found} samples of {name} ({split or 'all'})"
-    how = [] if split in ("", "all") else ["--split all"]
+    how = [] if split in ("", "all") else [every]
     how += ["--count 0"] if options.get("count") else []
     return f"{found} of {total} samples of {name} ({split or 'all'}; {' '.join(how)} for all)"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from scaling_perception.data.sources.base import Entry, FileSource, list_files
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.tables import read_text
 
 SPLIT_FILES = ("FlyingChairs_train_val.txt", "chairs_split.txt")
 _FLOW = re.compile(r"(?:.*/)?(?P<id>\d+)_flow\.flo")
@@ -75,9 +76,9 @@ class FlyingChairs(FileSource):
     def _select(self, ids: list[str], folder: str) -> list[str]:
         path = self._split_path(folder)
         try:
-            marks = path.read_text(encoding="utf-8").split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read ({error}): give a text file with one 1 or 2 a pair") from None
+            marks = read_text(path).split()
+        except UserError as error:
+            raise UserError(f"{error}; it must be text, one 1 or 2 a pair") from None
         for number, mark in enumerate(marks, 1):
             if mark not in ("1", "2"):
                 raise UserError(f"{path} entry {number} is '{mark}': it must be 1 (training) or 2 (validation)")
