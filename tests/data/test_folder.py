@@ -268,7 +268,8 @@ def test_split_folders(tmp_path):
     make_folders(tmp_path / "val", ("d",))
     assert len(open_source("folder", tmp_path, "train", "depth")) == 3
     assert open_source("folder", tmp_path, "val", "depth")[0]["key"] == "d"
-    refuse("image is missing", tmp_path, split="test")
+    assert {e.key for e in open_source("folder", tmp_path, "all", "depth").entries} >= {"train/c", "val/d"}
+    refuse("image is missing: choose of the splits train, val", tmp_path, split="test")
 
 
 def test_folders_that_do_not_match(tmp_path):

@@ -136,7 +136,7 @@ def test_what_is_taken_is_said(cache, tmp_path):
             (tmp_path / name).write_bytes(b"not read here")
     some = {"source": "folder", "root": str(tmp_path), "task": "depth", "count": 3, "start": 2}
     (line,) = samples_taken(open_(online(mixture={"d": some})))
-    assert line == "5 samples of folder (train); 3 of them, from 2"
+    assert line == "5 of 7 samples of folder (train; data.mixture.d.split=all for all); 3 of them, from 2"
     held = samples_taken(open_(cached(cache, mixture={"d": {"task": "depth", "count": 5}})))
     assert held == [f"5 of 8 records of depth: scenes (train) in {cache}"]
     assert samples_taken(object()) == []  # batches of another kind

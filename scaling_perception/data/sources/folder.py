@@ -34,8 +34,9 @@ class Folder(FileSource):
     all. ``key`` is the image's path without its suffix unless given.
 
     Folders: ``root/image/…``, ``root/depth/…`` and so on, named as the file columns; files that belong together have
-    the same name up to the suffix. ``root/<split>/image/…`` is taken first where it exists; without such folders every
-    split is everything, which ``prepare`` and ``train`` refuse for any but train and all.
+    the same name up to the suffix. ``root/<split>/image/…`` is taken first where it exists, and all of these are split
+    all; without such folders every split is everything, which ``prepare`` and ``train`` refuse for any but train and
+    all.
 
     A depth file is what ``formats.read_depth`` reads, a flow file what ``formats.read_flow`` reads. For amodal data at
     least one of whole and whole_mask is needed: a missing mask is made from whole by pix2gestalt's threshold, and a
@@ -159,7 +160,16 @@ class Folder(FileSource):
     # Folders
 
     def _from_folders(self) -> list[Entry]:
-        inside = self.split if self.split != "all" and (self.root / self.split / "image").is_dir() else ""
+        parts = [split for split in ("train", "val", "test") if (self.root / split / "image").is_dir()]
+        if self.split == "all" and not (self.root / "image").is_dir() and parts:
+            found = [(part, entry) for part in parts for entry in self._of_folder(part)]
+            return [Entry(f"{part}/{entry.key}", entry.files) for part, entry in found]
+        if parts and self.split not in ("all", *parts) and not (self.root / "image").is_dir():
+            lacking = self.root / self.split / "image"
+            raise UserError(f"{lacking} is missing: choose of the splits {', '.join(parts)}, or all")
+        return self._of_folder(self.split if self.split in parts else "")
+
+    def _of_folder(self, inside: str) -> list[Entry]:
         base = self.root / inside
         if not inside:
             self.not_split()
