@@ -28,6 +28,7 @@ scaling-perception plan --law depth.json --budget 2e17 --sizes a1,a2,a3,a4 --ima
 scaling-perception plan --law training.json steps.json --at steps=10 members=1 --budget 200 --unit usd --chip v5e --sizes a2,a3,a4 --images 1e5
 scaling-perception plan --law steps.json --budget 1e13 --sizes a4 --model runs/depth --chip h100 --seconds 0.5
 scaling-perception plan --model mini --task depth --budget 5e10
+scaling-perception plan --points study.csv --where metric=held_out_loss last=1 --x params samples --form kaplan --hold-out 2e12
 """  # noqa: E501
 
 _TASKS = ("depth", "flow", "amodal", "pretrain")
@@ -36,7 +37,7 @@ _TASKS = ("depth", "flow", "amodal", "pretrain")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--law", nargs="+", default=[], metavar="LAW.json", help="of `fit --json`; the first predicts the error")
-    add("--budget", type=POSITIVE, required=True, help="for everything, in --unit")
+    add("--budget", type=POSITIVE, help="for everything, in --unit")
     add("--unit", default="macs", help="macs, flops, chip-hours or usd (default %(default)s)")
     add("--images", type=POSITIVE, help="to serve in all (needed where a law holds training and steps or members)")
     add("--sizes", metavar="NAMES", help="presets, what --config takes for {size}, or parameters: a1,a2 or 1e8,1e9")
@@ -66,6 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=COUNT, help="samples of a training step (default: the config's)")
     add("--next-share", type=POSITIVE, default=0.1, help="of the budget, for the next run (default %(default)s)")
     add("--json", metavar="OUT", help="write the plan")
+    add(
+        "--points", nargs="+", default=[], metavar="POINTS", help="instead: how good a plan would have been, of a table"
+    )
+    add("--hold-out", nargs="+", type=POSITIVE, default=[], metavar="BUDGET", help="with --points: budgets in MACs")
+    add("--seen", type=POSITIVE, default=0.4, help="share of the budget up to which cells are fitted (default 0.4)")
+    for flag, what in (("x", "columns of the law"), ("y", "error"), ("group", "clusters"), ("where", "rows")):
+        add(f"--{flag}", nargs="*", default=None if flag == "group" else [], help=f"with --points, as of `fit`: {what}")
+    add("--form", default="auto", help="with --points, as of `fit` (default auto)")
 
 
 def _pairs(words: list[str], flag: str, kind: Callable[[str], Any]) -> dict[str, Any]:
@@ -103,6 +112,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--unit {args.unit}{did_you_mean(args.unit, UNITS)}")
     if args.task not in _TASKS:
         raise UserError(f"--task {args.task}{did_you_mean(args.task, _TASKS)}")
+    if args.points or args.hold_out:
+        return _held_out(args)
+    if args.budget is None:
+        raise UserError("--budget is missing: give a number, such as 1e15, in --unit")
     if not args.law:
         return _measured(args)
     from scaling_perception.diffusion.schedules import PRESETS
@@ -239,6 +252,35 @@ def _batch(spec: str) -> int:
     if not spec:
         return 256
     return int(load_config(spec.replace("{steps}", "1000").replace("{init}", "")).train.batch_size)
+
+
+def _held_out(args: argparse.Namespace) -> int:
+    """How good a plan would have been at budgets that its law has not seen."""
+    from scaling_perception.scaling.law_fit import Options
+    from scaling_perception.scaling.laws import finite
+    from scaling_perception.scaling.plan_holdout import EXTRA, hold_out_budget, hold_out_text
+    from scaling_perception.scaling.points import read_points
+
+    if not args.points or not args.hold_out:
+        raise UserError(
+            "--points POINTS and --hold-out BUDGET go together: a table, and a budget within its cells' costs"
+        )
+    if args.law or args.budget is not None:
+        raise UserError("--hold-out fits its own law and has its own budgets: leave --law and --budget out")
+    if args.unit != "macs":
+        raise UserError(f"--unit {args.unit}: --hold-out is in MACs")
+    if args.seen >= 1:
+        raise UserError(f"--seen {args.seen:g}: give a share of the budget below 1")
+    points = read_points(args.points, args.x, args.y, args.group, None, args.form, args.where, extra=EXTRA)
+    rows = []
+    for budget in args.hold_out:
+        found, law = hold_out_budget(points, budget, args.images, args.seen, args.form, Options())
+        print(hold_out_text(found, law) + "\n")
+        rows.append(found)
+    if args.json:
+        write_json(args.json, finite({"kind": "hold-out", "version": 1, "points": args.points, "budgets": rows}))
+        print(f"hold-out: {args.json}")
+    return 0
 
 
 def _measured(args: argparse.Namespace) -> int:

@@ -87,7 +87,7 @@ def best_splits(law: Law, images: float, count: int = 40) -> list[Best]:
     low, high = (TRAINING_FACTOR * ends[train_at][i] + images * ends[serve_at][i] for i in (0, 1))
     found = []
     for total in np.geomspace(low * (1 + 1e-9), high, count):
-        serve = np.geomspace(*ends[serve_at], _SHARES)
+        serve = np.geomspace(ends[serve_at][0], ends[serve_at][1], _SHARES)
         train = (total - images * serve) / TRAINING_FACTOR
         train = np.minimum(train, ends[train_at][1])  # what is left over is not spent
         ok = train >= ends[train_at][0] * (1 - 1e-9)
@@ -122,7 +122,7 @@ def draw_frontier(law: Law, points: Points, images: list[float]) -> Any:
     figure.colorbar(shown, ax=plane, label=points.y_name, pad=0.01)
     for at, number in enumerate(images):
         splits = best_splits(law, number)
-        style = {"color": PALETTE[(0, 2, 3, 4)[at % 4]], "ls": _STYLES[at % 4]}
+        style: dict[str, Any] = {"color": PALETTE[(0, 2, 3, 4)[at % 4]], "ls": _STYLES[at % 4]}
         total = TRAINING_FACTOR * train + number * serve
         name = f"{number:.3g} images"
         plane.plot([b.train for b in splits], [b.serve for b in splits], lw=1.6, zorder=5, **style, label=name)

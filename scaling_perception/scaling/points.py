@@ -63,7 +63,8 @@ class Points:
 
     ``groups``: codes (n,) from the outermost level inwards; ``group_names`` their columns, empty where every point is
     a cluster of its own. ``images``: per-image errors (n, images), NaN where absent, of which ``y`` is the mean; None:
-    no image level. ``notes``: what was left out or decided, in sentences.
+    no image level. ``notes``: what was left out or decided, in sentences. ``extra``: further columns (n,) by name, NaN
+    where a row has none.
     """
 
     x: np.ndarray
@@ -77,6 +78,7 @@ class Points:
     source: list[dict[str, str]] = field(default_factory=list)
     one_size: str = ""
     labels: list[str] = field(default_factory=list)
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -94,6 +96,7 @@ class Points:
         return Points(
             self.x[:, keep], self.y[keep], self.x_names, self.y_name, [g[keep] for g in self.groups],
             self.group_names, images, list(self.notes), self.source, self.one_size, labels,
+            {name: values[keep] for name, values in self.extra.items()},
         )  # fmt: skip
 
 
@@ -304,6 +307,7 @@ def read_points(
     where: Sequence[str] = (),
     drop_invalid: bool = False,
     keep_duplicates: bool = False,
+    extra: Sequence[str] = (),
 ) -> Points:
     """Read points.
 
@@ -316,6 +320,7 @@ def read_points(
         where: ``column=value`` conditions; rows that meet all are used.
         drop_invalid: leave out zero, negative and non-finite values instead of refusing them.
         keep_duplicates: keep rows that are copies of others in every column.
+        extra: further columns of numbers to keep beside the points, where they are there.
 
     Raises:
         UserError: anything that cannot become points.
@@ -355,6 +360,7 @@ def read_points(
     if y_name == "value" and metric:  # which of one, refuse_unlike has seen
         y_name = next(word for word, kept in zip(table.text(metric), keep, strict=True) if kept) or y_name
     points = Points(x_kept, y_kept, tuple(x_names), y_name, codes, group_names, None, notes, source, one_size, labels)
+    points.extra = {name: table.numbers(name)[keep] for one in extra if (name := find_column(table.names, one))}
     return points if image is None else _by_image(points, table, need_column(table, image, "--image"), keep)
 
 
@@ -389,4 +395,5 @@ def _by_image(points: Points, table: Table, image: str, keep: np.ndarray) -> Poi
     return Points(
         x, np.nanmean(values, 1), points.x_names, points.y_name, levels, points.group_names, values,
         points.notes, points.source, points.one_size, labels,
+        {name: column[first] for name, column in points.extra.items()},
     )  # fmt: skip

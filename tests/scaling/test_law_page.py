@@ -39,6 +39,7 @@ def test_profiles_cross_the_threshold_where_the_interval_ends():
     for name, one in curves.items():
         assert one.ends == pytest.approx(ends[name]) and one.statistic.min() < 1e-3
         for end in ends[name]:
+            assert end is not None
             assert np.interp(end, one.values, one.statistic) == pytest.approx(one.threshold, rel=0.06)
 
 
