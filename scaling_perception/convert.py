@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from scaling_perception.interop import exchange, outputs
+    from scaling_perception.interop import exchange, layouts, outputs
 
     source, target = Path(args.source), Path(args.target)
     to = args.to or ("torch" if target.suffix in outputs.TORCH_SUFFIXES else "ours")
@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     settings |= {"source": source.name, "to": to}  # its name alone: the record goes along with the model
     outputs.check_target(source, target, to, settings, args.overwrite or args.dry_run)
     begin = time.monotonic()
+    for line in layouts.left_aside(source):
+        print(f"warning: {line}", file=sys.stderr)
     checkpoint = exchange.open_checkpoint(source, args.layout, args.heads, args.active, args.gating)
     if checkpoint.family != "dit" and (args.heads or args.active or args.gating):
         raise UserError(f"--heads, --active and --gating are a DiT's; {source} is {checkpoint.layout}: leave them out")

@@ -30,7 +30,6 @@ reads, so a damaged record is found by whoever reads it.
 
 import bisect
 import hashlib
-import json
 import os
 import resource
 import struct
@@ -395,18 +394,3 @@ class CacheReader:
             raise UserError(f"{self.path} has no valid latent of the pass '{pass_name}': prepare one with its task")
         mean = total / count
         return mean, np.sqrt(np.maximum(square / count - np.square(mean), 0.0))
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Where two JSON values differ, one line each: ``resolution: 128 in the ledger, 256 asked for``."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for name in sorted(old.keys() | new.keys()):
-            where = f"{path}.{name}" if path else str(name)
-            found += differences(old.get(name), new.get(name), where)
-        return found
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [
-            line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{path}[{i}]")
-        ]
-    return [] if old == new else [f"{path}: {json.dumps(old)} in the ledger, {json.dumps(new)} asked for"]

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from scaling_perception.data.contents import changes, combined, first_names
-from scaling_perception.data.latents import LEDGER, check_shard, differences, read_ledger
+from scaling_perception.data.latents import LEDGER, check_shard, read_ledger
 from scaling_perception.data.manifest import RawSamples
+from scaling_perception.support.again import differing
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json, write_json
 
@@ -85,7 +86,7 @@ def _same_settings(
     old, new = dict(found["settings"]), dict(ledger["settings"])
     if "entries" in found:
         old["sources"] = [_bare(row) for row in old["sources"]]
-        if not differences(old, new) and found["entries"] != ledger["entries"]:
+        if not differing(old, new) and found["entries"] != ledger["entries"]:
             told = changes({p: "" for s in _all(out, found) for p in s.get("files", {})}, dict.fromkeys(table, ""))
             raise UserError(
                 f"{out} holds a cache of other samples ({told or 'their order or values'}): choose another --out, or "
@@ -102,7 +103,7 @@ def _same_settings(
                 f"{out} holds a cache of files with other names or sizes: choose another --out, or "
                 "--overwrite to replace it"
             )
-    if changed := differences(old, new):
+    if changed := differing(old, new):
         raise UserError(
             f"{out} holds a cache of other settings ({'; '.join(changed[:5])}): choose another --out or the "
             "same settings, or --overwrite to replace it"

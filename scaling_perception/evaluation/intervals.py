@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm, t
+from scipy.special import ndtri, stdtrit
 
 FEWEST_IMAGES = 5
 """Below this no interval is given: resampling so few images says nothing about those that were not drawn."""
@@ -69,7 +69,7 @@ def _widening(count: int, level: float) -> float:
     if count >= _ENOUGH:
         return 1.0
     tail = (1 + level) / 2
-    return float(t.ppf(tail, count - 1) / norm.ppf(tail) * np.sqrt(count / (count - 1)))
+    return float(stdtrit(count - 1, tail) / ndtri(tail) * np.sqrt(count / (count - 1)))
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

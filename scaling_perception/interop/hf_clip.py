@@ -6,6 +6,7 @@ the host; nothing here needs torch. The tokenizer is transformers' own, imported
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import logging
 import os
@@ -300,10 +301,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
             if not (folder / name).is_file():
                 raise UserError(f"{folder / name} is missing, without which there is no tokenizer: copy it there")
     with _errors_only():
-        from transformers import CLIPTokenizer
-
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = _transformers().CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
             known = {"".join(pair) for pair in model["merges"]}
             words = (word for word in model["vocab"] if len(word.removesuffix("</w>")) > 1 and word[:2] != "<|")
@@ -316,6 +315,11 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     return tokenizer
 
 
+def _transformers() -> Any:
+    # by name: for an import statement a type checker reads all its models, half of the time of the whole check
+    return importlib.import_module("transformers")
+
+
 @contextlib.contextmanager
 def _errors_only() -> Iterator[None]:
     """transformers says nothing below an error: not that torch is missing, nor which of its classes it would rather."""
@@ -326,14 +330,13 @@ def _errors_only() -> Iterator[None]:
 
     library.addFilter(keep)  # the import sets the level anew, but not this
     try:
-        import transformers
-
-        before = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
+        logs = _transformers().logging
+        before = logs.get_verbosity()
+        logs.set_verbosity_error()
         try:
             yield
         finally:
-            transformers.logging.set_verbosity(before)
+            logs.set_verbosity(before)
     finally:
         library.removeFilter(keep)
 

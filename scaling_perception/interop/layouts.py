@@ -16,6 +16,7 @@ LAYOUTS = ("dit", "dit_moe", "generalist", "sd_vae", "taesd", "clip", "ours")
 
 INDEX_END = ".safetensors.index.json"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_REGISTERED = r"custom_checkpoint_\d+\.pkl"  # what Accelerate saves of objects that were registered with it
 
 # layout: patterns that all have a matching name; the first layout that fits is taken
 _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -100,9 +101,24 @@ def _of_file(path: Path) -> Found:
             if not beside.is_file():
                 raise UserError(f"{path} is half an autoencoder and {beside.name} is not beside it: put it there")
             return Found((path, beside) if part == "encoder" else (beside, path), path.parent)
+    if re.fullmatch(_REGISTERED, path.name):
+        raise UserError(_not_read(path))
     if not path.name.endswith((*SUFFIXES, INDEX_END)):
         raise UserError(f"{path} is no checkpoint file: its name should end in {', '.join(SUFFIXES)} or {INDEX_END}")
     return Found((path,), None)
+
+
+def left_aside(path: str | Path) -> list[str]:
+    """A line for each file of a checkpoint folder that may hold weights and is never read."""
+    files = sorted(Path(path).iterdir()) if Path(path).is_dir() else []
+    return [_not_read(file) for file in files if re.fullmatch(_REGISTERED, file.name)]
+
+
+def _not_read(file: Path) -> str:
+    return (
+        f"{file} is not read: it is a pickle of what was registered with Accelerate beside the model, often an average "
+        "of the weights; to convert that, save its state dict (names and tensors) by torch.save as a .pt file"
+    )
 
 
 def _is_half(name: str, part: str) -> bool:
@@ -110,11 +126,16 @@ def _is_half(name: str, part: str) -> bool:
 
 
 def _weights(folder: Path) -> tuple[Path, ...]:
-    """The weight files right in a folder, () if there are none.
+    """The weight files right in a folder, () if there are none; its average, in whichever form, if it has one.
 
     Raises:
         UserError: several that are not parts of one checkpoint.
     """
+    averages = _averages(folder)
+    if len(averages) > 1:
+        raise UserError(f"{folder} holds {len(averages)} averages ({', '.join(averages[:5])}): give the one file")
+    if averages:
+        return (folder / averages[0],)
     indexes = sorted(folder.glob(f"*{INDEX_END}"))
     if len(indexes) == 1:
         return tuple(indexes)
@@ -128,9 +149,6 @@ def _weights(folder: Path) -> tuple[Path, ...]:
         if len(files) == 1:
             return tuple(files.values())
         usual = [name for name in files if name in (f"model{suffix}", f"diffusion_pytorch_model{suffix}")]
-        averages = [name for name in files if re.search(r"(^|[_.-])ema([_.-]|$)", name)]
-        if len(averages) == 1:  # the average, as of the entries of a file
-            return (files[averages[0]],)
         usual = usual or [name for name in files if name in (f"pytorch_model{suffix}", "mp_rank_00_model_states.pt")]
         if len(usual) == 1:
             return (files[usual[0]],)
@@ -139,3 +157,14 @@ def _weights(folder: Path) -> tuple[Path, ...]:
         if files:
             raise UserError(f"{folder} holds {', '.join(list(files)[:5])}: give the one file that is meant")
     return ()
+
+
+def _averages(folder: Path) -> list[str]:
+    """Names of the files that hold a running average: each once, where it is there in several forms."""
+    found: dict[str, str] = {}
+    for suffix in (INDEX_END, *SUFFIXES):
+        for file in sorted(folder.glob(f"*{suffix}")):
+            stem = file.name.removesuffix(suffix)
+            if re.search(r"(^|[_.-])ema([_.-]|$)", stem) and not re.search(r"^\.|-\d+-of-\d+$", stem):
+                found.setdefault(stem, file.name)
+    return list(found.values())

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from scaling_perception.scaling.law_forms import Array, Form
 from scaling_perception.scaling.law_solver import Best, Loss, jacobian, solve
@@ -75,12 +75,12 @@ def expanded_z(level: float, clusters: Clusters) -> float:
     units = clusters.units
     used = units - clusters.free if clusters.single else 1
     widen = math.sqrt(units / max(units - used, 1))
-    return float(min(stats.t.ppf(0.5 + level / 2, clusters.free) * widen, 8.0))
+    return float(min(special.stdtrit(clusters.free, 0.5 + level / 2) * widen, 8.0))
 
 
 def percentile_intervals(samples: Array, z: float) -> Array:
     """(P, 2) of samples (B, P)."""
-    return np.quantile(samples, stats.norm.cdf([-z, z]), axis=0).T
+    return np.quantile(samples, special.ndtr([-z, z]), axis=0).T
 
 
 def bca_intervals(samples: Array, estimate: Array, jackknife: Array, z: float) -> Array:
@@ -89,7 +89,7 @@ def bca_intervals(samples: Array, estimate: Array, jackknife: Array, z: float) -
     for j in range(samples.shape[1]):
         column, tolerance = samples[:, j], 1e-12 * max(abs(estimate[j]), 1e-300)
         below = np.mean(column < estimate[j] - tolerance) + 0.5 * np.mean(np.abs(column - estimate[j]) <= tolerance)
-        bias = stats.norm.ppf(np.clip(below, 0.5 / len(column), 1 - 0.5 / len(column)))
+        bias = special.ndtri(np.clip(below, 0.5 / len(column), 1 - 0.5 / len(column)))
         away = jackknife[:, j].mean() - jackknife[:, j]
         away = away / max(float(np.abs(away).max()), 1e-300)
         spread = float((away**2).sum())
@@ -98,7 +98,7 @@ def bca_intervals(samples: Array, estimate: Array, jackknife: Array, z: float) -
         for side in (-z, z):
             whole = bias + side
             bent = 1 - speed * whole
-            ends.append(stats.norm.cdf(bias + whole / bent) if bent > 0.05 else stats.norm.cdf(math.copysign(8, side)))
+            ends.append(special.ndtr(bias + whole / bent) if bent > 0.05 else special.ndtr(math.copysign(8, side)))
         out[j] = np.quantile(column, ends)
     return out
 

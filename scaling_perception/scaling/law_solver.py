@@ -106,7 +106,17 @@ def solve(
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # a step too far is not taken
-def _solve_chunk(form, lx, ly, start, loss, weights, fixed, iterations, tolerance) -> Fitted:
+def _solve_chunk(
+    form: Form,
+    lx: Array,
+    ly: Array,
+    start: Array,
+    loss: Loss,
+    weights: Array | None,
+    fixed: Array | None,
+    iterations: int,
+    tolerance: float,
+) -> Fitted:
     lower, upper = form.bounds()
     held = np.zeros(form.size, bool) if fixed is None else fixed
     count = len(start)
@@ -119,21 +129,8 @@ def _solve_chunk(form, lx, ly, start, loss, weights, fixed, iterations, toleranc
     out, out_value = best.copy(), value.copy()
     damping = np.full(count, 1e-3)
     alive = np.arange(count)
-    diagonal = np.arange(form.size)
     for _ in range(iterations):
-        weighted = weights * loss.weights(residual)
-        gradient = np.matmul(jac, (weighted * residual)[:, :, None])[:, :, 0]
-        normal = np.matmul(jac * weighted[:, None], jac.transpose(0, 2, 1))
-        stuck = held | ((best <= lower) & (gradient < 0)) | ((best >= upper) & (gradient > 0))
-        gradient[stuck] = 0.0
-        normal[stuck[:, :, None] | stuck[:, None, :]] = 0.0
-        scale = normal[:, diagonal, diagonal]
-        scale = np.where(stuck, 1.0, scale + 1e-12 * scale.max(1, keepdims=True) + 1e-30)
-        normal[:, diagonal, diagonal] += damping[:, None] * scale + stuck + 1e-14 * scale
-        root = 1 / np.sqrt(normal[:, diagonal, diagonal])
-        step = (
-            root * np.linalg.solve(normal * root[:, :, None] * root[:, None, :], (root * gradient)[:, :, None])[..., 0]
-        )
+        step = _step(jac, weights * loss.weights(residual), residual, best, (lower, upper, held), damping)
         trial = np.where(held, best, np.clip(best + step, lower, upper))
         new_log, new_jac = jacobian(form, trial, lx)
         new_residual = ly - new_log
@@ -142,20 +139,46 @@ def _solve_chunk(form, lx, ly, start, loss, weights, fixed, iterations, toleranc
         gain = np.where(better, value - new_value, 0.0)
         small = (better & (gain <= tolerance * value)) | (~better & (damping > 1e6)) | (value <= 1e-24)
         small |= ~better & (np.abs(trial - best).max(1) <= 1e-11)
-        take = better[:, None]
-        best = np.where(take, trial, best)
-        value = np.where(better, new_value, value)
-        residual = np.where(take, new_residual, residual)
+        best = _where(better[:, None], trial, best)
+        value = _where(better, new_value, value)
+        residual = _where(better[:, None], new_residual, residual)
         jac[better] = new_jac[better]
-        damping = np.clip(np.where(better, damping * 0.2, damping * 6), 1e-9, 1e8)
+        damping = np.clip(_where(better, damping * 0.2, damping * 6), 1e-9, 1e8)
         out[alive], out_value[alive] = best, value
         if small.any():
             keep = ~small
             if not keep.any():
                 break
-            alive, best, value, residual, damping = (a[keep] for a in (alive, best, value, residual, damping))
-            jac, ly, weights = jac[keep], ly[keep], weights[keep]
+            running = (alive, best, value, residual, damping, jac, ly, weights)
+            alive, best, value, residual, damping, jac, ly, weights = _rows(keep, running)
     return Fitted(out, out_value)
+
+
+def _step(
+    jac: Array, weighted: Array, residual: Array, at: Array, within: tuple[Array, Array, Array], damping: Array
+) -> Array:
+    """The damped step of each set from ``at`` (B, p); ``within``: lower and upper bounds, and what is held."""
+    lower, upper, held = within
+    diagonal = np.arange(at.shape[1])
+    gradient = np.matmul(jac, (weighted * residual)[:, :, None])[:, :, 0]
+    normal = np.matmul(jac * weighted[:, None], jac.transpose(0, 2, 1))
+    stuck = held | ((at <= lower) & (gradient < 0)) | ((at >= upper) & (gradient > 0))
+    gradient[stuck] = 0.0
+    normal[stuck[:, :, None] | stuck[:, None, :]] = 0.0
+    scale = normal[:, diagonal, diagonal]
+    scale = np.where(stuck, 1.0, scale + 1e-12 * scale.max(1, keepdims=True) + 1e-30)
+    normal[:, diagonal, diagonal] += damping[:, None] * scale + stuck + 1e-14 * scale
+    root = 1 / np.sqrt(normal[:, diagonal, diagonal])
+    return root * np.linalg.solve(normal * root[:, :, None] * root[:, None, :], (root * gradient)[:, :, None])[..., 0]
+
+
+def _where(take: Array, new: Array, old: Array) -> Array:
+    # with a declared type: from one turn of the loop to the next a type checker would infer it for a long time
+    return np.where(take, new, old)
+
+
+def _rows(keep: Array, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(array[keep] for array in arrays)
 
 
 def _project(form: Form, theta: Array, lx: Array, ly: Array) -> tuple[Array, Array]:
@@ -179,10 +202,10 @@ def _project(form: Form, theta: Array, lx: Array, ly: Array) -> tuple[Array, Arr
             found = np.linalg.solve(part + ridge, right[:, index, None])[..., 0]
             sums = lx.shape[1] - (found * right[:, index]).sum(1)
             use = (found >= 0).all(1) & (sums < squares)
-            squares = np.where(use, sums, squares)
+            squares = _where(use, sums, squares)
             filled = np.zeros_like(best)
             filled[:, index] = found
-            best = np.where(use[:, None], filled, best)
+            best = _where(use[:, None], filled, best)
     return best, squares
 
 

@@ -42,9 +42,25 @@ def settings_of(args: argparse.Namespace, outputs: tuple[str, ...], places: tupl
 
 
 def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """``field: old there, new here`` for each setting of two nested tables that differs; JSON's lists equal tuples."""
+    """``field: old there, new here`` for each setting of two nested tables that differs; JSON's lists equal tuples.
+
+    Lists of as many tables are compared table by table: ``sources[1].count: 8 there, 9 here``.
+    """
     old, new = (flatten(json.loads(json.dumps(side))) for side in (there, here))
-    return [f"{name}: {shown(old, name)} there, {shown(new, name)} here" for name in differing_names(old, new)]
+    found = []
+    for name in differing_names(old, new):
+        rows, others = old.get(name, []), new.get(name, [])
+        if _tables(rows) and _tables(rows) == _tables(others):
+            for i, pair in enumerate(zip(rows, others, strict=True)):
+                found += [f"{name}[{i}].{line}" for line in differing(*pair)]
+        else:
+            found.append(f"{name}: {shown(old, name)} there, {shown(new, name)} here")
+    return found
+
+
+def _tables(value: Any) -> int:
+    """How many tables a list consists of; 0 for anything else."""
+    return len(value) if isinstance(value, list) and all(isinstance(row, dict) for row in value) else 0
 
 
 def differing_names(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 import stand_ins
 
 from scaling_perception.data import latents
-from scaling_perception.data.latents import CacheReader, decode_record, differences, encode_record, write_shard
+from scaling_perception.data.latents import CacheReader, decode_record, encode_record, write_shard
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import PASSES
 
@@ -184,12 +184,3 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError):
         write_shard(tmp_path / "x.array_record", (bytes(1 // 0) for _ in range(1)))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_differences_name_the_field():
-    old = {"a": 1, "b": {"c": [1, 2]}, "same": 0}
-    assert differences(old, {"a": 2, "b": {"c": [1, 3]}, "same": 0}) == [
-        "a: 1 in the ledger, 2 asked for",
-        "b.c[1]: 2 in the ledger, 3 asked for",
-    ]
-    assert differences(old, old) == []

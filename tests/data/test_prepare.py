@@ -121,7 +121,7 @@ def test_killed_build_goes_on_and_ends_byte_identical(tmp_path, stand_in):
     ("words", "named"),
     [
         (["--vae", "other"], "autoencoder"),
-        (["--flow-divisor", "40"], "task_options.flow_divisor: 75.0 in the ledger, 40.0 asked for"),
+        (["--flow-divisor", "40"], "task_options.flow_divisor: 75.0 there, 40.0 here"),
         (["--tasks", "depth"], "tasks"),
         (["--start", "5"], "start"),
         (["--flips", "none"], "flips"),

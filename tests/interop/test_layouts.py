@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from scaling_perception.interop import hf_clip
-from scaling_perception.interop.layouts import LAYOUTS, Found, locate, recognise
+from scaling_perception.interop.layouts import LAYOUTS, Found, left_aside, locate, recognise
 from scaling_perception.interop.safetensors_io import flatten_tree
 from scaling_perception.interop.torch_dit import leaf_pieces
 from scaling_perception.models import tiny_vae, vae, vae_torch
@@ -83,6 +83,12 @@ def make(folder, *names):
         (["pytorch_model.bin", "model.safetensors"], ["model.safetensors"]),
         (["diffusion_pytorch_model.bin", "config.json"], ["diffusion_pytorch_model.bin"]),
         (["model.safetensors", "model.fp16.safetensors"], ["model.safetensors"]),
+        (["model.safetensors", "ema.safetensors"], ["ema.safetensors"]),
+        (["model.safetensors", "model_ema.pt"], ["model_ema.pt"]),
+        (["unet-ema.bin", "unet-ema.safetensors", "unet.bin"], ["unet-ema.safetensors"]),
+        (["model.safetensors.index.json", "model.ema.ckpt", "model.ckpt"], ["model.ema.ckpt"]),
+        (["schema.pt"], ["schema.pt"]),
+        (["pytorch_model.bin", "optimizer.bin", "scheduler.bin", "custom_checkpoint_0.pkl"], ["pytorch_model.bin"]),
         (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], ["model.safetensors.index.json"]),
         (
             ["taesd_decoder.safetensors", "taesd_encoder.safetensors"],
@@ -98,6 +104,19 @@ def make(folder, *names):
 def test_weights_of_a_folder(tmp_path, files, found):
     make(tmp_path, *files)
     assert [str(path.relative_to(tmp_path)) for path in locate(tmp_path).weights] == found
+
+
+def test_several_averages_need_a_choice_and_what_is_pickled_is_not_read(tmp_path):
+    make(tmp_path, "model.pt", "ema_0.999.pt", "ema_0.9999.pt")
+    with pytest.raises(UserError, match=r"holds 2 averages \(ema_0.999.pt, ema_0.9999.pt\): give the one file"):
+        locate(tmp_path)
+    make(tmp_path / "saved", "model.safetensors", "random_states_0.pkl", "custom_checkpoint_1.pkl")
+    (line,) = left_aside(tmp_path / "saved")
+    assert line.startswith(f"{tmp_path / 'saved' / 'custom_checkpoint_1.pkl'} is not read: ") and "Accelerate" in line
+    with pytest.raises(UserError) as told:
+        locate(tmp_path / "saved" / "custom_checkpoint_1.pkl")
+    assert str(told.value) == line
+    assert left_aside(tmp_path) == left_aside(tmp_path / "model.pt") == left_aside(tmp_path / "none") == []
 
 
 def test_a_whole_repository_needs_a_choice(tmp_path):

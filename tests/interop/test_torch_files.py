@@ -292,6 +292,10 @@ def test_what_trainers_write(tmp_path):
     ("tensor", "words"),
     [
         (lambda: torch.empty(2, device="meta"), "tensor a is torch.float32, .* without data"),
+        (
+            lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+            "tensor a is torch.qint8, .* quantised",
+        ),
         (lambda: torch.ones(2, 2).to_sparse_csr(), "tensor a is torch.float32, torch.sparse_csr"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 
 from scaling_perception.support.again import (
     check_output,
+    differing,
     keep_folder_settings,
     replacing,
     restore_folder,
@@ -39,6 +40,16 @@ def test_equal_settings_go_on_and_others_are_named(tmp_path):
     with pytest.raises(UserError, match="settings are not known"):
         check_output(out, MINE)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.csv.settings", "out.csv"]
+
+
+def test_differences_name_the_field():
+    old = {"a": 1, "b": {"c": [1, 2]}, "sources": [{"n": 0}, {"n": {"m": 1}}], "same": 0}
+    new = {"a": 2, "b": {"c": (1, 3)}, "sources": ({"n": 0}, {"n": {"m": 2}}), "same": 0}
+    named = ["a: 1 there, 2 here", "b.c: [1, 2] there, [1, 3] here", "sources[1].n.m: 1 there, 2 here"]
+    assert differing(old, new) == named and differing(old, old) == []
+    assert differing(old, {**old, "sources": []}) == [
+        'sources: [{"n": 0}, {"n": {"m": 1}}] there, [] here',
+    ]
 
 
 def test_a_link_is_followed(tmp_path):
