@@ -177,7 +177,7 @@ def _profiled(
     if float(np.abs(residual).max()) < 1e-10:  # exact data: every interval is its value
         return
     factor = 2 * robust_scale(residual, loss, form.size)
-    limit = float(stats.f.ppf(level, 1, count_clusters(groups, form.size).free))
+    limit = float(special.fdtri(1, count_clusters(groups, form.size).free, level))
     for name, (inner_name, zeroed, kind) in form.profiles.items():
         delta = np.zeros(len(lx))
         delta[list(zeroed)] = centre[list(zeroed)]
