@@ -12,9 +12,10 @@ a cosine to a hundredth of the rate, running average with a horizon of a fifteen
 latents normalised by channel, timesteps drawn uniformly.
 
 Arguments: ``size`` s1 to s5; ``steps``; ``seed`` of weights, order and noise; ``lr`` peak rate; ``diffusion`` preset
-(fixed: v-prediction and the trailing grid; paper: noise prediction and the leading grid); ``schedule`` of the noise, in
-place of the preset's; ``experts`` (0: dense), ``active`` of them and their ``gating``; ``init`` model to start from;
-``res`` pixels; ``cache`` latents to train on; ``held`` latents whose loss is logged ten times.
+(fixed: v-prediction and the trailing grid; paper: noise prediction and the leading grid; rectified: the straight path);
+``schedule`` of the noise, in place of the preset's; ``experts`` (0: dense), ``active`` of them and their ``gating``;
+``init`` model to start from; ``res`` pixels; ``cache`` latents to train on; ``held`` latents whose loss is logged ten
+times.
 
 The study, in the order in which it runs; docs/scaling_study.md has what came of it:
 
@@ -22,7 +23,7 @@ The study, in the order in which it runs; docs/scaling_study.md has what came of
 - ``noise``: s3 trained to predict noise, for the leading grid, three seeds; ``steps`` evaluates it and s3 of the ladder
   (v-prediction, trailing) on both grids at 1 to 200 steps and 1 to 10 members, ``wide`` at 1 to 50 members.
 - ``members``: the shipped model, three tasks, 1 to 50 members.
-- ``schedule``: s3 with two other noise schedules, in training and inference, three seeds.
+- ``schedule``: s3 with two other noise schedules, and as a rectified flow, in training and inference, three seeds.
 - ``pretrain``: s3 trained on the classes of procedural textures for 0, 250, 1000 and 4000 steps, then for depth.
 - ``pixels``: s3 at 32 pixels for the compute of its shorter run at 64.
 - ``upcycle``: s2, s3 and s4 go on as four experts of which two are active, with both gates, and as dense twins for the
@@ -134,6 +135,8 @@ def study(arg: str = "") -> list[Cell]:
         for schedule in ("linear", "scaled_linear"):
             name = f"schedule/{schedule}-seed{seed}"
             cells += _measured(_train(arg, name, "schedule", size="s3", steps=longest, seed=seed, schedule=schedule))
+        straight = {"size": "s3", "steps": longest, "seed": seed, "diffusion": "rectified"}
+        cells += _measured(_train(arg, f"schedule/rectified-seed{seed}", "schedule", **straight))
     for size in ("s2", "s3", "s4"):
         start = f"{{ladder/{size}-{longest}-seed0}}"
         for gating in ("renormalised", "paper"):

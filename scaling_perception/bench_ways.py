@@ -37,7 +37,7 @@ class Case(NamedTuple):
     @property
     def evaluations(self) -> int:
         """Of the network, for one image."""
-        return self.settings.steps * self.settings.ensemble
+        return self.settings.evaluations * self.settings.ensemble
 
 
 def draw_leaves(shapes: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:

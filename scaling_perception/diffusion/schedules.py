@@ -1,7 +1,9 @@
 """Noise schedules, timestep grids and the presets that tie them together. Everything is float64 numpy on the host.
 
-Words: ``alpha_bar`` (``alphas_cumprod``) is the share of signal variance left at a training timestep t = 0..999, so
-that ``x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps``.
+A schedule is two tables over the training timesteps t = 0..999, signal alpha_t and noise sigma_t: x_t = alpha_t x0 +
+sigma_t eps. All but one preserve variance, alpha^2 + sigma^2 = 1; they are given by ``alpha_bar`` = alpha^2
+(``alphas_cumprod``). ``rectified`` is the straight path of rectified flow, alpha_t = 1 - sigma_t with sigma_t =
+(t + 1) / 1000, whose velocity d x / d sigma = eps - x0 is constant along it (Liu et al. 2023, Lipman et al. 2023).
 
 Traps, all of which the presets settle by name:
 
@@ -27,8 +29,8 @@ from scaling_perception.support.errors import UserError, did_you_mean
 TRAIN_STEPS = 1000
 """Training timesteps of every schedule (t = 0..999)."""
 
-SCHEDULES = ("linear", "scaled_linear", "scaled_linear_default", "cosine")
-PREDICTIONS = ("epsilon", "v", "x0")
+SCHEDULES = ("linear", "scaled_linear", "scaled_linear_default", "cosine", "rectified")
+PREDICTIONS = ("epsilon", "v", "x0", "velocity")
 SPACINGS = ("leading", "trailing", "linspace")
 
 # Names that other libraries' scheduler files use for the same things.
@@ -63,6 +65,8 @@ def betas(name: str) -> np.ndarray:
         UserError: the name is unknown.
     """
     name = choose_name("schedule", name, SCHEDULES, _SCHEDULE_ALIASES)
+    if name == "rectified":
+        raise UserError("schedule 'rectified' has no betas: it does not preserve variance")
     if name == "linear":
         return np.linspace(1e-4, 0.02, TRAIN_STEPS)
     if name == "scaled_linear":
@@ -81,6 +85,12 @@ def alphas_cumprod(name: str) -> np.ndarray:
         UserError: the name is unknown (names as in `betas`).
     """
     return np.cumprod(1 - betas(name))
+
+
+def rectified_flow() -> tuple[np.ndarray, np.ndarray]:
+    """Signal 1 - sigma and noise sigma = (t + 1) / 1000 of the straight path, float64 (1000,) each; sigma ends at 1."""
+    noise = np.arange(1, TRAIN_STEPS + 1) / TRAIN_STEPS
+    return 1 - noise, noise
 
 
 def zero_snr(alpha_bar: np.ndarray) -> np.ndarray:
@@ -142,14 +152,16 @@ class DiffusionPreset:
 
     Attributes:
         schedule: a name of `betas`.
-        prediction: what the network returns: ``epsilon``, ``v`` = sqrt(a) eps - sqrt(1 - a) x0, or ``x0``.
+        prediction: what the network returns: ``epsilon``, ``v`` = alpha eps - sigma x0, ``x0``, or ``velocity`` =
+            eps - x0.
         spacing: the sampler's grid, see `timestep_grid`.
         steps_offset: added to the leading grid.
-        final_alpha_one: the last step goes to alpha_bar = 1; otherwise to alpha_bar_0.
+        final_alpha_one: the last step goes to alpha = 1; otherwise to alpha_0.
         zero_snr: rescale the schedule with `zero_snr`.
 
     Raises:
-        UserError: an unknown name, or epsilon with zero_snr, which leaves nothing to predict x0 from at t = 999.
+        UserError: an unknown name, epsilon where nothing of x0 is left at t = 999 (zero_snr, ``rectified``), or
+            what ``rectified`` does not have (v, zero_snr).
     """
 
     schedule: str = "cosine"
@@ -167,8 +179,26 @@ class DiffusionPreset:
         if self.zero_snr and self.prediction == "epsilon":
             raise UserError("prediction 'epsilon' cannot be used with zero_snr: use 'v' or 'x0', or zero_snr=False")
 
+        if self.schedule == "rectified":
+            if self.zero_snr:
+                raise UserError("schedule 'rectified' ends in pure noise by itself: leave zero_snr at False")
+            if self.prediction in ("epsilon", "v"):
+                raise UserError(f"prediction '{self.prediction}' does not go with schedule 'rectified': use 'velocity'")
+
+    def levels(self) -> tuple[np.ndarray, np.ndarray]:
+        """(alpha, sigma) by timestep, ``zero_snr`` applied, float64 (1000,) each; see the module."""
+        if self.schedule == "rectified":
+            return rectified_flow()
+        table = alphas_cumprod(self.schedule)
+        table = zero_snr(table) if self.zero_snr else table
+        return np.sqrt(table), np.sqrt(1 - table)
+
     def alphas_cumprod(self) -> np.ndarray:
-        """alpha_bar with ``zero_snr`` applied, float64 (1000,)."""
+        """alpha_bar with ``zero_snr`` applied, float64 (1000,).
+
+        Raises:
+            UserError: the schedule does not preserve variance.
+        """
         table = alphas_cumprod(self.schedule)
         return zero_snr(table) if self.zero_snr else table
 
@@ -180,11 +210,13 @@ PRESETS: dict[str, DiffusionPreset] = {
     "released": DiffusionPreset("scaled_linear", "v", "leading", steps_offset=1, final_alpha_one=False),
     # Default of new training: the grid starts at pure noise, and the target is well scaled there.
     "fixed": DiffusionPreset("cosine", "v", "trailing", steps_offset=0, final_alpha_one=True),
+    # Rectified flow: the straight path and its velocity; a trailing grid takes steps of equal length.
+    "rectified": DiffusionPreset("rectified", "velocity", "trailing", steps_offset=0, final_alpha_one=True),
 }
 
 
 def get_diffusion(name: str, **changes: Any) -> DiffusionPreset:
-    """A preset by name (``paper``, ``released``, ``fixed``), with fields changed.
+    """A preset by name (``paper``, ``released``, ``fixed``, ``rectified``), with fields changed.
 
     Raises:
         UserError: unknown preset, field, or value.

@@ -1,28 +1,32 @@
 """Samplers as tables: every solver, schedule, prediction type and grid folded into coefficients of one linear update.
 
-With alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(alpha / sigma) and h the step's rise in lambda,
+With (alpha, sigma) of the schedule, lambda = log(alpha / sigma) and h the step's rise in lambda,
 every solver here starts from the step that holds the clean estimate x0 constant,
 
     x <- (sigma' / sigma) x + alpha' (1 - exp(-h)) x0        (primes: after the step)
 
 which is DDIM without noise (Song et al. 2021, equation 12, with eps written as (x - alpha x0) / sigma) and the first
 order of DPM-Solver++ (Lu et al. 2022, proposition 4.1 with x0 constant). It is computed without lambda, which is
-infinite at both ends: at alpha_bar = 1 (the step is then x <- x0 exactly) and, with zero_snr, at alpha_bar_999 = 0.
+infinite at both ends: at sigma = 0 (the step is then x <- x0 exactly) and, with zero_snr or ``rectified``, at
+alpha = 0.
 
-* ``ddim``: this step; for eta > 0 equation 16 of Song et al. gives the variance, and x counts less.
+* ``ddim``: this step; for eta > 0 equation 16 of Song et al. gives the variance, and x counts less. On the straight
+  path of ``rectified`` it is Euler's method, hence its second name ``euler``.
+* ``heun``: Heun's method (`heun_rows`), two evaluations of the network a step but for the last.
 * ``ddpm``: draws from the exact posterior q(x' | x, x0) of a step of any length (Ho et al. 2020, equations 6 and 7,
-  with beta of the jump, 1 - alpha_bar / alpha_bar', in place of beta_t). Mean and ``small`` variance are those of ddim
-  with eta = 1; ``large`` takes beta of the jump itself (Ho et al., section 3.2), and nothing where the schedule ends.
+  with beta of the jump, sigma^2 - (alpha / alpha' sigma')^2, in place of beta_t). Mean and ``small`` variance are those
+  of ddim with eta = 1; ``large`` takes beta of the jump itself (Ho et al., section 3.2), and nothing where the schedule
+  ends.
 * ``dpm++2m``: DPM-Solver++(2M), algorithm 2 of Lu et al. 2022: x0 + h / (2 h_last) (x0 - x0_last) takes the place of
   x0. With eta = 1 it is their SDE-DPM-Solver++(2M): the same in the step of ddim with eta.
 * ``unipc``: UniPC-2 with B(h) = exp(h) - 1, data prediction (Zhao et al. 2023). The predictor UniP-2 (algorithm 2) is
   then the step of dpm++2m. The corrector UniC (algorithm 1) redoes the last step with the network's output at its end,
   which the next step needs anyhow, and raises the order by one (theorem 3.1): no further call.
 * ``single``: one call at t = 999, whatever the preset's grid. An epsilon network is refused: its clean estimate there
-  is its error times sqrt(1 / alpha_bar_999 - 1), 2e4 with the cosine schedule.
+  is its error times sigma / alpha, 2e4 with the cosine schedule.
 
-The solvers of second order begin with a step of first order. They end with one where the last step goes to
-alpha_bar = 1 (lambda is infinite), and where there are fewer than 15 steps, as the authors of DPM-Solver++ advise.
+The solvers that look back begin with a step of first order. They end with one where the last step goes to
+sigma = 0 (lambda is infinite), and where there are fewer than 15 steps, as the authors of DPM-Solver++ advise.
 A leading or linspace grid comes to t = 0 (or 1) before its last step, and it is the step to there, not the last one,
 that extrapolates the farthest: it is of first order too where its rise in lambda is above 1.75 times the one before.
 On a trailing grid, whose noise falls by 3:2 and 2:1 at its end, that ratio is log 2 / log 1.5 = 1.71.
@@ -36,10 +40,10 @@ import numpy as np
 from scaling_perception.diffusion.schedules import TRAIN_STEPS, DiffusionPreset, choose_name, timestep_grid
 from scaling_perception.support.errors import UserError
 
-SOLVERS = ("ddim", "ddpm", "dpm++2m", "unipc", "single")
+SOLVERS = ("ddim", "ddpm", "dpm++2m", "unipc", "heun", "single")
 VARIANCES = ("small", "large")
 
-_ALIASES = {"ancestral": "ddpm", "dpmpp_2m": "dpm++2m", "dpm++": "dpm++2m", "dpmsolver++": "dpm++2m"}
+_ALIASES = {"euler": "ddim", "ancestral": "ddpm", "dpmpp_2m": "dpm++2m", "dpm++": "dpm++2m", "dpmsolver++": "dpm++2m"}
 _FEW_STEPS = 15  # below it, a last step of second order does harm
 _TOO_FAR = 1.75  # rise over the one before it, above which the step to t = 0 stays of first order
 _AMPLIFIED = 10.0  # a clean estimate that is the network's error times more than this is noise
@@ -59,7 +63,9 @@ class History(NamedTuple):
 
 
 class SamplerTables(NamedTuple):
-    """One row a step, (T,) each; int32 indices and timesteps, float32 coefficients.
+    """One row an evaluation of the network, (T,) each; int32 indices and timesteps, float32 coefficients.
+
+    Evaluations are as many as steps but for ``heun`` (`evaluations`).
 
     With network output o at (x, t):
 
@@ -101,7 +107,8 @@ def sampler_tables(
 ) -> SamplerTables:
     """The coefficients of a run of ``steps`` steps.
 
-    Tables of the same length, with or without history (``dpm++2m`` and ``unipc`` have it), run in one compiled program.
+    Tables of the same length, with or without history (``dpm++2m``, ``unipc`` and ``heun`` have it), run in one
+    compiled program.
 
     Args:
         preset: schedule, prediction type and grid.
@@ -134,31 +141,10 @@ def sampler_tables(
     if grid is None:
         spacing = "trailing" if solver == "single" else preset.spacing
         grid = timestep_grid(spacing, steps, preset.steps_offset)
-    t, t_next = np.asarray(grid[0], np.int64), np.maximum(grid[1], -1)
-    table = preset.alphas_cumprod()
-    end = 1.0 if preset.final_alpha_one else table[0]
-    now = table[t]
-    after = np.where(t_next < 0, end, table[t_next])  # table[-1] is read and dropped
-    signal, noise = np.sqrt(now), np.sqrt(1 - now)
-    zero, one = np.zeros_like(now), np.ones_like(now)
-    if preset.prediction == "epsilon":
-        x0_x, x0_out = 1 / signal, -noise / signal
-    else:
-        x0_x, x0_out = (zero, one) if preset.prediction == "x0" else (signal, -noise)
-    # A step that stays at its noise level (t = 0 to alpha_bar_0) has no variance; rounding must not make it negative.
-    jump = np.maximum(1 - now / after, 0.0)
-    sigma = (1.0 if solver == "ddpm" else eta) * np.sqrt((1 - after) / (1 - now) * jump)
-    next_x = np.sqrt(np.maximum(1 - after - sigma**2, 0.0)) / noise
-    next_x0 = np.sqrt(after) - next_x * signal
-    if variance == "large":
-        sigma = np.where(t_next < 0, 0.0, np.sqrt(jump))
-    history = None
-    if solver in ("dpm++2m", "unipc"):
-        rise = _rises(now, after)
-        same = History(one, zero, zero, zero, zero, zero)
-        history = _corrector(next_x, next_x0, rise) if solver == "unipc" else same
-        more = next_x0 * _second_order(rise, comes_to_zero)
-        next_x0, history = next_x0 + more, history._replace(next_last=-more)
+    path = _path(preset, np.asarray(grid[0], np.int64), np.maximum(grid[1], -1))
+    rows = heun_rows(path) if solver == "heun" else _rows(path, solver, eta, variance, comes_to_zero)
+    t, t_next, next_x, next_x0, sigma, history = rows
+    x0_x, x0_out = _estimate(preset.prediction, *(level[t] for level in preset.levels()))
     real, whole = partial(np.asarray, dtype=dtype), partial(np.asarray, dtype=np.int32)
     return SamplerTables(
         index=whole(np.arange(len(t))),
@@ -166,12 +152,115 @@ def sampler_tables(
         t_next=whole(t_next),
         x0_x=real(x0_x),
         x0_out=real(x0_out),
-        limit=real(np.full_like(now, np.inf if clip is None else clip)),
+        limit=real(np.full(len(t), np.inf if clip is None else clip)),
         next_x=real(next_x),
         next_x0=real(next_x0),
         sigma=real(sigma),
         history=None if history is None else History._make(map(real, history)),
     )
+
+
+class Path(NamedTuple):
+    """A grid's steps: timesteps before and after each, and (alpha, sigma) there, float64 (T,)."""
+
+    t: np.ndarray
+    t_next: np.ndarray
+    signal: np.ndarray
+    noise: np.ndarray
+    signal_next: np.ndarray
+    noise_next: np.ndarray
+
+
+class Rows(NamedTuple):
+    """Columns of `SamplerTables` that depend on the solver, one row an evaluation."""
+
+    t: np.ndarray
+    t_next: np.ndarray
+    next_x: np.ndarray
+    next_x0: np.ndarray
+    sigma: np.ndarray
+    history: History | None
+
+
+def _path(preset: DiffusionPreset, t: np.ndarray, t_next: np.ndarray) -> Path:
+    now, after = [], []
+    for level, clean in zip(preset.levels(), (1.0, 0.0), strict=True):
+        end = clean if preset.final_alpha_one else level[0]
+        now.append(level[t])
+        after.append(np.where(t_next < 0, end, level[t_next]))  # level[-1] is read and dropped
+    return Path(t, t_next, *now, *after)
+
+
+def _estimate(prediction: str, signal: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(a, b) with x0 = a x + b o for the network's output o at noise level (signal, noise)."""
+    zero, one = np.zeros_like(signal), np.ones_like(signal)
+    if prediction == "epsilon":
+        return 1 / signal, -noise / signal
+    if prediction == "velocity":
+        return one / (signal + noise), -noise / (signal + noise)
+    return (zero, one) if prediction == "x0" else (signal, -noise)
+
+
+def _rows(path: Path, solver: str, eta: float, variance: str, comes_to_zero: bool) -> Rows:
+    """One row a step: all solvers that evaluate the network once in each."""
+    t, t_next, signal, noise, signal_next, noise_next = path
+    # A step that stays at its noise level (t = 0 to level 0) has no variance; rounding must not make it negative.
+    jump = np.maximum(noise**2 - (signal / signal_next * noise_next) ** 2, 0.0)
+    sigma = (1.0 if solver == "ddpm" else eta) * noise_next / noise * np.sqrt(jump)
+    next_x = np.sqrt(np.maximum(noise_next**2 - sigma**2, 0.0)) / noise
+    next_x0 = signal_next - next_x * signal
+    if variance == "large":
+        sigma = np.where(t_next < 0, 0.0, np.sqrt(jump))
+    history = None
+    if solver in ("dpm++2m", "unipc"):
+        rise = _rises(path)
+        zero, one = np.zeros_like(rise), np.ones_like(rise)
+        same = History(one, zero, zero, zero, zero, zero)
+        history = _corrector(next_x, next_x0, rise) if solver == "unipc" else same
+        more = next_x0 * _second_order(rise, comes_to_zero)
+        next_x0, history = next_x0 + more, history._replace(next_last=-more)
+    return Rows(t, t_next, next_x, next_x0, sigma, history)
+
+
+def heun_rows(path: Path) -> Rows:
+    """Two rows a step but for the last, which is of first order: there the schedule ends, and nothing is evaluated.
+
+    Along the path dx = x0 d alpha + eps d sigma. The first row goes with x0 and eps at the step's start, which is
+    ddim's step; the second evaluates the network where that led to, and goes again from the start with both's mean:
+
+        x <- x + (x0 + x0') / 2 (alpha' - alpha) + (eps + eps') / 2 (sigma' - sigma)
+
+    On the straight path this is Heun's method in sigma (Karras et al. 2022, algorithm 1), and of second order on any.
+    """
+    t, t_next, signal, noise, signal_next, noise_next = path
+    count, steps = 2 * len(t) - 1, len(t)
+    first, second = slice(0, count, 2), slice(1, count, 2)
+    rise, fall = (signal_next - signal) / 2, (noise_next - noise) / 2
+
+    def columns(of_first: Any, of_second: Any) -> np.ndarray:
+        column = np.zeros(count, np.result_type(of_first, of_second))
+        column[first], column[second] = of_first, of_second
+        return column
+
+    inner = slice(0, steps - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # the last step has no second row
+        back, ahead = fall / noise, fall / noise_next
+        history = History(
+            now_x=columns(1.0, ahead[inner]),
+            now_start=columns(0.0, 1 + back[inner]),
+            now_x0=columns(0.0, (rise - ahead * signal_next)[inner]),
+            now_last=columns(0.0, (rise - back * signal)[inner]),
+            now_older=np.zeros(count),
+            next_last=np.zeros(count),
+        )
+    next_x = columns(noise_next / noise, 1.0)
+    next_x0 = columns(signal_next - noise_next / noise * signal, 0.0)
+    return Rows(columns(t, t_next[inner]), columns(t_next, t_next[inner]), next_x, next_x0, np.zeros(count), history)
+
+
+def evaluations(solver: str, steps: int) -> int:
+    """Network evaluations of ``steps`` steps, one for each row of their table: with heun two a step but at the end."""
+    return 2 * steps - 1 if choose_name("solver", solver, SOLVERS, _ALIASES) == "heun" else steps
 
 
 def _check(solver: str, steps: int, eta: float, grid: Any, clip: float | None, variance: str) -> None:
@@ -191,15 +280,14 @@ def _check(solver: str, steps: int, eta: float, grid: Any, clip: float | None, v
     fits = t.shape == t_next.shape == (steps,) and steps > 0
     if not (fits and t.min() >= 0 and t.max() < TRAIN_STEPS and (t_next < t).all()):
         raise UserError(f"the grid must be {steps} timesteps t in 0..{TRAIN_STEPS - 1}, and for each t_next below it")
-    if solver in ("dpm++2m", "unipc") and not ((t_next[:-1] == t[1:]).all() and (np.diff(t) < 0).all()):
+    if solver in ("dpm++2m", "unipc", "heun") and not ((t_next[:-1] == t[1:]).all() and (np.diff(t) < 0).all()):
         raise UserError(f"solver '{solver}' needs a falling grid whose steps start where the last one ended")
 
 
-def _rises(now: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """h of each step: the rise in lambda, infinite where alpha_bar is 0 before it or 1 after it."""
+def _rises(path: Path) -> np.ndarray:
+    """h of each step: the rise in lambda, infinite where there is no signal before it or no noise after it."""
     with np.errstate(divide="ignore"):
-        start, end = (0.5 * (np.log(level) - np.log1p(-level)) for level in (now, after))
-    return end - start
+        return np.log(path.signal_next / path.signal) + np.log(path.noise / path.noise_next)
 
 
 def _second_order(rise: np.ndarray, comes_to_zero: bool) -> np.ndarray:

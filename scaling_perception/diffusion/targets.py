@@ -9,38 +9,34 @@ import numpy as np
 from scaling_perception.diffusion.schedules import PREDICTIONS
 from scaling_perception.support.errors import UserError, did_you_mean
 
+Level = jax.Array | np.ndarray | float  # () or (B,)
 
-def _roots(alpha_bar: jax.Array | np.ndarray | float, like: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar), with trailing axes added to meet ``like``.
 
-    Host values are rooted in float64. A traced float32 ``alpha_bar`` costs at most 5e-6 in the noise coefficient (at
-    t = 0, where 1 - alpha_bar is 4e-5), and nothing visible elsewhere.
-    """
-    xp = jnp if isinstance(alpha_bar, jax.Array) else np
-    alpha_bar = jnp.asarray(alpha_bar) if xp is jnp else np.asarray(alpha_bar, np.float64)
-    alpha_bar = alpha_bar.reshape(alpha_bar.shape + (1,) * (like.ndim - alpha_bar.ndim))
-    return jnp.asarray(xp.sqrt(alpha_bar), like.dtype), jnp.asarray(xp.sqrt(1 - alpha_bar), like.dtype)
+def _facing(level: Level, like: jax.Array) -> jax.Array:
+    """``level`` in the dtype of ``like``, with trailing axes added to meet it."""
+    level = jnp.asarray(level, like.dtype)
+    return level.reshape(level.shape + (1,) * (like.ndim - level.ndim))
 
 
 def _unknown(prediction: str) -> UserError:
     return UserError(f"unknown prediction '{prediction}'{did_you_mean(prediction, PREDICTIONS)}")
 
 
-def add_noise(x0: jax.Array, eps: jax.Array, alpha_bar: jax.Array | np.ndarray | float) -> jax.Array:
-    """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps (Ho et al. 2020, equation 4).
+def add_noise(x0: jax.Array, eps: jax.Array, alpha: Level, sigma: Level) -> jax.Array:
+    """x_t = alpha x0 + sigma eps (Ho et al. 2020, equation 4; Kingma et al. 2021, equation 1).
 
     Args:
         x0: (B, ...) clean latents; eps: the same shape, unit-variance noise.
-        alpha_bar: () or (B,), the schedule's entry at each sample's timestep.
+        alpha, sigma: () or (B,), the schedule's entries at each sample's timestep (`DiffusionPreset.levels`).
     """
-    signal, noise = _roots(alpha_bar, x0)
-    return signal * x0 + noise * eps
+    return _facing(alpha, x0) * x0 + _facing(sigma, x0) * eps
 
 
-def training_target(
-    prediction: str, x0: jax.Array, eps: jax.Array, alpha_bar: jax.Array | np.ndarray | float
-) -> jax.Array:
-    """What the network should return: eps, x0, or v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans & Ho 2022, section 4).
+def training_target(prediction: str, x0: jax.Array, eps: jax.Array, alpha: Level, sigma: Level) -> jax.Array:
+    """What the network should return.
+
+    eps; x0; v = alpha eps - sigma x0 (Salimans & Ho 2022, section 4); or the velocity eps - x0 of the straight path
+    (Liu et al. 2023, equation 1, with noise at its end).
 
     Shapes as in `add_noise`. ``prediction`` is static.
 
@@ -51,24 +47,25 @@ def training_target(
         return eps
     if prediction == "x0":
         return x0
+    if prediction == "velocity":
+        return eps - x0
     if prediction == "v":
-        signal, noise = _roots(alpha_bar, x0)
-        return signal * eps - noise * x0
+        return _facing(alpha, x0) * eps - _facing(sigma, x0) * x0
     raise _unknown(prediction)
 
 
 def to_x0_eps(
-    prediction: str, out: jax.Array, x_t: jax.Array, alpha_bar: jax.Array | np.ndarray | float
+    prediction: str, out: jax.Array, x_t: jax.Array, alpha: Level, sigma: Level
 ) -> tuple[jax.Array, jax.Array]:
     """The clean estimate and the noise estimate that a network output stands for.
 
-    For epsilon x0 is divided by sqrt(alpha_bar): at the end of the cosine schedule (2.4e-9) float32 rounding of ``x_t``
-    alone then moves x0 by 1e-3, and an error of the network by 2e4 times itself. For x0 the noise is divided by
-    sqrt(1 - alpha_bar), which is at least 6e-3. v divides by nothing.
+    For epsilon x0 is divided by alpha: at the end of the cosine schedule (4.9e-5) float32 rounding of ``x_t`` alone
+    then moves x0 by 1e-3, and an error of the network by 2e4 times itself. For x0 the noise is divided by sigma, which
+    is at least 6e-3 (1e-3 for ``rectified``). v divides by nothing, and velocity by alpha + sigma, at least 1.
 
     Args:
         out, x_t: (B, ...) network output and its noisy input.
-        alpha_bar: () or (B,).
+        alpha, sigma: () or (B,).
 
     Returns:
         (x0, eps), each (B, ...).
@@ -76,13 +73,15 @@ def to_x0_eps(
     Raises:
         UserError: unknown prediction.
     """
-    signal, noise = _roots(alpha_bar, x_t)
+    signal, noise = _facing(alpha, x_t), _facing(sigma, x_t)
     if prediction == "epsilon":
         return (x_t - noise * out) / signal, out
     if prediction == "x0":
         return out, (x_t - signal * out) / noise
     if prediction == "v":
         return signal * x_t - noise * out, noise * x_t + signal * out
+    if prediction == "velocity":
+        return (x_t - noise * out) / (signal + noise), (x_t + signal * out) / (signal + noise)
     raise _unknown(prediction)
 
 

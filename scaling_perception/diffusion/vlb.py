@@ -27,6 +27,7 @@ import numpy as np
 
 from scaling_perception.diffusion.schedules import DiffusionPreset
 from scaling_perception.diffusion.targets import to_x0_eps
+from scaling_perception.support.errors import UserError
 
 BIN = 1.0 / 255.0  # half a bin
 EDGE = 0.999
@@ -34,23 +35,34 @@ _SMALLEST = 1e-12  # of a probability whose logarithm is taken
 
 
 class VarianceTables(NamedTuple):
-    """float32 (1000,) by timestep: alpha_bar, the weight of x_0 in mu~, and the two bounds of the log-variance."""
+    """float32 (1000,) by timestep: alpha, sigma, the weight of x_0 in mu~, and the two bounds of the log-variance."""
 
-    alpha_bar: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
     x0_weight: np.ndarray
     low: np.ndarray
     high: np.ndarray
 
 
 def variance_tables(preset: DiffusionPreset) -> VarianceTables:
-    """The tables of a schedule, computed in float64 on the host."""
+    """The tables of a schedule, computed in float64 on the host.
+
+    Raises:
+        UserError: the schedule does not preserve variance; the bound is not written for it.
+    """
+    if preset.schedule == "rectified":
+        raise UserError(
+            "a learned variance does not go with schedule 'rectified': set model_changes.learn_sigma=false, or choose "
+            "another diffusion_changes.schedule"
+        )
     alpha_bar = preset.alphas_cumprod()
     before = np.append(1.0, alpha_bar[:-1])
     beta = 1 - alpha_bar / before
     posterior = beta * (1 - before) / (1 - alpha_bar)
     posterior[0] = posterior[1]
     x0_weight = beta * np.sqrt(before) / (1 - alpha_bar)
-    return VarianceTables(*(np.asarray(t, np.float32) for t in (alpha_bar, x0_weight, np.log(posterior), np.log(beta))))
+    found = *preset.levels(), x0_weight, np.log(posterior), np.log(beta)
+    return VarianceTables(*(np.asarray(table, np.float32) for table in found))
 
 
 def log_variance(tables: VarianceTables, v: jax.Array, t: jax.Array) -> jax.Array:
@@ -74,14 +86,14 @@ def learned_range_bits(
     It trains the variance alone: no gradient goes through ``out``.
 
     Args:
-        prediction: what ``out`` is: epsilon, v or x0.
+        prediction: what ``out`` is: a name of `schedules.PREDICTIONS`.
         out: (B, h, w, C) the network's prediction.
         v: (B, h, w, C) its variance channels.
         x0, x_t: (B, h, w, C) the clean and the noisy latent.
         t: (B,) int timesteps.
     """
     out = jax.lax.stop_gradient(out)
-    guess, _ = to_x0_eps(prediction, out, x_t, jnp.asarray(tables.alpha_bar)[t])
+    guess, _ = to_x0_eps(prediction, out, x_t, jnp.asarray(tables.alpha)[t], jnp.asarray(tables.sigma)[t])
     log_var = log_variance(tables, v, t)
     low = _at(tables.low, t, v)
     # the two means differ by their clean latents alone: no difference of large numbers

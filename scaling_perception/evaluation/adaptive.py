@@ -134,7 +134,7 @@ def _sample(
     draw = draw_members(key, predictor.image_ids(group, plan.images), first, count, settings.antithetic)
     if settings.step_tolerance is None:
         pixels = predictor.engine.sample(*predictor.weights, padded, draw, predictor.passes(task), tables)
-        return np.asarray(pixels)[: len(group)], [settings.steps] * len(group)
+        return np.asarray(pixels)[: len(group)], [settings.evaluations] * len(group)
     wanted = min(count, settings.ensemble - first)
     return _until_settled(predictor, padded, len(group), task, settings, tables, draw, wanted)
 

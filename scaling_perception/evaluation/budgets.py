@@ -26,6 +26,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from scaling_perception.evaluation import choosing
+from scaling_perception.evaluation.comparisons import evaluations_of
 from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
 from scaling_perception.support.again import refuse_other
 from scaling_perception.support.errors import UserError, did_you_mean
@@ -168,7 +169,7 @@ def _choice(cell: Mapping[str, Any], entry: Mapping[str, Any], here: tuple[float
     seconds, timing = float(cell["seconds"]), entry.get("timing")
     if here is not None and timing is not None:
         # Evaluations go as evaluations do between the machines, the rest as the fixed cost does.
-        evaluations = min(timing["per_forward"] * cell["steps"] * cell["ensemble"], seconds)
+        evaluations = min(timing["per_forward"] * evaluations_of(cell) * cell["ensemble"], seconds)
         there = entry.get("reference", timing)
         fixed, forward = (
             now / then if then > 0 else 1.0
@@ -308,7 +309,7 @@ def fit_timing(cells: list[dict[str, Any]]) -> Timing:
     Relative errors count, so that cheap cells do.
     """
     members = np.asarray([cell["ensemble"] for cell in cells], np.float64)
-    forwards = members * np.asarray([cell["steps"] for cell in cells], np.float64)
+    forwards = members * np.asarray([evaluations_of(cell) for cell in cells], np.float64)
     seconds = np.maximum(np.asarray([cell["seconds"] for cell in cells], np.float64), 1e-9)
     columns = np.stack([np.ones_like(members), members, forwards], axis=1)
     (whole, each, forward), _ = nnls(columns / seconds[:, None], np.ones_like(seconds))

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from scaling_perception.diffusion.solvers import evaluations
+
 Cell = dict[str, Any]
 
 
@@ -31,6 +33,11 @@ def kind(cell: Cell) -> str:
 def way(cell: Cell) -> tuple[str, str]:
     """Preset and solver."""
     return cell["preset"], cell.get("solver", "ddim")
+
+
+def evaluations_of(cell: Cell) -> int:
+    """Network evaluations of one member of a cell of constant compute."""
+    return evaluations(cell.get("solver", "ddim"), cell["steps"])
 
 
 def select(cells: Sequence[Cell], **wanted: Any) -> list[Cell]:
@@ -66,7 +73,7 @@ def same_compute(fixed: Sequence[Cell], forwards: float, metric: str) -> dict[st
     Args:
         fixed: cells of constant compute that differ in it alone.
     """
-    spent = sorted((cell["steps"] * cell["ensemble"], index) for index, cell in enumerate(fixed))
+    spent = sorted((evaluations_of(cell) * cell["ensemble"], index) for index, cell in enumerate(fixed))
     if not spent or not spent[0][0] <= forwards <= spent[-1][0]:
         return None
     above = next(i for i, (count, _) in enumerate(spent) if count >= forwards)
@@ -105,7 +112,9 @@ def savings(cells: Sequence[Cell], metric: str, of: str) -> list[Saving]:
         forwards, mine = float(np.mean(cell["forwards"])), values(cell, metric)
         even = same_compute(fixed, forwards, metric)
         against = None if even is None else change(even, mine)
-        found.append(Saving(cell, forwards / (steps * size), change(values(whole[0], metric), mine), against))
+        found.append(
+            Saving(cell, forwards / (evaluations_of(cell) * size), change(values(whole[0], metric), mine), against)
+        )
     return found
 
 

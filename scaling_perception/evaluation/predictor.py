@@ -21,6 +21,7 @@ import numpy as np
 
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion
+from scaling_perception.diffusion.solvers import evaluations
 from scaling_perception.evaluation.adaptive import adaptive_stream
 from scaling_perception.evaluation.aspect import with_aspect
 from scaling_perception.evaluation.batches import Plan, free_bytes, shrink, split
@@ -205,11 +206,12 @@ class Predictor:
         plan = Plan(1, chosen.ensemble)
         draw = draw_members(_key(key), self.image_ids(raws, 1), 0, chosen.ensemble, chosen.antithetic)
         latents = self.encode(raws, task, plan)
-        kept = np.asarray(self.engine.sample(*self.weights, latents, draw, self.passes(task), tables, tuple(steps)))
+        rows = tuple(evaluations(chosen.solver, step + 1) - 1 for step in steps)
+        kept = np.asarray(self.engine.sample(*self.weights, latents, draw, self.passes(task), tables, rows))
         found, size = [], (raw["image"].shape[0], raw["image"].shape[1])
-        for step, pixels in zip(steps, kept, strict=True):
+        for row, pixels in zip(rows, kept, strict=True):
             members = self.decode_members(pixels[0], task)
-            forwards = (step + 1) * chosen.ensemble
+            forwards = (row + 1) * chosen.ensemble
             estimate = self.merge(members, task, size, mode, raw.get("visible_mask"), forwards)
             found.append(Prediction(task, [estimate], self.macs(task, 1, 1), single=True))
         return found
@@ -254,7 +256,7 @@ class Predictor:
     ) -> Iterator[Estimate]:
         """One result for each raw sample, squashed and with constant compute, in the batches of ``plan``."""
         key = _key(key)
-        samples, forwards = iter(raws), settings.steps * settings.ensemble
+        samples, forwards = iter(raws), settings.evaluations * settings.ensemble
         while group := list(itertools.islice(samples, plan.images)):
             latents = self.encode(group, task, plan)
             pixels = self.sample(latents, group, task, settings.ensemble, tables, key, plan, settings.antithetic)
@@ -306,7 +308,7 @@ class Predictor:
         if spacing is not None:
             own = dataclasses.replace(own, spacing=spacing)
         if own.prediction == "epsilon" and own.spacing == "trailing":
-            gain = 1 / math.sqrt(own.alphas_cumprod()[-1])
+            gain = 1 / own.levels()[0][-1]
             warnings.warn(
                 f"this model predicts noise: on the trailing grid the error of its first step is multiplied by up to "
                 f"{gain:.0f}; use preset 'paper' (leading)",

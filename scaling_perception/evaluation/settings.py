@@ -5,7 +5,7 @@ from typing import Any
 
 from scaling_perception.diffusion.sampler import SamplerTables, sampler_tables
 from scaling_perception.diffusion.schedules import DiffusionPreset
-from scaling_perception.diffusion.solvers import refuse_amplified
+from scaling_perception.diffusion.solvers import evaluations, refuse_amplified
 from scaling_perception.evaluation.aspect import check_aspect
 from scaling_perception.support.errors import UserError
 
@@ -21,7 +21,7 @@ class Settings:
             the model's own. Schedule and prediction type are always the model's own: at the same timestep another
             schedule would mean another noise level than the model was trained on.
         spacing: the grid's spacing alone: leading, trailing or linspace.
-        solver: ddim, ddpm, dpm++2m, unipc or single (``diffusion.solvers``).
+        solver: ddim (also called euler), ddpm, dpm++2m, unipc, heun or single (``diffusion.solvers``).
         eta: noise of ddim and dpm++2m: 0 none, 1 as much as ancestral sampling.
         clip: bound of the clean latent's estimate in each step, None for none.
         reduce: how members are merged: depth lsq (default), median, minmax, marigold; flow mean (default), median;
@@ -62,11 +62,18 @@ class Settings:
                 raise UserError(f"{name} {value}: give a number of 0 or more, or leave it out")
         if self.step_tolerance is not None and (self.eta or self.solver == "ddpm"):
             raise UserError("step_tolerance goes with solvers without noise: eta 0, and not ddpm")
+        if self.step_tolerance is not None and self.evaluations != self.steps:
+            raise UserError(f"step_tolerance goes with one evaluation a step: leave it out, or solver '{self.solver}'")
 
     @property
     def adaptive(self) -> bool:
         """Whether images may get different numbers of members or steps."""
         return self.tolerance is not None or self.step_tolerance is not None
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of one member."""
+        return evaluations(self.solver, self.steps)
 
     def tables(self, diffusion: DiffusionPreset) -> SamplerTables:
         """The sampler's table for a model's diffusion on the chosen grid.

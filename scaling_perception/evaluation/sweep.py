@@ -23,6 +23,7 @@ from scaling_perception.data.manifest import widen_depth, wider
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
 from scaling_perception.evaluation.budgets import OWN
+from scaling_perception.evaluation.comparisons import evaluations_of
 from scaling_perception.evaluation.controls import control_inputs, control_results
 from scaling_perception.evaluation.intervals import summarise
 from scaling_perception.evaluation.journal import Journal
@@ -122,7 +123,7 @@ def sweep(
     sizes, mode, adaptive = sorted(set(ensemble)), reduce_mode(task, reduce), adaptive or Adaptive()
     points = _points(predictor, steps, sizes, presets, solvers, mode, adaptive)
     forward = predictor.macs_per_forward if macs_per_forward is None else macs_per_forward
-    largest = max(points, key=lambda point: point.settings.steps).tables
+    largest = max(points, key=lambda point: point.settings.evaluations).tables
     plan = predictor.plan(task, sizes[-1], len(source), batch_size, largest if batch_size is None else None)
     way = Way(predictor, task, protocol, mode, sizes[-1], adaptive, key, plan)
     run = _Run(way, source, points, sizes, panels, show, controls)
@@ -249,7 +250,7 @@ class _Run:
         """Do the groups of images that are still to be done."""
         starts = range(0, len(self.source), self.way.plan.images)
         left = starts[len(self.groups) :]
-        units = len(left) * sum(point.settings.steps for point in self.points)
+        units = len(left) * sum(point.settings.evaluations for point in self.points)
         label = f"evaluate {self.way.task}"
         if done := sum(len(group["images"]) for group in self.groups):
             label += f", {done} images are done"
@@ -313,13 +314,13 @@ class _Run:
             if group:
                 sampled = (sample_with_looks if point.looks else sample_all)(way, point.tables, latents, group)
                 for index, (raw, image) in enumerate(zip(group, record["images"], strict=True)):
-                    found = Nested(way, raw, sampled, index, point.settings.steps, len(group), encoding)
+                    found = Nested(way, raw, sampled, index, point.settings.evaluations, len(group), encoding)
                     image["cells"] += [found.cell(cell) for cell in point.cells]
                     number = len(self.shown) + len(record["shown"])
                     if point is self.pictured and number < self.panels:
                         shown = Shown(raw, found.estimate(way.most), point.cells[len(self.sizes) - 1])
                         record["shown"].append(self.show(shown, number))
-            for _ in range(point.settings.steps):
+            for _ in range(point.settings.evaluations):
                 next(count, None)
 
     def _compile_merging(self) -> None:
@@ -399,13 +400,13 @@ def _summary(
     constant = sum(row.pop(CONSTANT, 0) > 0 for row in rows)
     spent: dict[str, Any] = {"constant_predictions": constant} if constant else {}
     if cell["kind"] != "fixed":
-        by = cell["steps"] if cell["kind"] == "adaptive" else cell["ensemble"]
+        by = evaluations_of(cell) if cell["kind"] == "adaptive" else cell["ensemble"]
         counts = Counter(count / by for count in forwards)
         spent |= {"counts": {f"{count:g}": counts[count] for count in sorted(counts)}, "forwards": forwards}
     return {
         **cell,
         "mean_steps": mean / cell["ensemble"] if cell["kind"] == "steps" else cell["steps"],
-        "mean_members": mean / cell["steps"] if cell["kind"] == "adaptive" else cell["ensemble"],
+        "mean_members": mean / evaluations_of(cell) if cell["kind"] == "adaptive" else cell["ensemble"],
         "macs": None if each is None else each * mean,
         "seconds": float(np.mean([one[2] for one in found])),
         **spent,

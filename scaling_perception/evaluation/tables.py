@@ -5,6 +5,8 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
+from scaling_perception.evaluation.comparisons import evaluations_of
+
 MORE_IS_BETTER = (
     "delta1",
     "delta2",
@@ -56,7 +58,9 @@ def images_csv(result: dict[str, Any]) -> str:
         for index, row in enumerate(found["rows"]):
             spent: list[Any] = [None, None]
             if "steps" in found:
-                forwards = found["forwards"][index] if "forwards" in found else found["steps"] * found["ensemble"]
+                forwards = (
+                    found["forwards"][index] if "forwards" in found else evaluations_of(found) * found["ensemble"]
+                )
                 each = result.get("macs_per_forward")
                 spent = [forwards, None if each is None else each * forwards]
             head = [result["task"], result["dataset"], result["model"], row["key"], answer]

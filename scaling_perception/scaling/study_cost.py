@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scaling_perception.diffusion.solvers import evaluations
 from scaling_perception.models.config import DiTConfig, config_from_dict
 from scaling_perception.models.dit import count_params
 from scaling_perception.models.presets import at_resolution
@@ -166,13 +167,13 @@ def _evaluation(cell: Cell, known: Mapping[str, Cell]) -> Cost:
     steps = [int(part) for part in args.steps.split(",")]
     members = max(int(part) for part in args.ensemble.split(","))
     grids = len([part for part in (args.preset or "own").split(",") if part])
-    grids *= len([part for part in args.solver.split(",") if part])
+    solvers = [part.strip() for part in args.solver.split(",") if part.strip()]
     passes, side = len(pass_indices(args.task)), dit.input_size * 8
-    forwards = count * passes * grids * members * sum(steps)
+    forwards = count * passes * grids * members * sum(evaluations(solver, each) for solver in solvers for each in steps)
     pictures = 0.0
     if family is not None:
         module, sizes = family
-        decoded = count * passes * grids * members * len(steps)
+        decoded = count * passes * grids * len(solvers) * members * len(steps)
         pictures = decoded * module.macs("decoder", sizes, side, side) + count * 2 * module.macs(
             "encoder", sizes, side, side
         )

@@ -121,8 +121,8 @@ FIELDS: dict[str, Field] = {
     "diffusion_changes.zero_snr": Field(bool, "the last timestep carries no signal"),
     "timestep_sampling": Field(
         "uniform",
-        "draws of timesteps; high_noise: half of them from the noisiest tenth",
-        choices=("uniform", "high_noise"),
+        "draws of timesteps; high_noise: half of them from the noisiest tenth; logit_normal: the middle most",
+        choices=("uniform", "high_noise", "logit_normal"),
     ),
     "noise": Field("gaussian", "or annealed multi-resolution noise (Marigold)", choices=("gaussian", "multires")),
     "balance_loss": Field(0.01, "weight alpha of the balance loss of models with experts", _FROM_0),

@@ -1,8 +1,8 @@
 """The diffusion objective: denoise the latent of a task's picture, given the image and the prompt (facts 2 and 4).
 
-Per sample, with z = (target latent - shift[task]) / scale[task] and alpha_bar of the schedule:
+Per sample, with z = (target latent - shift[task]) / scale[task] and (alpha, sigma) of the schedule:
 
-    x_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps                               (1)
+    x_t = alpha_t z + sigma_t eps                                                       (1)
     input = [image latent, prompt latent, x_t] on the channel axis (no prompt when cond_channels is 4)
     loss = mean over valid latent cells of (network(input, t, label)[..., :4] - y)^2    (2)
            + balance_loss * sum over layers of f P, for models with experts (models/moe.py, facts 3.1)
@@ -52,8 +52,13 @@ def sample_timesteps(key: jax.Array, batch: int, sampling: str) -> jax.Array:
 
     ``uniform``: as in the paper. ``high_noise``: with probability 1/2 uniform over all, else uniform over 900..999,
     the levels where few-step sampling on the trailing grid spends its steps (one step runs at 999 alone).
+    ``logit_normal``: 1000 times the logistic function of a standard normal, cut to a whole number: the middle of the
+    path most often (Esser et al. 2024, section 3.1, with location 0 and scale 1).
     """
     every, top, which = jax.random.split(key, 3)
+    if sampling == "logit_normal":
+        place = jax.nn.sigmoid(jax.random.normal(every, (batch,)))
+        return jnp.minimum((TRAIN_STEPS * place).astype(jnp.int32), TRAIN_STEPS - 1)
     t = jax.random.randint(every, (batch,), 0, TRAIN_STEPS)
     if sampling == "uniform":
         return t
@@ -102,7 +107,7 @@ def loss_parts(
         mean for batches of pixels (then ``batch["constants"]`` holds those params), None for batches of latents.
     """
     dit = model.config
-    alpha_bar = np.asarray(preset.alphas_cumprod(), np.float32)
+    levels = [np.asarray(table, np.float32) for table in preset.levels()]
     shift, scale = np.asarray(norm["shift"], np.float32), np.asarray(norm["scale"], np.float32)
     passes = sorted({index for task in tasks_of(config) for index in pass_indices(task)})
     told = {f"loss_{PASSES[index]}": index for index in passes} if len(passes) > 1 else {}
@@ -113,9 +118,9 @@ def loss_parts(
         clean = (target - jnp.asarray(shift)[task][:, None, None]) / jnp.asarray(scale)[task][:, None, None]
         clean = jnp.where(valid[..., None], clean, 0.0)  # what hides under the mask may be anything, even NaN
         t, eps = sample_noise(key, batch.get("index", jnp.arange(len(clean))), clean.shape, config)
-        level = jnp.asarray(alpha_bar)[t]
-        noisy = add_noise(clean, eps, level)
-        wanted = training_target(preset.prediction, clean, eps, level)
+        alpha, sigma = (jnp.asarray(table)[t] for table in levels)
+        noisy = add_noise(clean, eps, alpha, sigma)
+        wanted = training_target(preset.prediction, clean, eps, alpha, sigma)
         parts = [image, noisy] if dit.cond_channels == LATENT else [image, prompt, noisy]
         inputs, labels = jnp.concatenate(parts, axis=-1), labels_of(task, dit)
         got, stats = model.apply({"params": params}, inputs, t, labels, with_stats=True)

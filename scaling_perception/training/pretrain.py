@@ -1,8 +1,8 @@
 """Pre-training: class-conditional generation, as DiT does it (Peebles & Xie 2023; facts 4.1 and 8).
 
-Per sample, with the autoencoder's posterior N(m, s^2) of its picture and alpha_bar of the schedule:
+Per sample, with the autoencoder's posterior N(m, s^2) of its picture and (alpha, sigma) of the schedule:
 
-    z = (m + s xi - shift) / scale,  x_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps         (1)
+    z = (m + s xi - shift) / scale,  x_t = alpha_t z + sigma_t eps         (1)
     loss = mean (network(x_t, t, label)[..., :4] - y)^2  + bits(network(x_t, t, label)[..., 4:])     (2)
            + balance_loss * sum over layers of f P, for models with experts
 
@@ -75,7 +75,8 @@ def generation_parts(
         model: a DiT without conditions. norm: {"shift": [[4]], "scale": [[4]]}. moments: as for `latent_draw`.
     """
     dit = model.config
-    alpha_bar, tables = np.asarray(preset.alphas_cumprod(), np.float32), variance_tables(preset)
+    levels = [np.asarray(table, np.float32) for table in preset.levels()]
+    tables = variance_tables(preset) if dit.learn_sigma else None
     shift, scale = np.asarray(norm["shift"][0], np.float32), np.asarray(norm["scale"][0], np.float32)
 
     def tally(params: Any, batch: Mapping[str, Any], key: jax.Array) -> dict[str, jax.Array]:
@@ -84,12 +85,12 @@ def generation_parts(
         clean = (latent_draw(batch, moments, key_draw, index) - shift[None, None, None]) / scale[None, None, None]
         labels = dropped_labels(batch["label"], dit, config.label_dropout, key_drop, index)
         t, eps = sample_noise(key_noise, index, clean.shape, config)
-        level = jnp.asarray(alpha_bar)[t]
-        noisy = add_noise(clean, eps, level)
-        wanted = training_target(preset.prediction, clean, eps, level)
+        alpha, sigma = (jnp.asarray(table)[t] for table in levels)
+        noisy = add_noise(clean, eps, alpha, sigma)
+        wanted = training_target(preset.prediction, clean, eps, alpha, sigma)
         out, stats = model.apply({"params": params}, noisy, t, labels, with_stats=True)
         found = {"mse": jnp.mean(jnp.square(out[..., :LATENT] - wanted))}
-        if dit.learn_sigma:
+        if tables is not None:
             bits = learned_range_bits(
                 tables, preset.prediction, out[..., :LATENT], out[..., LATENT:], clean, noisy, t
             ).mean()

@@ -65,20 +65,22 @@ def test_stochastic_trajectories_agree_with_the_reference(golden):
         assert np.abs(np.asarray(analytic_sample(tables, data["in/x_T"], 0 * noise)[0]) - wanted).max() > 0.1
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+@pytest.mark.parametrize(
+    "schedule, prediction", [*(("cosine", p) for p in ("epsilon", "v", "x0")), ("rectified", "velocity")]
+)
 @pytest.mark.parametrize("steps", [1, 3, 10])
-def test_a_network_that_knows_the_answer_is_followed_to_it(prediction, steps):
+def test_a_network_that_knows_the_answer_is_followed_to_it(schedule, prediction, steps):
     """With the true output for one x0 every estimate is that x0, on any grid, cosine's last timestep included."""
     rng = np.random.default_rng(0)
     x0 = jnp.asarray(rng.standard_normal((2, 4, 4, 3)), jnp.float32)
     spacing = "leading" if prediction == "epsilon" else "trailing"
-    preset = get_diffusion("fixed", prediction=prediction, spacing=spacing)
-    alpha_bar = jnp.asarray(preset.alphas_cumprod(), jnp.float32)
+    preset = get_diffusion("fixed", schedule=schedule, prediction=prediction, spacing=spacing)
+    alpha, sigma = (jnp.asarray(level, jnp.float32) for level in preset.levels())
 
     def denoise(x, t):
-        signal, noise = jnp.sqrt(alpha_bar[t]), jnp.sqrt(1 - alpha_bar[t])
+        signal, noise = alpha[t], sigma[t]
         eps = (x - signal * x0) / noise
-        return {"epsilon": eps, "x0": x0, "v": signal * eps - noise * x0}[prediction]
+        return {"epsilon": eps, "x0": x0, "v": signal * eps - noise * x0, "velocity": eps - x0}[prediction]
 
     x, estimates = ddim_sample(denoise, sampler_tables(preset, steps), jnp.ones_like(x0), return_trajectory=True)
     assert estimates.shape == (steps, *x0.shape)

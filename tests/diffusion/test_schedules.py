@@ -98,6 +98,19 @@ def test_impossible_grids_are_user_errors(steps, offset):
         timestep_grid("leading", steps, offset)
 
 
+def test_levels_are_roots_of_alpha_bar_or_a_straight_line():
+    for changes in ({}, {"schedule": "linear"}, {"zero_snr": True}):
+        preset = get_diffusion("fixed", **changes)
+        alpha, sigma = preset.levels()
+        np.testing.assert_allclose(alpha**2, preset.alphas_cumprod(), rtol=1e-15)
+        np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-15)
+    alpha, sigma = get_diffusion("rectified").levels()
+    np.testing.assert_allclose(alpha + sigma, 1, rtol=1e-15)
+    assert (sigma[0], sigma[499], sigma[999], alpha[999]) == (0.001, 0.5, 1.0, 0.0)
+    steps = np.diff(np.append(sigma[timestep_grid("trailing", 8)[0]], 0.0))
+    np.testing.assert_allclose(steps, -1 / 8, rtol=1e-12)  # the trailing grid cuts it into equal parts
+
+
 def test_presets_say_what_the_docs_say():
     paper, released, fixed = (get_diffusion(name) for name in ("paper", "released", "fixed"))
     assert (paper.schedule, paper.prediction, paper.spacing, paper.steps_offset) == ("cosine", "epsilon", "leading", 0)
@@ -124,6 +137,10 @@ def test_preset_changes_aliases_and_json():
         (lambda: get_diffusion("fixed", prediction="epsilo"), "epsilon"),
         (lambda: schedules.alphas_cumprod("cosin"), "cosine"),
         (lambda: get_diffusion("paper", zero_snr=True), "zero_snr"),
+        (lambda: get_diffusion("rectified", zero_snr=True), "zero_snr"),
+        (lambda: get_diffusion("rectified", prediction="v"), "velocity"),
+        (lambda: get_diffusion("rectified", prediction="epsilon"), "velocity"),
+        (lambda: get_diffusion("rectified").alphas_cumprod(), "does not preserve variance"),
     ],
 )
 def test_wrong_names_are_user_errors_with_the_nearest(call, hint):

@@ -7,21 +7,21 @@ import pytest
 
 from scaling_perception.diffusion.sampler import sample, sampler_tables
 from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion, timestep_grid
-from scaling_perception.diffusion.solvers import SOLVERS
+from scaling_perception.diffusion.solvers import SOLVERS, evaluations
 from scaling_perception.evaluation.settings import Settings
 from scaling_perception.support.errors import UserError
 
 # Data N(MEAN, SPREAD^2), each coordinate by itself.
 MEAN, SPREAD = np.array([0.7, -0.3, 1.5]), np.array([0.5, 1.3, 0.2])
+RECTIFIED = {"schedule": "rectified", "prediction": "velocity"}
 COSINES = np.cos(np.arange(1000) / 1000.0).astype(np.float32)
 
 
 def gaussian_tables(preset):
     """The exact denoiser of the Gaussian data, E[x0 | x], by timestep: its gain and offset, and the preset's output."""
-    alpha_bar = preset.alphas_cumprod()[:, None]
-    signal, noise = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
-    gain = signal * SPREAD**2 / (alpha_bar * SPREAD**2 + 1 - alpha_bar)
-    of_x0, of_eps = {"epsilon": (0, 1), "x0": (1, 0), "v": (-noise, signal)}[preset.prediction]
+    signal, noise = (level[:, None] for level in preset.levels())
+    gain = signal * SPREAD**2 / (signal**2 * SPREAD**2 + noise**2)
+    of_x0, of_eps = {"epsilon": (0, 1), "x0": (1, 0), "v": (-noise, signal), "velocity": (-1, 1)}[preset.prediction]
     # out = of_x0 x0 + of_eps (x - signal x0) / noise with x0 = gain x + (1 - gain signal) MEAN
     share = of_x0 - of_eps * signal / noise
     return of_eps / noise + share * gain, share * (1 - gain * signal) * MEAN
@@ -38,16 +38,20 @@ def gaussian_run(tables, network, x, key=None):
     return sample(denoise, tables, x, None if key is None else draw)
 
 
-def on_the_path(alpha_bar, z):
-    """Where the probability-flow ODE is at alpha_bar: z, the deviations from the mean, stays."""
-    return np.sqrt(alpha_bar) * MEAN + np.sqrt(alpha_bar * SPREAD**2 + 1 - alpha_bar) * z
+def on_the_path(preset, t, z):
+    """Where the probability-flow ODE is at timestep t: z, the deviations from the mean, stays."""
+    signal, noise = (level[t] for level in preset.levels())
+    return signal * MEAN + np.sqrt(signal**2 * SPREAD**2 + noise**2) * z
 
 
-@pytest.mark.parametrize("schedule, prediction", [("linear", "epsilon"), ("scaled_linear", "x0"), ("cosine", "v")])
+@pytest.mark.parametrize(
+    "schedule, prediction",
+    [("linear", "epsilon"), ("scaled_linear", "x0"), ("cosine", "v"), ("rectified", "velocity")],
+)
 def test_the_order_of_convergence_is_1_2_and_3(schedule, prediction):
     """From t = 900 to t = 100 in equal jumps, in float64. UniPC-2's corrector makes it third order."""
     preset = DiffusionPreset(schedule, prediction)
-    begin, end = (on_the_path(preset.alphas_cumprod()[t], np.array([1.3, -0.8, 0.4])) for t in (900, 100))
+    begin, end = (on_the_path(preset, t, np.array([1.3, -0.8, 0.4])) for t in (900, 100))
     errors = {solver: [] for solver in ("ddim", "dpm++2m", "unipc")}
     with jax.enable_x64(True):
         for steps in (10, 40, 80, 160):
@@ -63,13 +67,14 @@ def test_the_order_of_convergence_is_1_2_and_3(schedule, prediction):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"zero_snr": True}, {"zero_snr": True, "schedule": "linear"}, {"prediction": "x0"}]
+    "changes",
+    [{}, {"zero_snr": True}, {"zero_snr": True, "schedule": "linear"}, {"prediction": "x0"}, RECTIFIED],
 )
 def test_whole_runs_end_at_the_data_and_higher_order_gets_there_sooner(changes):
     """In float32 from pure noise to alpha_bar = 1; with zero_snr lambda is infinite at both ends."""
     preset = get_diffusion("fixed", **changes)
     z = np.array([1.3, -0.8, 0.4])
-    begin = jnp.asarray(on_the_path(preset.alphas_cumprod()[999], z), jnp.float32)
+    begin = jnp.asarray(on_the_path(preset, 999, z), jnp.float32)
 
     def error(solver, steps):
         x = gaussian_run(sampler_tables(preset, steps, solver=solver), gaussian_tables(preset), begin)
@@ -80,6 +85,55 @@ def test_whole_runs_end_at_the_data_and_higher_order_gets_there_sooner(changes):
         assert error(solver, 2) <= 1.001 * error("ddim", 2)
         assert error(solver, 3) <= 1.001 * error("ddim", 3)
         assert error(solver, 50) < 0.15 * error("ddim", 50)
+
+
+def test_euler_on_the_straight_path():
+    """ddim's step is x + (sigma' - sigma) velocity there, and its other name is euler."""
+    preset = get_diffusion("rectified")
+    tables = sampler_tables(preset, 5, solver="euler", dtype=np.float64)
+    jax.tree.map(np.testing.assert_array_equal, tables, sampler_tables(preset, 5, dtype=np.float64))
+    x, velocity = 0.37, -1.9
+    for i, sigma in enumerate((1.0, 0.8, 0.6, 0.4, 0.2)):
+        x0 = tables.x0_x[i] * x + tables.x0_out[i] * velocity
+        assert x0 == pytest.approx(x - sigma * velocity, rel=1e-12)
+        assert tables.next_x[i] * x + tables.next_x0[i] * x0 == pytest.approx(x - 0.2 * velocity, rel=1e-12)
+
+
+def heun_by_hand(preset, steps, network, x):
+    """Heun's method in sigma on the straight path, as Karras et al. 2022 write it (algorithm 1), in float64."""
+    slope, offset = network
+    sigmas = np.append(np.arange(steps, 0, -1), 0) / steps
+
+    def velocity(x, sigma):
+        t = round(1000 * sigma) - 1
+        return slope[t] * x + offset[t]
+
+    for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+        first = velocity(x, now)
+        guess = x + (after - now) * first
+        x = x + (after - now) * (first if after == 0 else (first + velocity(guess, after)) / 2)
+    return x
+
+
+def test_heun_is_heun_on_the_straight_path_and_of_second_order_on_any():
+    preset, begin = get_diffusion("rectified"), np.array([1.3, -0.8, 0.4])
+    with jax.enable_x64(True):
+        for steps in (1, 2, 5, 20):
+            tables = sampler_tables(preset, steps, solver="heun", dtype=np.float64)
+            assert len(tables.t) == evaluations("heun", steps) == 2 * steps - 1
+            got = gaussian_run(tables, gaussian_tables(preset), jnp.asarray(begin))
+            np.testing.assert_allclose(got, heun_by_hand(preset, steps, gaussian_tables(preset), begin), rtol=1e-10)
+        for preset in (get_diffusion("rectified"), get_diffusion("fixed"), get_diffusion("fixed", prediction="x0")):
+            begin, end = (on_the_path(preset, t, np.array([1.3, -0.8, 0.4])) for t in (900, 100))
+            errors = []
+            for steps in (20, 40, 80, 160):
+                t = np.arange(900, 100, -800 // steps)
+                grid = (t, t - 800 // steps)
+                tables = sampler_tables(preset, steps, grid=grid, solver="heun", dtype=np.float64)
+                errors.append(np.abs(gaussian_run(tables, gaussian_tables(preset), jnp.asarray(begin)) - end).max())
+            slope = -np.polyfit(range(3), np.log2(errors[1:]), 1)[0]
+            # its last step is of first order, which costs an error of h^2 at most: one step of length h
+            assert 1.85 < slope < 2.2, (preset, errors)
 
 
 def test_both_solvers_of_second_order_predict_alike():
@@ -118,7 +172,7 @@ def test_one_step_of_every_solver_is_the_same(name):
     preset, x = get_diffusion(name), jnp.linspace(-2, 2, 12).reshape(2, 6)
     run = jax.jit(lambda tables: sample(lambda x, row: jnp.tanh(x), tables, x, noise=lambda row: jnp.ones_like(x)))
     wanted = run(sampler_tables(preset, 1))
-    for solver in ("ddpm", "dpm++2m", "unipc"):
+    for solver in ("ddpm", "dpm++2m", "unipc", "heun"):
         tables = sampler_tables(preset, 1, solver=solver)
         assert all(np.array_equal(a, b) for a, b in zip(tables[:9], sampler_tables(preset, 1)[:9], strict=True))
         np.testing.assert_allclose(run(tables), wanted, rtol=1e-6)
@@ -369,4 +423,4 @@ def test_mistakes_are_named():
         with pytest.raises(UserError, match=hint) as caught:
             sampler_tables(fixed, 2, **options)
         assert "\n" not in str(caught.value)
-    assert len(SOLVERS) == 5
+    assert len(SOLVERS) == 6

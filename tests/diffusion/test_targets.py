@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from scaling_perception.diffusion import targets
-from scaling_perception.diffusion.schedules import alphas_cumprod
+from scaling_perception.diffusion.schedules import DiffusionPreset
 from scaling_perception.support.errors import UserError
 
 
@@ -15,38 +15,60 @@ from scaling_perception.support.errors import UserError
 def test_noising_and_velocity_agree_with_the_reference(golden, name):
     data = load_file(golden / "ddim" / "tables.safetensors")
     x0, noise, t = jnp.asarray(data["in/x0"]), jnp.asarray(data["in/noise"]), data["in/t"]
-    for alpha_bar in (alphas_cumprod(name)[t], jnp.asarray(alphas_cumprod(name)[t], jnp.float32)):
-        got = targets.add_noise(x0, noise, alpha_bar)
+    host = [level[t] for level in DiffusionPreset(name).levels()]
+    for levels in (host, [jnp.asarray(level, jnp.float32) for level in host]):
+        got = targets.add_noise(x0, noise, *levels)
         np.testing.assert_allclose(got, data[f"out/{name}/add_noise"], rtol=1e-5, atol=2e-5)
-        got = targets.training_target("v", x0, noise, alpha_bar)
+        got = targets.training_target("v", x0, noise, *levels)
         np.testing.assert_allclose(got, data[f"out/{name}/get_velocity"], rtol=1e-5, atol=2e-5)
 
 
 @settings(max_examples=30, deadline=None)
-@given(t=st.integers(0, 999), prediction=st.sampled_from(["epsilon", "v", "x0"]), seed=st.integers(0, 99))
-def test_a_perfect_network_gives_back_x0_and_eps(t, prediction, seed):
-    rng = np.random.default_rng(seed)
+@given(
+    t=st.integers(0, 999),
+    kind=st.sampled_from(
+        [
+            *(("cosine", name) for name in ("epsilon", "v", "x0", "velocity")),
+            ("rectified", "x0"),
+            ("rectified", "velocity"),
+        ]
+    ),
+    seed=st.integers(0, 99),
+)
+def test_a_perfect_network_gives_back_x0_and_eps(t, kind, seed):
+    rng, (schedule, prediction) = np.random.default_rng(seed), kind
     x0, eps = (jnp.asarray(rng.standard_normal((2, 3)), jnp.float32) for _ in range(2))
-    alpha_bar = alphas_cumprod("cosine")[t]
-    x_t = targets.add_noise(x0, eps, alpha_bar)
-    out = targets.training_target(prediction, x0, eps, alpha_bar)
-    back_x0, back_eps = targets.to_x0_eps(prediction, out, x_t, alpha_bar)
+    alpha, sigma = (level[t] for level in DiffusionPreset(schedule, prediction).levels())
+    x_t = targets.add_noise(x0, eps, alpha, sigma)
+    out = targets.training_target(prediction, x0, eps, alpha, sigma)
+    back_x0, back_eps = targets.to_x0_eps(prediction, out, x_t, alpha, sigma)
     # What float32 rounding of x_t and out can become, by the division each prediction type has.
     slack = 5e-7 * max(1, float(jnp.abs(x_t).max()))
-    by_signal, by_noise = float(1 / np.sqrt(alpha_bar)), float(1 / np.sqrt(1 - alpha_bar))
-    np.testing.assert_allclose(back_x0, x0, atol=slack * (by_signal + 3 if prediction == "epsilon" else 3))
-    np.testing.assert_allclose(back_eps, eps, atol=slack * (by_noise + 3 if prediction == "x0" else 3))
+    np.testing.assert_allclose(back_x0, x0, atol=slack * (1 / alpha + 3 if prediction == "epsilon" else 3))
+    np.testing.assert_allclose(back_eps, eps, atol=slack * (1 / sigma + 3 if prediction == "x0" else 3))
+
+
+def test_the_straight_path_by_hand():
+    """A quarter of the way to noise: x = 3/4 x0 + 1/4 eps, and the velocity is eps - x0 wherever one stands."""
+    alpha, sigma = (level[249] for level in DiffusionPreset("rectified", "velocity").levels())
+    x0, eps = jnp.asarray([[4.0, -8.0]]), jnp.asarray([[1.0, 2.0]])
+    x = targets.add_noise(x0, eps, alpha, sigma)
+    velocity = targets.training_target("velocity", x0, eps, alpha, sigma)
+    np.testing.assert_array_equal(x, [[3.25, -5.5]])
+    np.testing.assert_array_equal(velocity, [[-3.0, 10.0]])
+    slope = jax.grad(lambda s: targets.add_noise(x0, eps, 1 - s, s)[0, 1])(0.25)
+    assert slope == velocity[0, 1]
 
 
 def test_v_is_exact_where_epsilon_loses_its_digits():
     """At the end of the cosine schedule the v route still knows x0 to float32, the epsilon route to 1e-3 at best."""
     rng = np.random.default_rng(0)
     x0, eps = (jnp.asarray(rng.standard_normal((64,)), jnp.float32) for _ in range(2))
-    last = alphas_cumprod("cosine")[999]
-    x_t = targets.add_noise(x0, eps, last)
+    last = [level[999] for level in DiffusionPreset("cosine").levels()]
+    x_t = targets.add_noise(x0, eps, *last)
     error = {
         kind: float(
-            jnp.abs(targets.to_x0_eps(kind, targets.training_target(kind, x0, eps, last), x_t, last)[0] - x0).max()
+            jnp.abs(targets.to_x0_eps(kind, targets.training_target(kind, x0, eps, *last), x_t, *last)[0] - x0).max()
         )
         for kind in ("v", "epsilon")
     }
@@ -56,8 +78,8 @@ def test_v_is_exact_where_epsilon_loses_its_digits():
 def test_unknown_prediction_is_a_user_error():
     one = jnp.ones((1, 2))
     for call in (
-        lambda: targets.training_target("vv", one, one, 0.5),
-        lambda: targets.to_x0_eps("eps2", one, one, 0.5),
+        lambda: targets.training_target("vv", one, one, 0.5, 0.5),
+        lambda: targets.to_x0_eps("eps2", one, one, 0.5, 0.5),
     ):
         with pytest.raises(UserError, match="prediction"):
             call()

@@ -58,9 +58,9 @@ def draw(prediction, schedule, error=0.1):
     rng = np.random.default_rng(0)
     x0 = rng.normal(size=SHAPE).astype(np.float32)
     eps = rng.normal(size=SHAPE).astype(np.float32)
-    level = preset(prediction, schedule).alphas_cumprod()[TIMES].astype(np.float32)
-    x_t = add_noise(x0, eps, jnp.asarray(level))
-    out = training_target(prediction, x0, eps, jnp.asarray(level))
+    levels = [level[TIMES].astype(np.float32) for level in preset(prediction, schedule).levels()]
+    x_t = add_noise(x0, eps, *levels)
+    out = training_target(prediction, x0, eps, *levels)
     out = out + error * rng.normal(size=SHAPE).astype(np.float32)
     return out, rng.uniform(-1.3, 1.3, SHAPE).astype(np.float32), x0, x_t
 

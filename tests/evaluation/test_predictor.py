@@ -266,6 +266,13 @@ def test_macs_count_passes_steps_and_members(make_predictor, make_image):
     assert predictor.macs("depth", 2, 4) == 8 * one and predictor.macs("flow", 2, 4) == 16 * one
     both = predictor([make_image(), make_image(seed=1)], ensemble=2, **FAST)
     assert both.macs.tolist() == [4.0 * one] * 2
+    twice = predictor(make_image(), steps=2, ensemble=2, solver="heun")  # two evaluations, and one in the last step
+    assert twice.forwards == 6 and twice.macs == 6.0 * one
+    first, last = predictor.intermediates(make_image(), at=(0, -1), steps=2, ensemble=2, solver="heun")
+    assert (first.forwards, last.forwards) == (2, 6)
+    np.testing.assert_allclose(last.prediction, twice.prediction, atol=1e-5)
+    with pytest.raises(UserError, match="step_tolerance goes with one evaluation a step"):
+        predictor(make_image(), steps=2, solver="heun", step_tolerance=0.1)
 
 
 def test_from_pretrained_finds_folders_runs_and_names(predictor, make_image, tmp_path, monkeypatch):
