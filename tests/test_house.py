@@ -66,3 +66,20 @@ def test_no_machine_paths_and_no_heavy_files():
             assert not bound.search(path.read_text()), f"{path} names a path of one machine"
     for path in _tracked():
         assert path.stat().st_size < 5 * 2**20, f"{path} is over 5 MiB"
+
+
+def test_cited_facts_are_on_their_page():
+    """«facts 4.2» names a heading of docs/facts.md, and «facts 10, row 8» a row of its last table."""
+    page = (ROOT / "docs" / "facts.md").read_text(encoding="utf-8")
+    headings = set(re.findall(r"^#+ (\d+(?:\.\d+)?)\.? ", page, re.M))
+    rows = set(re.findall(r"^\| (\d+) \|", page[page.index("\n## 10.") :], re.M))
+    number, missing = r"\d+(?:\.\d+)?", []
+    for path in _tracked("*.py", "*.md", "*.ipynb"):
+        if path.name == "facts.md":
+            continue
+        text = path.read_text(encoding="utf-8")
+        for found in re.finditer(rf"\bfacts ({number}(?:(?:, | and ){number})*)((?:, row \d+)?)", text):
+            cited = set(re.findall(number, found[1])) - headings
+            cited |= set(re.findall(r"row (\d+)", found[2])) - rows
+            missing += [f"{path.relative_to(ROOT)}: {found[0]}"] if cited else []
+    assert not missing
