@@ -24,6 +24,15 @@ scaling-perception evaluate --task depth --dataset scenes --model mini --steps 1
 scaling-perception evaluate --task depth --dataset scenes --model runs/depth --steps 1,2,5,10 --ensemble 1,2,5 --write-budgets runs/depth --json runs/budgets.json
 """  # noqa: E501
 
+FLAGS = {
+    "data source": "--dataset",
+    "a root": "--data",
+    "step_tolerance": "--step-tolerance",
+    **{name: f"--{name}" for name in ("task", "model", "autoencoder", "dtype", "steps", "solver", "preset", "reduce")},
+    **{name: f"--{name}" for name in ("split", "option", "tolerance", "seed")},
+}
+"""What messages of the library call by name -> the flag."""
+
 _FORMAT = 1
 _ASKED = ("task", "dataset", "split", "count", "option", "steps", "ensemble", "preset", "solver", "tolerance", "first")
 _ASKED += ("step_tolerance", "step_chunk", "metrics", "reduce", "seed", "dtype", "panels", "controls")
@@ -180,14 +189,18 @@ def run(args: argparse.Namespace) -> int:
     from scaling_perception.data.manifest import unlikely
     from scaling_perception.evaluation.budgets import check_entry
     from scaling_perception.evaluation.nested import Adaptive
-    from scaling_perception.evaluation.protocols import REPORTED, count_note, get_protocol, reduce_mode
+    from scaling_perception.evaluation.protocols import METRICS, REPORTED, count_note, get_protocol, reduce_mode
     from scaling_perception.evaluation.sweep import sweep
     from scaling_perception.models.dit import count_params
     from scaling_perception.support.progress import progress
     from scaling_perception.tasks import get_task
 
     get_task(args.task)
+    if args.task not in METRICS:
+        raise UserError(f"--task {args.task} has no truth to measure against: give {', '.join(METRICS)}")
     steps, ensemble = numbers(args.steps, "--steps"), numbers(args.ensemble, "--ensemble")
+    if max(steps) > 1000:
+        raise UserError(f"--steps '{args.steps}': give whole numbers from 1 to 1000, such as 1,2,5")
     adaptive = Adaptive(
         tolerances(args.tolerance, "--tolerance"),
         args.first,

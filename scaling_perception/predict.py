@@ -57,9 +57,16 @@ SETTINGS: dict[str, tuple[Any, str, str]] = {
 }
 """Every field of ``evaluation.settings.Settings``: type, placeholder, help. Written out, for --help must not wait."""
 
+FLAGS = {
+    **{name: f"--{name.replace('_', '-')}" for name in SETTINGS if name != "first"},
+    **{name: f"--{name}" for name in ("task", "model", "autoencoder", "dtype", "budget", "seed")},
+}
+"""What messages of the library call by name -> the flag."""
+
 _USUAL = {"model": "mini", "dtype": "float32", "seed": 0, "every": 1, "start": 0}
 _BUDGETS = ("budget", "macs", "seconds")
 _CHOSEN_BY_BUDGET = ("steps", "ensemble", "preset", "spacing", "solver")
+_GO_WITH = {"align_space": "align", "align_fit": "align", "first": "tolerance", "step_chunk": "step_tolerance"}
 _WITH_REPEAT = ("out", "overwrite", "json", "workers", "model", "autoencoder", "repeat")
 _OF_THE_RUN = (
     *("inputs", "list", "null", "recursive", "every", "start", "end", "mask"),
@@ -212,9 +219,9 @@ def _check_flags(args: argparse.Namespace) -> None:
             if getattr(args, name) is not None and getattr(args, other) is not None:
                 one, two = _flag(name), _flag(other)
                 raise UserError(f"{one} chooses {other} from the model's table: leave out {one} or {two}")
-    for name in ("align_space", "align_fit"):
-        if getattr(args, name) is not None and args.align is None:
-            raise UserError(f"{_flag(name)} goes with --align: give the points, or leave it out")
+    for name, other in _GO_WITH.items():
+        if getattr(args, name) is not None and getattr(args, other) is None:
+            raise UserError(f"{_flag(name)} goes with {_flag(other)}: give that too, or leave it out")
 
 
 def _request(args: argparse.Namespace, chosen: dict[str, Any] | None = None, budget: Any = None) -> "Request":
@@ -243,6 +250,13 @@ def _request(args: argparse.Namespace, chosen: dict[str, Any] | None = None, bud
         check_choice("--align-space", args.align_space or "depth", SPACES),
         check_choice("--align-fit", args.align_fit or "least-squares", FITS),
     )
+    looks = len(range(settings.step_chunk, settings.steps, settings.step_chunk))
+    by_budget = chosen is None and any(getattr(args, name) is not None for name in _BUDGETS)
+    if settings.step_tolerance is not None and looks < 2 and not by_budget:
+        raise UserError(
+            f"--step-tolerance needs two looks before the end, and {settings.steps} steps have {looks}: give more "
+            "--steps, or a smaller --step-chunk"
+        )
     if args.fov is not None:
         camera_of_fov(args.fov, (1, 1))  # told before anything is computed
     align = None if args.align is None else os.path.abspath(os.path.expanduser(args.align))

@@ -45,6 +45,18 @@ _OF_LATENTS += ("shard_size", "batch", "workers", "skip_bad", "overrides")
 _CACHE = re.compile(r"latents-\d+-of-\d+\..*|\.?(ledger|summary)\.json.*|\.?manifest\.jsonl.*|\.lock|\.contents.*")
 
 
+FLAGS = {
+    "a root": "--raw",
+    "start or count": "--start or --count",
+    "image_resize": "--image-resize",
+    "depth_prompt": "--depth-prompt",
+    "autoencoder": "--vae",
+    "task": "--tasks",
+    "split": "--split",
+}
+"""What messages of the library call by name -> the flag."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", help="scenes, hypersim, flying_chairs, pix2gestalt, folder, …")
     parser.add_argument("--raw", default="", metavar="DIR", help="folder of the raw dataset (not for scenes)")

@@ -91,7 +91,7 @@ def open_subset(
         )
     end = start + count if count else len(source)
     if end > len(source) or start >= end:
-        raise UserError(f"{name} ({split}) has {len(source)} samples, not {start}..{end - 1}: choose others")
+        raise UserError(f"{name} ({split}) has {len(source)} samples, not {start}..{end - 1}: change start or count")
     return source, range(start, end)
 
 

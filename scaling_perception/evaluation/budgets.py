@@ -161,7 +161,7 @@ def _within(choices: list[Choice], task: str, macs: float | None, seconds: float
     )
     raise UserError(
         f"no setting for {task} fits {asked}: the cheapest is {least.steps} step(s) × {least.ensemble} member(s) with "
-        f"{least.macs:.3g} MACs and {least.seconds:.3g} s an image"
+        f"{least.macs:.3g} MACs and {least.seconds:.3g} s an image: allow more"
     )
 
 

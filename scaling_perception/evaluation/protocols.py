@@ -176,7 +176,7 @@ def reduce_mode(task: str, mode: str | None) -> str:
     if mode is None:
         return REDUCE[task][0]
     if mode not in REDUCE[task]:
-        raise UserError(f"unknown way '{mode}' to merge {task} members{did_you_mean(mode, REDUCE[task])}")
+        raise UserError(f"reduce '{mode}' is no way to merge {task} members{did_you_mean(mode, REDUCE[task])}")
     return mode
 
 

@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from scaling_perception.support.errors import UserError
@@ -71,10 +71,23 @@ def _with_negative_values(words: list[str]) -> list[str]:
     return joined
 
 
+def in_flags(text: str, flags: Mapping[str, str]) -> str:
+    """A message of the library, which names arguments, with the flags that set them (``FLAGS`` of a verb).
+
+    ``eta 2.0: choose between …`` becomes ``--eta 2.0: choose between …``: a name counts where a value follows it, or
+    where it is no word of English.
+    """
+    for name, flag in flags.items():
+        value = "" if re.search("[ _]", name) else r"(?= (?:'|-?\d))"
+        text = re.sub(rf"(?<![\w./'\"=-]){re.escape(name)}(?!\w){value}", flag, text)
+    return text
+
+
 def run_verb(verb: str, words: list[str]) -> int:
     """Run a verb with the words a person would type; returns its exit code.
 
-    A verb with ``split_overrides`` (``train``) also takes ``--config.some.key=value`` words.
+    A verb with ``split_overrides`` (``train``) also takes ``--config.some.key=value`` words. In messages the arguments
+    that its ``FLAGS`` hold are called by their flags.
 
     Raises:
         UserError: a flag or value is wrong.
@@ -87,4 +100,8 @@ def run_verb(verb: str, words: list[str]) -> int:
     args = parser.parse_args(_with_negative_values(words))
     place_arguments(args)
     args.overrides = overrides
-    return module.run(args) or 0
+    try:
+        return module.run(args) or 0
+    except UserError as error:
+        error.args = (in_flags(str(error), getattr(module, "FLAGS", {})),)
+        raise
