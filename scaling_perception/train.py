@@ -162,7 +162,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
         return new_state(params, tx)._replace(ema=average, guard=new_guard(window_size))
 
     shapes = jax.eval_shape(lambda key: begin(objective.init(key)), jax.random.key(0))
-    places = averaging.placed(tree_shardings(shapes, mesh), apart)
+    places = averaging.placed(tree_shardings(shapes, mesh, objective.rules), apart)
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
     )

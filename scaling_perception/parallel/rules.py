@@ -27,10 +27,15 @@ DIT_RULES: Rules = (
     (r"blocks/modulation/kernel", PartitionSpec(None, "fsdp", "tensor")),
     (r"blocks/(attn/qkv|mlp/fc1|modulation)/bias", PartitionSpec(None, "tensor")),
     (r"(time_embed/.*|final/.*)/kernel", PartitionSpec("fsdp", None)),
-    # Small: position table, patch kernels, remaining biases, routers; and the label table, for a row looked up in a
-    # table that is split by columns comes split by columns, where the batch is to be split.
-    (r".*", PartitionSpec()),
+    # Small, so whole on every device. A kernel that is not named here is refused: it might be large.
+    (r"(patch_embed|context|blocks/moe/router)/kernel", PartitionSpec()),
+    # What is no kernel: position table, remaining biases, counters; and the label table, for a row looked up in a table
+    # that is split by columns comes split by columns, where the batch is to be split.
+    (r"(.*/)?(?!kernel$)[^/]+", PartitionSpec()),
 )
+
+WHOLE_RULES: Rules = ((r".*", PartitionSpec()),)
+"""For models that are small enough to be whole on every device."""
 
 
 def _path_name(path: tuple[Any, ...]) -> str:
@@ -56,7 +61,7 @@ def spec_for(name: str, rules: Rules = DIT_RULES) -> PartitionSpec:
     for pattern, spec in rules:
         if re.search(rf"(^|/)({pattern})$", name):
             return spec
-    raise ValueError(f"no sharding rule for {name}")
+    raise ValueError(f"no sharding rule for {name}: add one to DIT_RULES (parallel/rules.py)")
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = DIT_RULES) -> Any:

@@ -29,6 +29,7 @@ from scaling_perception.models.autoencoders import (
     save_part,
     tree_hash,
 )
+from scaling_perception.parallel.rules import WHOLE_RULES
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path, read_json, write_json
 from scaling_perception.support.progress import progress
@@ -318,7 +319,9 @@ def autoencoder_objective(config: Any, mesh: Mesh | None = None) -> Objective:
 
         batches = own_share(BankBatches(bank, batch_size, seed), mesh, batch_size)
         parts = Parts(tally, _COUNTS, functools.partial(_score, "latent_mse"))
-        return Objective(init, parts.loss, batches, export, batch_size, starting_params=start, parts=parts)
+        return Objective(
+            init, parts.loss, batches, export, batch_size, starting_params=start, parts=parts, rules=WHOLE_RULES
+        )
 
     own, own_id = _own_latents(Path(config.data.cache), bank, network, encoder)
 
@@ -334,7 +337,9 @@ def autoencoder_objective(config: Any, mesh: Mesh | None = None) -> Objective:
 
     batches = own_share(BankBatches(bank, batch_size, seed, own, own_id), mesh, batch_size)
     parts = Parts(decoding, _COUNTS, functools.partial(_score, "pixel_mse"))
-    return Objective(init, parts.loss, batches, export_both, batch_size, starting_params=start, parts=parts)
+    return Objective(
+        init, parts.loss, batches, export_both, batch_size, starting_params=start, parts=parts, rules=WHOLE_RULES
+    )
 
 
 def _own_latents(folder: Path, bank: Bank, network: tiny_vae.TinyVAEConfig, encoder: Any) -> tuple[np.ndarray, str]:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from scaling_perception.parallel.mesh import batch_sharding
 from scaling_perception.parallel.processes import own_places
+from scaling_perception.parallel.rules import DIT_RULES, Rules
 
 Params = Any  # a nested dict of arrays
 Batch = Mapping[str, Any]  # field -> array (B, ...); "key" alone is a list of str and stays on the host
@@ -88,6 +89,7 @@ class Objective(NamedTuple):
         parts: the loss as parts of a batch need it, where its denominators are those of the whole batch; None weighs
             the parts' losses and metrics by ``weight``.
         held_out: batches of samples that are not trained on, whole, as ``validation.py`` wants them; None = none.
+        rules: which parameter is split over which axis of the mesh.
     """
 
     init: Callable[[jax.Array], Params]
@@ -102,3 +104,4 @@ class Objective(NamedTuple):
     meta: Mapping[str, Any] = {}
     held_out: Batches | None = None
     parts: Parts | None = None
+    rules: Rules = DIT_RULES

@@ -17,8 +17,9 @@ from scaling_perception.parallel.rules import DIT_RULES, spec_for, tree_sharding
 
 def test_each_rule_is_the_first_match_of_some_parameter():
     presets = ("XL/2", "XL-8E2A", "S/2-8E2A")  # dense, GELU experts, SwiGLU experts and a shared one
-    trees = [jax.tree_util.tree_flatten_with_path(abstract_params(get_preset(name)))[0] for name in presets]
-    names = ["/".join(part.key for part in path) for leaves in trees for path, _ in leaves]
+    known = [abstract_params(get_preset(name, context_dim=8)) for name in presets]
+    trees = [jax.tree_util.tree_flatten_with_path(tree)[0] for tree in known]
+    names = ["/".join(str(part.key) for part in path) for leaves in trees for path, _ in leaves]
     first = {next(pattern for pattern, _ in DIT_RULES if re.fullmatch(pattern, name)) for name in names}
     assert first == {pattern for pattern, _ in DIT_RULES}
     assert spec_for("blocks/mlp/fc1/kernel") == PartitionSpec(None, "fsdp", "tensor")
@@ -28,6 +29,9 @@ def test_each_rule_is_the_first_match_of_some_parameter():
     assert spec_for("step") == spec_for("pos_embed") == PartitionSpec()
     with pytest.raises(ValueError, match="no sharding rule"):
         spec_for("step", DIT_RULES[:-1])
+    for name in ("blocks/mixer/kernel", "ema/head/kernel", "opt_state/0/mu/blocks/attn/gate/kernel", "kernel"):
+        with pytest.raises(ValueError, match=f"no sharding rule for {name}: add one"):
+            spec_for(name)
 
 
 @pytest.mark.parametrize("fsdp, tensor", [(8, 1), (1, 8), (4, 2)])
