@@ -22,6 +22,11 @@ PAPER_ARGS = {
 }
 
 
+# What ``recipe=auto`` is: the ablation for the ladder, the final one for these families (name before the experts).
+_LADDER = ("a1", "a2", "a3", "a4", "a5", "a6", "nano", "mini")
+_FINAL = ("S/2", "B/2", "L/2", "XL/2", "XL", "a2", "a3", "a4")
+
+
 def parse_arg(arg: str, defaults: dict[str, Any]) -> Config:
     """``model=a1,res=256`` to values of the types of ``defaults``; a bare name turns a switch on.
 
@@ -87,10 +92,18 @@ def apply(config: Config, args: Config) -> None:
 def apply_recipe(config: Config, args: Config) -> None:
     """What all fine-tuning of the paper has in common, and the values of ``args.recipe``.
 
-    ``ablation``: the values of the paper's Figs. 3, 4 and 6 (batch 32 is Marigold's: the paper gives none).
+    ``ablation``: the values of the paper's Figs. 3, 4 and 6 (batch 32 is Marigold's: the paper gives none); ``final``:
+    those of its final models, as the config has them.
+
+    Raises:
+        UserError: ``auto`` for a model of which the paper says nothing.
     """
     config.optim.ema_warmup = True  # 4,000 to 30,000 steps leave 67 to 5 % of the start in a constant 0.9999
-    small = args.model in {"a1", "a2", "a3", "a4", "a5", "a6", "nano", "mini"}
-    if args.recipe == "ablation" or (args.recipe == "auto" and small):
+    recipe = args.recipe
+    if recipe == "auto":
+        recipe = "ablation" if args.model in _LADDER else "final"
+        if recipe == "final" and args.model.partition("-")[0] not in _FINAL:
+            raise UserError(f"recipe=auto knows none for model '{args.model}': add recipe=ablation or recipe=final")
+    if recipe == "ablation":
         config.train.update({"steps": 30_000, "batch_size": 32})
         config.optim.update({"lr": 3e-5, "lr_final": 3e-7})

@@ -8,7 +8,9 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+from scaling_perception.models import presets
 from scaling_perception.models.dit import abstract_params
+from scaling_perception.models.presets import get_preset, preset_names
 from scaling_perception.support import configs
 from scaling_perception.support.configs import convert, find_config, flatten, load_config
 from scaling_perception.support.errors import UserError
@@ -31,6 +33,16 @@ def read(name):
 def test_there_are_configs_for_every_task():
     named = {"depth.py", "flow.py", "amodal.py", "generalist.py", "mini.py", "quickstart.py", "finetune.py"}
     assert named <= set(FILES)
+
+
+def test_every_preset_has_a_recipe_or_is_asked_for_one(monkeypatch):
+    for name in preset_names():  # a new one must be entered in configs/common.py
+        batch = load_config(f"configs/depth.py:model={name}").train.batch_size
+        assert batch == (32 if name in {*"a1 a2 a3 a4 a5 a6 nano mini".split()} else 1024)
+    monkeypatch.setitem(presets._TABLE, "huge", get_preset("XL/2"))
+    with pytest.raises(UserError, match="recipe=auto knows none for model 'huge': add recipe=ablation or recipe=final"):
+        load_config("configs/depth.py:model=huge")
+    assert load_config("configs/depth.py:model=huge,recipe=ablation").train.batch_size == 32
 
 
 @pytest.mark.parametrize("name", DIFFUSION)
