@@ -315,7 +315,7 @@ def _run_cell(
         if code == 0 and (reason := _lacks(cell, folder)):
             code = 1
         else:
-            reason = "" if code == 0 else f"exit code {code}: {_last_line(folder / LOG)}"
+            reason = "" if code == 0 else f"{_ending(code)}: {_last_line(folder / LOG)}"
         write_json(folder / MARKER, marker | {"state": "started" if code else "done"})
     say(f"failed, {reason}" if code else f"done in {marker['seconds']:.0f} s")
     return Outcome(cell.name, "failed" if code else "done", reason)
@@ -406,6 +406,13 @@ class _Commands:
         if self.asked and code:
             raise StudyStopped(128 + self.asked[0])
         return code
+
+
+def _ending(code: int) -> str:
+    """How a command ended, by what its process returned."""
+    if code >= 0:
+        return f"exit code {code}"
+    return f"ended by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"ended by signal {-code}"
 
 
 def _last_line(log: Path) -> str:

@@ -157,6 +157,15 @@ def test_a_signal_ends_all_cells_that_run(tmp_path, monkeypatch):
     assert not (tmp_path / "r" / "cell.log").exists() and not (tmp_path / "s" / "cell.log").exists()
 
 
+@pytest.mark.parametrize(("code", "told"), [(-9, "ended by SIGKILL: no space"), (-63, "ended by signal 63: no space")])
+def test_a_command_that_a_signal_ended_is_reported_so(tmp_path, code, told):
+    def run(words, log):
+        log.write_text("no space left\n")
+        return code
+
+    assert told in go([A], tmp_path, run)[1][-1]
+
+
 def test_a_command_that_leaves_nothing_has_failed(tmp_path):
     ended, said = go([A], tmp_path, lambda words, log: 0)
     assert ended == [("a", "failed")] and "left no model" in said[-1]
