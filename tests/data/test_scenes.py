@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scaling_perception.data.sources import open_source
-from scaling_perception.data.sources import scene_layout as layout_of
-from scaling_perception.data.sources.scene_geometry import (
+from scaling_perception.data.scenes import layout as layout_of
+from scaling_perception.data.scenes.geometry import (
     BALL,
     BOX,
     CYLINDER,
@@ -24,7 +23,8 @@ from scaling_perception.data.sources.scene_geometry import (
     make_thing,
     yaw,
 )
-from scaling_perception.data.sources.scene_textures import LEVELS, pattern_bank, sample
+from scaling_perception.data.scenes.textures import LEVELS, pattern_bank, sample
+from scaling_perception.data.sources import open_source
 from scaling_perception.data.sources.scenes import CLASSES, SPLIT_STARTS, ScenesSource, render_scene
 from scaling_perception.support.errors import UserError
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from scaling_perception.data.sources import scene_layout
-from scaling_perception.data.sources.scene_geometry import Camera, Geometry, assemble, blocked, cast
-from scaling_perception.data.sources.scene_layout import Scene
-from scaling_perception.data.sources.scene_objects import CLASSES
-from scaling_perception.data.sources.scene_shading import develop, shade, surface
+from scaling_perception.data.scenes import layout as layout_of
+from scaling_perception.data.scenes.geometry import Camera, Geometry, assemble, blocked, cast
+from scaling_perception.data.scenes.layout import Scene
+from scaling_perception.data.scenes.objects import CLASSES
+from scaling_perception.data.scenes.shading import develop, shade, surface
 from scaling_perception.support.errors import UserError, did_you_mean
 
 __all__ = ["CLASSES", "RENDERER", "SPLIT_STARTS", "ScenesSource", "render_scene"]
@@ -123,7 +123,7 @@ def render_scene(index: int, resolution: int = 128) -> dict[str, Any]:
     index, resolution = int(index), int(resolution)
     layout, noise = (np.random.default_rng(s) for s in np.random.SeedSequence([index, _SALT]).spawn(2))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        scene = scene_layout.compose(layout)
+        scene = layout_of.compose(layout)
         return _render(scene, f"scene-{index:010d}", resolution, layout.uniform(0.2, 0.52), noise)
 
 
@@ -170,7 +170,7 @@ def _flow(scene: Scene, view: _View, geometry2: Geometry) -> tuple[Array, Array,
     for number, thing in enumerate(scene.things):
         mine = np.flatnonzero(view.owner == number)
         if mine.size and not thing.backdrop:
-            points[:, mine] = scene_layout.move(thing, points[:, mine])
+            points[:, mine] = layout_of.move(thing, points[:, mine])
     x, y, z = scene.camera2.project(points, view.resolution)
     valid = z > 0.05
     flow = np.stack([x - view.x, y - view.y]) * valid

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from scaling_perception.data.sources.scene_geometry import BALL, BOX, CYLINDER, Solid, rotation_about
-from scaling_perception.data.sources.scene_shading import Material
-from scaling_perception.data.sources.scene_textures import pattern_bank
+from scaling_perception.data.scenes.geometry import BALL, BOX, CYLINDER, Solid, rotation_about
+from scaling_perception.data.scenes.shading import Material
+from scaling_perception.data.scenes.textures import pattern_bank
 
 Array = np.ndarray
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scaling_perception.data.sources import scene_geometry as geometry_of
-from scaling_perception.data.sources.scene_geometry import BALL, BOX, CYLINDER, Camera, Geometry
-from scaling_perception.data.sources.scene_textures import SIZE, sample
+from scaling_perception.data.scenes import geometry as geometry_of
+from scaling_perception.data.scenes.geometry import BALL, BOX, CYLINDER, Camera, Geometry
+from scaling_perception.data.scenes.textures import SIZE, sample
 
 Array = np.ndarray
 

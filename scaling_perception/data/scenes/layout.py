@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from scaling_perception.data.sources.scene_geometry import (
+from scaling_perception.data.scenes.geometry import (
     BALL,
     BOX,
     CYLINDER,
@@ -21,8 +21,8 @@ from scaling_perception.data.sources.scene_geometry import (
     rotation_about,
     yaw,
 )
-from scaling_perception.data.sources.scene_objects import CLASSES, MAKERS, Palette, scaled
-from scaling_perception.data.sources.scene_shading import Light, Look, Tables, material_tables
+from scaling_perception.data.scenes.objects import CLASSES, MAKERS, Palette, scaled
+from scaling_perception.data.scenes.shading import Light, Look, Tables, material_tables
 
 Array = np.ndarray
 GRID = 36
