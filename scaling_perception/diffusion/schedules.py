@@ -20,6 +20,7 @@ Traps, all of which the presets settle by name:
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ _SCHEDULE_ALIASES = {"squaredcos_cap_v2": "cosine"}
 _PREDICTION_ALIASES = {"v_prediction": "v", "sample": "x0", "eps": "epsilon"}
 
 
-def choose_name(kind: str, word: Any, options: tuple[str, ...], aliases: dict[str, str]) -> str:
+def choose_name(kind: str, word: Any, options: Collection[str], aliases: dict[str, str]) -> str:
     """The option that ``word`` names, by itself or by an alias.
 
     Raises:

@@ -32,6 +32,7 @@ that extrapolates the farthest: it is of first order too where its rise in lambd
 On a trailing grid, whose noise falls by 3:2 and 2:1 at its end, that ratio is log 2 / log 1.5 = 1.71.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,7 +41,6 @@ import numpy as np
 from scaling_perception.diffusion.schedules import TRAIN_STEPS, DiffusionPreset, choose_name, timestep_grid
 from scaling_perception.support.errors import UserError
 
-SOLVERS = ("ddim", "ddpm", "dpm++2m", "unipc", "heun", "single")
 VARIANCES = ("small", "large")
 
 _ALIASES = {"euler": "ddim", "ancestral": "ddpm", "dpmpp_2m": "dpm++2m", "dpm++": "dpm++2m", "dpmsolver++": "dpm++2m"}
@@ -130,20 +130,20 @@ def sampler_tables(
     Raises:
         UserError: an unknown name, bad steps, eta, clip or grid, or options that do not go together.
     """
-    solver = choose_name("solver", solver, SOLVERS, _ALIASES)
-    _check(solver, steps, eta, grid, clip, choose_name("variance", variance, VARIANCES, {}))
-    if solver == "single" and preset.prediction == "epsilon":
+    solver = solver_name(solver)
+    how = SOLVERS[solver]
+    _check(solver, how, steps, eta, grid, clip, choose_name("variance", variance, VARIANCES, {}))
+    if how.at_once and preset.prediction == "epsilon":
         raise UserError(
-            f"solver 'single' asks for the clean picture at t = {TRAIN_STEPS - 1}, where an epsilon model's output is "
-            "amplified noise: use another solver with more steps, or a model of v or x0"
+            f"solver '{solver}' asks for the clean picture at t = {TRAIN_STEPS - 1}, where an epsilon model's output "
+            "is amplified noise: use another solver with more steps, or a model of v or x0"
         )
     comes_to_zero = grid is None and preset.spacing != "trailing"
     if grid is None:
-        spacing = "trailing" if solver == "single" else preset.spacing
+        spacing = "trailing" if how.at_once else preset.spacing
         grid = timestep_grid(spacing, steps, preset.steps_offset)
     path = _path(preset, np.asarray(grid[0], np.int64), np.maximum(grid[1], -1))
-    rows = heun_rows(path) if solver == "heun" else _rows(path, solver, eta, variance, comes_to_zero)
-    t, t_next, next_x, next_x0, sigma, history = rows
+    t, t_next, next_x, next_x0, sigma, history = how.rows(path, Options(eta, variance, comes_to_zero))
     x0_x, x0_out = _estimate(preset.prediction, *(level[t] for level in preset.levels()))
     real, whole = partial(np.asarray, dtype=dtype), partial(np.asarray, dtype=np.int32)
     return SamplerTables(
@@ -201,28 +201,54 @@ def _estimate(prediction: str, signal: np.ndarray, noise: np.ndarray) -> tuple[n
     return (zero, one) if prediction == "x0" else (signal, -noise)
 
 
-def _rows(path: Path, solver: str, eta: float, variance: str, comes_to_zero: bool) -> Rows:
-    """One row a step: all solvers that evaluate the network once in each."""
-    t, t_next, signal, noise, signal_next, noise_next = path
-    # A step that stays at its noise level (t = 0 to level 0) has no variance; rounding must not make it negative.
-    jump = np.maximum(noise**2 - (signal / signal_next * noise_next) ** 2, 0.0)
-    sigma = (1.0 if solver == "ddpm" else eta) * noise_next / noise * np.sqrt(jump)
-    next_x = np.sqrt(np.maximum(noise_next**2 - sigma**2, 0.0)) / noise
-    next_x0 = signal_next - next_x * signal
-    if variance == "large":
-        sigma = np.where(t_next < 0, 0.0, np.sqrt(jump))
-    history = None
-    if solver in ("dpm++2m", "unipc"):
-        rise = _rises(path)
-        zero, one = np.zeros_like(rise), np.ones_like(rise)
-        same = History(one, zero, zero, zero, zero, zero)
-        history = _corrector(next_x, next_x0, rise) if solver == "unipc" else same
-        more = next_x0 * _second_order(rise, comes_to_zero)
-        next_x0, history = next_x0 + more, history._replace(next_last=-more)
-    return Rows(t, t_next, next_x, next_x0, sigma, history)
+class Options(NamedTuple):
+    """What some solvers take: see `sampler_tables`.
+
+    ``comes_to_zero``: the step before the last one ends at t near 0.
+    """
+
+    eta: float
+    variance: str
+    comes_to_zero: bool
 
 
-def heun_rows(path: Path) -> Rows:
+def _jump(path: Path) -> np.ndarray:
+    """sigma^2 - (alpha / alpha' sigma')^2, the noise that the forward process adds in each step; 0 where it stays."""
+    return np.maximum(path.noise**2 - (path.signal / path.signal_next * path.noise_next) ** 2, 0.0)
+
+
+def ddim_rows(path: Path, options: Options) -> Rows:
+    """The step that holds x0 constant; ``eta`` times the posterior's deviation is added as noise."""
+    sigma = options.eta * path.noise_next / path.noise * np.sqrt(_jump(path))
+    next_x = np.sqrt(np.maximum(path.noise_next**2 - sigma**2, 0.0)) / path.noise
+    return Rows(path.t, path.t_next, next_x, path.signal_next - next_x * path.signal, sigma, None)
+
+
+def ddpm_rows(path: Path, options: Options) -> Rows:
+    """A draw from the posterior: ddim's step with eta = 1, whose noise ``large`` replaces by that of the jump."""
+    rows = ddim_rows(path, options._replace(eta=1.0))
+    if options.variance == "large":
+        rows = rows._replace(sigma=np.where(path.t_next < 0, 0.0, np.sqrt(_jump(path))))
+    return rows
+
+
+def multistep_rows(path: Path, options: Options) -> Rows:
+    """DPM-Solver++(2M), the step of UniP-2 as well: x0 + h / (2 h_last) (x0 - x0_last) in place of x0."""
+    rows, rise = ddim_rows(path, options), _rises(path)
+    zero, one = np.zeros_like(rise), np.ones_like(rise)
+    more = rows.next_x0 * _second_order(rise, options.comes_to_zero)
+    return rows._replace(next_x0=rows.next_x0 + more, history=History(one, zero, zero, zero, zero, -more))
+
+
+def unipc_rows(path: Path, options: Options) -> Rows:
+    """UniP-2's step after UniC's correction of the last one."""
+    first, rows = ddim_rows(path, options), multistep_rows(path, options)
+    assert rows.history is not None
+    corrected = _corrector(first.next_x, first.next_x0, _rises(path))
+    return rows._replace(history=corrected._replace(next_last=rows.history.next_last))
+
+
+def heun_rows(path: Path, options: Options) -> Rows:
     """Two rows a step but for the last, which is of first order: there the schedule ends, and nothing is evaluated.
 
     Along the path dx = x0 d alpha + eps d sigma. The first row goes with x0 and eps at the step's start, which is
@@ -258,29 +284,73 @@ def heun_rows(path: Path) -> Rows:
     return Rows(columns(t, t_next[inner]), columns(t_next, t_next[inner]), next_x, next_x0, np.zeros(count), history)
 
 
+class Solver(NamedTuple):
+    """An entry of `SOLVERS`.
+
+    Attributes:
+        rows: the columns of a table for a path, one row an evaluation of the network.
+        evaluations: of a run, by its number of steps.
+        takes: options other than their defaults that go with it: eta, variance.
+        looks_back: each step must start where the last one ended, on a falling grid.
+        at_once: one step from t = 999, whatever the grid.
+        draws: it adds noise whatever eta is.
+    """
+
+    rows: Callable[[Path, Options], Rows]
+    evaluations: Callable[[int], int] = int
+    takes: tuple[str, ...] = ()
+    looks_back: bool = False
+    at_once: bool = False
+    draws: bool = False
+
+
+SOLVERS: dict[str, Solver] = {
+    "ddim": Solver(ddim_rows, takes=("eta",)),
+    "ddpm": Solver(ddpm_rows, takes=("variance",), draws=True),
+    "dpm++2m": Solver(multistep_rows, takes=("eta",), looks_back=True),
+    "unipc": Solver(unipc_rows, looks_back=True),
+    "heun": Solver(heun_rows, evaluations=lambda steps: 2 * steps - 1, looks_back=True),
+    "single": Solver(ddim_rows, at_once=True),
+}
+
+
+def solver_name(word: str) -> str:
+    """The name in `SOLVERS` that ``word`` is, or is an alias of.
+
+    Raises:
+        UserError: it is none.
+    """
+    return choose_name("solver", word, SOLVERS, _ALIASES)
+
+
 def evaluations(solver: str, steps: int) -> int:
     """Network evaluations of ``steps`` steps, one for each row of their table: with heun two a step but at the end."""
-    return 2 * steps - 1 if choose_name("solver", solver, SOLVERS, _ALIASES) == "heun" else steps
+    return SOLVERS[solver_name(solver)].evaluations(steps)
 
 
-def _check(solver: str, steps: int, eta: float, grid: Any, clip: float | None, variance: str) -> None:
+def _check(solver: str, how: Solver, steps: int, eta: float, grid: Any, clip: float | None, variance: str) -> None:
+    def taking(option: str) -> str:
+        return " or ".join(name for name, one in SOLVERS.items() if option in one.takes)
+
     if not 0.0 <= eta <= 1.0:
         raise UserError(f"eta {eta}: choose between 0 (deterministic) and 1 (ancestral)")
-    if eta and solver not in ("ddim", "dpm++2m"):
-        raise UserError(f"eta {eta} does not go with solver '{solver}': leave it at 0, or choose ddim or dpm++2m")
-    if variance != "small" and solver != "ddpm":
-        raise UserError(f"variance '{variance}' does not go with solver '{solver}': leave it out, or choose ddpm")
+    if eta and "eta" not in how.takes:
+        raise UserError(f"eta {eta} does not go with solver '{solver}': leave it at 0, or choose {taking('eta')}")
+    if variance != "small" and "variance" not in how.takes:
+        raise UserError(
+            f"variance '{variance}' does not go with solver '{solver}': leave it out, or choose {taking('variance')}"
+        )
     if clip is not None and not clip > 0:
         raise UserError(f"clip {clip}: give a bound above 0, or None")
-    if solver == "single" and (steps != 1 or grid is not None):
-        raise UserError(f"solver 'single' is one step at t = {TRAIN_STEPS - 1}: give 1 step and no grid, not {steps}")
+    if how.at_once and (steps != 1 or grid is not None):
+        raise UserError(f"solver '{solver}' is one step at t = {TRAIN_STEPS - 1}: give 1 step and no grid, not {steps}")
     if grid is None:
         return
     t, t_next = (np.asarray(part) for part in grid)
     fits = t.shape == t_next.shape == (steps,) and steps > 0
     if not (fits and t.min() >= 0 and t.max() < TRAIN_STEPS and (t_next < t).all()):
         raise UserError(f"the grid must be {steps} timesteps t in 0..{TRAIN_STEPS - 1}, and for each t_next below it")
-    if solver in ("dpm++2m", "unipc", "heun") and not ((t_next[:-1] == t[1:]).all() and (np.diff(t) < 0).all()):
+    if how.looks_back and not ((t_next[:-1] == t[1:]).all() and (np.diff(t) < 0).all()):
         raise UserError(f"solver '{solver}' needs a falling grid whose steps start where the last one ended")
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
+from scaling_perception.diffusion.solvers import evaluations
 from scaling_perception.evaluation import choosing
 from scaling_perception.evaluation.comparisons import evaluations_of
 from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
@@ -335,5 +336,6 @@ def measure_timing(predictor: "Predictor", task: str, preset: str | None = None,
             predictor(grey, task, steps, 1, **options)
             runs.append(time.perf_counter() - begin)
         spent[steps] = min(runs)
-    forward = max((spent[5] - spent[1]) / 4, 1e-9)
+    more = evaluations(solver, 5) - evaluations(solver, 1)
+    forward = max((spent[5] - spent[1]) / more, 1e-9)
     return Timing(max(spent[1] - forward, 0.0), forward)

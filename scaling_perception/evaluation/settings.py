@@ -5,7 +5,7 @@ from typing import Any
 
 from scaling_perception.diffusion.sampler import SamplerTables, sampler_tables
 from scaling_perception.diffusion.schedules import DiffusionPreset
-from scaling_perception.diffusion.solvers import evaluations, refuse_amplified
+from scaling_perception.diffusion.solvers import SOLVERS, evaluations, refuse_amplified, solver_name
 from scaling_perception.evaluation.aspect import check_aspect
 from scaling_perception.support.errors import UserError
 
@@ -54,14 +54,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_aspect(self.aspect)
+        object.__setattr__(self, "solver", solver_name(self.solver))  # an alias is recorded by the one name
         for name in ("ensemble", "first", "step_chunk"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: give a whole number above 0")
         for name in ("tolerance", "step_tolerance"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise UserError(f"{name} {value}: give a number of 0 or more, or leave it out")
-        if self.step_tolerance is not None and (self.eta or self.solver == "ddpm"):
-            raise UserError("step_tolerance goes with solvers without noise: eta 0, and not ddpm")
+        if self.step_tolerance is not None and (self.eta or SOLVERS[self.solver].draws):
+            raise UserError(f"step_tolerance goes with solvers without noise: eta 0, and not {self.solver}")
         if self.step_tolerance is not None and self.evaluations != self.steps:
             raise UserError(f"step_tolerance goes with one evaluation a step: leave it out, or solver '{self.solver}'")
 

@@ -22,6 +22,7 @@ from scaling_perception.data.contents import contents_of, described
 from scaling_perception.data.manifest import widen_depth, wider
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
+from scaling_perception.diffusion.solvers import SOLVERS, solver_name
 from scaling_perception.evaluation.budgets import OWN
 from scaling_perception.evaluation.comparisons import evaluations_of
 from scaling_perception.evaluation.controls import control_inputs, control_results
@@ -150,8 +151,8 @@ def _points(
     for preset in dict.fromkeys(presets):
         diffusion = predictor.choose_diffusion(preset)
         name = preset or _grid_name(diffusion)
-        for solver in dict.fromkeys(solvers):
-            for count in dict.fromkeys([1] if solver == "single" else steps):
+        for solver in dict.fromkeys(map(solver_name, solvers)):
+            for count in dict.fromkeys([1] if SOLVERS[solver].at_once else steps):
                 settings = Settings(count, sizes[-1], solver=solver, first=adaptive.first)
                 tables = settings.tables(diffusion)
                 looks = bool(adaptive.step_tolerances) and count > 2 * adaptive.step_chunk

@@ -271,6 +271,8 @@ def test_macs_count_passes_steps_and_members(make_predictor, make_image):
     first, last = predictor.intermediates(make_image(), at=(0, -1), steps=2, ensemble=2, solver="heun")
     assert (first.forwards, last.forwards) == (2, 6)
     np.testing.assert_allclose(last.prediction, twice.prediction, atol=1e-5)
+    with pytest.raises(UserError, match="step_tolerance goes with solvers without noise: eta 0, and not ddpm"):
+        predictor(make_image(), steps=2, solver="ancestral", step_tolerance=0.1)  # ddpm by its other name
     with pytest.raises(UserError, match="step_tolerance goes with one evaluation a step"):
         predictor(make_image(), steps=2, solver="heun", step_tolerance=0.1)
 
