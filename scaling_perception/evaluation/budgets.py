@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
-from scaling_perception.diffusion.solvers import evaluations
+from scaling_perception.diffusion.solvers import SOLVERS, evaluations
 from scaling_perception.evaluation import choosing
 from scaling_perception.evaluation.comparisons import evaluations_of
 from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
@@ -323,6 +323,7 @@ def measure_timing(predictor: "Predictor", task: str, preset: str | None = None,
     Each is repeated while that is quick, and the least counts, so that what else the machine does counts little.
     Compiling is not counted.
     """
+    solver = "ddim" if SOLVERS[solver].at_once else solver  # an evaluation takes as long
     side = predictor.resolution
     grey = np.full((side, side, 3), 127, np.uint8)
     prompt = {"depth": None, "flow": grey, "amodal": np.ones((side, side), bool)}[task]
