@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import write_json
 from scaling_perception.support.verbs import COUNT, POSITIVE
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, what in (("x", "columns of the law"), ("y", "error"), ("group", "clusters"), ("where", "rows")):
         add(f"--{flag}", nargs="*", default=None if flag == "group" else [], help=f"with --points, as of `fit`: {what}")
     add("--form", default="auto", help="with --points, as of `fit` (default auto)")
+    add_overwrite(parser, "a plan")
 
 
 def _pairs(words: list[str], flag: str, kind: Callable[[str], Any]) -> dict[str, Any]:
@@ -112,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--unit {args.unit}{did_you_mean(args.unit, UNITS)}")
     if args.task not in _TASKS:
         raise UserError(f"--task {args.task}{did_you_mean(args.task, _TASKS)}")
+    check_output(args.json, _settings(args), args.overwrite)
     if args.points or args.hold_out:
         return _held_out(args)
     if args.budget is None:
@@ -141,8 +144,7 @@ def run(args: argparse.Namespace) -> int:
     commands, because = commands_of(answer["choice"], stages, args.task, dataset, args.model, preset)
     print(plan_text(answer, laws, commands, because))
     if args.json:
-        write_json(args.json, finite({"kind": "plan", "version": 1, "laws": args.law, **answer, "commands": commands}))
-        print(f"plan: {args.json}")
+        _write(args, finite({"kind": "plan", "version": 1, "laws": args.law, **answer, "commands": commands}))
     return 0
 
 
@@ -186,7 +188,7 @@ def _planned(args: argparse.Namespace, files: list[str]) -> "tuple[Laws, dict[st
 
 def _stages(choice: dict[str, Any], size: "Size | None", args: argparse.Namespace) -> list[tuple[str, int]]:
     """The trainings of a choice: config and steps of each. Sets ``stage_steps`` where there are two."""
-    if size is None or not size.config:
+    if size is None or not size.config or choice["training_macs"] is None:
         return []
     if "stage_samples" not in choice:
         return [(size.config, choice["training_steps"])]
@@ -254,6 +256,16 @@ def _batch(spec: str) -> int:
     return int(load_config(spec.replace("{steps}", "1000").replace("{init}", "")).train.batch_size)
 
 
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    return settings_of(args, ("json",), ("law", "points", "model"))
+
+
+def _write(args: argparse.Namespace, content: dict[str, Any]) -> None:
+    with replacing(args.json, _settings(args)) as file:
+        write_json(file, content)
+    print(f"{content['kind']}: {args.json}")
+
+
 def _held_out(args: argparse.Namespace) -> int:
     """How good a plan would have been at budgets that its law has not seen."""
     from scaling_perception.scaling.law_fit import Options
@@ -278,8 +290,7 @@ def _held_out(args: argparse.Namespace) -> int:
         print(hold_out_text(found, law) + "\n")
         rows.append(found)
     if args.json:
-        write_json(args.json, finite({"kind": "hold-out", "version": 1, "points": args.points, "budgets": rows}))
-        print(f"hold-out: {args.json}")
+        _write(args, finite({"kind": "hold-out", "version": 1, "points": args.points, "budgets": rows}))
     return 0
 
 
@@ -305,8 +316,5 @@ def _measured(args: argparse.Namespace) -> int:
     )
     print("\n".join(f"command   {line}" for line in commands))
     if args.json:
-        write_json(
-            args.json, {"kind": "plan", "version": 1, "model": args.model, "choice": entry, "commands": commands}
-        )
-        print(f"plan: {args.json}")
+        _write(args, {"kind": "plan", "version": 1, "model": args.model, "choice": entry, "commands": commands})
     return 0

@@ -455,6 +455,10 @@ def _rests_on(options: Options, best: int, q: Question, memory: Mapping[str, str
 def _edges(laws: Laws, options: Options, order: np.ndarray, best: int, q: Question) -> list[str]:
     """Where the choice is the end of what was allowed: a wider choice may be better."""
     out = []
+    if options.cost[best] < 0.5 * q.budget and not q.limits and q.samples is None:
+        out.append(
+            f"{options.cost[best] / q.budget:.2g} of the budget is used: no better choice that the law holds costs more"
+        )
     for name in ("params", "steps", "members"):
         if name not in laws.quantities or not _varies(options.values, name):
             continue
