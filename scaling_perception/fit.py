@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--delta", type=float, help="of Huber's loss on log y, such as 1e-3 (default: by the noise)")
     parser.add_argument("--tau", type=float, default=0.05, help="of --loss quantile (default %(default)s)")
     parser.add_argument("--level", type=float, default=0.95, help="of all intervals (default %(default)s)")
-    parser.add_argument("--interval", help="the one shown: bootstrap, bca or profile (default: docs/laws.md)")
+    parser.add_argument("--interval", help="the one shown: bootstrap, bca, profile, corrected (default: docs/laws.md)")
     parser.add_argument("--bootstraps", type=int, default=2000, help="how many (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstraps (default 0)")
     parser.add_argument(
@@ -84,8 +84,10 @@ def options_of(args: argparse.Namespace):
 
     if args.loss not in ("huber", "lsq", "quantile"):
         raise UserError(f"--loss '{args.loss}': choose huber, lsq or quantile")
-    if args.interval not in (None, "bootstrap", "bca", "profile"):
-        raise UserError(f"--interval '{args.interval}': choose bootstrap, bca or profile")
+    if args.interval not in (None, "bootstrap", "bca", "profile", "corrected"):
+        raise UserError(f"--interval '{args.interval}': choose bootstrap, bca, profile or corrected")
+    if args.interval == "corrected" and args.form != "hull":
+        raise UserError("--interval corrected: it is the hull's; choose bootstrap, bca or profile, or --form hull")
     for flag, value, low, high in (("--level", args.level, 0.5, 0.999), ("--tau", args.tau, 0.001, 0.999)):
         if not low <= value <= high:
             raise UserError(

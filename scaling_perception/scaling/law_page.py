@@ -58,12 +58,14 @@ _FRONTIER_WORDS = (
 
 
 def _parameters(law: Law) -> str:
+    every = ("corrected", "bootstrap", "bca", "profile")
+    kinds = [kind for kind in every if any(one.get(kind) for one in law.parameters.values())]
     rows = []
     for name, one in law.parameters.items():
-        ends = ["" if one[kind] is None else f"{number(one[kind][0])} to {number(one[kind][1])}"
-                for kind in ("interval", "bootstrap", "bca", "profile")]  # fmt: skip
+        found = [one.get(kind) for kind in ("interval", *kinds)]
+        ends = ["" if pair is None else f"{number(pair[0])} to {number(pair[1])}" for pair in found]
         rows.append([name, number(one["value"]), f"{ends[0]} ({one['by']})", *ends[1:]])
-    return table(["", "value", f"{100 * law.level:g} % interval", "bootstrap", "BCa", "profile"], rows)
+    return table(["", "value", f"{100 * law.level:g} % interval", *kinds], rows)
 
 
 def _curve_words(law: Law) -> str:

@@ -28,7 +28,8 @@ def law_text(law: Law) -> str:
     lines = [f"{law.equation}   (y = {law.y})", f"{law.points} points: {ranges}"]
     if law.group:
         lines.append(f"{law.clusters} clusters ({' > '.join(law.group)})")
-    kinds = [kind for kind in ("bootstrap", "bca", "profile") if any(p[kind] for p in law.parameters.values())]
+    every = ("corrected", "bootstrap", "bca", "profile")
+    kinds = [kind for kind in every if any(p.get(kind) for p in law.parameters.values())]
     rows = [["", "value", f"{level} interval", *kinds]]
     for name, one in law.parameters.items():
         by = "" if len({p["by"] for p in law.parameters.values()}) == 1 else f" {one['by']}"

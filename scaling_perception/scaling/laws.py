@@ -13,6 +13,7 @@ The JSON of a law (``fit --json``), version 1::
      "level": 0.95,
      "parameters": {"E": {"value": 0.1, "interval": [0.08, 0.12],     the recommended interval (its "by")
                           "by": "bca", "bootstrap": [..], "bca": [..], "profile": [..] or null}, ...},
+                                          of a hull also "corrected": [..] and "corrected_value": see envelope.correct
      "samples": {"names": ["E", "A", "alpha"], "values": [[..], ..]},  bootstrapped parameter sets, up to 400
      "noise": {"log_sd": 0.01, "quantiles": [..101 quantiles of log y - log f, widened for fitted parameters..]},
      "range": {"macs": [1e9, 1e13], "abs_rel": [0.1, 0.4]}, "points": 40, "clusters": 8, "group": ["run"],
@@ -113,7 +114,7 @@ def fit_law(points: Points, form: str = "auto", options: Options | None = None) 
         form, choice, chosen_by = choose_form(points, options)
     refuse_unfit(points, form)
     if form == "hull":
-        from scaling_perception.scaling.envelope import fit_hull
+        from scaling_perception.scaling.envelope import correct, fit_hull
 
         problem, best, samples, jackknife, extra = fit_hull(points, options)
     else:
@@ -123,6 +124,8 @@ def fit_law(points: Points, form: str = "auto", options: Options | None = None) 
         extra = []
     estimate = problem.published(best.inner[None])[0]
     parameters = intervals(problem, best, estimate, samples, jackknife, options)
+    if form == "hull":
+        extra += correct(parameters, points, options)
     residual = problem.residual(best.inner)
     widen = math.sqrt(len(points) / max(len(points) - problem.form.size, 1))
     quantiles = np.quantile(residual, np.linspace(0, 1, 101)) * widen

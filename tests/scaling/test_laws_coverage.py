@@ -9,6 +9,7 @@ from synthetic_laws import TRUTHS, made
 
 from scaling_perception.scaling.envelope import iterated_hull
 from scaling_perception.scaling.law_fit import Options, Problem, bootstrap, fit_problem, intervals
+from scaling_perception.scaling.laws import fit_law
 from scaling_perception.scaling.points import Points
 
 SETS = 200
@@ -110,6 +111,30 @@ def test_clusters_matter():
     found = clustered_coverage(True), clustered_coverage(False)
     print(f"\nclustered by run {100 * found[0]:.1f}, as if independent {100 * found[1]:.1f}", end="")
     assert 0.9 <= found[0] <= 0.98 and found[1] < 0.8
+
+
+def hull_coverage(count: int, noise: float, sets: int = 100) -> dict[str, np.ndarray]:
+    """Coverage of the law's height in the middle of the data and of its exponent, by the hull's intervals."""
+    a, alpha = TRUTHS["power"][0]
+    middle = np.exp(0.5 * np.log(1e10 * 1e14))
+    hits: dict[str, list[list[bool]]] = {}
+    for seed in range(sets):
+        points = made("power", count, noise, seed)
+        points.x = points.x / middle  # so that A is the height there
+        law = fit_law(points, "hull", Options(bootstraps=200, seed=seed))
+        for kind in ("corrected", "bootstrap"):
+            ends = [one[kind] for one in law.parameters.values()]
+            truth = a * middle**-alpha, alpha
+            hits.setdefault(kind, []).append([low <= x <= high for (low, high), x in zip(ends, truth, strict=True)])
+    return {kind: np.mean(one, 0) for kind, one in hits.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_corrected_interval_of_a_hull_holds_the_law():
+    found = hull_coverage(60, 0.03)
+    print("\nhull, height and alpha:", {kind: (100 * one).round(1).tolist() for kind, one in found.items()}, end="")
+    assert all(0.88 <= share <= 1 for share in found["corrected"]) and found["bootstrap"][0] < 0.1
 
 
 @pytest.mark.slow

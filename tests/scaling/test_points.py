@@ -1,6 +1,7 @@
 """Points from every kind of file; impossible input is one clear line."""
 
 import json
+import re
 import time
 
 import numpy as np
@@ -233,3 +234,22 @@ def test_points_of_several_metrics_are_refused_and_other_differences_named(tmp_p
     points = read_points([path], where=["metric=delta1"])
     assert len(points) == 8 and points.y_name == "delta1"
     assert "the points are of preset fixed, paper together" in " ".join(points.notes)
+
+
+def test_the_hull_is_corrected_for_what_noise_does_to_it():
+    points = made("power", 60, 0.03, seed=5)
+    law = fit_law(points, "hull", Options(bootstraps=200))
+    truth, middle = TRUTHS["power"][0], np.log(points.x[0]).mean()
+
+    def off(a, alpha):
+        return np.log(a) - alpha * middle - (np.log(truth[0]) - truth[1] * middle)
+
+    value, corrected = ([one[kind] for one in law.parameters.values()] for kind in ("value", "corrected_value"))
+    assert off(*value) < -0.02 and abs(off(*corrected)) < 0.3 * abs(off(*value))
+    for one, true in zip(law.parameters.values(), truth, strict=True):
+        assert one["by"] == "corrected" and one["interval"] == one["corrected"]
+        assert one["interval"][0] < true < one["interval"][1]
+    (pulled,) = re.findall(r"it lies ([0-9.]+) % below", law.warnings[-2])
+    assert 2 < float(pulled) < 6  # 1.29 standard deviations of 3 %
+    one = fit_law(points, "hull", Options(bootstraps=200, interval="bootstrap")).parameters["A"]
+    assert one["by"] == "bootstrap" and one["interval"] == one["bootstrap"]
