@@ -276,7 +276,7 @@ def compute_figure(evaluation: dict) -> bytes:
     return _figure(draw, columns=2, height=3.8)
 
 
-def _verdicts(evaluation: dict) -> list[str]:
+def verdicts(evaluation: dict) -> list[str]:
     """Plain sentences: what steps buy, what members buy, and how the model stands against trivial answers."""
     metric, label, less_is_better = MAIN_METRIC[evaluation["task"]]
     cells = select(evaluation["cells"], kind="fixed")
@@ -372,11 +372,11 @@ def _section(path: Path, evaluation: dict) -> str:
     line = " · ".join(f"{name}: {value}" for name, value in facts.items())
     curves = "".join(image(_curves(evaluation, x), "plot") for x in ("steps", "ensemble"))
     compute, adaptive = compute_figure(evaluation), adaptive_table(evaluation)
-    verdicts = "".join(f"<li>{html.escape(text)}</li>" for text in _verdicts(evaluation))
+    said = "".join(f"<li>{html.escape(text)}</li>" for text in verdicts(evaluation))
     return (
         f"<h2>{html.escape(task)} on {html.escape(str(evaluation['dataset']))}</h2>"
         f"<p><small>{html.escape(line)}</small></p>"
-        f"<ul>{verdicts}</ul><div class='plots'>{curves}</div>"
+        f"<ul>{said}</ul><div class='plots'>{curves}</div>"
         f"<div class='plots wide'>{image(compute, 'plot') if compute else ''}</div>"
         f"{table(*compute_table(evaluation))}"
         f"{f'<p>{_ADAPTIVE_WORDS}</p>{table(*adaptive)}' if adaptive[1] else ''}"

@@ -60,6 +60,16 @@ def test_depth_png_and_ppm_are_exact(files, expected):
     np.testing.assert_array_equal(formats.read_image(files / "img.ppm"), expected["out/img_ppm"])
 
 
+@pytest.mark.parametrize("order", [(2, 1, 0), (0, 2, 1)])
+def test_kitti_flow_in_another_order_of_channels_is_refused(tmp_path, order):
+    flow = np.stack(np.meshgrid(np.linspace(-3, 3, 6), np.linspace(-1, 1, 4)), axis=-1)
+    formats.write_kitti_flow(tmp_path / "x.png", flow)
+    stored = formats.read_png16(tmp_path / "x.png")
+    formats.write_png16(tmp_path / "x.png", stored[..., order])
+    with pytest.raises(UserError, match=r"x.png is no KITTI flow: its third channel must be 0 or 1 .*BGR"):
+        formats.read_flow(tmp_path / "x.png")
+
+
 def test_kitti_fixture_gives_the_published_error(shared_dir):
     folder = shared_dir / "data" / "kitti_devkit"
     truth, known = formats.read_kitti_flow(folder / "flow_gt.png")

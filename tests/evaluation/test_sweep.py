@@ -1,12 +1,14 @@
 """The sweep equals calling the predictor cell by cell, shares its work, goes on after a stop, and hides nothing."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from scaling_perception.evaluate import _report_constants
 from scaling_perception.evaluation.journal import Journal
-from scaling_perception.evaluation.nested import Adaptive
+from scaling_perception.evaluation.nested import CONSTANT, Adaptive, Way
 from scaling_perception.evaluation.protocols import get_protocol, measure, prepare_raw
 from scaling_perception.evaluation.sweep import fill_invalid, sweep
 from scaling_perception.support import locks
@@ -63,6 +65,19 @@ def test_cells_equal_separate_predictions(predictor, source):
     assert len({cell["metrics"]["abs_rel"]["mean"] for cell in found["cells"]}) == 8, "every cell is its own"
     assert [one.raw["key"] for one in shown] == ["raw/0", "raw/1"]
     assert (shown[0].cell["steps"], shown[0].cell["ensemble"], shown[0].cell["preset"]) == (3, 2, "fixed")
+
+
+def test_answers_that_are_one_value_everywhere_are_marked_and_named(make_raw, capsys):
+    raw, protocol = make_raw(40, 56, 0), get_protocol("depth", "scenes")
+    way = Way(None, "depth", protocol, "lsq", 1, Adaptive(), 0, None)
+    prepared, ramp = prepare_raw(raw, protocol), np.linspace(0, 1, 40 * 56).reshape(40, 56)
+    rows = [way.measure(SimpleNamespace(prediction=p, painted=None), prepared) for p in (ramp, np.full((40, 56), 0.3))]
+    assert [CONSTANT in row for row in rows] == [False, True]
+    cell = {"preset": "fixed", "solver": "ddim", "steps": 1, "ensemble": 2}
+    _report_constants([{**cell, "constant_predictions": 3}, cell])
+    assert capsys.readouterr().err == (
+        "note: fixed ddim, 1 steps, 2 members: 3 prediction(s) are constant over the picture\n"
+    )
 
 
 def test_controls_are_predictions_without_the_picture(predictor, source):

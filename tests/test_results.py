@@ -1,0 +1,144 @@
+"""The figures of docs/results.md, each measured again by the command that stands above it (-m slow: an hour in all).
+
+TOLERANCE is what other processors and versions may change: 0.003 and 0.3 % of a figure, with the rounding of the page.
+"""
+
+import json
+import os
+import re
+
+import pytest
+from pages import ROOT, lines
+
+from scaling_perception.cli import main
+from scaling_perception.report import BASELINE_NAMES, MAIN_METRIC, verdicts
+
+PAGE = ROOT / "docs" / "results.md"
+TOLERANCE = 0.003
+NUMBER = re.compile(r"[-+−]?\d+(?:\.\d+)?")
+BY_LABEL = {label: task for task, (_, label, _) in MAIN_METRIC.items()}
+
+
+def section(heading):
+    """The text below a heading, up to the next of the same kind."""
+    text = PAGE.read_text(encoding="utf-8")
+    level = re.match("#+", heading)[0]
+    return re.search(rf"^{re.escape(heading)}.*?\n(.*?)(?=^{level}? |^#{{1,{len(level)}}} |\Z)", text, re.M | re.S)[1]
+
+
+def tables(text):
+    """Every table of a text as a list of rows {column: cell}."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        head, _, *rows = [[cell.strip() for cell in row.strip("|\n ").split(" | ")] for row in block.splitlines()]
+        found.append([dict(zip(head, row, strict=True)) for row in rows])
+    return found
+
+
+def command(task, heading):
+    """The words of the page's evaluation of a task, which writes into ``heading``'s folder."""
+    for line in lines(PAGE):
+        words = line.replace("$t", task).split(" ")
+        if f"runs/{heading}/{task}.json" in words and f"--task {task}" in " ".join(words):
+            return words[1:]
+    raise AssertionError(f"no command of {heading} for {task}")
+
+
+def measured(words, folder):
+    path = folder / "result.json"
+    words = [*words[: words.index("--json")], "--json", str(path), *words[words.index("--json") + 2 :]]
+    assert main(words) == 0
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def numbers(text):
+    return [float(word.replace("−", "-")) for word in NUMBER.findall(text.replace("n < 5", ""))]
+
+
+def same(shown, summary, where):
+    """A figure of the page, «0.249 [0.215, 0.287]» or «0.182 [n < 5]», against what was measured now."""
+    wanted = [summary["mean"], *(summary["ci95"] or ())]
+    found = numbers(shown)
+    assert len(found) == len(wanted), f"{where}: {shown}, measured {wanted}"
+    digits = len(re.search(r"\.(\d+)", shown)[1])
+    for one, other in zip(found, wanted, strict=True):
+        assert abs(one - other) <= TOLERANCE * (1 + abs(other)) + 0.5 * 10**-digits, (
+            f"{where}: {shown}, measured {wanted}"
+        )
+
+
+def test_the_page_is_read_as_it_is_written():
+    grid, trivial = tables(section("### depth: AbsRel"))
+    assert len(grid) == 18 and grid[0]["preset"] == "paper" and "AbsRel, N = 20" in grid[0]
+    assert {row["trivial answers and floor"] for row in trivial} <= set(BASELINE_NAMES.values())
+    assert numbers("AbsRel −0.3099 [-0.35, +0.26]") == [-0.3099, -0.35, 0.26]
+    assert [len(table) for table in tables(section("## Real samples"))] == [5]
+    for task in MAIN_METRIC:
+        assert command(task, "compute")[:3] == ["evaluate", "--task", task] == command(task, "adaptive")[:3]
+    with pytest.raises(AssertionError, match="measured"):
+        same("0.249 [0.215, 0.287]", {"mean": 0.249, "ci95": [0.215, 0.292]}, "")
+    same("0.249 [0.215, 0.287]", {"mean": 0.2512, "ci95": [0.2141, 0.2893]}, "")
+    with pytest.raises(AssertionError, match="measured"):
+        same("0.182 [0.182, 0.182]", {"mean": 0.182, "ci95": None}, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", MAIN_METRIC)
+def test_test_time_compute(task, tmp_path):
+    metric, label, _ = MAIN_METRIC[task]
+    result, text = measured(command(task, "compute"), tmp_path), section(f"### {task}: {label}")
+    grid, trivial = tables(text)
+    cells = {(c["preset"], c["steps"], c["ensemble"]): c for c in result["cells"]}
+    for row in grid:
+        for column, shown in row.items():
+            if size := re.search(r"N = (\d+)$", column):
+                key = (row["preset"], int(row["steps"]), int(size[1]))
+                if column.startswith("GMAC"):
+                    assert abs(float(shown) - cells[key]["macs"] / 1e9) <= 0.006, key
+                else:
+                    same(shown, cells[key]["metrics"][metric], f"{task} {key}")
+    names = {words: name for name, words in BASELINE_NAMES.items()}
+    for row in trivial:
+        name = names[row["trivial answers and floor"]]
+        same(row[label], result["baselines"][name]["metrics"][metric], f"{task} {name}")
+    now = {line.split(label)[0]: line for line in verdicts(result)}
+    for line in re.findall(r"^- (.*)$", text, re.M):
+        other = next(now[start] for start in now if start.split(" (")[0] == line.split(label)[0].split(" (")[0])
+        for one, two in zip(numbers(line.split(label, 1)[1]), numbers(other.split(label, 1)[1]), strict=True):
+            assert abs(one - two) <= TOLERANCE * (1 + abs(two)), f"{line}\nmeasured: {other}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", MAIN_METRIC)
+def test_compute_by_image(task, tmp_path):
+    metric, label, _ = MAIN_METRIC[task]
+    result = measured(command(task, "adaptive"), tmp_path)
+    rows = [row for row in tables(section("## Compute by image"))[0] if row["what"].startswith(f"{task}, ")]
+    assert rows
+    most = max(cell["steps"] for cell in result["cells"])
+    whole = max(cell["macs"] for cell in result["cells"] if cell["kind"] == "fixed" and cell["steps"] == most)
+    for row in rows:
+        kind = "tolerance" if "within" in row["what"] else "step_tolerance"
+        (limit,) = numbers(row["what"])
+        (cell,) = (c for c in result["cells"] if c.get(kind) == limit and c["steps"] == most and c["ensemble"] == 20)
+        assert abs(numbers(row["members"])[0] - cell["mean_members"]) <= 0.5, row
+        assert abs(numbers(row["steps"])[0] - cell["mean_steps"]) <= 0.3, row
+        assert abs(numbers(row["compute"])[0] - 100 * cell["macs"] / whole) <= 3, row
+        same(row["error"].removeprefix(label), {**cell["metrics"][metric], "ci95": None}, str(row))
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+@pytest.mark.parametrize("row", tables(section("## Real samples"))[0], ids=lambda row: row["data"])
+def test_real_samples(row, tmp_path, shared_dir):
+    task, data = BY_LABEL[row["metric"]], row["data"]
+    (line,) = (line for line in lines(PAGE) if "--task TASK" in line)
+    line = line.replace("TASK", task).replace("--dataset NAME", f"--dataset {data}")
+    words = line.replace("DIR", os.path.join(shared_dir, "data", data)).split(" ")[1:]
+    result, metric = measured(words, tmp_path), MAIN_METRIC[task][0]
+    assert result["images"] == int(row["images"])
+    same(row["mini"], result["cells"][0]["metrics"][metric], f"{data} mini")
+    shown, name = re.fullmatch(r"(.*?\]) \((.*)\)", row["strongest trivial answer"]).groups()
+    names = {words: key for key, words in BASELINE_NAMES.items()}
+    same(shown, result["baselines"][names[name]]["metrics"][metric], f"{data} {name}")
+    same(row["autoencoder floor"], result["baselines"]["autoencoder"]["metrics"][metric], f"{data} floor")
