@@ -38,6 +38,14 @@ def test_every_command_parses_and_finds_its_files(page):
     assert used == yours, f"no command takes {yours - used}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_columns_of_tables_have_titles_of_their_own(page):
+    text = page.read_text(encoding="utf-8")
+    for head in re.findall(r"^(\|.*)\n\|[-| :]+\n", text, re.MULTILINE):
+        titles = [title.strip() for title in head.strip("|").split("|") if title.strip()]
+        assert len(set(titles)) == len(titles), head
+
+
 # ---- Run -------------------------------------------------------------------------------------------------------------
 
 ELSEWHERE = {
