@@ -179,7 +179,8 @@ def test_pictures_are_put_on_one_page(tmp_path):
 def test_every_line_runs_at_trial_size_to_its_figure(tmp_path, monkeypatch):
     """In their order, in one folder, as the page says; of two grids with many alike cells, some."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XLA_FLAGS", "")
+    cheap = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiling is most of it
+    monkeypatch.setenv("XLA_FLAGS", cheap)
     for row, words in lines().items():
         words = [word.replace("data=DATA", "trial") for word in words]
         if row in SLICED:
