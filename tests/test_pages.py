@@ -76,6 +76,8 @@ def trial(line):
         line = re.sub(r"--count \d+", "--count 16", line) + " --workers 0"
     if " predict " in line and not re.search("--(steps|budget|macs|seconds|repeat)", line):
         line = line.replace(" predict ", " predict --steps 1 --ensemble 2 ")
+    if " predict " in line and "flow" in line and "clip.mp4" in line:
+        line = line.replace(" predict ", " predict --end 3 ")
     if " fit " in line and "docs/studies" not in line and "paper:" not in line:
         line += " --bootstraps 50"
     return line + (" --dry-run" if " study " in line and "--dry-run" not in line else "")

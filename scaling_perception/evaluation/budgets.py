@@ -170,7 +170,7 @@ def _choice(cell: Mapping[str, Any], entry: Mapping[str, Any], here: tuple[float
     seconds, timing = float(cell["seconds"]), entry.get("timing")
     if here is not None and timing is not None:
         # Evaluations go as evaluations do between the machines, the rest as the fixed cost does.
-        evaluations = min(timing["per_forward"] * evaluations_of(cell) * cell["ensemble"], seconds)
+        evaluations = min(timing["per_forward"] * evaluations_of(dict(cell)) * cell["ensemble"], seconds)
         there = entry.get("reference", timing)
         fixed, forward = (
             now / then if then > 0 else 1.0
