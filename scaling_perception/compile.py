@@ -1,6 +1,6 @@
 """Compile a config for devices that are not here, and say whether it fits and what it costs.
 
-The train step, the sampler and the latent encoder are compiled ahead of time for a TPU slice (v5e, v5p, v6e; needs
+The train step, the sampler and the latent encoder are compiled ahead of time for a TPU slice (v2 to v6e; needs
 libtpu, not a TPU) or for a mesh of fake CPU devices in place of GPUs. Told are memory by kind, FLOPs, every collective
 with its bytes and mesh axis, the bounds of a step's time by a stated roofline model, and what the partitioning does
 that it need not. Only shapes are used: no data, no weights. docs/compile.md explains the numbers.

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--macs", type=POSITIVE, help="of one prediction, at most")
     add("--seconds", type=POSITIVE, help="of one prediction, at most")
     add("--samples", type=POSITIVE, help="of the training, at most")
-    add("--chip", help="v5e, v5p, v6e, a100, h100 or h200: for time, money and memory")
+    add("--chip", help="v4, v5e, v5p, v6e, a100, h100 or h200: for time, money and memory")
     add("--chips", type=COUNT, default=1, help="that share the training's memory (default 1)")
     add("--memory", type=POSITIVE, metavar="GB", help="of a chip (default: the chip's own)")
     add("--price", metavar="CHIP=USD", default="", help="of a chip-hour (default: those of `study`)")

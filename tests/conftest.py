@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, a shared compilation cache, where reference arrays are, and what is skipped."""
 
+import gc
 import importlib.util
 import os
 import re
@@ -22,6 +23,8 @@ import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Traced programs are millions of objects that stay: looking through them for cycles took a tenth of the time.
+gc.set_threshold(50_000, 20, 50)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in a shell's background; the tests' children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 flags.FLAGS.mark_as_parsed()  # grain reads absl flags; a test run has none
@@ -50,13 +53,25 @@ def pytest_configure(config):
 
 # The files that take longest, first, so that no process is left with one of them at the end.
 LONGEST = (
-    "training/test_meshes.py",
+    "training/test_processes.py",
     "test_house.py",
+    "training/test_start.py",
+    "training/test_pretrain.py",
+    "test_quickstart.py",
+    "test_shipped.py",
+    "training/test_meshes.py",
+    "training/test_resume.py",
+    "training/test_checkpoint_crashes.py",
     "models/test_dit.py",
+    "models/test_moe.py",
     "models/test_dispatch.py",
     "evaluation/test_predictor.py",
     "models/test_autoencoders.py",
     "models/test_vae.py",
+    "training/test_spikes.py",
+    "training/test_validation.py",
+    "training/test_accumulation.py",
+    "training/test_autoencoder.py",
     "training/test_train.py",
     "models/test_surgery.py",
     "evaluation/test_ensemble.py",

@@ -35,7 +35,11 @@ def test_every_notebook_is_run_here():
     assert {path.stem for path in FOLDER.iterdir()} == SMALL.keys()
 
 
-@pytest.mark.parametrize("name", SMALL)
+# finetune_your_own trains and predicts as the tests of those verbs do: ``pytest -m slow tests/test_colabs.py``
+SLOW = {"finetune_your_own"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SMALL])
 def test_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")

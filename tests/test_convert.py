@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from applying import fresh
 from safetensors.numpy import load_file, save_file
 
 from scaling_perception.cli import main
@@ -26,7 +27,7 @@ from scaling_perception.interop.released import RELEASED, describe
 from scaling_perception.interop.torch_files import open_tensors
 from scaling_perception.models import tiny_vae
 from scaling_perception.models.autoencoders import load_autoencoder, load_part
-from scaling_perception.models.dit import DiT, config_from_dict, init_params
+from scaling_perception.models.dit import DiT, config_from_dict
 from scaling_perception.models.presets import at_resolution, get_preset
 from scaling_perception.support.errors import UserError
 
@@ -319,7 +320,7 @@ def test_shipped_models_go_out_and_come_back(tmp_path, torch):
 
 def test_a_model_that_no_layout_holds_stays_ours(tmp_path, capsys):
     config = get_preset("nano", context_dim=6)
-    params = init_params(config, jax.random.key(0))
+    params = fresh(config, jax.random.key(0))
     save_model(tmp_path / "in", params, describe(config))
     convert(tmp_path / "in", tmp_path / "half", "--dtype", "float16")
     assert tensors(tmp_path / "half")["context/table"].dtype == np.float16

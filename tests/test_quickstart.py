@@ -11,11 +11,11 @@ from scaling_perception.cli import main
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(quickstart, "STEPS", "1")
-    monkeypatch.setattr(quickstart, "ENSEMBLE", "1,2")
+    monkeypatch.setattr(quickstart, "ENSEMBLE", "1")
 
 
 def test_renders_trains_evaluates_and_reports(tmp_path, small, capfd):
-    words = ["quickstart", "--workdir", str(tmp_path), "--scenes", "4", "--train-steps", "20", "--images", "2"]
+    words = ["quickstart", "--workdir", str(tmp_path), "--scenes", "4", "--train-steps", "2", "--images", "2"]
     assert main(words) == 0
     said = capfd.readouterr().out
     for verb in ("prepare", "train", "evaluate", "report"):
@@ -23,7 +23,7 @@ def test_renders_trains_evaluates_and_reports(tmp_path, small, capfd):
     assert str((tmp_path / "report.html").resolve()) in said
     for task, metric in (("depth", "abs_rel"), ("flow", "epe"), ("amodal", "iou")):
         found = json.loads((tmp_path / "evaluations" / f"{task}.json").read_text())
-        assert found["images"] == 2 and len(found["cells"]) == 4  # two presets, two sizes
+        assert found["images"] == 2 and len(found["cells"]) == 2  # presets
         assert all(len(cell["rows"]) == 2 and metric in cell["metrics"] for cell in found["cells"])
     page = (tmp_path / "report.html").read_text()
     assert page.count("<h2>") == 5 and "http" not in page.replace("http-equiv", "")

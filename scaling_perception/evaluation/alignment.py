@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+THINNED = "no valid pixel in the columns that its alignment looks at"
+
 
 class Fit(NamedTuple):
     """truth is about scale * prediction + shift (shift in the truth's unit)."""
@@ -95,14 +97,16 @@ def align(
         float64 of pred's shape.
 
     Raises:
-        ValueError: as `fit_scale_shift`.
+        ValueError: as `fit_scale_shift`, or no pixel is valid in the columns that the fit looks at.
     """
     if max_resolution is None:
         scale, shift = fit_scale_shift(pred, gt, valid)
     else:
         height, width = np.asarray(gt).shape
         some = nearest_columns((height, width), max_resolution)
-        few = None if valid is None else np.asarray(valid)[:, some]
+        few = None if valid is None else np.asarray(valid, bool)[:, some]
+        if few is not None and not few.any():
+            raise ValueError(f"{THINNED}: leave this image out")
         scale, shift = fit_scale_shift(np.asarray(pred)[:, some], np.asarray(gt)[:, some], few)
     aligned = scale * np.asarray(pred, np.float64) + shift
     return aligned if minimum is None and maximum is None else np.clip(aligned, minimum, maximum)

@@ -131,6 +131,7 @@ def _mask_counts(pred: Any, gt: Any, valid: Any | None) -> tuple[int, int, int]:
     keep = np.ones(gt.shape, bool) if valid is None else np.asarray(valid, bool)
     if not pred.shape == gt.shape == keep.shape:
         raise ValueError(f"prediction {pred.shape}, truth {gt.shape} and valid mask {keep.shape} differ in shape")
+    _some(keep[keep])
     both = int(np.count_nonzero(pred & gt & keep))
     return both, int(np.count_nonzero(pred & keep)), int(np.count_nonzero(gt & keep))
 
@@ -143,7 +144,7 @@ def mask_iou(pred: Any, gt: Any, valid: Any | None = None) -> float:
         valid: (H, W) bool pixels to count; None takes all.
 
     Raises:
-        ValueError: shapes differ, or the masks are not bool.
+        ValueError: shapes differ, the masks are not bool, or no pixel is valid.
     """
     both, ours, theirs = _mask_counts(pred, gt, valid)
     return both / max(ours + theirs - both, 1)

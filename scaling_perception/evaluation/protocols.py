@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from scaling_perception.evaluation.alignment import align
+from scaling_perception.evaluation.alignment import THINNED, align, nearest_columns
 from scaling_perception.evaluation.baselines import amodal_baselines, depth_baselines, flow_baselines, painted_whole
 from scaling_perception.evaluation.intervals import WEIGHT
 from scaling_perception.evaluation.metrics import (
@@ -299,6 +299,9 @@ def unmeasurable(raw: dict[str, Any], protocol: dict[str, Any]) -> str:
         return "no valid pixel within range and crop"
     if count < least:
         return f"{count} valid pixel(s) within range and crop: fewer than {least}, which any prediction fits"
+    if few := protocol.get("alignment_resolution"):
+        if not raw["valid"][:, nearest_columns(raw["valid"].shape, few)].any():
+            return THINNED
     if protocol["task"] == "depth" and np.ptp(raw["depth"][raw["valid"]]) == 0:
         return (
             f"the true depth is {raw['depth'][raw['valid']][0]:g} m at all {count} valid pixels: any prediction fits it"

@@ -155,7 +155,7 @@ def _memory(config: Config, dit: DiTConfig, devices: int | None) -> dict[str, An
         "optimizer": sums["opt_state"],
         "ema": sums["ema"],
         "batch": 2 * local * _sample_bytes(config, dit),  # this step's, and the next one's on its way
-        **_activations(config, dit, part, sizes["expert"]),
+        **_activations(config, dit, part, sizes["expert"], sizes["tensor"]),
         "layer_weights": _layer_bytes(config, state.params["blocks"], sizes) // dit.depth,
         **_autoencoder(config, dit, part),
     }
@@ -185,23 +185,26 @@ def _bytes(tree: Any, placed: Any) -> int:
     return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
 
 
-def _activations(config: Config, dit: DiTConfig, samples: int, split: int) -> dict[str, int]:
+def _activations(config: Config, dit: DiTConfig, samples: int, split: int, tensor: int) -> dict[str, int]:
+    """``split``: devices that share the experts; ``tensor``: those that share heads and hidden units of each layer."""
     unit, ratio = samples * dit.tokens * dit.dim, dit.hidden / dit.dim
-    kept, working = 7 + ratio, 16 + 4 * ratio
+    own = 1 / tensor if dit.heads % tensor == 0 else 1  # of queries, keys, values and what attention makes of them
+    kept, working = 3 + 4 * own + ratio / tensor, 16 + 4 * ratio / tensor
     if dit.experts:
         matrices, chosen = (2 if dit.expert_mlp == "swiglu" else 1), dit.active_experts
         room = split * min(chosen, dit.experts // split) if split > 1 and dit.experts % split == 0 else chosen
-        kept = 7 + matrices * room * ratio + (2 * dit.shared_experts + 1 if dit.shared_experts else 0)
-        working = 16 + (2 + 2 * matrices) * chosen * ratio + 4 * chosen + 6 * dit.shared_experts
+        shared = (2 * dit.shared_experts / tensor + 1) if dit.shared_experts else 0
+        kept = 3 + 4 * own + matrices * room * ratio / tensor + shared
+        working = 16 + (2 + 2 * matrices) * chosen * ratio / tensor + 4 * chosen + 6 * dit.shared_experts / tensor
         if config.train.remat:  # made again, of one layer
-            working += matrices * (room - chosen) * ratio * _ITEM[config.train.dtype] / 4
+            working += matrices * (room - chosen) * ratio / tensor * _ITEM[config.train.dtype] / 4
     kept = 1 if config.train.remat else kept
     if config.train.stream_dtype == "float32":  # the tokens, and those between attention and MLP
         kept += (1 if config.train.remat else 2) * (4 / _ITEM[config.train.dtype] - 1)
     return {
         "activations_kept": round(dit.depth * kept * unit * _ITEM[config.train.dtype]),
         "activations_at_work": round(working * unit * 4),
-        "attention_scores": 3 * samples * dit.heads * dit.tokens**2 * 4,
+        "attention_scores": round(3 * samples * dit.heads * own * dit.tokens**2 * 4),
     }
 
 

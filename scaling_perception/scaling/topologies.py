@@ -18,7 +18,8 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """What a chip can do at most; all rates one way, per chip and per second.
+    """What a chip can do at most; all rates one way, per chip and per second. A core of TPU v2 and v3 is a
+    device, with half of what the chip has, and stands here as one.
 
     Attributes:
         name: as in a topology.
@@ -26,7 +27,7 @@ class Chip(NamedTuple):
         memory: bytes that a program may use. bandwidth: bytes to or from main memory.
         link: bytes over one link of the torus, or, where ``node`` is given, over the chip's port to its node's switch.
         ring: a dimension of the torus closes to a ring where its length is a multiple of this; 0 = no torus.
-        network: bytes over the data-centre network.
+        network: bytes over the data-centre network; 0 = its slices cannot be joined by it.
         node: chips that share a switch, 0 = a torus.
         source: where the numbers are from.
     """
@@ -44,10 +45,17 @@ class Chip(NamedTuple):
 
 
 _TPU = "Google Cloud TPU system architecture pages; usable memory as XLA states it"
+_V4 = f"{_TPU}; its link from the pod's bisection (24 TB/s), its network taken to be v5p's"
+_OLDER = (
+    "Jouppi et al. 2020, A domain-specific supercomputer for training deep neural networks; memory as XLA states it"
+)
 _GPU = "NVIDIA data sheets: dense bf16, NVLink and one 400 Gb/s (A100: 200 Gb/s) port a GPU"
 CHIPS = {
     chip.name: chip
     for chip in (
+        Chip("v2", 23e12, 128, int(7.48 * GIB), 350e9, 62e9, 16, 0, 0, _OLDER),
+        Chip("v3", 61.5e12, 128, int(15.48 * GIB), 450e9, 82e9, 32, 0, 0, _OLDER),
+        Chip("v4", 275e12, 128, int(30.75 * GIB), 1228e9, 50e9, 4, 6.25e9, 0, _V4),
         Chip("v5e", 197e12, 128, int(15.75 * GIB), 819e9, 50e9, 16, 3.125e9, 0, _TPU),
         Chip("v5p", 459e12, 128, int(95.74 * GIB), 2765e9, 100e9, 4, 6.25e9, 0, _TPU),
         Chip("v6e", 918e12, 256, int(31.25 * GIB), 1638e9, 100e9, 16, 12.5e9, 0, _TPU),
@@ -56,7 +64,7 @@ CHIPS = {
         Chip("h200", 989e12, 16, 141 * 10**9, 4800e9, 450e9, 0, 50e9, 8, _GPU),
     )
 }
-_NAME = re.compile(r"(v5e|v5p|v6e):(\d+(?:x\d+)+)|cpu:(\d+)")
+_NAME = re.compile(r"(v2|v3|v4|v5e|v5p|v6e):(\d+(?:x\d+)+)|cpu:(\d+)")
 
 
 class Topology(NamedTuple):
@@ -112,6 +120,8 @@ def get_topology(name: str, slices: int = 1, chip: str = "") -> Topology:
         raise UserError(f"--slices {slices}: give 1 or more, and 1 for fake devices")
     if fake:
         return Topology(name, _gpu(chip), _fake_devices(int(fake)), ())
+    if slices > 1 and not CHIPS[kind].network:
+        raise UserError(f"--slices {slices}: {kind} slices cannot be joined by the data-centre network: give 1")
     if chip:
         raise UserError(f"--chip {chip} goes with cpu:N; {name} says its chip itself")
     sizes = tuple(int(size) for size in shape.split("x"))
@@ -147,7 +157,9 @@ def _tpu_devices(name: str, slices: int) -> list[Any]:
             f"--topology {name} needs libtpu, which compiles for TPUs: pip install 'scaling-perception[tpu]'"
         )
     try:
-        several = {"num_slices": slices} if slices > 1 else {}
+        several: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+        if name.startswith("v4:"):  # both cores of a chip are one device, as JAX has them on a machine
+            several["chip_config_name"] = "megacore"
         return list(topologies.get_topology_desc(name, platform="tpu", **several).devices)
     except Exception as error:  # libtpu raises several kinds
         reason = str(error).strip().splitlines()[0][:160]

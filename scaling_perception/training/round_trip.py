@@ -53,14 +53,16 @@ def sample_report(trip: RoundTrip, raw: Mapping[str, Any], resolution: int, opti
         prediction = depth.decode_prediction(trip(one["target"][None])[None], size, options)[0]
         valid = np.isfinite(raw["depth"]) & (raw["depth"] > 0)
         valid = valid & raw["valid"] if raw.get("valid") is not None and raw.get("flow") is None else valid
-        aligned = align(prediction, raw["depth"], valid)
-        out["depth_abs_rel"] = depth_metrics(aligned, raw["depth"], valid)["abs_rel"]
+        if valid.any():
+            aligned = align(prediction, raw["depth"], valid)
+            out["depth_abs_rel"] = depth_metrics(aligned, raw["depth"], valid)["abs_rel"]
     if raw.get("flow") is not None:
         both = np.stack([one["target"] for one in flow.encode(raw, resolution, options)])
         prediction = flow.decode_prediction(trip(both)[:, None], size, options)[0]
         valid = np.isfinite(raw["flow"]).all(axis=-1)
         valid = valid & raw["valid"] if raw.get("valid") is not None else valid
-        out["flow_epe"] = flow_metrics(prediction, np.where(valid[..., None], raw["flow"], 0), valid)["epe"]
+        if valid.any():
+            out["flow_epe"] = flow_metrics(prediction, np.where(valid[..., None], raw["flow"], 0), valid)["epe"]
     if raw.get("whole") is not None:
         one = amodal.encode(raw, resolution, options)[0]
         whole, visible = trip(np.stack([one["target"], one["prompt"]]))

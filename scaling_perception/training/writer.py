@@ -25,6 +25,7 @@ _HIDDEN = ("time", "spent_")  # begin fields that are for goodput.py: in the row
 # Dense bfloat16 FLOP/s of one device as JAX counts them, by what its kind begins with or holds (makers' data sheets).
 # Of TPU v2, v3 and 7x, a device is half a chip.
 PEAKS = {
+    "TPU v2": 23e12,
     "TPU v3": 61.5e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,

@@ -103,3 +103,7 @@ def test_the_fit_of_some_columns_is_applied_to_all():
     scale, shift = fit_scale_shift(pred[:, some], gt[:, some])
     np.testing.assert_allclose(align(pred, gt, max_resolution=10), scale * pred + shift)
     np.testing.assert_array_equal(align(pred, gt, max_resolution=40), align(pred, gt))
+    valid = np.ones((6, 40), bool)
+    valid[:, some] = False
+    with pytest.raises(ValueError, match="no valid pixel in the columns"):
+        align(pred, gt, valid, max_resolution=10)

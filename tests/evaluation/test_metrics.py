@@ -148,6 +148,8 @@ def test_iou_conventions():
         mask_iou(some.astype(np.float32), some)
     with pytest.raises(ValueError, match="shape"):
         mask_iou(some, some[:1])
+    with pytest.raises(ValueError, match="no valid pixel"):
+        mask_iou(some, some, valid=none)
 
 
 @pytest.mark.parametrize("metrics, shape", [(depth_metrics, (3, 3)), (flow_metrics, (3, 3, 2))])

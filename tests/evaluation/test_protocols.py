@@ -197,6 +197,10 @@ def test_baselines_are_fitted_once(make_raw):
 
 def test_what_cannot_be_measured_is_told_apart(make_raw):
     depth = get_protocol("depth", "nyuv2")
+    raw = prepare_raw(make_raw(), depth)
+    raw["valid"][:, ::4] = False  # the columns that a fit at most 14 wide looks at
+    assert unmeasurable(raw, {**depth, "alignment_resolution": 14}).startswith("no valid pixel in the columns")
+    assert not unmeasurable(raw, {**depth, "alignment_resolution": 20})
     assert unmeasurable(prepare_raw(make_raw(depth=np.full((40, 56), 50.0, np.float32)), depth), depth)
     assert not unmeasurable(prepare_raw(make_raw(), depth), depth)
     few = np.zeros((40, 56), bool)

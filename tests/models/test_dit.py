@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from applying import applied, fresh
 from safetensors.numpy import load_file
 
 from scaling_perception.interop.torch_dit import dit_from_torch, dit_to_torch
@@ -138,7 +139,7 @@ def test_larger_picture_equals_the_reference(golden):
     config = dataclasses.replace(REFERENCE, input_size=16)
     config, params, arrays = reference_case(golden / "dit_dense" / "p2_16x16.safetensors", config)
     x, t, label = nhwc(arrays["in/x"]), arrays["in/t"].astype(np.int32), arrays["in/y"].astype(np.int32)
-    close(DiT(config).apply({"params": params}, x, t, label), nhwc(arrays["out/forward"]), 1e-5)
+    close(applied(DiT(config), params, x, t, label), nhwc(arrays["out/forward"]), 1e-5)
     close(position_table(64, 8), arrays["out/pos_embed"][0], 1e-6)
 
 
@@ -158,18 +159,18 @@ def router(golden):
 def test_each_task_has_its_own_patch_embedding(router):
     config, params, x, label, expected = router
     assert label.tolist() == [1000, 1001, 1002, 1003]
-    close(PatchEmbed(config).apply({"params": params}, x, label), expected, 1e-5)
+    close(applied(PatchEmbed(config), params, x, label), expected, 1e-5)
     mixed = np.array([1003, 1000, 1003, 1001])
-    tokens = np.asarray(PatchEmbed(config).apply({"params": params}, x, mixed))
+    tokens = np.asarray(applied(PatchEmbed(config), params, x, mixed))
     for row, task in enumerate(mixed):
         plain = dataclasses.replace(config, routed=False)
         own = {"kernel": params["kernel"][task - 1000], "bias": params["bias"][task - 1000]}
-        close(tokens[row], PatchEmbed(plain).apply({"params": own}, x, mixed)[row], 1e-5)
+        close(tokens[row], applied(PatchEmbed(plain), own, x, mixed)[row], 1e-5)
 
 
 def test_labels_outside_the_tasks_embed_to_zero_without_bias(router):
     config, params, x, _, _ = router
-    tokens = PatchEmbed(config).apply({"params": params}, x, np.array([999, 1004, 0, 1000]))
+    tokens = applied(PatchEmbed(config), params, x, np.array([999, 1004, 0, 1000]))
     assert not np.any(tokens[:3]) and np.all(np.any(tokens[3], axis=-1))
 
 
@@ -245,8 +246,8 @@ def test_remat_stores_less_for_the_gradient():
 def test_one_timestep_serves_the_whole_batch(reference):
     config, params, arrays = reference
     x, label = nhwc(arrays["in/x"]), arrays["in/y"].astype(np.int32)
-    one = DiT(config).apply({"params": params}, x, jnp.array([321]), label)
-    every = DiT(config).apply({"params": params}, x, jnp.full((5,), 321), label)
+    one = applied(DiT(config), params, x, jnp.array([321]), label)
+    every = applied(DiT(config), params, x, jnp.full((5,), 321), label)
     close(one, every, 1e-6)
 
 
@@ -313,7 +314,7 @@ def test_what_does_not_change_while_sampling_can_be_computed_ahead(changes):
     @jax.jit
     def outputs(key):
         """Of both timesteps, with parts computed ahead and without."""
-        params = jax.tree.map(lambda leaf: leaf + 0.05, init_params(config, key))
+        params = jax.tree.map(lambda leaf: leaf + 0.05, fresh(config, key))
         latents = jax.random.normal(key, (3, 8, 8, config.input_channels))
         conditions, noisy = jnp.split(latents, [config.cond_channels], axis=-1)
         blocks, final = modulations(config, params, t, label)
@@ -322,7 +323,7 @@ def test_what_does_not_change_while_sampling_can_be_computed_ahead(changes):
         for step in range(2):
             fixed = Fixed(tokens, blocks[step][:, rows], final[step][rows])
             ahead = DiT(config).apply({"params": params}, noisy, t[:1], label[rows], fixed=fixed)
-            found.append((ahead, DiT(config).apply({"params": params}, latents, t[step : step + 1], label[rows])))
+            found.append((ahead, applied(DiT(config), params, latents, t[step : step + 1], label[rows])))
         return found
 
     for ahead, whole in outputs(jax.random.key(0)):

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from applying import applied, fresh
 from safetensors.numpy import load_file
 
 from scaling_perception.interop.torch_dit import dit_from_torch, dit_to_torch
-from scaling_perception.models.dit import DiT, DiTConfig, PatchEmbed, frozen_paths, guide, init_params
+from scaling_perception.models.dit import DiT, DiTConfig, PatchEmbed, frozen_paths, guide
 from scaling_perception.models.moe import MoE, route, routing_stats
 from scaling_perception.models.presets import get_preset
 
@@ -72,7 +73,7 @@ def test_one_layer_equals_the_reference(case):
     first = jax.tree.map(lambda leaf: leaf[0], params["blocks"]["moe"])
     inputs = jnp.asarray(arrays["out/router0/hidden_in"])
     for dispatch in ("dense", "ragged"):
-        mixed, _ = MoE(config, dispatch=dispatch).apply({"params": first}, inputs)
+        mixed, _ = applied(MoE(config, dispatch=dispatch), first, inputs)
         close(mixed, arrays["out/moe0_out"], 1e-5)
 
 
@@ -81,18 +82,18 @@ def test_mixed_tasks_one_timestep_and_foreign_labels(case):
     if not config.routed:
         scale = float(arrays["in/cfg_scale"])
         x, t, y = nhwc(arrays["in/cfg_x"]), jnp.asarray(arrays["in/cfg_t"]), jnp.asarray(arrays["in/cfg_y"])
-        out = DiT(config).apply({"params": params}, jnp.concatenate([x[:2], x[:2]]), t, y)
+        out = applied(DiT(config), params, jnp.concatenate([x[:2], x[:2]]), t, y)
         guided = guide(out[:2, ..., :4], out[2:, ..., :4], scale)
         close(guided.transpose(0, 3, 1, 2), arrays["out/forward_with_cfg"][:2, :4], 1e-5)
         return
     y = jnp.asarray(arrays["in/y_b"], jnp.int32)
-    out = DiT(config).apply({"params": params}, nhwc(arrays["in/x_b"]), jnp.asarray(arrays["in/t_b"]), y)
+    out = applied(DiT(config), params, nhwc(arrays["in/x_b"]), jnp.asarray(arrays["in/t_b"]), y)
     close(out.transpose(0, 3, 1, 2), arrays["out/forward_broadcast_t"], 1e-5)
     y, t = jnp.asarray(arrays["in/y_other"], jnp.int32), jnp.asarray(arrays["in/t_other"])
-    out = DiT(config).apply({"params": params}, nhwc(arrays["in/x"])[:2], t, y)
+    out = applied(DiT(config), params, nhwc(arrays["in/x"])[:2], t, y)
     close(out.transpose(0, 3, 1, 2), arrays["out/forward_other_labels"], 1e-5)
     y = jnp.asarray(arrays["in/y"], jnp.int32)
-    embedded = PatchEmbed(config).apply({"params": params["patch_embed"]}, nhwc(arrays["in/x"]), y)
+    embedded = applied(PatchEmbed(config), params["patch_embed"], nhwc(arrays["in/x"]), y)
     close(embedded, arrays["out/patch_embed"], 1e-5)
 
 
@@ -133,7 +134,7 @@ def test_balance_is_one_when_balanced_and_its_gradient_moves_scores_to_idle_expe
     assert routing_stats(even)["entropy"] == pytest.approx(np.log(4))
     x = jnp.ones((8, 4))  # all tokens alike: they crowd on the first expert
     crowded = kernel.at[:, 0].set(0.1)
-    gradient = jax.grad(lambda k: routing_stats(route(x, k, 1, "paper"))["balance"])(crowded)
+    gradient = jax.jit(jax.grad(lambda k: routing_stats(route(x, k, 1, "paper"))["balance"]))(crowded)
     assert (gradient[:, 0] > 0).all() and (gradient[:, 1:] < 0).all()
 
 
@@ -149,14 +150,15 @@ def test_gating_and_ties():
 
 def test_router_stays_float32_when_the_rest_is_bfloat16():
     config = get_preset("nano", experts=4)
-    params = init_params(config, jax.random.key(0))
+    params = fresh(config, jax.random.key(0))
     assert params["blocks"]["moe"]["router"]["kernel"].shape == (2, 32, 4)
     bound = 32**-0.5
     spread = np.abs(params["blocks"]["moe"]["router"]["kernel"])
     assert spread.max() <= bound and spread.mean() == pytest.approx(bound / 2, rel=0.2)
     first = jax.tree.map(lambda leaf: leaf[0], params["blocks"]["moe"])
     x = jax.random.normal(jax.random.key(1), (2, 16, 32))
-    run = [MoE(config, dtype).apply({"params": first}, x, mutable="intermediates") for dtype in ("float32", "bfloat16")]
+    layers = [MoE(config, dtype) for dtype in ("float32", "bfloat16")]
+    run = [jax.jit(lambda p, moe=moe: moe.apply({"params": p}, x, mutable="intermediates"))(first) for moe in layers]
     np.testing.assert_array_equal(*(seen["intermediates"]["index"][0] for _, seen in run))
     (full, _), (half, _) = (out for out, _ in run)
     assert half.dtype == jnp.bfloat16
@@ -165,17 +167,17 @@ def test_router_stays_float32_when_the_rest_is_bfloat16():
 
 def test_task_context_starts_as_nothing_and_reaches_the_output():
     plain, config = get_preset("nano"), get_preset("nano", context_dim=6)
-    params = init_params(config, jax.random.key(0))
+    params = fresh(config, jax.random.key(0))
     assert params["context"]["table"].shape == (4, 6) and params["context"]["kernel"].shape == (6, 32)
     assert frozen_paths(config) == ("pos_embed", "context/table")
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # adaLN-Zero would hide everything
     params["context"]["kernel"] = jnp.zeros((6, 32))
     x, t, y = jnp.ones((2, 16, 16, 12)), jnp.full((2,), 9.0), jnp.asarray([1, 3])
     without = {name: leaf for name, leaf in params.items() if name != "context"}
-    out = DiT(config).apply({"params": params}, x, t, y)
-    np.testing.assert_array_equal(out, DiT(plain).apply({"params": without}, x, t, y))
+    out = applied(DiT(config), params, x, t, y)
+    np.testing.assert_array_equal(out, applied(DiT(plain), without, x, t, y))
     params["context"]["kernel"] = jnp.ones((6, 32))
     params["context"]["table"] = jnp.zeros((4, 6)).at[1].set(1.0)  # amodal alone has a prompt
-    moved = DiT(config).apply({"params": params}, x, t, y)
+    moved = applied(DiT(config), params, x, t, y)
     assert float(jnp.abs(moved - out)[0].max()) > 1e-3
     np.testing.assert_array_equal(moved[1], out[1])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from applying import applied
 from safetensors.numpy import load_file
 
 from scaling_perception.models.dit import DiT, DiTConfig, Mlp, PatchEmbed, abstract_params, position_table
@@ -50,7 +51,7 @@ def shapes(params):
 def output(params, config, latents, label):
     """Of a batch of two, where the latents (2, side, side, 4) are repeated for the conditions."""
     x = np.concatenate([latents] * (config.input_channels // 4), axis=-1)
-    return np.asarray(DiT(config).apply({"params": params}, x, jnp.array([10.0, 800.0]), jnp.asarray(label)))
+    return np.asarray(applied(DiT(config), params, x, jnp.array([10.0, 800.0]), jnp.asarray(label)))
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +121,9 @@ def test_split_patch_embedding_is_the_same_for_every_task(start, latents):
     params, config = extend_labels(start, CLASSES)
     split, routed = split_patch_embed(params, config)
     assert shapes(split) == shapes(abstract_params(routed))
-    plain = PatchEmbed(config).apply({"params": params["patch_embed"]}, latents, jnp.array([0, 0]))
+    plain = applied(PatchEmbed(config), params["patch_embed"], latents, jnp.array([0, 0]))
     for labels in ([8, 9], [10, 11]):
-        got = PatchEmbed(routed).apply({"params": split["patch_embed"]}, latents, jnp.asarray(labels))
+        got = applied(PatchEmbed(routed), split["patch_embed"], latents, jnp.asarray(labels))
         np.testing.assert_allclose(got, plain, rtol=1e-6, atol=1e-6)
 
 
@@ -155,18 +156,18 @@ def tokens():
 @pytest.mark.parametrize("experts", [2, 16])
 def test_renormalised_experts_are_the_dense_mlp(start, tokens, experts):
     mlp = jax.tree.map(lambda leaf: leaf[1], start["blocks"]["mlp"])
-    dense = np.asarray(Mlp(CLASSES.hidden).apply({"params": mlp}, tokens))
+    dense = np.asarray(applied(Mlp(CLASSES.hidden), mlp, tokens))
     for active in (1, 2, 4):
         if active > experts:
             continue
         params, config = upcycle(start, CLASSES, experts, active)
         assert shapes(params) == shapes(abstract_params(config)) and config.gating == "renormalised"
         layer = jax.tree.map(lambda leaf: leaf[1], params["blocks"]["moe"])
-        mixed, _ = MoE(config).apply({"params": layer}, tokens)
+        mixed, _ = applied(MoE(config), layer, tokens)
         assert np.abs(mixed - dense).max() <= 1e-6 * np.abs(dense).max()
         # as published, each token's output is the dense one times the sum S of the chosen experts' scores
         weight = route(tokens.reshape(-1, 16), layer["router"]["kernel"], active, "paper").weight.sum(axis=-1)
-        shrunk, _ = MoE(dataclasses.replace(config, gating="paper")).apply({"params": layer}, tokens)
+        shrunk, _ = applied(MoE(dataclasses.replace(config, gating="paper")), layer, tokens)
         expected = dense * np.asarray(weight).reshape(2, 16, 1)
         assert np.abs(shrunk - expected).max() <= 1e-6 * np.abs(dense).max()
         assert (float(weight.max()) < 0.99) == (active < experts)

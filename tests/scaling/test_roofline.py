@@ -200,6 +200,7 @@ def test_warnings_of_state_and_of_repeated_work():
         ("cpu:8", {"chip": "h1000"}, "did you mean 'h100'"),
         ("v5e:2x2", {"chip": "h100"}, "says its chip itself"),
         ("cpu:8", {"slices": 2}, "--slices 2"),
+        ("v3:2x2", {"slices": 2}, "--slices 2: v3 slices cannot be joined"),
     ],
 )
 def test_topologies_that_there_are_not(name, options, message):

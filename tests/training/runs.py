@@ -41,7 +41,7 @@ def scenes_command(folder, steps, batch, *changes):
     spec = (
         f"configs/mini.py:model=nano,res=32,cache={folder / 'cache'},vae={folder / 'vae'},batch={batch},steps={steps}"
     )
-    changes = ["train.log_every=1", "latent_norm=auto", *changes]
+    changes = ["train.log_every=1", "latent_norm=none", *changes]
     return ["--config", spec, *(f"--config.{change}" for change in changes)]
 
 
@@ -80,6 +80,7 @@ def finish(running, code, workdir, seconds=240):
     finally:
         for process in running:
             process.kill()
+            process.wait()
     told = Path(f"{workdir}.0.log").read_text()
     assert codes == [code] * len(running), told[-3000:]
     return told

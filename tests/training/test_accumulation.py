@@ -65,7 +65,9 @@ def step_of(parts, params, count):
     return jax.jit(make_step(objective, tx, 0.9, count)), new_state(params, tx)
 
 
-@pytest.mark.parametrize(("task", "experts"), [("all", False), ("all", True), ("generation", True)])
+@pytest.mark.parametrize(
+    ("task", "experts"), [("all", False), ("generation", True), pytest.param("all", True, marks=pytest.mark.slow)]
+)
 def test_one_four_and_eight_parts_are_alike(task, experts):
     parts, params, batch = problem(task, experts)
     wanted, metrics = {}, {}

@@ -1,19 +1,26 @@
-"""Several real processes as one run: the losses of one process, stopped together, continued elsewhere."""
+"""Real processes: one run of several, stopped together, continued elsewhere; killed and interrupted runs go on.
+
+Unasked the command runs seven times, on one small cache of latents.
+"""
 
 import json
+import random
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
 from runs import finish, losses, scenes_command, start
 
+from scaling_perception.interop.model_folder import load_model
 from scaling_perception.parallel.processes import COORDINATOR, PROCESS, PROCESSES, join, leaving_at_once
 from scaling_perception.support.errors import UserError
+from scaling_perception.training.state import named_leaves
 
-STEPS = 24
-CHANGES = ("train.checkpoint_every=12", "optim.warmup=4", "optim.name=adamw", "optim.ema=0.9")
+STEPS = 40
+CHANGES = ("train.checkpoint_every=8", "optim.warmup=4", "optim.name=adamw", "optim.ema=0.9")
 
 
 @pytest.fixture(scope="module")
@@ -21,27 +28,66 @@ def command(tmp_path_factory):
     return scenes_command(tmp_path_factory.mktemp("processes"), STEPS, 8, *CHANGES)
 
 
-def stop_after(running, workdir, step, index):
-    """SIGTERM to one of the processes once ``step`` was told; all stop. Returns the step they stopped at."""
+@pytest.fixture(scope="module")
+def alone(command, tmp_path_factory):
+    """The work folder of a run on one device that nothing happened to."""
+    work = tmp_path_factory.mktemp("alone") / "work"
+    finish(start(command, work, devices=1), 0, work)
+    return work
+
+
+def signal_at(running, workdir, step, number, index=0):
+    """Send a signal to one of the processes as soon as ``step`` is in the log."""
     log = Path(f"{workdir}.0.log")
     while all(process.poll() is None for process in running) and f"train: step {step}/" not in log.read_text():
-        time.sleep(0.05)
-    running[index].send_signal(signal.SIGTERM)
+        time.sleep(0.005)
+    running[index].send_signal(number)
+
+
+def stop_after(running, workdir, step, index):
+    """SIGTERM to one of the processes once ``step`` is in the log; all stop. Returns the step they stopped at."""
+    signal_at(running, workdir, step, signal.SIGTERM, index)
     told = finish(running, 143, workdir)
     return int(told.split("stopped at step ")[1].split()[0])
 
 
-def test_two_processes_stop_together_and_one_goes_on(command, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    finish(start(command, one), 0, one)
+def test_two_processes_stop_together_and_one_goes_on(command, alone, tmp_path):
+    two = tmp_path / "two"
     running = start([*command, "--config.mesh.fsdp=2"], two, processes=2, devices=2)
-    stopped = stop_after(running, two, 6, 1)  # the other one is told
+    stopped = stop_after(running, two, 6, 1)  # the other one learns of it
     told = Path(f"{two}.0.log").read_text()
     assert 6 < stopped < STEPS and len(losses(two)) == stopped
     assert "2 process(es)" in told and "data 2 × fsdp 2" in told
     told = finish(start(command, two, devices=1), 0, two)  # another mesh, another number of processes
     assert f"resuming from step {stopped}" in told
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert losses(two) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_killed_and_interrupted_run_equals_an_undisturbed_one(command, alone, tmp_path):
+    seed = random.randrange(10**6)
+    draw = random.Random(seed)
+    print(f"seed {seed}")
+    work = tmp_path / "disturbed"
+    killed = start(command, work, devices=1)
+    # the second save, at step 16, waits for the first: from then on there is one to resume from
+    signal_at(killed, work, draw.randrange(17, 24), signal.SIGKILL)
+    before = len(finish(killed, -signal.SIGKILL, work))
+    stopped = start(command, work, devices=1)
+    signal_at(stopped, work, draw.randrange(30, 36), signal.SIGINT)
+    told = finish(stopped, 130, work)[before:]
+    assert "resuming from step" in told
+    hint = told.split("to resume run: ")[1].strip()
+    assert hint.startswith("scaling-perception train --config ") and f"--workdir {work}" in hint
+    assert all(word in hint for word in command if word.startswith("--config."))
+    finish(start(command, work, devices=1), 0, work)
+
+    runs_of = (alone, work)
+    saved = [json.loads((one / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text()) for one in runs_of]
+    assert saved[0]["leaves"] == saved[1]["leaves"]  # hashes of weights, moments, average
+    models = [named_leaves(load_model(one / "model")[0]) for one in runs_of]
+    for name, leaf in models[0].items():
+        np.testing.assert_array_equal(leaf, models[1][name], err_msg=name)
+    assert losses(alone) == losses(work)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from applying import applied
 from toys import LatentBatches, config_of
 
 from scaling_perception.interop.hf_clip import load_clip
@@ -41,8 +42,8 @@ def test_one_prompt_begins_as_nothing_and_is_learned(encoder):
     dit = config_from_dict(objective.meta["model"])
     moved = jax.tree.map(lambda leaf: leaf + 0.05, {k: v for k, v in params.items() if k != "context"})
     x, label = np.ones((2, 8, 8, 12), np.float32), np.asarray([0, 1])
-    with_prompt = DiT(dit).apply({"params": {**moved, "context": params["context"]}}, x, np.ones(1), label)
-    without = DiT(network_of(config)).apply({"params": moved}, x, np.ones(1), label)
+    with_prompt = applied(DiT(dit), {**moved, "context": params["context"]}, x, np.ones(1), label)
+    without = applied(DiT(network_of(config)), moved, x, np.ones(1), label)
     np.testing.assert_array_equal(with_prompt, without)
 
     tx, _ = make_optimizer(config.optim, 10, objective.frozen)

@@ -2,22 +2,15 @@
 
 import contextlib
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from runs import ROOT, scenes_command
 from toys import LinearBatches, config_of, linear_objective, small_disk
 
 from scaling_perception import train as verb
-from scaling_perception.interop.model_folder import load_model
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.errors import UserError
 from scaling_perception.training.checkpoints import Checkpoints
@@ -199,70 +192,3 @@ def test_a_checkpoint_of_eight_devices_resumes_on_one(monkeypatch, tmp_path):
     after = last_state(tmp_path)
     assert int(before["step"]) == 10 and int(after["step"]) == 20
     assert np.abs(after["params/layer/kernel"] - before["params/layer/kernel"]).max() > 0
-
-
-# ---- The real thing: the command, latents of scenes, real signals ----------------------------------------------------
-
-STEPS = 100
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    return scenes_command(folder, STEPS, 4, "train.checkpoint_every=10", "optim.warmup=10")
-
-
-def start(command, workdir):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, compiled in half the time
-    words = [sys.executable, "-m", "scaling_perception", "train", *command, "--workdir", str(workdir)]
-    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
-
-
-def signal_at(process, step, number):
-    """Read the log until ``step``, send the signal, and return the whole log."""
-    lines = []
-    with process:  # waits, and closes the pipe
-        for line in process.stderr:
-            lines.append(line)
-            if line.startswith(f"train: step {step}/"):
-                process.send_signal(number)
-    return "".join(lines)
-
-
-def finish(process):
-    _, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told
-    return told
-
-
-def test_killed_and_interrupted_run_equals_an_undisturbed_one(command, tmp_path):
-    seed = random.randrange(10**6)
-    draw = random.Random(seed)
-    print(f"seed {seed}")
-    finish(start(command, tmp_path / "whole"))
-
-    work = tmp_path / "disturbed"
-    killed = start(command, work)
-    # the second save, at step 20, waits for the first: from then on there is one to resume from
-    signal_at(killed, draw.randrange(25, 50), signal.SIGKILL)
-    assert killed.returncode == -signal.SIGKILL
-    stopped = start(command, work)
-    told = signal_at(stopped, draw.randrange(60, 90), signal.SIGINT)
-    assert stopped.returncode == 130 and "resuming from step" in told
-    hint = told.split("to resume run: ")[1].strip()
-    assert hint.startswith("scaling-perception train --config ") and f"--workdir {work}" in hint
-    assert all(word in hint for word in command if word.startswith("--config."))
-    finish(start(command, work))
-
-    saved = [json.loads((tmp_path / n / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text()) for n in NAMES]
-    assert saved[0]["leaves"] == saved[1]["leaves"]  # hashes of weights, moments, average
-    models = [named_leaves(load_model(tmp_path / name / "model")[0]) for name in NAMES]
-    for name, leaf in models[0].items():
-        np.testing.assert_array_equal(leaf, models[1][name], err_msg=name)
-    rows = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in NAMES]
-    assert [row["step"] for row in rows[1]] == list(range(1, STEPS + 1))
-    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
-
-
-NAMES = ("whole", "disturbed")

@@ -30,7 +30,7 @@ from scaling_perception.training.state import new_state
 KEY = jax.random.key(11)
 DIT = DiTConfig("dit", input_size=4, dim=32, depth=2, heads=2, num_classes=10)  # nano's blocks, trained on classes
 TOY = "task=generalist,model=nano,res=64,source=scenes,vae=tiny,diffusion=paper"
-SHORT = ["train.steps=60", "train.log_every=20", "train.checkpoint_every=60", "train.batch_size=8", "optim.warmup=2"]
+SHORT = ["train.steps=30", "train.log_every=10", "train.checkpoint_every=30", "train.batch_size=8", "optim.warmup=2"]
 SHORT += ["optim.ema=0.9", "optim.lr=3e-3", "optim.lr_final=1e-3"]
 
 
