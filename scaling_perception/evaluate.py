@@ -29,7 +29,7 @@ FLAGS = {
     "a root": "--data",
     "step_tolerance": "--step-tolerance",
     **{name: f"--{name}" for name in ("task", "model", "autoencoder", "dtype", "steps", "solver", "preset", "reduce")},
-    **{name: f"--{name}" for name in ("split", "option", "tolerance", "seed")},
+    **{name: f"--{name}" for name in ("option", "tolerance", "seed")},
 }
 """What messages of the library call by name -> the flag."""
 

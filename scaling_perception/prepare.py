@@ -52,7 +52,6 @@ FLAGS = {
     "depth_prompt": "--depth-prompt",
     "autoencoder": "--vae",
     "task": "--tasks",
-    "split": "--split",
 }
 """What messages of the library call by name -> the flag."""
 

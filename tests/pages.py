@@ -12,7 +12,9 @@ from scaling_perception.support.verbs import make_parser
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-_PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]*(/.*)?|/data(/.*)?|x|bucket/.*|paper:.*|-")  # what a person puts a name for
+_PLACEHOLDER = re.compile(
+    r"[A-Z][A-Z0-9_]*(/.*)?|/data(/.*)?|x|bucket/.*|paper:.*|FILE\.py|-"
+)  # what a person puts a name for
 _HUB = re.compile(r"stabilityai/[\w.-]+")
 _SHIPPED = {"tiny", *(folder.name for folder in SHIPPED.iterdir())}
 
@@ -29,7 +31,8 @@ class Command(NamedTuple):
 
 def lines(page):
     """The lines of all blocks of commands of a page, continued ones joined, comments left out."""
-    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    blocks = [block for language, block in fenced if language in ("", "bash", "sh")]
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
         line = re.sub(r"(^|\s)#.*", "", line).strip()
         if "scaling-perception " in line or line.startswith(("launch/", "sbatch ")):

@@ -54,7 +54,7 @@ ELSEWHERE = {
     r"compile ": "tests/test_compile.py: minutes a command",
     r"launch/(tpu|gke)": "tests/test_launch.py: a cloud",
     r"SRC DST|\bVERB\b|\w\|\w|…": "usage",
-    r"--(compare|collect|write)|study\.csv": "the results of a study of hours",
+    r"--(compare|collect|write)|runs/\S*study\.csv": "the results of a study of hours",
     r"stabilityai/": "weights from the hub",
     r"\b(DATA|CACHES|DIR|TASK|NAME|SHARED|FILE\.py)\b|/data/": "a data set, or a name to fill in",
 }
@@ -79,7 +79,7 @@ def trial(line):
     if " predict " in line and "flow" in line and "clip.mp4" in line:
         line = line.replace(" predict ", " predict --end 3 ")
     if " fit " in line and "docs/studies" not in line and "paper:" not in line:
-        line += " --bootstraps 50"
+        line += " --bootstraps 100"
     return line + (" --dry-run" if " study " in line and "--dry-run" not in line else "")
 
 

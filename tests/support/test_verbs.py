@@ -53,7 +53,7 @@ def test_numbers_at_the_ends_are_taken():
     ("words", "message"),
     [
         ((*PREDICT, "--eta", "2"), "--eta 2.0: choose between"),
-        ((*PREDICT, "--solver", "euler"), "unknown --solver 'euler'"),
+        ((*PREDICT, "--solver", "magic"), "unknown --solver 'magic'"),
         ((*PREDICT, "--aspect", "crop"), "unknown --aspect 'crop'"),
         ((*PREDICT, "--step-tolerance", "0.1", "--eta", "1"), "--step-tolerance goes with .*: --eta 0"),
         ((*PREDICT, "--step-tolerance", "0.1", "--steps", "4"), "--step-tolerance needs two looks .* 4 steps have 1"),
@@ -64,7 +64,7 @@ def test_numbers_at_the_ends_are_taken():
         (("evaluate", "--task", "depth", "--dataset", "nyuv2", "--model", "mini"), "nyuv2 needs --data: the folder"),
         (("evaluate", "--task", "depth", "--dataset", "nyu", "--model", "mini"), "unknown --dataset 'nyu'"),
         (("prepare", "folder", "--out", "o", "--tasks", "depth"), "folder needs --raw: the folder"),
-        (("prepare", "scenes", "--out", "o", "--count", "2", "--split", "x"), "scenes have no --split 'x'"),
+        (("prepare", "scenes", "--out", "o", "--count", "2", "--split", "x"), "scenes have no split 'x'"),
     ],
 )  # fmt: skip
 def test_messages_name_flags(words, message, tmp_path, monkeypatch):
