@@ -73,7 +73,7 @@ def start(command, workdir, processes=1, devices=4, noted=False, others=(), **en
     return running
 
 
-def finish(running, code, workdir, seconds=240):
+def finish(running, code, workdir, seconds=500):
     """Wait for all; returns the words of the first process."""
     try:
         codes = [process.wait(timeout=seconds) for process in running]
