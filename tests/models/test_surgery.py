@@ -153,7 +153,7 @@ def tokens():
     return np.random.default_rng(2).normal(size=(2, 16, 16)).astype(np.float32)
 
 
-@pytest.mark.parametrize("experts", [2, 16])
+@pytest.mark.parametrize("experts", [2, pytest.param(16, marks=pytest.mark.slow)])
 def test_renormalised_experts_are_the_dense_mlp(start, tokens, experts):
     mlp = jax.tree.map(lambda leaf: leaf[1], start["blocks"]["mlp"])
     dense = np.asarray(applied(Mlp(CLASSES.hidden), mlp, tokens))

@@ -19,7 +19,7 @@ from scaling_perception.parallel.processes import COORDINATOR, PROCESS, PROCESSE
 from scaling_perception.support.errors import UserError
 from scaling_perception.training.state import named_leaves
 
-STEPS = 40
+STEPS = 64
 CHANGES = ("train.checkpoint_every=8", "optim.warmup=4", "optim.name=adamw", "optim.ema=0.9")
 
 
@@ -36,17 +36,20 @@ def alone(command, tmp_path_factory):
     return work
 
 
-def signal_at(running, workdir, step, number, index=0):
-    """Send a signal to one of the processes as soon as ``step`` is in the log."""
+def signal_after(running, workdir, steps, number, index=0):
+    """Send a signal to one of the processes as soon as so many steps of this start are in the log."""
     log = Path(f"{workdir}.0.log")
-    while all(process.poll() is None for process in running) and f"train: step {step}/" not in log.read_text():
+    before = log.read_text().count("train: step ")
+    while all(process.poll() is None for process in running):
+        if log.read_text().count("train: step ") >= before + steps:
+            break
         time.sleep(0.005)
     running[index].send_signal(number)
 
 
-def stop_after(running, workdir, step, index):
-    """SIGTERM to one of the processes once ``step`` is in the log; all stop. Returns the step they stopped at."""
-    signal_at(running, workdir, step, signal.SIGTERM, index)
+def stop_after(running, workdir, steps, index):
+    """SIGTERM to one of the processes after so many steps; all stop. Returns the step they stopped at."""
+    signal_after(running, workdir, steps, signal.SIGTERM, index)
     told = finish(running, 143, workdir)
     return int(told.split("stopped at step ")[1].split()[0])
 
@@ -70,10 +73,10 @@ def test_killed_and_interrupted_run_equals_an_undisturbed_one(command, alone, tm
     work = tmp_path / "disturbed"
     killed = start(command, work, devices=1)
     # the second save, at step 16, waits for the first: from then on there is one to resume from
-    signal_at(killed, work, draw.randrange(17, 24), signal.SIGKILL)
+    signal_after(killed, work, draw.randrange(17, 24), signal.SIGKILL)
     before = len(finish(killed, -signal.SIGKILL, work))
     stopped = start(command, work, devices=1)
-    signal_at(stopped, work, draw.randrange(30, 36), signal.SIGINT)
+    signal_after(stopped, work, draw.randrange(2, 10), signal.SIGINT)
     told = finish(stopped, 130, work)[before:]
     assert "resuming from step" in told
     hint = told.split("to resume run: ")[1].strip()

@@ -52,7 +52,9 @@ class Seen(LinearBatches):
             yield dict(batch)
 
 
-@pytest.mark.parametrize(("stop", "optimizer"), [(3, "adamw"), (8, "muon"), (13, "adam")])
+@pytest.mark.parametrize(
+    ("stop", "optimizer"), [(3, "adamw"), (8, "muon"), pytest.param(13, "adam", marks=pytest.mark.slow)]
+)
 def test_two_halves_make_the_whole_bit_for_bit(monkeypatch, tmp_path, stop, optimizer):
     whole = Seen()
     linear_run(monkeypatch, tmp_path / "whole", whole, optimizer)
