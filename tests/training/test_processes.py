@@ -116,11 +116,12 @@ def test_fifty_losses_are_those_of_one_process(tmp_path):
 
 
 LONG = 1200  # seconds that a run may take on a busy machine
+FOUR = [[0, 1, 4, 5]] * 2 + [[2, 3, 6, 7]] * 2  # of each pair that tensor joins the same rows
 SPREADS = {  # processes, devices of each, their order, mesh, and the rows of a batch of 8 that each process holds
     "tensor over two hosts": (2, 2, "0,1,2,3", {"tensor": 4}, [[*range(8)]] * 2),
     "two hosts interleaved": (2, 2, "0,2,1,3", {"data": 4}, [[0, 1, 4, 5], [2, 3, 6, 7]]),
     "tensor over four hosts": (4, 1, "0,1,2,3", {"tensor": 4}, [[*range(8)]] * 4),
-    "four hosts interleaved": (4, 2, "0,2,4,6,1,3,5,7", {"fsdp": 4, "tensor": 2}, [[0, 1, 4, 5], [2, 3, 6, 7]] * 2),
+    "four hosts interleaved": (4, 2, "0,2,4,6,1,3,5,7", {"fsdp": 4, "tensor": 2}, FOUR),
 }
 
 
