@@ -15,7 +15,7 @@ def small(monkeypatch):
 
 
 def test_renders_trains_evaluates_and_reports(tmp_path, small, capfd):
-    words = ["quickstart", "--workdir", str(tmp_path), "--scenes", "4", "--train-steps", "2", "--images", "2"]
+    words = ["quickstart", "--workdir", str(tmp_path), "--scenes", "4", "--train-steps", "20", "--images", "2"]
     assert main(words) == 0
     said = capfd.readouterr().out
     for verb in ("prepare", "train", "evaluate", "report"):
