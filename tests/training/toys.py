@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from scaling_perception.parallel.rules import WHOLE_RULES
 from scaling_perception.support.configs import load_config
 from scaling_perception.training.objective import Objective
 
@@ -61,7 +62,8 @@ def linear_objective(batches: LinearBatches | None = None, jitter: float = 0.01,
         os.makedirs(path)
         np.savez(os.path.join(path, "model.npz"), **params["layer"], table=params["table"])
 
-    return Objective(init, loss, batches or LinearBatches(), export, BATCH, frozen=("table",), **fields)
+    known = {"frozen": ("table",), "rules": WHOLE_RULES, **fields}
+    return Objective(init, loss, batches or LinearBatches(), export, BATCH, **known)
 
 
 def config_of(*overrides: str, spec: str = "configs/mini.py:model=nano,res=64,cache=,batch=8,steps=12") -> ConfigDict:
