@@ -9,7 +9,7 @@
 #   START    folder in which the study has been begun, or nothing
 #   STUDY    config of the study (configs/scenes_study.py); JOBS cells at a time (one for each core but two);
 #            ONLY some of them, by patterns
-#   DEVICE   platforms of JAX (cuda,cpu); cpu rehearses it with the smallest model: BUDGET=120 DEVICE=cpu benchmarks/on_gpu.sh /tmp/out
+#   DEVICE   platforms of JAX (cuda,cpu); cpu rehearses it with the smallest model: BUDGET=120 DEVICE=cpu benchmarks/on_gpu.sh out
 #
 # OUT gets logs and JSON, and study.tar.gz: its table, results and logs, without checkpoints and models.
 set -uo pipefail
