@@ -268,8 +268,8 @@ def run_cells(
             for number, cell in free[: jobs - len(running)]:
                 left.remove((number, cell))
                 head = f"{number}/{len(cells)} {cell.name}"
-                told = partial(lambda head, text: say(f"{head}: {text}"), head)
-                running.add(pool.submit(_run_cell, cell, out, settings, dict(ended), told, run or commands.run))
+                report = partial(lambda head, text: say(f"{head}: {text}"), head)
+                running.add(pool.submit(_run_cell, cell, out, settings, dict(ended), report, run or commands.run))
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             for outcome in (future.result() for future in finished):
                 ended[outcome.name] = outcome.state
