@@ -32,7 +32,7 @@ The study, in the order in which it runs; docs/scaling_study.md has what came of
 
 from ml_collections import ConfigDict
 
-from scaling_perception.scaling.compute import forward_macs
+from scaling_perception.models.compute import forward_macs
 from scaling_perception.scaling.study import Cell
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.training.diffusion import network_of

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scaling_perception.evaluation.predictor import Predictor as Predictor
+    from scaling_perception.inference.predictor import Predictor as Predictor
 
 __version__ = "0.1.0"
 
@@ -14,10 +14,7 @@ def __getattr__(name: str) -> Any:
     if name != "Predictor":
         raise AttributeError(f"module 'scaling_perception' has no attribute '{name}'")
     # by name, for the root of the package stands below every room in the order of imports
-    predictor = importlib.import_module("scaling_perception.evaluation.predictor").Predictor
-    compute = importlib.import_module("scaling_perception.scaling.compute")
-    predictor.count_macs = staticmethod(compute.forward_macs)  # evaluation may not import scaling
-    return predictor
+    return importlib.import_module("scaling_perception.inference.predictor").Predictor
 
 
 def __dir__() -> list[str]:

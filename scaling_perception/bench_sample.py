@@ -168,7 +168,7 @@ def bench_sample(args: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from scaling_perception.models.autoencoders import part_size
-    from scaling_perception.scaling.compute import forward_macs
+    from scaling_perception.models.compute import forward_macs
     from scaling_perception.training.writer import peak_flops
 
     if args.quick:

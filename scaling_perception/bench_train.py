@@ -212,7 +212,7 @@ def bench_train(args: argparse.Namespace) -> dict[str, Any]:
     """
     import jax
 
-    from scaling_perception.scaling.compute import TRAINING_FACTOR, forward_macs
+    from scaling_perception.models.compute import TRAINING_FACTOR, forward_macs
     from scaling_perception.training.writer import peak_flops
 
     if args.quick:

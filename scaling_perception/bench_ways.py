@@ -79,7 +79,7 @@ def make_case(args: argparse.Namespace) -> Case:
 
     from scaling_perception import Predictor
     from scaling_perception.diffusion.schedules import get_diffusion
-    from scaling_perception.evaluation.settings import Settings
+    from scaling_perception.inference.settings import Settings
     from scaling_perception.interop.safetensors_io import flatten_tree, unflatten_tree
     from scaling_perception.models.dit import abstract_params, position_table
     from scaling_perception.models.presets import at_resolution, get_preset
@@ -132,8 +132,8 @@ class Parts(NamedTuple):
 def one_picture(case: Case, picture: np.ndarray) -> Parts:
     import jax
 
-    from scaling_perception.evaluation.batches import Plan
-    from scaling_perception.evaluation.engine import draw_members
+    from scaling_perception.inference.batches import Plan
+    from scaling_perception.inference.engine import draw_members
     from scaling_perception.tasks import get_task
 
     predictor = case.predictor
@@ -165,7 +165,7 @@ def make_levers(case: Case, parts: Parts) -> dict[str, Function]:
     import jax.numpy as jnp
 
     from scaling_perception.diffusion.sampler import sample
-    from scaling_perception.evaluation.engine import Engine
+    from scaling_perception.inference.engine import Engine
     from scaling_perception.models import dit
     from scaling_perception.ops.attention import attention_einsum
 

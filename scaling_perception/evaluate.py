@@ -187,17 +187,18 @@ def run(args: argparse.Namespace) -> int:
     from scaling_perception import Predictor, __version__
     from scaling_perception.data.contents import contents_of, described
     from scaling_perception.data.manifest import unlikely
-    from scaling_perception.evaluation.budgets import check_entry
+    from scaling_perception.evaluation.budget_table import check_entry
     from scaling_perception.evaluation.nested import Adaptive
-    from scaling_perception.evaluation.protocols import METRICS, REPORTED, count_note, get_protocol, reduce_mode
+    from scaling_perception.evaluation.protocols import count_note, get_protocol
     from scaling_perception.evaluation.sweep import sweep
     from scaling_perception.models.dit import count_params
     from scaling_perception.support.progress import progress
-    from scaling_perception.tasks import get_task
+    from scaling_perception.tasks import TASKS, get_task
 
-    get_task(args.task)
-    if args.task not in METRICS:
-        raise UserError(f"--task {args.task} has no truth to measure against: give {', '.join(METRICS)}")
+    task = get_task(args.task)
+    if task.measure is None:
+        measured = [name for name, one in TASKS.items() if one.measure is not None]
+        raise UserError(f"--task {args.task} has no truth to measure against: give {', '.join(measured)}")
     steps, ensemble = numbers(args.steps, "--steps"), numbers(args.ensemble, "--ensemble")
     if max(steps) > 1000:
         raise UserError(f"--steps '{args.steps}': give whole numbers from 1 to 1000, such as 1,2,5")
@@ -207,9 +208,9 @@ def run(args: argparse.Namespace) -> int:
         tolerances(args.step_tolerance, "--step-tolerance"),
         args.step_chunk,
     )
-    mode = reduce_mode(args.task, args.reduce)
+    mode = task.reduce_mode(args.reduce)
     protocol = get_protocol(args.task, args.dataset)
-    named = [*protocol["metrics"], *REPORTED.get(args.task, ()), *words(args.metrics)]
+    named = [*protocol["metrics"], *task.reported, *words(args.metrics)]
     metrics = "all" if args.metrics == "all" else list(dict.fromkeys(named))
     get_protocol(args.task, args.dataset, metrics)  # unknown metrics are refused before anything is loaded
     out = None if args.json is None else Path(args.json).expanduser()
@@ -310,8 +311,8 @@ def _report_constants(cells: list[dict[str, Any]]) -> None:
 
 
 def _budgets_folder(name: str | None) -> Path | None:
-    from scaling_perception.evaluation.budgets import FILE, load_budgets
-    from scaling_perception.evaluation.inputs import find_model
+    from scaling_perception.inference.budgets import FILE, load_budgets
+    from scaling_perception.inference.inputs import find_model
 
     if name is None:
         return None
@@ -322,8 +323,9 @@ def _budgets_folder(name: str | None) -> Path | None:
 
 
 def _write_tables(args: argparse.Namespace, result: dict[str, Any], predictor: Any, folder: Path | None) -> None:
-    from scaling_perception.evaluation.budgets import budget_entry, measure_timing, write_budgets
+    from scaling_perception.evaluation.budget_table import budget_entry, write_budgets
     from scaling_perception.evaluation.tables import cells_csv, images_csv
+    from scaling_perception.inference.budgets import measure_timing
 
     if args.csv:
         with replacing(args.csv, result["asked"]) as file:
@@ -347,15 +349,15 @@ class _Panels:
 
     def __call__(self, shown: Any, number: int) -> dict[str, Any]:
         from scaling_perception.data.formats import write_image
-        from scaling_perception.evaluation.pictures import panel_pictures
+        from scaling_perception.evaluation.panels import panel_pictures
 
         entry: dict[str, Any] = {"key": str(shown.raw["key"])}
-        for name, pixels in panel_pictures(self.task, shown.raw, shown.estimate, self.protocol).items():
+        for name, pixels in panel_pictures(shown.raw, shown.estimate, self.protocol).items():
             entry[name] = f"panels/{self.out.stem}_{number:02d}_{name}.png"
             write_image(self.out.parent / entry[name], pixels)
         for time, estimate in self._on_the_way(shown) if self.times else ():
             entry[f"t{time}"] = f"panels/{self.out.stem}_{number:02d}_t{time}.png"
-            pixels = panel_pictures(self.task, shown.raw, estimate, self.protocol)["prediction"]
+            pixels = panel_pictures(shown.raw, estimate, self.protocol)["prediction"]
             write_image(self.out.parent / entry[f"t{time}"], pixels)
         return {**entry, "cell": shown.cell}
 
@@ -363,7 +365,8 @@ class _Panels:
         """The prediction at each time, as `Predictor.intermediates` has it; of a grid without it at the nearest."""
         import numpy as np
 
-        from scaling_perception.evaluation.settings import Settings
+        from scaling_perception.inference.settings import Settings
+        from scaling_perception.tasks import get_task
 
         cell, raw = shown.cell, shown.raw
         preset = None if cell["preset"] == "own" else cell["preset"]
@@ -372,9 +375,8 @@ class _Panels:
         grid = np.asarray(Settings(**settings).tables(self.predictor.choose_diffusion(preset)).t)
         nearest = {time: int(np.abs(grid - time).argmin()) for time in self.times}
         steps = sorted(set(nearest.values()))
-        prompt = (
-            raw.get("image2") if self.task == "flow" else raw.get("visible_mask") if self.task == "amodal" else None
-        )
+        asks = get_task(self.task).prompt
+        prompt = None if asks is None else raw.get(asks.field)
         found = self.predictor.intermediates(raw["image"], self.task, steps, self.seed, prompt, **settings)
         estimates = dict(zip(steps, found, strict=True))
         return [(time, estimates[step]) for time, step in nearest.items()]

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
 
     settings = settings_of(args, ("out",), ("model", "vae"))
     check_output(args.out, settings, args.overwrite)
-    from scaling_perception.evaluation.class_pictures import example_classes, grid_of, write_classes
+    from scaling_perception.inference.class_pictures import example_classes, grid_of, write_classes
     from scaling_perception.interop.model_folder import load_model
 
     if not 1 <= args.channels <= 4:

@@ -32,7 +32,7 @@ scaling-perception plan --model mini --task depth --budget 5e10
 scaling-perception plan --points study.csv --where metric=held_out_loss last=1 --x params samples --form kaplan --hold-out 2e12
 """  # noqa: E501
 
-_TASKS = ("depth", "flow", "amodal", "pretrain")
+_PRETRAINING = "pretrain"  # named like a task: a config of its own, and nothing to predict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,11 +109,13 @@ def _numbers(text: str | None, flag: str, kind: Callable[[str], Any], count: int
 
 def run(args: argparse.Namespace) -> int:
     from scaling_perception.scaling.plan_sizes import UNITS
+    from scaling_perception.tasks import TASKS
 
     if args.unit not in UNITS:
         raise UserError(f"--unit {args.unit}{did_you_mean(args.unit, UNITS)}")
-    if args.task not in _TASKS:
-        raise UserError(f"--task {args.task}{did_you_mean(args.task, _TASKS)}")
+    known = (*(name for name, task in TASKS.items() if task.conditioned), _PRETRAINING)
+    if args.task not in known:
+        raise UserError(f"--task {args.task}{did_you_mean(args.task, known)}")
     check_output(args.json, _settings(args), args.overwrite)
     if args.points or args.hold_out:
         return _held_out(args)
@@ -139,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     if others:
         answer |= {"alternative": name, "alternatives": others}
     stages = _stages(answer["choice"], size, args)
-    dataset = args.dataset or {"depth": "hypersim", "flow": "flying_chairs", "amodal": "pix2gestalt"}.get(args.task, "")
+    dataset = args.dataset or (TASKS[args.task].dataset if args.task in TASKS else "")
     preset = args.preset or (name if name in PRESETS else "")
     commands, because = commands_of(answer["choice"], stages, args.task, dataset, args.model, preset)
     print(plan_text(answer, laws, commands, because))
@@ -153,7 +155,7 @@ def _planned(args: argparse.Namespace, files: list[str]) -> "tuple[Laws, dict[st
     from scaling_perception.scaling.laws import load_law
     from scaling_perception.scaling.plan_laws import TRAINING, read_laws
     from scaling_perception.scaling.planner import Question, plan
-    from scaling_perception.tasks import pass_indices
+    from scaling_perception.tasks import TASKS
 
     fixed, at = (_pairs(getattr(args, name), f"--{name}", float) for name in ("fix", "at"))
     laws = read_laws([load_law(path) for path in files], files, _pairs(args.column, "--column", str), fixed, at)
@@ -169,7 +171,7 @@ def _planned(args: argparse.Namespace, files: list[str]) -> "tuple[Laws, dict[st
         budget=args.budget,
         unit=args.unit,
         images=args.images,
-        passes=len(pass_indices(args.task)) if args.task in _TASKS[:3] else 1,
+        passes=len(TASKS[args.task].passes) if args.task in TASKS else 1,
         steps=tuple(_numbers(args.steps, "--steps", int)) or None,
         members=tuple(_numbers(args.members, "--members", int)) or None,
         sizes=sizes,
@@ -296,8 +298,8 @@ def _held_out(args: argparse.Namespace) -> int:
 
 def _measured(args: argparse.Namespace) -> int:
     """The choice among a model's measured budgets: `predict --macs` by another name."""
-    from scaling_perception.evaluation.budgets import choose, load_budgets
-    from scaling_perception.evaluation.inputs import find_model
+    from scaling_perception.inference.budgets import choose, load_budgets
+    from scaling_perception.inference.inputs import find_model
     from scaling_perception.scaling.plan_text import commands_of
 
     if not args.model:

@@ -19,9 +19,9 @@ from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import COUNT, NOT_NEGATIVE, POSITIVE, SEED, STEPS
 
 if TYPE_CHECKING:
-    from scaling_perception.data.find import Item
-    from scaling_perception.evaluation.job import Request
-    from scaling_perception.evaluation.predictor import Predictor
+    from scaling_perception.inference.find import Item
+    from scaling_perception.inference.job import Request
+    from scaling_perception.inference.predictor import Predictor
 
 EXAMPLES = """
 scaling-perception predict --task depth --model mini --out out photo.jpg
@@ -55,7 +55,7 @@ SETTINGS: dict[str, tuple[Any, str, str]] = {
     "step_tolerance": (NOT_NEGATIVE, "X", "early exit: stop an image's steps once it changes by less than this"),
     "step_chunk": (COUNT, "T", "steps between two looks of the early exit (default 2)"),
 }
-"""Every field of ``evaluation.settings.Settings``: type, placeholder, help. Written out, for --help must not wait."""
+"""Every field of ``inference.settings.Settings``: type, placeholder, help. Written out, for --help must not wait."""
 
 FLAGS = {
     **{name: f"--{name.replace('_', '-')}" for name in SETTINGS if name != "first"},
@@ -166,14 +166,12 @@ def run(args: argparse.Namespace) -> int:
     if args.repeat is not None:
         return _repeat(args, out)
 
-    from scaling_perception.data.find import Search, find_inputs, name_results, read_list
-    from scaling_perception.evaluation.outputs import FILES
-    from scaling_perception.tasks import get_task
+    from scaling_perception.inference.find import Search, find_inputs, name_results, read_list
+    from scaling_perception.tasks import TASKS, get_task
 
     if args.task is None:
-        raise UserError("--task is missing: give depth, flow or amodal")
-    get_task(args.task)
-    if args.task not in FILES:
+        raise UserError(f"--task is missing: give {', '.join(name for name, one in TASKS.items() if one.files)}")
+    if not get_task(args.task).files:
         raise UserError(f"--task {args.task} predicts nothing of a picture: use `scaling-perception generate`")
     _check_flags(args)
     for name, value in _USUAL.items():
@@ -199,13 +197,10 @@ def _flag(name: str) -> str:
 
 def _check_flags(args: argparse.Namespace) -> None:
     """UserError for flags that belong to another task, or that miss or exclude each other."""
-    of_task = {
-        "amodal": ("mask",),
-        "flow": ("kitti",),
-        "depth": ("ply", "intrinsics", "fov", "range", "align", "align_space", "align_fit"),
-    }
-    for task, names in of_task.items():
-        for name in names:
+    from scaling_perception.tasks import TASKS
+
+    for task, what in TASKS.items():
+        for name in what.flags:
             if task != args.task and getattr(args, name) is not None:
                 raise UserError(f"{_flag(name)} belongs to {task}, not to {args.task}: leave it out")
     if args.null and args.list is None and "-" not in args.inputs:
@@ -226,11 +221,11 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 def _request(args: argparse.Namespace, chosen: dict[str, Any] | None = None, budget: Any = None) -> "Request":
     """Args: settings besides those that were given, and the budget that chose them."""
-    from scaling_perception.data.point_cloud import camera_of_fov, parse_camera
-    from scaling_perception.evaluation.job import Request
-    from scaling_perception.evaluation.metric_depth import FITS, SPACES, check_choice
-    from scaling_perception.evaluation.outputs import Extras, choose_formats
-    from scaling_perception.evaluation.settings import Settings
+    from scaling_perception.inference.job import Request
+    from scaling_perception.inference.metric_depth import FITS, SPACES, check_choice
+    from scaling_perception.inference.outputs import Extras, choose_formats
+    from scaling_perception.inference.point_cloud import camera_of_fov, parse_camera
+    from scaling_perception.inference.settings import Settings
 
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     settings = Settings(**given, **(chosen or {}))
@@ -285,9 +280,9 @@ def _by_budget(
     Seconds are those of this machine, measured now. So that a run that goes on, or another one into the same folder,
     does not choose otherwise, results for the same budget are asked first.
     """
-    from scaling_perception.evaluation.budgets import choose, load_budgets, measure_timing
-    from scaling_perception.evaluation.inputs import find_model
-    from scaling_perception.evaluation.outputs import chosen_before
+    from scaling_perception.inference.budgets import choose, load_budgets, measure_timing
+    from scaling_perception.inference.inputs import find_model
+    from scaling_perception.inference.outputs import chosen_before
 
     names = ("steps", "ensemble", "preset", "solver")
     asked = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
@@ -327,10 +322,10 @@ def _say_choice(asked: dict[str, Any], chosen: dict[str, Any], expected: dict[st
 
 def _repeat(args: argparse.Namespace, out: Path) -> int:
     """Make the prediction of a record again, from the same inputs and weights or not at all."""
-    from scaling_perception.data.find import Item, Picture
-    from scaling_perception.evaluation.job import Request
-    from scaling_perception.evaluation.outputs import Extras, digest
-    from scaling_perception.evaluation.settings import Settings
+    from scaling_perception.inference.find import Item, Picture
+    from scaling_perception.inference.job import Request
+    from scaling_perception.inference.outputs import Extras, digest
+    from scaling_perception.inference.settings import Settings
     from scaling_perception.support.files import read_json
 
     for name, value in vars(args).items():
@@ -368,18 +363,22 @@ def _repeat(args: argparse.Namespace, out: Path) -> int:
 
 def _command(args: argparse.Namespace, item: "Item") -> list[str]:
     """Words that make this one prediction, whatever else the run made."""
+    from scaling_perception.tasks import get_task
+
     words = ["scaling-perception", "predict"]
     for name, value in vars(args).items():
         if name not in (*_OF_THE_RUN, "overrides") and value is not None and value != _USUAL.get(name):
             words += [_flag(name)] if value is True else [_flag(name), str(value)]
     first, *more = item.inputs
-    if args.task == "amodal":
-        words += ["--mask", str(more[0].path)]
+    prompt = get_task(args.task).prompt
+    paired = prompt is not None and prompt.frame
+    if prompt is not None and not paired:
+        words += [prompt.cli, str(more[0].path)]
     if first.frame is not None:
-        last = first.frame if args.task != "flow" or more[0].frame is None else more[0].frame
+        last = first.frame if not paired or more[0].frame is None else more[0].frame
         words += ["--start", str(first.frame), "--end", str(last + 1)]
         words += ["--every", str(last - first.frame)] if last - first.frame > 1 else []
-    elif args.task == "flow":
+    elif paired:
         return [*words, "--", f"{first.path},{more[0].path}"]
     return [*words, "--", str(first.path)]
 
@@ -392,7 +391,7 @@ def _predict(
     repeated: tuple[str, dict[str, Any]] | None = None,
 ) -> int:
     from scaling_perception import Predictor
-    from scaling_perception.evaluation.job import run_job
+    from scaling_perception.inference.job import run_job
 
     predictor = Predictor.from_pretrained(request.model, autoencoder=request.autoencoder, dtype=request.dtype)
     predictor.check_task(request.task)

@@ -176,10 +176,17 @@ class SampleMaker:
         return {"index": index, "samples": made, "pictures": pictures, "ranges": ranges}
 
 
-class _Encoder:
-    """Collects pictures and encodes them ``batch`` at a time, each distinct one once; keeps float16 latents."""
+_View = tuple[float, float, float] | None
+_Name = tuple[bytes, _View]
 
-    AS_IS, FLIPPED, FLIPPED_NEGATED = range(3)
+
+class _Encoder:
+    """Collects pictures and encodes them ``batch`` at a time, each distinct one once; keeps float16 latents.
+
+    A picture is known by its digest and its view: None as it is, or the signs of its channels when mirrored.
+    """
+
+    PLAIN = (1.0, 1.0, 1.0)
 
     def __init__(self, autoencoder: Any, batch: int, resolution: int):
         import jax
@@ -190,20 +197,22 @@ class _Encoder:
         self.clear()
 
     def clear(self) -> None:
-        self._waiting: dict[tuple[bytes, int], Any] = {}
-        self._running: tuple[list[tuple[bytes, int]], Any] | None = None
-        self.done: dict[tuple[bytes, int], tuple[Any, Any]] = {}
-        self._known: set[tuple[bytes, int]] = set()
+        self._waiting: dict[_Name, Any] = {}
+        self._running: tuple[list[_Name], Any] | None = None
+        self.done: dict[_Name, tuple[Any, Any]] = {}
+        self._known: set[_Name] = set()
 
-    def add(self, digest: bytes, picture: Any, view: int) -> None:
-        """Have the picture encoded as it is, mirrored, or mirrored and negated."""
+    def add(self, digest: bytes, picture: Any, view: _View) -> None:
+        """Have a view of the picture (R, R, 3) encoded."""
+        import numpy as np
+
         name = (digest, view)
         if name in self._known:
             return
         self._known.add(name)
-        if view != self.AS_IS:
+        if view is not None:
             picture = picture[:, ::-1]
-        self._waiting[name] = -picture if view == self.FLIPPED_NEGATED else picture
+        self._waiting[name] = picture if view in (None, self.PLAIN) else picture * np.asarray(view, picture.dtype)
         if len(self._waiting) == self._batch:
             self._start()
 
@@ -256,7 +265,7 @@ def _alone(out: Path) -> Iterator[None]:
 def _latents(args: argparse.Namespace) -> int:
     import jax
 
-    from scaling_perception.data.latents import FORMAT, LEDGER
+    from scaling_perception.data.latents import FORMAT, LEDGER, pass_table
     from scaling_perception.data.ledger import finished_shards, sources_and_entries
     from scaling_perception.data.manifest import RawSamples
     from scaling_perception.models.autoencoders import load_autoencoder
@@ -297,7 +306,7 @@ def _latents(args: argparse.Namespace) -> int:
     ledger = {"format": FORMAT, "autoencoder_name": args.vae, "settings": settings, "entries": entries}
     if hasattr(samples.groups[0][0], "class_names"):
         ledger["class_names"] = samples.groups[0][0].class_names  # by label
-    ledger |= {"complete": False, "shards": []}
+    ledger |= {"passes": pass_table(), "complete": False, "shards": []}
     with contextlib.ExitStack() as held:
         restore_folder(out)
         held.enter_context(_alone(out))
@@ -426,11 +435,16 @@ def _shard(
     from scaling_perception.data.latents import encode_record
     from scaling_perception.data.manifest import wider
     from scaling_perception.diffusion.targets import latent_mask
-    from scaling_perception.tasks import ALL_PASSES, FIELDS
+    from scaling_perception.tasks import ALL_PASSES, FIELDS, get_pass
 
     encoder.clear()
-    views = (encoder.AS_IS,) if args.flips == "none" else (encoder.AS_IS, encoder.FLIPPED)
-    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in ALL_PASSES}
+    views = (False,) if args.flips == "none" else (False, True)
+    samples: dict[str, list[dict[str, Any]]] = {one.name: [] for one in ALL_PASSES}
+
+    def name_of(sample: dict[str, Any], field: str, mirrored: bool) -> _Name:
+        signs = get_pass(int(sample["task"])).mirrored if field == "target" else encoder.PLAIN
+        return sample[field], signs if mirrored else None
+
     bad, seen = [], []
     for _ in range(count):
         result = next(results)
@@ -443,30 +457,22 @@ def _shard(
         first = result["samples"][0]
         seen.append((result["index"], first["key"], first["image" if "image" in first else "target"].hex()))
         for sample in result["samples"]:
-            samples[ALL_PASSES[sample["task"]]].append(sample)
+            samples[get_pass(int(sample["task"])).name].append(sample)
             for field in (name for name in FIELDS if name in sample):
                 for view in views:
-                    encoder.add(sample[field], result["pictures"][sample[field]], _kind(encoder, sample, field, view))
+                    digest, signs = name_of(sample, field, view)
+                    encoder.add(digest, result["pictures"][digest], signs)
     encoder.finish()
     records = []
     for sample in (sample for made in samples.values() for sample in made):
         encoded = []
         for view in views:
-            valid = sample["valid"] if view == encoder.AS_IS else sample["valid"][:, ::-1]
+            valid = sample["valid"][:, ::-1] if view else sample["valid"]
             fields = {"valid": latent_mask(valid, encoder.factor)}
             for field in (name for name in FIELDS if name in sample):
-                fields[field], logvar = encoder.done[sample[field], _kind(encoder, sample, field, view)]
+                fields[field], logvar = encoder.done[name_of(sample, field, view)]
                 if logvar is not None:
                     fields[f"{field}_logvar"] = logvar
             encoded.append(fields)
         records.append(encode_record(int(sample["task"]), int(sample["label"]), sample["key"], encoded))
     return records, {name: len(made) for name, made in samples.items() if made}, bad, seen
-
-
-def _kind(encoder: _Encoder, sample: dict[str, Any], field: str, view: int) -> int:
-    """How this field of this sample is encoded for a view: mirroring turns the sign of horizontal motion."""
-    from scaling_perception.tasks import ALL_PASSES
-
-    if view == encoder.FLIPPED and field == "target" and ALL_PASSES[sample["task"]] == "flow_x":
-        return encoder.FLIPPED_NEGATED
-    return view

@@ -46,8 +46,8 @@ def describe(name: str) -> dict[str, Any]:
     """
     import dataclasses
 
+    from scaling_perception.models.compute import forward_macs
     from scaling_perception.models.presets import LATENT_FACTOR, get_preset
-    from scaling_perception.scaling.compute import forward_macs
 
     config = get_preset(name)
     depth_model = dataclasses.replace(config, cond_channels=config.in_channels)

@@ -20,6 +20,7 @@ from scaling_perception.support.again import add_overwrite, check_output, replac
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_text
 from scaling_perception.support.html_page import image, page, table
+from scaling_perception.tasks import TASKS
 from scaling_perception.training.goodput import goodput_tables
 
 EXAMPLES = """
@@ -29,14 +30,9 @@ scaling-perception report runs/scenes --figures docs/images
 """
 
 # The metric a task is judged by, how it is written, and whether less is better.
-MAIN_METRIC = {"depth": ("abs_rel", "AbsRel", True), "flow": ("epe", "EPE (px)", True), "amodal": ("iou", "IoU", False)}
+MAIN_METRIC = {name: task.main for name, task in TASKS.items() if task.main is not None}
 BASELINE_NAMES = {
-    "constant": "best constant (fitted)",
-    "row": "image row (fitted)",
-    "inverse_row": "1 / image row (fitted)",
-    "zero": "zero flow",
-    "oracle_mean": "mean of the true flow",
-    "visible": "visible mask itself",
+    **{name: words for task in TASKS.values() for name, words in task.baseline_names.items()},
     "threshold": "thresholding the true picture (ceiling)",
     "autoencoder": "autoencoder round trip of the truth (floor)",
 }

@@ -409,7 +409,7 @@ def _macs(objective: Any) -> float:
     """Forward multiply-accumulates of one sample (0 where they are not counted)."""
     if objective.model is None:
         return 0.0
-    from scaling_perception.scaling.compute import forward_macs
+    from scaling_perception.models.compute import forward_macs
 
     return float(forward_macs(objective.model))
 

@@ -59,7 +59,7 @@ def nano_params(meta, seed=0):
 
 @pytest.fixture(scope="session")
 def make_predictor():
-    from scaling_perception.evaluation.predictor import Predictor
+    from scaling_perception.inference.predictor import Predictor
 
     def make(seed=0, **changes):
         meta = nano_meta(**changes)

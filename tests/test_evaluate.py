@@ -13,7 +13,7 @@ import pytest
 
 from scaling_perception.cli import main
 from scaling_perception.data.formats import read_image
-from scaling_perception.evaluation.budgets import choose, load_budgets
+from scaling_perception.inference.budgets import choose, load_budgets
 from scaling_perception.report import write_report
 from scaling_perception.support.again import differing
 from scaling_perception.support.errors import UserError
@@ -231,7 +231,7 @@ def test_budgets_are_written_and_read(evaluate, nano_folder, tmp_path, make_raw)
 _KILLED = """
 import os, signal, sys
 from scaling_perception.cli import main
-from scaling_perception.evaluation.predictor import Predictor
+from scaling_perception.inference.predictor import Predictor
 sample, left = Predictor.sample, [int(sys.argv[1])]
 def last(*arguments):
     if left[0] == 0:

@@ -18,8 +18,8 @@ from ply import read_ply
 
 from scaling_perception.cli import main
 from scaling_perception.data.formats import read_depth, read_image
-from scaling_perception.evaluation import budgets, job, outputs
-from scaling_perception.evaluation.settings import Settings
+from scaling_perception.inference import budgets, job, outputs
+from scaling_perception.inference.settings import Settings
 from scaling_perception.predict import SETTINGS
 from scaling_perception.support.verbs import make_parser
 

@@ -7,10 +7,10 @@ import pytest
 
 import scaling_perception as sp
 from scaling_perception.data.sources.scenes import ScenesSource
-from scaling_perception.evaluation.budgets import choose, load_budgets
 from scaling_perception.evaluation.intervals import bootstrap_ci
 from scaling_perception.evaluation.protocols import get_protocol
 from scaling_perception.evaluation.sweep import sweep
+from scaling_perception.inference.budgets import choose, load_budgets
 
 IMAGES = 32
 FOLDER = Path(sp.__file__).parent / "weights" / "mini"

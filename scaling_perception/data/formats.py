@@ -20,11 +20,12 @@ from scaling_perception.data.images import read_png16 as read_png16
 from scaling_perception.data.images import write_image as write_image
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path
+from scaling_perception.tasks.colours import UNKNOWN_FLOW as UNKNOWN_FLOW
+from scaling_perception.tasks.colours import depth_to_color as depth_to_color
+from scaling_perception.tasks.colours import flow_to_color as flow_to_color
+from scaling_perception.tasks.colours import flow_valid as flow_valid
 
 FLO_MAGIC = 202021.25
-UNKNOWN_FLOW = 1e9
-"""Middlebury: a component beyond this is unknown."""
-
 
 # Bytes
 
@@ -67,12 +68,6 @@ def write_flo(path: FilePath, flow: np.ndarray) -> None:
     with atomic_path(path) as temporary:
         header = struct.pack("<fii", FLO_MAGIC, flow.shape[1], flow.shape[0])
         temporary.write_bytes(header + np.ascontiguousarray(flow, "<f4").tobytes())
-
-
-def flow_valid(flow: np.ndarray) -> np.ndarray:
-    """bool (H, W): both components finite and at most ``UNKNOWN_FLOW``."""
-    with np.errstate(invalid="ignore"):
-        return np.asarray((np.isfinite(flow) & (np.abs(flow) <= UNKNOWN_FLOW)).all(axis=-1))
 
 
 def read_kitti_flow(path: FilePath) -> tuple[np.ndarray, np.ndarray]:
@@ -267,62 +262,3 @@ def write_depth_png(path: FilePath, depth: np.ndarray, scale: float = 1000.0) ->
     with np.errstate(invalid="ignore"):
         known = np.isfinite(depth) & (depth > 0)
     write_png16(path, np.clip(np.round(np.where(known, depth, 0) * scale), 0, 65535).astype(np.uint16))
-
-
-# Colours
-
-
-def _colour_wheel() -> np.ndarray:
-    """Middlebury's 55 hues (Baker et al., "A Database and Evaluation Methodology for Optical Flow"), 0..255.
-
-    Six arcs red, yellow, green, cyan, blue, magenta: in each one channel is full and another rises or falls.
-    """
-    arcs = ((15, 0, 1, 1), (6, 1, 0, -1), (4, 1, 2, 1), (11, 2, 1, -1), (13, 2, 0, 1), (6, 0, 2, -1))
-    wheel = []
-    for length, full, moving, direction in arcs:
-        arc = np.zeros((length, 3))
-        ramp = np.floor(255 * np.arange(length) / length)
-        arc[:, full] = 255
-        arc[:, moving] = ramp if direction > 0 else 255 - ramp
-        wheel.append(arc)
-    return np.concatenate(wheel)
-
-
-def flow_to_color(flow: np.ndarray, max_flow: float | None = None, valid: np.ndarray | None = None) -> np.ndarray:
-    """Hue is direction, saturation is speed: Middlebury's code as RAFT draws it.
-
-    Args:
-        flow: (H, W, 2) pixels.
-        max_flow: the speed of full saturation; None takes the fastest valid pixel. Faster ones are darkened.
-        valid: bool (H, W); the others (and unknown ones) become black.
-
-    Returns:
-        uint8 (H, W, 3).
-    """
-    known = flow_valid(flow) if valid is None else np.asarray(valid, bool) & flow_valid(flow)
-    flow = np.where(known[..., None], flow, 0).astype(np.float64)
-    if max_flow is None:
-        flow = flow / (np.linalg.norm(flow, axis=-1).max(initial=0) + 1e-5)
-    else:
-        flow = flow / max_flow
-    wheel = _colour_wheel() / 255.0
-    radius = np.linalg.norm(flow, axis=-1)[..., None]
-    place = (np.arctan2(-flow[..., 1], -flow[..., 0]) / np.pi + 1) / 2 * (len(wheel) - 1)
-    low = np.floor(place).astype(np.int64)
-    part = (place - low)[..., None]
-    hue = (1 - part) * wheel[low] + part * wheel[(low + 1) % len(wheel)]
-    colour = np.where(radius <= 1, 1 - radius * (1 - hue), hue * 0.75)
-    return np.where(known[..., None], np.floor(255 * colour), 0).astype(np.uint8)
-
-
-def depth_to_color(depth: np.ndarray, valid: np.ndarray | None = None, name: str = "Spectral") -> np.ndarray:
-    """Depth in [0, 1] (0 near) through a matplotlib colour map; near is red with the default, invalid is black.
-
-    Returns:
-        uint8 (H, W, 3), truncated as Marigold does.
-    """
-    import matplotlib
-
-    known = np.isfinite(depth) if valid is None else np.asarray(valid, bool) & np.isfinite(depth)
-    colour = matplotlib.colormaps[name](np.clip(np.where(known, depth, 0), 0, 1))[..., :3]
-    return np.where(known[..., None], (colour * 255).astype(np.uint8), np.uint8(0))

@@ -8,7 +8,7 @@ One ArrayRecord record is one pass of one sample, little-endian, without padding
     4s   magic "SPL1"
     B    flags: 1 = log-variances are stored, 2 = a second view, flipped left to right, is stored,
          4 = the target alone: there is neither image nor prompt
-    B    task: index into ``tasks.ALL_PASSES``
+    B    id of the pass, see ``tasks``; the ledger's ``passes`` names it
     B    c   latent channels
     B    0
     H    h   latent height
@@ -24,8 +24,8 @@ One ArrayRecord record is one pass of one sample, little-endian, without padding
 A flipped view is flipped in pixels and then encoded (a flipped latent is not the latent of the flipped picture); in the
 pass flow_x the target changes its sign.
 
-The ledger records the settings, and of each shard its counts, size and SHA-256. ArrayRecord also checks every chunk it
-reads, so a damaged record is found by whoever reads it.
+The ledger records the settings, the ids of the passes, and of each shard its counts, size and SHA-256. ArrayRecord
+also checks every chunk it reads, so a damaged record is found by whoever reads it.
 """
 
 import bisect
@@ -52,14 +52,15 @@ _HEAD = struct.Struct("<4sBBBxHHiH")
 _MAGIC = b"SPL1"
 _LOGVAR, _FLIPPED, _ALONE = 1, 2, 4
 _MOST_READERS = 512
+_UNLISTED = {one.name: one.id for one in ALL_PASSES if one.id < 5}  # in caches without a table of passes
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # single records in any order
 
 
-def encode_record(task: int, label: int, key: str, views: Sequence[Mapping[str, np.ndarray]]) -> bytes:
+def encode_record(pass_id: int, label: int, key: str, views: Sequence[Mapping[str, np.ndarray]]) -> bytes:
     """One record.
 
     Args:
-        task: pass index. label: class or -1. key: stable sample id.
+        pass_id: see ``tasks``. label: class or -1. key: stable sample id.
         views: one or two (the second flipped) of: image, prompt, target (h, w, c) float16; valid (h, w) bool; and
             image_logvar, prompt_logvar, target_logvar (h, w, c) float16, all or none. Image and prompt may be absent.
     """
@@ -69,7 +70,7 @@ def encode_record(task: int, label: int, key: str, views: Sequence[Mapping[str, 
     fields = means + tuple(f"{field}_logvar" for field in means if f"{field}_logvar" in views[0])
     flags = (_LOGVAR if len(fields) > len(means) else 0) | (_FLIPPED if len(views) > 1 else 0)
     flags |= 0 if means == FIELDS else _ALONE
-    parts = [_HEAD.pack(_MAGIC, flags, task, c, h, w, label, len(name)), name]
+    parts = [_HEAD.pack(_MAGIC, flags, pass_id, c, h, w, label, len(name)), name]
     for view in views:
         for field in fields:
             if view[field].shape != (h, w, c):
@@ -122,6 +123,11 @@ def split_record(data: bytes) -> tuple[tuple[int, int, int, int, int, int], str,
         raise ValueError(f"starts with {magic!r} instead of {_MAGIC!r}")
     end = _HEAD.size + length
     return (flags, task, c, h, w, label), data[_HEAD.size : end].decode(), memoryview(data)[end:]
+
+
+def pass_table() -> dict[str, int]:
+    """Name of each pass -> the id by which records know it, as the ledger lists them."""
+    return {one.name: one.id for one in ALL_PASSES}
 
 
 def write_shard(path: Path, records: Iterable[bytes]) -> None:
@@ -240,6 +246,8 @@ class CacheReader:
         self.settings: dict[str, Any] = ledger["settings"]
         self.entries: list[Any] = ledger.get("entries", [])  # digests of the samples' names
         self.class_names: list[str] | None = ledger.get("class_names")
+        passes = ledger.get("passes", _UNLISTED)
+        self._order = sorted(passes, key=passes.__getitem__)  # of the passes in a shard
         self.shards: list[dict[str, Any]] = ledger["shards"]
         self._check(contents=False)
         self._starts = np.cumsum([0, *(shard["records"] for shard in self.shards)]).tolist()
@@ -364,7 +372,7 @@ class CacheReader:
         """int64 indices of the records of a pass, in the order of the source; empty when the cache has none."""
         ranges = []
         for start, shard in zip(self._starts, self.shards, strict=False):
-            for name in ALL_PASSES:  # the order in a shard
+            for name in self._order:
                 count = shard["passes"].get(name, 0)
                 if name == pass_name:
                     ranges.append(np.arange(start, start + count, dtype=np.int64))

@@ -6,7 +6,7 @@ A manifest is ``manifest.jsonl``, one line a sample (its key, size, value ranges
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from scaling_perception.data.sources import taken
 from scaling_perception.support.again import replacing
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import write_json
-from scaling_perception.tasks import TaskOptions, get_task
-from scaling_perception.tasks.amodal import EMPTY_PROMPT
+from scaling_perception.tasks import TASKS, TaskOptions, get_task
+from scaling_perception.tasks.base import valid_of
 
 MANIFEST = "manifest.jsonl"
 SUMMARY = "summary.json"
-_PICTURES = {"depth": ("image",), "flow": ("image", "image2"), "amodal": ("image", "whole"), "generation": ("image",)}
+UNITS = {field: unit for task in TASKS.values() for field, unit in task.ranges.items()}
+"""What the ranges in the summary are of -> their unit."""
+
 _CHECK_SIZE = 64  # pixels of the trial encoding: small, as only its errors matter
 _MOST_LISTED = 100  # bad samples that the summary repeats
 
@@ -49,6 +51,7 @@ class RawSamples:
         if dataset not in SOURCES:
             raise UserError(f"unknown dataset '{dataset}'{did_you_mean(dataset, SOURCES)}")
         served = tuple(SOURCES[dataset][1])
+        usual = [task for task in served if get_task(task).default]
         wanted = tuple(dict.fromkeys(tasks))
         if not wanted and len(served) > 1 and dataset != "scenes":
             raise UserError(f"{dataset} serves {', '.join(served)}: say which with --tasks")
@@ -59,7 +62,7 @@ class RawSamples:
         if dataset == "scenes" and not count:
             raise UserError("the scenes have no end: say how many with --count")
         self.groups: list[tuple[Any, range, list[str]]] = []
-        for task in wanted or served:
+        for task in wanted or usual:
             source, chosen = open_subset(dataset, root, split, task, count, start, resolution)
             for other, _, names in self.groups:
                 if not hasattr(source, "file_paths") and other.fingerprint() == source.fingerprint():
@@ -138,7 +141,7 @@ def check_sample(raw: Mapping[str, Any], tasks: Iterable[str], options: TaskOpti
     image = np.asarray(raw["image"])
     found: dict[str, Any] = {"key": key, "size": list(image.shape[:2])}
     for task in tasks:
-        for name in _PICTURES[task]:
+        for name in get_task(task).pictures:
             picture = np.asarray(raw[name]) if name in raw else None
             if picture is None or picture.dtype != np.uint8 or picture.shape != (*image.shape[:2], 3):
                 shape = "absent" if picture is None else f"{picture.dtype} {picture.shape}"
@@ -148,70 +151,6 @@ def check_sample(raw: Mapping[str, Any], tasks: Iterable[str], options: TaskOpti
             if not np.isfinite(sample["target"][sample["valid"]]).all():
                 raise UserError(f"{task} encodes to values that are not finite")
     return found
-
-
-def _field(raw: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    value = np.asarray(raw[name]) if raw.get(name) is not None else None
-    if value is None or value.shape != shape:
-        raise UserError(f"{name} is {'absent' if value is None else value.shape}: it must have the shape {shape}")
-    return value
-
-
-def _valid(raw: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
-    return _field(raw, "valid", size).astype(bool) if raw.get("valid") is not None else np.ones(size, bool)
-
-
-FEWEST_VALID = 10
-"""Valid pixels of depth or flow below which a sample says nothing: scale and shift pass through two of them anyway."""
-
-
-def _values(values: np.ndarray, name: str) -> list[float]:
-    if not values.size:
-        raise UserError(f"no {name} pixel is valid")
-    if len(values) < FEWEST_VALID:
-        raise UserError(f"{len(values)} {name} pixel(s) are valid: give at least {FEWEST_VALID}, or leave it out")
-    if not np.isfinite(values).all():
-        raise UserError(f"{name} holds {int((~np.isfinite(values)).sum())} valid pixels that are not finite")
-    return [float(values.min()), float(values.max())]
-
-
-def _depth(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    valid = _valid(raw, size)
-    low, high = _values(_field(raw, "depth", size)[valid], "depth")
-    if low <= 0:
-        raise UserError(f"depth is {low:g} m in a valid pixel: it must be above 0")
-    if low == high:
-        raise UserError(f"depth is {low:g} m in every valid pixel, from which nothing can be learned: leave it out")
-    return {"depth": [low, high], "depth_valid": float(valid.mean())}
-
-
-def _flow(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    valid = _valid(raw, size)
-    low, high = _values(_field(raw, "flow", (*size, 2))[valid], "flow")
-    longest = 4 * math.hypot(*size)
-    if max(-low, high) > longest:
-        raise UserError(f"flow reaches {max(-low, high):g} pixels in a picture of {size[1]}x{size[0]}")
-    return {"flow": [low, high], "flow_valid": float(valid.mean())}
-
-
-def _amodal(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    visible = _field(raw, "visible_mask", size).astype(bool)
-    if not visible.any():
-        raise UserError(f"visible_mask is empty: {EMPTY_PROMPT}")
-    if raw.get("whole_mask") is not None and not _field(raw, "whole_mask", size).any():
-        raise UserError("whole_mask is empty")
-    return {"visible": float(visible.mean())}
-
-
-def _generation(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    label = int(raw.get("label", -1))
-    if label < 0:
-        raise UserError("the sample has no class")
-    return {"label": label}
-
-
-_RANGES: dict[str, Callable[..., dict[str, Any]]] = {"depth": _depth, "flow": _flow, "amodal": _amodal}
-_RANGES["generation"] = _generation
 
 
 def ranges_of(raw: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
@@ -224,7 +163,7 @@ def ranges_of(raw: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     try:
         for task in tasks:
-            found |= _RANGES[task](raw, size)
+            found |= get_task(task).inspect(raw, size)
     except UserError as error:
         raise UserError(f"sample '{raw.get('key', '?')}': {error}") from None
     return found
@@ -232,7 +171,7 @@ def ranges_of(raw: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
 
 def wider(ranges: dict[str, list[float]], found: Mapping[str, Any]) -> None:
     """Let ranges take in those of another sample."""
-    for field in ("depth", "flow", "depth_valid", "flow_valid", "visible", "label"):
+    for field in UNITS:
         if field in found:
             values = np.atleast_1d(found[field])
             low, high = ranges.get(field, [math.inf, -math.inf])
@@ -244,7 +183,7 @@ def widen_depth(ranges: dict[str, list[float]], raw: Mapping[str, Any]) -> None:
     if raw.get("depth") is None:
         return
     depth = np.asarray(raw["depth"])
-    values = depth[_valid(raw, depth.shape[:2]) & np.isfinite(depth)]
+    values = depth[valid_of(raw, depth.shape[:2]) & np.isfinite(depth)]
     if values.size:
         wider(ranges, {"depth": [float(values.min()), float(values.max())]})
 
@@ -262,9 +201,6 @@ class Checker:
         except Exception as error:
             return {"index": index, "ok": False, "reason": reason(error)}
 
-
-UNITS = {"depth": " m", "flow": " px"}
-"""Of the ranges in the summary; the others are shares and classes."""
 
 _DEPTHS = (1e-3, 1e4)  # metres: 1 mm to 10 km
 

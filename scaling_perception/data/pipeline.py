@@ -23,7 +23,7 @@ from scaling_perception.data.selection import chosen_records, classes_of
 from scaling_perception.data.workers import ordered_map
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.places import split_places
-from scaling_perception.tasks import ALL_PASSES, FIELDS, TaskOptions, fields_of, get_task
+from scaling_perception.tasks import FIELDS, TaskOptions, fields_of, get_pass, get_task
 
 _KEYS = ("cache", "mixture", "flip", "workers", "resolution", "task_options")
 _ENTRY_KEYS = ("source", "root", "split", "task", "count", "weight", "resolution", "start")
@@ -50,16 +50,12 @@ class Stream(NamedTuple):
 
 
 def flip_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample (image, prompt, target (R, R, 3), valid (R, R), task, ...) mirrored left to right.
-
-    In the pass flow_x the target changes its sign: what moved right now moves left.
-    """
+    """A sample (image, prompt, target (R, R, 3), valid (R, R), task, ...) mirrored left to right."""
     out = dict(sample)
     for field in (*FIELDS, "valid"):
         if field in sample:
             out[field] = np.ascontiguousarray(sample[field][:, ::-1])
-    if ALL_PASSES[int(sample["task"])] == "flow_x":
-        out["target"] = -out["target"]
+    out["target"] = get_pass(int(sample["task"])).mirror(sample["target"])  # which may change signs too
     return out
 
 
@@ -198,8 +194,8 @@ class _Online:
         """One stream for each pass of each entry."""
         found = []
         for name, entry in self.entries:
-            passes, length = get_task(entry["task"]).PASSES, len(self.opened[name][1])
-            found += [Stream(name, one, length, _weight(name, entry) / len(passes)) for one in passes]
+            passes, length = get_task(entry["task"]).passes, len(self.opened[name][1])
+            found += [Stream(name, one.name, length, _weight(name, entry) / len(passes)) for one in passes]
         return found
 
     def batch(self, wanted: Sequence[tuple[str, str, int, bool]]) -> dict[str, Any]:
@@ -207,9 +203,9 @@ class _Online:
         samples = []
         for name, pass_name, index, flip in wanted:
             source, chosen, task = self.opened[name]
-            module = get_task(task)
-            made = module.encode(source[chosen[index]], self.resolution, self.options)
-            sample = made[module.PASSES.index(pass_name)]
+            what = get_task(task)
+            made = what.encode(source[chosen[index]], self.resolution, self.options)
+            sample = made[[one.name for one in what.passes].index(pass_name)]
             samples.append(flip_sample(sample) if flip else sample)
         out: dict[str, Any] = {field: np.stack([s[field] for s in samples]) for field in (*self.fields, "valid")}
         for field in ("task", "label"):
@@ -264,11 +260,11 @@ class Batches:
             entries = [(name, {"task": name}) for name in sorted(held)]
         streams = []
         for name, entry in entries:
-            passes = get_task(entry["task"]).PASSES
-            for pass_name in passes:
-                chosen = chosen_records(self.cached.readers, name, entry, pass_name)
+            passes = get_task(entry["task"]).passes
+            for one in passes:
+                chosen = chosen_records(self.cached.readers, name, entry, one.name)
                 self._picked.append(chosen)
-                streams.append(Stream(name, pass_name, len(chosen), _weight(name, entry) / len(passes)))
+                streams.append(Stream(name, one.name, len(chosen), _weight(name, entry) / len(passes)))
         return streams
 
     @property

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from scaling_perception.evaluation.intervals import WEIGHT, bootstrap_ci, summarise
+from scaling_perception.evaluation.intervals import bootstrap_ci, summarise
 from scaling_perception.support.errors import UserError
+from scaling_perception.tasks.base import WEIGHT
 from scaling_perception.tasks.resize import resize_bilinear
 
 CONTROLS = ("blind", "shuffled")

@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
+from scaling_perception.tasks.base import WEIGHT
+
 FEWEST_IMAGES = 5
 """Below this no interval is given: resampling so few images says nothing about those that were not drawn."""
-
-WEIGHT = "_pixels"
-"""What the key of a metric's weight ends with, where its mean is over the pixels of all images."""
 
 _ENOUGH = 50  # images from which on the plain interval is used: the correction would be under 5 %
 

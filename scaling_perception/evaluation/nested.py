@@ -13,18 +13,19 @@ import jax
 import numpy as np
 
 from scaling_perception.diffusion.sampler import SamplerTables
-from scaling_perception.evaluation.adaptive import estimate_change, rests, settled
-from scaling_perception.evaluation.batches import Plan
-from scaling_perception.evaluation.engine import draw_members
-from scaling_perception.evaluation.prediction import Estimate
-from scaling_perception.evaluation.predictor import Predictor
 from scaling_perception.evaluation.protocols import measure
+from scaling_perception.inference.adaptive import estimate_change, rests, settled
+from scaling_perception.inference.batches import Plan
+from scaling_perception.inference.engine import draw_members
+from scaling_perception.inference.model import prompt_of
+from scaling_perception.inference.predictor import Predictor
 from scaling_perception.support.errors import UserError
+from scaling_perception.tasks.base import Estimate
 
 
 class Adaptive(NamedTuple):
     """Compute by image: ``tolerances`` of members, in rounds of ``first``; ``step_tolerances`` of steps, looked at
-    every ``step_chunk``. All as in ``evaluation.settings.Settings``."""
+    every ``step_chunk``. All as in ``inference.settings.Settings``."""
 
     tolerances: tuple[float, ...] = ()
     first: int = 2
@@ -192,9 +193,9 @@ class Nested:
         return self._reduced[name]
 
     def _merge(self, name: Any, members: np.ndarray) -> Estimate:
-        size, visible = self.raw["image"].shape[:2], self.raw.get("visible_mask")
+        size, prompt = self.raw["image"].shape[:2], prompt_of(self.raw, self.way.task)
         reduced, _ = self._reduce(name, members)
-        return self.way.predictor.merge(members, self.way.task, size, self.way.mode, visible, 0, reduced)
+        return self.way.predictor.merge(members, self.way.task, size, self.way.mode, prompt, 0, reduced)
 
     def _row(self, name: Any, members: np.ndarray) -> tuple[dict[str, float], float]:
         """Metrics, and the seconds of merging."""

@@ -1,4 +1,6 @@
-"""How each task is measured on each data set, as data: range, crop, clipping, alignment, metrics, trivial answers.
+"""How tasks are measured on each data set, as data: range, crop, clipping, alignment, metrics, trivial answers.
+
+What a task knows itself is in ``tasks``; what is here is known of data sets.
 
 Depth (facts 6.1; Marigold's protocol): prediction resized bilinearly to the truth's size → least-squares scale and
 shift over the valid pixels, in depth → clipped to the data set's range → AbsRel and δ1 on the valid pixels. Flow (facts
@@ -17,61 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from scaling_perception.evaluation.alignment import THINNED, align, nearest_columns
-from scaling_perception.evaluation.baselines import amodal_baselines, depth_baselines, flow_baselines, painted_whole
-from scaling_perception.evaluation.intervals import WEIGHT
-from scaling_perception.evaluation.metrics import (
-    DEPTH_METRICS,
-    FLOW_METRICS,
-    MASK_METRICS,
-    OCCLUSION_METRICS,
-    depth_metrics,
-    flow_metrics,
-    mask_iou,
-    mask_metrics,
-)
 from scaling_perception.support.errors import UserError, did_you_mean
-from scaling_perception.tasks.amodal import EMPTY_PROMPT
-
-TASKS: dict[str, dict[str, Any]] = {
-    "depth": {
-        "metrics": ["abs_rel", "delta1"],
-        "alignment": "least squares, depth space",
-        "baselines": ["constant", "row", "inverse_row"],
-        "minimum_valid": 10,
-    },
-    "flow": {
-        "metrics": ["epe", "epe_fitted"],
-        "alignment": "none",
-        "baselines": ["zero", "oracle_mean"],
-        "minimum_valid": 10,
-    },
-    "amodal": {
-        "metrics": ["iou"],
-        "alignment": "none",
-        "baselines": ["visible"],
-        "threshold": 250,
-        "keep_visible": False,
-    },
-}
-METRICS: dict[str, tuple[str, ...]] = {"depth": DEPTH_METRICS, "flow": FLOW_METRICS, "amodal": MASK_METRICS}
-"""What can be asked for; a task's own ``metrics`` are what is shown unasked."""
-
-REPORTED: dict[str, tuple[str, ...]] = {"amodal": ("iou_painted", "iou_joined")}
-"""What ``evaluate`` reports besides: with and without the given mask, whichever the answer holds."""
-
-RESOLUTION = {
-    "depth": "image squashed to the model's square, prediction bilinear to the truth's size",
-    "flow": "frames squashed to the model's square, prediction bilinear to the truth's size, in its pixels",
-    "amodal": "whole image squashed to the model's square, mask back to its size by nearest",
-}
-
-REDUCE: dict[str, tuple[str, ...]] = {
-    "depth": ("lsq", "median", "minmax", "marigold"),
-    "flow": ("mean", "median"),
-    "amodal": ("median",),
-}
-"""How the members of each task may be merged; the first is the default (facts 7)."""
+from scaling_perception.tasks import get_task
+from scaling_perception.tasks.base import WEIGHT
 
 # Metres. Pixels with minimum < depth < maximum count; predictions are clipped to that range; None is no limit.
 DEPTH_SETS: dict[str, dict[str, Any]] = {
@@ -86,7 +36,6 @@ DEPTH_SETS: dict[str, dict[str, Any]] = {
     "tum_rgbd": {"minimum": 1e-3, "maximum": 10.0},
     "scenes": {"minimum": 1e-3, "maximum": None},
 }
-_ANY_DEPTH = {"minimum": 1e-5, "maximum": None}
 
 # What is on record of each set. It describes a figure and does not decide it, so it is no part of the fingerprint.
 # ``samples``: how many a split has (of KITTI's flow, 2015 or 2012); ``published_resolution``: the long side at which
@@ -159,32 +108,14 @@ RECORDS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Rectangles as fractions (top, bottom, left, right) of the height and width, rounded down to pixels.
-CROPS = {
-    "eigen_nyu": (45 / 480, 471 / 480, 41 / 640, 601 / 640),
-    "eigen_kitti": (0.3324324, 0.91351351, 0.0359477, 0.96405229),
-}
 KITTI_BENCHMARK_CROP = (352, 1216)  # height from the bottom, width from the centre
-
-
-def reduce_mode(task: str, mode: str | None) -> str:
-    """``mode``, or the task's default for None.
-
-    Raises:
-        UserError: the task has no such mode.
-    """
-    if mode is None:
-        return REDUCE[task][0]
-    if mode not in REDUCE[task]:
-        raise UserError(f"reduce '{mode}' is no way to merge {task} members{did_you_mean(mode, REDUCE[task])}")
-    return mode
 
 
 def get_protocol(task: str, dataset: str, metrics: Iterable[str] | None = None, **changes: Any) -> dict[str, Any]:
     """The protocol of a task on a data set; a data set that is not in the tables gets no range, crop or clipping.
 
     Args:
-        metrics: names of ``METRICS[task]`` to measure instead of the task's own; "all" takes every one.
+        metrics: names of the task's ``metrics`` to measure instead of the task's own; "all" takes every one.
         changes: fields to change, such as ``image_crop=None`` for KITTI at full size; they show in the fingerprint.
 
     Returns:
@@ -201,22 +132,22 @@ def get_protocol(task: str, dataset: str, metrics: Iterable[str] | None = None, 
     Raises:
         UserError: an unknown metric or field.
     """
-    protocol = {"task": task, "dataset": dataset, "mean": "over images", **TASKS[task]}
-    if task == "depth":
-        protocol |= {"crop": None, "image_crop": None, "mask_by_range": True}
-        protocol |= DEPTH_SETS.get(dataset, _ANY_DEPTH)
+    what = get_task(task)
+    protocol = {"task": task, "dataset": dataset, "mean": "over images", **what.protocol}
+    if "crop" in protocol:  # a task that is measured within a range
+        protocol |= DEPTH_SETS.get(dataset, {})
     if metrics is not None:
-        protocol["metrics"] = list(METRICS[task] if metrics == "all" else metrics)
+        protocol["metrics"] = list(what.metrics if metrics == "all" else metrics)
         for name in protocol["metrics"]:
-            if name not in METRICS[task]:
-                raise UserError(f"{task} has no metric '{name}'{did_you_mean(name, METRICS[task])}")
+            if name not in what.metrics:
+                raise UserError(f"{task} has no metric '{name}'{did_you_mean(name, what.metrics)}")
     for name in changes:
         if name not in (*protocol, "alignment_resolution"):
             raise UserError(f"the protocol of {task} has no field '{name}'{did_you_mean(name, protocol)}")
     protocol |= changes
-    if task == "depth":
+    if "maximum" in protocol:
         protocol["clip"] = [protocol["minimum"], protocol["maximum"]]
-    described = {**_RECORD, **RECORDS.get(dataset, {}), "resolution": RESOLUTION[task]}
+    described = {**_RECORD, **RECORDS.get(dataset, {}), "resolution": what.sizes}
     return {**protocol, **described, "fingerprint": fingerprint(protocol)}
 
 
@@ -224,7 +155,7 @@ def fingerprint(protocol: dict[str, Any]) -> str:
     """12 hexadecimal digits of the SHA-256 of the fields that decide a figure; not of how many metrics are shown."""
     left_out = {*_RECORD, "fingerprint", "resolution", "clip"}  # clip is the range
     rest = {name: value for name, value in protocol.items() if name not in left_out}
-    rest["metrics"] = TASKS[protocol["task"]]["metrics"]
+    rest["metrics"] = get_task(protocol["task"]).protocol["metrics"]
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -235,20 +166,6 @@ def count_note(protocol: dict[str, Any], split: str, found: int) -> str:
     if known is None or found in expected:
         return ""
     return f"{protocol['dataset']} {split}: {' or '.join(map(str, expected))} samples expected, {found} found"
-
-
-def crop_mask(name: str | None, size: tuple[int, int]) -> np.ndarray:
-    """bool (H, W): True inside the named crop, everywhere for None."""
-    height, width = size
-    if name is None:
-        return np.ones(size, bool)
-    top, bottom, left, right = CROPS[name]
-    # A hair is added so that 45 / 480 of 480 rows is row 45, not 44.999...
-    rows = slice(int(top * height + 1e-6), int(bottom * height + 1e-6))
-    columns = slice(int(left * width + 1e-6), int(right * width + 1e-6))
-    inside = np.zeros(size, bool)
-    inside[rows, columns] = True
-    return inside
 
 
 def prepare_raw(raw: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
@@ -270,49 +187,12 @@ def prepare_raw(raw: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]
             for name, value in raw.items():
                 if isinstance(value, np.ndarray) and value.shape[:2] == (height, width):
                     raw[name] = value[top : top + rows, left : left + columns]
-    if protocol["task"] == "depth":
-        depth = raw["depth"]
-        valid = np.asarray(raw["valid"], bool) & np.isfinite(depth) & (depth > 0)
-        if protocol["mask_by_range"]:
-            valid &= depth > protocol["minimum"]
-            if protocol["maximum"] is not None:
-                valid &= depth < protocol["maximum"]
-        raw["valid"] = valid & crop_mask(protocol["crop"], depth.shape)
-    elif protocol["task"] == "flow":
-        raw["valid"] = np.asarray(raw["valid"], bool) & np.isfinite(raw["flow"]).all(axis=-1)
-    elif raw.get("whole") is None:
-        raw["whole"] = painted_whole(raw["image"], raw["whole_mask"])
-    return raw
+    return get_task(protocol["task"]).prepare(raw, protocol)
 
 
 def unmeasurable(raw: dict[str, Any], protocol: dict[str, Any]) -> str:
     """Why a prepared sample has no figure; empty if it has one. Does not depend on any prediction."""
-    if protocol["task"] == "amodal":
-        if not raw["whole_mask"].any():
-            return "the true mask is empty"
-        return "" if np.any(raw["visible_mask"]) else EMPTY_PROMPT
-    lacking = [name for name in protocol["metrics"] if name in OCCLUSION_METRICS and raw.get("occluded") is None]
-    if lacking:
-        return f"it has no mask of occlusions, which {lacking[0]} needs"
-    count, least = int(raw["valid"].sum()), protocol.get("minimum_valid", 1)
-    if not count:
-        return "no valid pixel within range and crop"
-    if count < least:
-        return f"{count} valid pixel(s) within range and crop: fewer than {least}, which any prediction fits"
-    if few := protocol.get("alignment_resolution"):
-        if not raw["valid"][:, nearest_columns(raw["valid"].shape, few)].any():
-            return THINNED
-    if protocol["task"] == "depth" and np.ptp(raw["depth"][raw["valid"]]) == 0:
-        return (
-            f"the true depth is {raw['depth'][raw['valid']][0]:g} m at all {count} valid pixels: any prediction fits it"
-        )
-    return ""
-
-
-def aligned_depth(prediction: np.ndarray, raw: dict[str, Any], protocol: dict[str, Any]) -> np.ndarray:
-    """A depth prediction (H, W) in metres: least-squares scale and shift to the truth, clipped to the range."""
-    low, high = protocol["clip"]
-    return align(prediction, raw["depth"], raw["valid"], low, high, protocol.get("alignment_resolution"))
+    return get_task(protocol["task"]).unmeasurable(raw, protocol)
 
 
 def measure(
@@ -336,21 +216,9 @@ def measure(
     Raises:
         ValueError: NaN or infinity in the prediction, or nothing to measure (see ``unmeasurable``).
     """
-    task = protocol["task"]
-    if task == "depth":
-        if fitted:
-            metres = np.clip(prediction, *protocol["clip"])
-        else:
-            metres = aligned_depth(prediction, raw, protocol)
-        found = depth_metrics(metres, raw["depth"], raw["valid"], protocol["metrics"])
-    elif task == "flow":
-        found = flow_metrics(prediction, raw["flow"], raw["valid"], raw.get("occluded"))
-        found["fl_all" + WEIGHT] = float(np.count_nonzero(raw["valid"]))
-    else:
-        truth, visible = np.asarray(raw["whole_mask"], bool), np.asarray(raw["visible_mask"], bool)
-        painted = np.asarray(prediction if painted is None else painted, bool)
-        found = mask_metrics(np.asarray(prediction, bool), truth)
-        found |= {"iou_painted": mask_iou(painted, truth), "iou_joined": mask_iou(painted | visible, truth)}
+    task = get_task(protocol["task"])
+    assert task.measure is not None
+    found = task.measure(prediction, raw, protocol, fitted, painted)
     wanted = (key for name in protocol["metrics"] for key in (name, name + WEIGHT))
     return {name: found[name] for name in wanted if name in found}
 
@@ -360,11 +228,7 @@ def baseline_rows(raw: dict[str, Any], protocol: dict[str, Any]) -> dict[str, di
 
     Depth's are fitted to the truth as they are made, so they are clipped but not aligned again.
     """
-    task = protocol["task"]
-    if task == "depth":
-        answers = depth_baselines(raw["depth"], raw["valid"])
-    elif task == "flow":
-        answers = flow_baselines(raw["flow"], raw["valid"])
-    else:
-        answers = amodal_baselines(raw["visible_mask"])
+    task = get_task(protocol["task"])
+    assert task.baselines is not None
+    answers = task.baselines(raw)
     return {name: measure(answers[name], raw, protocol, fitted=True) for name in protocol["baselines"]}

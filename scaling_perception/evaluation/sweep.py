@@ -23,18 +23,20 @@ from scaling_perception.data.manifest import widen_depth, wider
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
 from scaling_perception.diffusion.solvers import SOLVERS, solver_name
-from scaling_perception.evaluation.budgets import OWN
 from scaling_perception.evaluation.comparisons import evaluations_of
 from scaling_perception.evaluation.controls import control_inputs, control_results
 from scaling_perception.evaluation.intervals import summarise
 from scaling_perception.evaluation.journal import Journal
 from scaling_perception.evaluation.nested import CONSTANT, Adaptive, Nested, Way, sample_all, sample_with_looks
-from scaling_perception.evaluation.prediction import Estimate
-from scaling_perception.evaluation.predictor import Plan, Predictor
-from scaling_perception.evaluation.protocols import baseline_rows, prepare_raw, reduce_mode, unmeasurable
-from scaling_perception.evaluation.settings import Settings
+from scaling_perception.evaluation.protocols import baseline_rows, prepare_raw, unmeasurable
+from scaling_perception.inference.batches import Plan
+from scaling_perception.inference.budgets import OWN
+from scaling_perception.inference.model import prompt_of
+from scaling_perception.inference.predictor import Predictor
+from scaling_perception.inference.settings import Settings
 from scaling_perception.support.errors import UserError
-from scaling_perception.tasks import get_task, pass_indices
+from scaling_perception.tasks import get_task
+from scaling_perception.tasks.base import Estimate
 
 
 class Samples(Protocol):
@@ -121,7 +123,7 @@ def sweep(
     for name, values in (("steps", steps), ("ensemble", ensemble), ("presets", presets), ("solvers", solvers)):
         if not values:
             raise UserError(f"no {name} to evaluate: give one or more")
-    sizes, mode, adaptive = sorted(set(ensemble)), reduce_mode(task, reduce), adaptive or Adaptive()
+    sizes, mode, adaptive = sorted(set(ensemble)), get_task(task).reduce_mode(reduce), adaptive or Adaptive()
     points = _points(predictor, steps, sizes, presets, solvers, mode, adaptive)
     forward = predictor.macs_per_forward if macs_per_forward is None else macs_per_forward
     largest = max(points, key=lambda point: point.settings.evaluations).tables
@@ -329,7 +331,7 @@ class _Run:
         if self.merging_is_compiled:
             return
         predictor, task, adaptive = self.way.predictor, self.way.task, self.way.adaptive
-        side, passes = predictor.resolution, len(pass_indices(task))
+        side, passes = predictor.resolution, len(get_task(task).passes)
         for count in sorted({*self.sizes, *(adaptive.rounds(self.way.most) if adaptive.tolerances else ())}):
             members = predictor.decode_members(np.zeros((passes, count, side, side, 3), np.float32), task)
             predictor.merge(members, task, (side, side), self.way.mode)
@@ -341,18 +343,18 @@ class _Run:
         predictor, task, plan = self.way.predictor, self.way.task, self.way.plan
         targets = [
             np.stack([s["target"] for s in get_task(task).encode(whole, predictor.resolution, predictor.options)])
-            for whole in (fill_invalid(raw) for raw in group)
+            for whole in (fill_invalid(raw, get_task(task).truth) for raw in group)
         ]
         targets += [targets[0]] * (plan.images - len(group))
         pictures = predictor.round_trip(np.concatenate(targets)).reshape(plan.images, *targets[0].shape)
         for raw, target, carried in zip(group, targets, pictures, strict=False):
-            floors = {"autoencoder": carried} | ({"threshold": target} if task == "amodal" else {})
+            floors = {"autoencoder": carried} | dict.fromkeys(get_task(task).ceilings, target)
             found = dict(baseline_rows(raw, self.way.protocol))
             for name, picture in floors.items():
                 # Merged by "median", which leaves a single member as it is.
                 members = predictor.decode_members(picture[:, None], task)
-                size, visible = raw["image"].shape[:2], raw.get("visible_mask")
-                row = self.way.measure(predictor.merge(members, task, size, "median", visible), raw)
+                size, prompt = raw["image"].shape[:2], prompt_of(raw, task)
+                row = self.way.measure(predictor.merge(members, task, size, "median", prompt), raw)
                 found[name] = {metric: value for metric, value in row.items() if metric != CONSTANT}
             yield found
 
@@ -367,7 +369,7 @@ class _Run:
         ranges: dict[str, list[float]] = {}
         for group in self.groups:
             wider(ranges, group.get("ranges", {}))
-        each = forward * len(pass_indices(self.way.task))
+        each = forward * len(get_task(self.way.task).passes)
         each = None if math.isnan(each) else each
         names = [cell for point in self.points for cell in point.cells]
         before = [len(point.cells) for point in self.points[: self.points.index(self.controlled)]]
@@ -416,13 +418,12 @@ def _summary(
     }
 
 
-def fill_invalid(raw: dict[str, Any]) -> dict[str, Any]:
-    """A sample whose depth or flow takes the nearest valid pixel's value wherever it is not valid.
+def fill_invalid(raw: dict[str, Any], truth: str) -> dict[str, Any]:
+    """A sample whose ``truth`` takes the nearest valid pixel's value wherever it is not valid.
 
     The floor is asked what the autoencoder can carry of the truth; the holes of a sparse truth are not part of it.
     """
-    if "valid" not in raw or raw["valid"].all():
+    if not truth or "valid" not in raw or raw["valid"].all():
         return raw
     nearest: Any = distance_transform_edt(~raw["valid"], return_distances=False, return_indices=True)
-    filled = {name: raw[name][nearest[0], nearest[1]] for name in ("depth", "flow") if name in raw}
-    return {**raw, **filled, "valid": np.ones_like(raw["valid"])}
+    return {**raw, truth: raw[truth][nearest[0], nearest[1]], "valid": np.ones_like(raw["valid"])}

@@ -6,19 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from scaling_perception.evaluation.comparisons import evaluations_of
+from scaling_perception.tasks import TASKS
 
-MORE_IS_BETTER = (
-    "delta1",
-    "delta2",
-    "delta3",
-    "within_1px",
-    "within_3px",
-    "within_5px",
-    "iou",
-    "iou_painted",
-    "iou_joined",
-    "dice",
-)
+MORE_IS_BETTER = tuple(name for task in TASKS.values() for name in task.more_is_better)
 """Shares that rise as results get better. Each has an error beside it, such as ``1-delta1``, which falls."""
 
 _WHOLE = ("task", "dataset", "split", "images", "model", "weights", "params", "resolution")

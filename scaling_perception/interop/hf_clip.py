@@ -370,7 +370,7 @@ def task_context(prompts: Mapping[str, str], clip: Clip, passes: Sequence[str]) 
 
     Args:
         prompts: pass -> text, such as {"depth": "a depth map"}.
-        passes: names of the rows, in their order (``tasks.PASSES``).
+        passes: names of the rows, in their order (``tasks.model_passes``).
 
     Raises:
         UserError: a prompt for something that is no pass.

@@ -123,7 +123,7 @@ class DiTConfig:
         return self.label_rows - 1
 
     def task_label(self, index: int) -> int:
-        """Label of task ``index`` (a pass index of ``tasks.PASSES``) where the model has tasks, else the null label."""
+        """Label of row ``index`` of the model's passes where the model has tasks, else the null label."""
         if not self.task_labels:
             return self.null_label
         if not 0 <= index < self.task_labels:

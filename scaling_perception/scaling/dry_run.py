@@ -30,6 +30,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from scaling_perception.models.compute import TRAINING_FACTOR, forward_macs
 from scaling_perception.models.dit import (
     DiTConfig,
     count_active_params,
@@ -39,12 +40,11 @@ from scaling_perception.models.dit import (
 )
 from scaling_perception.parallel.mesh import AXES, BATCH_AXES
 from scaling_perception.parallel.rules import tree_shardings
-from scaling_perception.scaling.compute import TRAINING_FACTOR, forward_macs
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.field_checks import check_config
 from scaling_perception.support.places import split_places
-from scaling_perception.tasks import fields_of, pass_indices
+from scaling_perception.tasks import fields_of, get_task
 from scaling_perception.training.averaging import left_of_start, start_warning
 from scaling_perception.training.diffusion import network_of, tasks_of
 from scaling_perception.training.optim import make_optimizer
@@ -253,7 +253,7 @@ def _data(config: Config, samples: int) -> dict[str, Any]:
     sources = []
     for name, entry in entries.items():
         length, told_by = _length(config, entry)
-        share, passes = entry.get("weight", 1.0) / total, len(pass_indices(entry.task))
+        share, passes = entry.get("weight", 1.0) / total, len(get_task(entry.task).passes)
         drawn = samples * share
         row = {"name": name, "task": entry.task, "source": "cache" if config.data.cache else entry.get("source", "")}
         row |= {"samples": round(drawn), "length": length, "length_from": told_by}
@@ -283,7 +283,6 @@ def _length(config: Config, entry: Mapping[str, Any]) -> tuple[int | None, str]:
 def _cached_length(config: Config, task: str) -> tuple[int | None, str]:
 
     from scaling_perception.data.latents import read_ledger
-    from scaling_perception.tasks import get_task
 
     found = 0
     for path in split_places(str(config.data.cache)):
@@ -291,7 +290,7 @@ def _cached_length(config: Config, task: str) -> tuple[int | None, str]:
             shards = read_ledger(Path(path))["shards"]
         except UserError:
             return None, "unknown"
-        found += sum(shard["passes"].get(get_task(task).PASSES[0], 0) for shard in shards)
+        found += sum(shard["passes"].get(get_task(task).passes[0].name, 0) for shard in shards)
     return found or None, "ledger"
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scaling_perception.scaling.compute import TRAINING_FACTOR
+from scaling_perception.models.compute import TRAINING_FACTOR
 from scaling_perception.scaling.law_figures import PALETTE, log_scale
 from scaling_perception.scaling.laws import Law, predict, predict_samples
 from scaling_perception.scaling.plan_laws import QUANTITIES

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scaling_perception.evaluation import choosing
-from scaling_perception.scaling.compute import TRAINING_FACTOR
+from scaling_perception.models.compute import TRAINING_FACTOR
 from scaling_perception.scaling.law_fit import Options
 from scaling_perception.scaling.law_text import number
 from scaling_perception.scaling.laws import Law, fit_law, predict, predict_interval
 from scaling_perception.scaling.plan_laws import QUANTITIES
 from scaling_perception.scaling.points import Points, find_column
+from scaling_perception.support import choosing
 from scaling_perception.support.errors import UserError
 
 _FLOPS = ("flops", "train_flops", "training_flops")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scaling_perception.scaling.compute import TRAINING_FACTOR
+from scaling_perception.models.compute import TRAINING_FACTOR
 from scaling_perception.scaling.laws import law_form
 from scaling_perception.scaling.plan_laws import TRAINING, Laws
 

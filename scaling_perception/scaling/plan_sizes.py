@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from scaling_perception.models.compute import TRAINING_FACTOR, forward_macs
 from scaling_perception.models.config import DiTConfig
 from scaling_perception.models.dit import count_active_params
 from scaling_perception.models.presets import at_resolution, get_preset, preset_names
-from scaling_perception.scaling.compute import TRAINING_FACTOR, forward_macs
 from scaling_perception.scaling.costs import Matmul
 from scaling_perception.scaling.dry_run import describe_run
 from scaling_perception.scaling.roofline import estimate

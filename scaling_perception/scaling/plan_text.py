@@ -6,6 +6,7 @@ from typing import Any
 
 from scaling_perception.scaling.law_text import number
 from scaling_perception.scaling.plan_laws import Laws
+from scaling_perception.tasks import TASKS
 
 _LABELS = {
     "size": "size", "params": "parameters", "resolution": "resolution", "steps": "denoising steps",
@@ -139,7 +140,7 @@ def commands_of(
     if not model:
         return [], "nothing is trained, and --model names nothing to run"
     known = choice.get("steps") and choice.get("members")
-    if (known or out) and task in ("depth", "flow", "amodal"):
+    if (known or out) and task in TASKS and TASKS[task].conditioned:
         words = ["evaluate", "--task", task, "--dataset", dataset, "--model", model]
         for name, flag in (("steps", "--steps"), ("members", "--ensemble")):
             words += [flag, f"{choice[name]:g}"] if choice.get(name) else []

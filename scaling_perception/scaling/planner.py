@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scaling_perception.evaluation import choosing
-from scaling_perception.scaling.compute import TRAINING_FACTOR
+from scaling_perception.models.compute import TRAINING_FACTOR
 from scaling_perception.scaling.plan_laws import SERVING, TRAINING, Laws, check_range, refuse_undecided
 from scaling_perception.scaling.plan_next import next_run
 from scaling_perception.scaling.plan_sizes import Size, Speed, first_that_fits, rates, seconds, stage_macs
+from scaling_perception.support import choosing
 from scaling_perception.support.errors import UserError
 
 STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 65, 80, 100, 125, 150, 200, 250, 350, 500, 700, 1000)

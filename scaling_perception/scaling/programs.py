@@ -13,19 +13,19 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from scaling_perception.diffusion.schedules import get_diffusion
-from scaling_perception.evaluation.engine import Draw, Engine, Passes
-from scaling_perception.evaluation.settings import Settings
+from scaling_perception.inference.engine import Draw, Engine, Passes
+from scaling_perception.inference.settings import Settings
 from scaling_perception.models import vae
 from scaling_perception.models.autoencoders import Autoencoder, load_autoencoder, make_kl, part_size
+from scaling_perception.models.compute import TRAINING_FACTOR, forward_macs, inference_macs
 from scaling_perception.models.config import DiTConfig
 from scaling_perception.models.dit import abstract_params
 from scaling_perception.models.presets import LATENT_FACTOR
 from scaling_perception.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 from scaling_perception.parallel.rules import spec_for, tree_shardings
-from scaling_perception.scaling.compute import TRAINING_FACTOR, forward_macs, inference_macs
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
-from scaling_perception.tasks import pass_indices
+from scaling_perception.tasks import get_task
 from scaling_perception.training.diffusion import LATENT, diffusion_objective, network_of, tasks_of
 from scaling_perception.training.optim import make_optimizer
 from scaling_perception.training.state import abstract_state, named_leaves
@@ -145,7 +145,7 @@ def train_program(config: Config, mesh: Mesh) -> Program:
     plain, tasks = _without_files(config), tasks_of(config)
     latents = bool(config.data.cache)
     side, channels = (config.resolution // LATENT_FACTOR, LATENT) if latents else (config.resolution, 3)
-    stand = _Stand(batch, side, channels, tasks == ["generation"])
+    stand = _Stand(batch, side, channels, not all(get_task(task).conditioned for task in tasks))
     objective = diffusion_objective(plain, stand, mesh)
     flops = 2.0 * TRAINING_FACTOR * forward_macs(objective.model) * batch
     if not latents:
@@ -198,7 +198,7 @@ def sample_program(config: Config, mesh: Mesh, images: int, steps: int, members:
     engine, _ = _engine(config, mesh)
     dit, task = engine.config, tasks_of(config)[0]
     diffusion = get_diffusion(config.diffusion, **config.diffusion_changes.to_dict())
-    passes = len(pass_indices(task))
+    passes = len(get_task(task).passes)
     rows = images * members * passes
     if rows % _parts(mesh):
         raise UserError(

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scaling_perception.diffusion.solvers import evaluations
+from scaling_perception.models.compute import TRAINING_FACTOR, forward_macs
 from scaling_perception.models.config import DiTConfig, config_from_dict
 from scaling_perception.models.dit import count_params
 from scaling_perception.models.presets import at_resolution
-from scaling_perception.scaling.compute import TRAINING_FACTOR, forward_macs
 from scaling_perception.scaling.dry_run import MFU, encoder_family, encoding_macs
 from scaling_perception.scaling.study import Cell
 from scaling_perception.scaling.study_table import read_metrics
@@ -24,7 +24,7 @@ from scaling_perception.support.configs import load_config
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import read_json
 from scaling_perception.support.verbs import make_parser
-from scaling_perception.tasks import pass_indices
+from scaling_perception.tasks import get_task
 from scaling_perception.training.diffusion import network_of
 
 # Money (USD) of a chip-hour without commitment; they change often: --price sets others.
@@ -168,7 +168,7 @@ def _evaluation(cell: Cell, known: Mapping[str, Cell]) -> Cost:
     members = max(int(part) for part in args.ensemble.split(","))
     grids = len([part for part in (args.preset or "own").split(",") if part])
     solvers = [part.strip() for part in args.solver.split(",") if part.strip()]
-    passes, side = len(pass_indices(args.task)), dit.input_size * 8
+    passes, side = len(get_task(args.task).passes), dit.input_size * 8
     forwards = count * passes * grids * members * sum(evaluations(solver, each) for solver in solvers for each in steps)
     pictures = 0.0
     if family is not None:
@@ -189,7 +189,7 @@ def _length(dataset: str, split: str) -> int:
 
 
 def _of_folder(name: str) -> DiTConfig | None:
-    from scaling_perception.evaluation.inputs import find_model
+    from scaling_perception.inference.inputs import find_model
 
     try:
         card = read_json(find_model(name) / "config.json")

@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from scaling_perception.tasks.common import TaskOptions, check_pixels, picture, require, sample
+from scaling_perception.support.errors import UserError
+from scaling_perception.tasks.base import Answer, Estimate, File, Metric, Pass, Prompt, Task, field_of, plain_native
+from scaling_perception.tasks.colours import mask_over, whole_picture
+from scaling_perception.tasks.metrics import MASK_METRICS, mask_iou, mask_metrics
 from scaling_perception.tasks.resize import resize_bilinear, resize_nearest
+from scaling_perception.tasks.samples import TaskOptions, check_pixels, picture, require, sample
 
-PASSES = ("amodal",)
+PASSES = (Pass("amodal", 1),)
 
 EMPTY_PROMPT = "no part of the object is visible: nothing asks for it"
 
@@ -28,7 +32,7 @@ def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> lis
     inputs = conditions(raw, resolution, options)
     require(raw, "whole", like="image")
     target = picture(raw, "whole", resolution, options.nearest("amodal"))
-    return [sample(raw, "amodal", inputs, target, np.ones((resolution, resolution), bool))]
+    return [sample(raw, PASSES[0], inputs, target, np.ones((resolution, resolution), bool))]
 
 
 def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, np.ndarray]:
@@ -65,3 +69,152 @@ def mask_from_whole(rgb: np.ndarray, threshold: float = 250) -> np.ndarray:
     levels = (np.clip(np.asarray(rgb, np.float64), -1, 1) + 1) * 127.5
     # Greys of 8-bit colours lie 0.001 apart: half of that absorbs the rounding of a picture stored as float32.
     return levels @ np.array(GREY_WEIGHTS) <= threshold + 5e-4
+
+
+def inspect(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """``visible``, the share of the picture that the visible part covers.
+
+    Raises:
+        UserError: a mask is missing or empty.
+    """
+    visible = field_of(raw, "visible_mask", size).astype(bool)
+    if not visible.any():
+        raise UserError(f"visible_mask is empty: {EMPTY_PROMPT}")
+    if raw.get("whole_mask") is not None and not field_of(raw, "whole_mask", size).any():
+        raise UserError("whole_mask is empty")
+    return {"visible": float(visible.mean())}
+
+
+# Predicting
+
+
+def check(raw: Mapping[str, Any]) -> None:
+    """UserError for a mask that shows no part of the object."""
+    if not raw["visible_mask"].any():
+        raise UserError(f"sample '{raw['key']}': the mask is empty: {EMPTY_PROMPT}")
+
+
+def merge(members: np.ndarray, mode: str, options: TaskOptions) -> tuple[np.ndarray, np.ndarray]:
+    """Members (M, R, R, 3) to the painted object (R, R, 3) and its uncertainty (R, R), see ``tasks.ensemble``."""
+    from scaling_perception.tasks import ensemble  # JAX: data workers load tasks without it
+
+    merged = ensemble.jitted_amodal(members)
+    return np.asarray(merged[0]), np.asarray(merged[1])
+
+
+def restore(merged: np.ndarray, size: tuple[int, int], options: TaskOptions, prompt: np.ndarray | None) -> Answer:
+    """The mask of the painted object at native size; ``prompt``, the given mask, joins it under ``keep_visible``.
+
+    The published rule: a mask at the model's size, brought back by nearest (facts 6.3).
+    """
+    mask = painted = resize_nearest(mask_from_whole(merged, options.mask_threshold), size)
+    if options.keep_visible and prompt is not None:
+        mask = painted | np.asarray(prompt, bool)
+    return Answer(mask, plain_native(merged, size), painted)
+
+
+FILES = {
+    "mask": {"mask": File("amodal_mask.png", "image", lambda estimate: estimate.prediction.astype(np.uint8) * 255)},
+    "whole": {"whole": File("amodal_whole.png", "image", lambda estimate: whole_picture(np.asarray(estimate.whole)))},
+}
+
+
+# Measuring
+
+
+def prepare(raw: dict[str, Any], protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Without a picture of the whole object, what is seen inside the true mask: for the floor, not for IoU."""
+    whole = painted_whole(raw["image"], raw["whole_mask"]) if raw.get("whole") is None else raw["whole"]
+    return {**raw, "whole": whole}
+
+
+def unmeasurable(raw: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    """Why a sample has no figure: an empty mask."""
+    if not raw["whole_mask"].any():
+        return "the true mask is empty"
+    return "" if np.any(raw["visible_mask"]) else EMPTY_PROMPT
+
+
+def measure(
+    prediction: np.ndarray,
+    raw: Mapping[str, Any],
+    protocol: Mapping[str, Any],
+    /,
+    fitted: bool = False,
+    painted: np.ndarray | None = None,
+) -> dict[str, float]:
+    """``iou`` and ``dice`` of the answer, bool (H, W), ``iou_painted`` of what was painted (None: all of the answer),
+    ``iou_joined`` of that and the given mask."""
+    truth, visible = np.asarray(raw["whole_mask"], bool), np.asarray(raw["visible_mask"], bool)
+    painted = np.asarray(prediction if painted is None else painted, bool)
+    found = mask_metrics(np.asarray(prediction, bool), truth)
+    return found | {"iou_painted": mask_iou(painted, truth), "iou_joined": mask_iou(painted | visible, truth)}
+
+
+def amodal_baselines(visible_mask: Any) -> dict[str, np.ndarray]:
+    """The amodal mask without completion: ``visible``, the mask that was given. (H, W) bool -> {name: (H, W) bool}."""
+    return {"visible": np.asarray(visible_mask, bool)}
+
+
+def painted_whole(image: Any, whole_mask: Any) -> np.ndarray:
+    """What is seen inside the true mask, on white: uint8 (H, W, 3), where nobody has the whole object's picture."""
+    return np.where(np.asarray(whole_mask, bool)[..., None], np.asarray(image, np.uint8), np.uint8(255))
+
+
+def panels(raw: Mapping[str, Any], estimate: Estimate, protocol: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Masks over the picture; the error is red where the prediction has too much, blue where it lacks."""
+    truth, mask = np.asarray(raw["whole_mask"], bool), estimate.prediction
+    error = np.zeros((*truth.shape, 3), np.uint8)
+    error[truth & mask] = 255
+    error[mask & ~truth] = (220, 50, 40)
+    error[truth & ~mask] = (40, 90, 220)
+    image = np.asarray(raw["image"])
+    return {
+        "prompt": mask_over(image, np.asarray(raw["visible_mask"], bool)),
+        "truth": mask_over(image, truth),
+        "prediction": mask_over(image, mask),
+        "error": error,
+    }
+
+
+TASK = Task(
+    name="amodal",
+    passes=PASSES,
+    encode=encode,
+    conditions=conditions,
+    prompt=Prompt("visible_mask", "the mask of the object's visible part", frame=False, cli="--mask"),
+    columns=("image", "visible_mask"),
+    optional_columns=("whole", "whole_mask"),
+    one_of=("whole", "whole_mask"),
+    pictures=("image", "whole"),
+    inspect=inspect,
+    ranges={"visible": ""},
+    dataset="pix2gestalt",
+    check=check,
+    decode_prediction=decode_prediction,
+    reduce_modes=("median",),
+    merge=merge,
+    restore=restore,
+    flags=("mask",),
+    files=FILES,
+    usual_files=("mask", "whole"),
+    protocol={
+        "metrics": ["iou"],
+        "alignment": "none",
+        "baselines": ["visible"],
+        "threshold": 250,
+        "keep_visible": False,
+    },
+    sizes="whole image squashed to the model's square, mask back to its size by nearest",
+    metrics=MASK_METRICS,
+    more_is_better=MASK_METRICS,
+    reported=("iou_painted", "iou_joined"),
+    main=Metric("iou", "IoU", less_is_better=False),
+    prepare=prepare,
+    unmeasurable=unmeasurable,
+    measure=measure,
+    baselines=lambda raw: amodal_baselines(raw["visible_mask"]),
+    baseline_names={"visible": "visible mask itself"},
+    ceilings=("threshold",),
+    panels=panels,
+)

@@ -8,10 +8,32 @@ from typing import Any
 import numpy as np
 
 from scaling_perception.support.errors import UserError
-from scaling_perception.tasks.common import TaskOptions, check_pixels, picture, require, sample
+from scaling_perception.tasks.alignment import THINNED, align, nearest_columns
+from scaling_perception.tasks.base import (
+    VALID_MINIMUM,
+    Estimate,
+    File,
+    Metric,
+    Pass,
+    Task,
+    few_valid,
+    field_of,
+    range_of,
+    valid_of,
+)
+from scaling_perception.tasks.colours import depth_to_color, heat
+from scaling_perception.tasks.metrics import DEPTH_METRICS, depth_metrics
 from scaling_perception.tasks.resize import resize_bilinear, resize_nearest
+from scaling_perception.tasks.samples import TaskOptions, check_pixels, picture, require, sample
 
-PASSES = ("depth",)
+PASSES = (Pass("depth", 0),)
+WORST_ABS_REL = 0.5  # relative depth error that is drawn at full scale
+
+# Rectangles as fractions (top, bottom, left, right) of the height and width, rounded down to pixels.
+CROPS = {
+    "eigen_nyu": (45 / 480, 471 / 480, 41 / 640, 601 / 640),
+    "eigen_kitti": (0.3324324, 0.91351351, 0.0359477, 0.96405229),
+}
 
 
 def normalise(depth: np.ndarray, valid: np.ndarray, quantiles: tuple[float, float] = (0.02, 0.98)) -> np.ndarray:
@@ -63,7 +85,7 @@ def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> lis
     except UserError as error:
         raise UserError(f"sample '{raw.get('key', '?')}': {error}") from None
     size = (resolution, resolution)
-    return [sample(raw, "depth", inputs, resize_nearest(target, size), resize_nearest(valid, size))]
+    return [sample(raw, PASSES[0], inputs, resize_nearest(target, size), resize_nearest(valid, size))]
 
 
 def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, np.ndarray]:
@@ -110,3 +132,208 @@ def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOp
 def to_range(decoded: np.ndarray) -> np.ndarray:
     """Decoded depth, about [-1, 1], to [0, 1]; what lies outside is clipped."""
     return (np.clip(decoded, -1, 1) + 1) / 2
+
+
+# Training data
+
+
+def inspect(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """``depth`` [least, most] metres and ``depth_valid``, the valid share.
+
+    Raises:
+        UserError: depth is missing, not above 0, constant, or hardly anywhere valid.
+    """
+    valid = valid_of(raw, size)
+    low, high = range_of(field_of(raw, "depth", size)[valid], "depth")
+    if low <= 0:
+        raise UserError(f"depth is {low:g} m in a valid pixel: it must be above 0")
+    if low == high:
+        raise UserError(f"depth is {low:g} m in every valid pixel, from which nothing can be learned: leave it out")
+    return {"depth": [low, high], "depth_valid": float(valid.mean())}
+
+
+# Predicting
+
+
+def merge(members: np.ndarray, mode: str, options: TaskOptions) -> tuple[np.ndarray, np.ndarray]:
+    """Members (M, R, R) to relative depth and its uncertainty (R, R), see ``tasks.ensemble``."""
+    from scaling_perception.tasks import ensemble  # JAX: data workers load tasks without it
+
+    if mode == "median" and not options.clip_depth:
+        members = to_range(members)  # the one way of merging that stretches nothing
+    merged = ensemble.ensemble_depth(members, mode) if mode == "marigold" else ensemble.jitted_depth(members, mode)
+    return np.asarray(merged[0]), np.asarray(merged[1])
+
+
+def _png16(estimate: Estimate) -> np.ndarray:
+    return np.round(np.clip(estimate.prediction, 0, 1) * 65535).astype(np.uint16)
+
+
+def _prediction(estimate: Estimate) -> np.ndarray:
+    return estimate.prediction
+
+
+FILES = {
+    "png16": {"png16": File("depth_16bit.png", "png16", _png16)},
+    "npy": {"npy": File("depth.npy", "npy", _prediction)},
+    "color": {"color": File("depth_color.png", "image", lambda estimate: depth_to_color(estimate.prediction))},
+    "metric": {
+        "metric_npy": File("depth_metric.npy", "metres_npy", _prediction),
+        "metric_png16": File("depth_metric_mm.png", "metres_png16", _prediction),
+    },
+    "ply": {"ply": File("depth.ply", "point_cloud", _prediction)},
+}
+
+
+# Measuring
+
+
+def crop_mask(name: str | None, size: tuple[int, int]) -> np.ndarray:
+    """bool (H, W): True inside the named crop, everywhere for None."""
+    height, width = size
+    if name is None:
+        return np.ones(size, bool)
+    top, bottom, left, right = CROPS[name]
+    # A hair is added so that 45 / 480 of 480 rows is row 45, not 44.999...
+    rows = slice(int(top * height + 1e-6), int(bottom * height + 1e-6))
+    columns = slice(int(left * width + 1e-6), int(right * width + 1e-6))
+    inside = np.zeros(size, bool)
+    inside[rows, columns] = True
+    return inside
+
+
+def prepare(raw: dict[str, Any], protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """The sample with ``valid`` where depth is known, within the protocol's range and crop."""
+    depth = raw["depth"]
+    valid = np.asarray(raw["valid"], bool) & np.isfinite(depth) & (depth > 0)
+    if protocol["mask_by_range"]:
+        valid &= depth > protocol["minimum"]
+        if protocol["maximum"] is not None:
+            valid &= depth < protocol["maximum"]
+    return {**raw, "valid": valid & crop_mask(protocol["crop"], depth.shape)}
+
+
+def unmeasurable(raw: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    """Why a prepared sample has no figure: hardly a valid pixel, or one depth everywhere."""
+    if why := few_valid(raw, protocol):
+        return why
+    if few := protocol.get("alignment_resolution"):
+        if not raw["valid"][:, nearest_columns(raw["valid"].shape, few)].any():
+            return THINNED
+    known = raw["depth"][raw["valid"]]
+    if np.ptp(known) == 0:
+        return f"the true depth is {known[0]:g} m at all {known.size} valid pixels: any prediction fits it"
+    return ""
+
+
+def aligned(prediction: np.ndarray, raw: Mapping[str, Any], protocol: Mapping[str, Any]) -> np.ndarray:
+    """A prediction (H, W) in metres: least-squares scale and shift to the truth, clipped to the range."""
+    low, high = protocol["clip"]
+    return align(prediction, raw["depth"], raw["valid"], low, high, protocol.get("alignment_resolution"))
+
+
+def measure(
+    prediction: np.ndarray,
+    raw: Mapping[str, Any],
+    protocol: Mapping[str, Any],
+    /,
+    fitted: bool = False,
+    painted: np.ndarray | None = None,
+) -> dict[str, float]:
+    """The protocol's metrics of an affine-invariant prediction (H, W); ``fitted``: it is in metres already."""
+    metres = np.clip(prediction, *protocol["clip"]) if fitted else aligned(prediction, raw, protocol)
+    return depth_metrics(metres, raw["depth"], raw["valid"], protocol["metrics"])
+
+
+def depth_baselines(gt: Any, valid: Any | None = None) -> dict[str, np.ndarray]:
+    """Depth without an image: three least-squares fits over the valid pixels.
+
+    They are fitted to the truth itself (as the metric's own alignment would), so they are the best of their kind.
+    ``constant``: one depth (the mean). ``row``: a + b * row. ``inverse_row``: 1 / (a + b * row), fitted in inverse
+    depth (a plane seen in perspective has an inverse depth linear in the row), clipped to the range of the valid truth.
+
+    Args:
+        gt: (H, W) metres, positive where valid.
+        valid: (H, W) bool; None takes every pixel.
+
+    Returns:
+        {name: float64 (H, W) metres}.
+
+    Raises:
+        ValueError: no pixel is valid.
+    """
+    gt = np.asarray(gt, np.float64)
+    mask = np.ones(gt.shape, bool) if valid is None else np.asarray(valid, bool)
+    if not mask.any():
+        raise ValueError("no valid pixel: leave this image out")
+    depth = gt[mask]
+    height, width = gt.shape
+    # Centred rows of unit scale keep the two columns of the fit apart; one valid row leaves the slope at 0.
+    row = np.repeat((np.arange(height) / max(height, 1) - 0.5)[:, None], width, axis=1)
+
+    def line(values: np.ndarray) -> np.ndarray:
+        design = np.stack([np.ones_like(values), row[mask]], axis=-1)
+        (offset, slope), *_ = np.linalg.lstsq(design, values, rcond=None)
+        return offset + slope * row
+
+    nearness = np.clip(line(1 / depth), 1 / depth.max(), 1 / depth.min())
+    return {"constant": np.full(gt.shape, depth.mean()), "row": line(depth), "inverse_row": 1 / nearness}
+
+
+def panels(raw: Mapping[str, Any], estimate: Estimate, protocol: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Drawn after alignment, on the scale of the truth's 2 % to 98 % quantiles; error |p - d| / d up to 0.5."""
+    depth, valid = raw["depth"], raw["valid"]
+    low, high = np.quantile(depth[valid], (0.02, 0.98))
+    metres, span = aligned(estimate.prediction, raw, protocol), max(high - low, 1e-6)
+    return {
+        "truth": depth_to_color((depth - low) / span, valid),
+        "prediction": depth_to_color((metres - low) / span),
+        "error": heat(np.abs(metres - depth) / np.where(valid, depth, 1), WORST_ABS_REL, valid),
+    }
+
+
+TASK = Task(
+    name="depth",
+    passes=PASSES,
+    encode=encode,
+    conditions=conditions,
+    columns=("image", "depth"),
+    optional_columns=("valid_mask",),
+    truth="depth",
+    inspect=inspect,
+    ranges={"depth": " m", "depth_valid": ""},
+    dataset="hypersim",
+    decode_prediction=decode_prediction,
+    reduce_modes=("lsq", "median", "minmax", "marigold"),
+    merge=merge,
+    relative=True,
+    flags=("ply", "intrinsics", "fov", "range", "align", "align_space", "align_fit"),
+    files=FILES,
+    usual_files=("png16", "npy", "color"),
+    protocol={
+        "metrics": ["abs_rel", "delta1"],
+        "alignment": "least squares, depth space",
+        "baselines": ["constant", "row", "inverse_row"],
+        "minimum_valid": VALID_MINIMUM,
+        # metres; of a data set that the protocols do not know
+        "minimum": 1e-5,
+        "maximum": None,
+        "crop": None,
+        "image_crop": None,
+        "mask_by_range": True,
+    },
+    sizes="image squashed to the model's square, prediction bilinear to the truth's size",
+    metrics=DEPTH_METRICS,
+    more_is_better=("delta1", "delta2", "delta3"),
+    main=Metric("abs_rel", "AbsRel", less_is_better=True),
+    prepare=prepare,
+    unmeasurable=unmeasurable,
+    measure=measure,
+    baselines=lambda raw: depth_baselines(raw["depth"], raw["valid"]),
+    baseline_names={
+        "constant": "best constant (fitted)",
+        "row": "image row (fitted)",
+        "inverse_row": "1 / image row (fitted)",
+    },
+    panels=panels,
+)

@@ -6,16 +6,34 @@ FlyingChairs' 512x384 that is exactly u/75 and v/75. Values may exceed 1 and are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from scaling_perception.support.errors import UserError
-from scaling_perception.tasks.common import TaskOptions, check_pixels, picture, require, sample
+from scaling_perception.tasks.base import (
+    VALID_MINIMUM,
+    WEIGHT,
+    Answer,
+    Estimate,
+    File,
+    Metric,
+    Pass,
+    Prompt,
+    Task,
+    few_valid,
+    field_of,
+    range_of,
+    valid_of,
+)
+from scaling_perception.tasks.colours import flow_to_color, heat
+from scaling_perception.tasks.metrics import FLOW_METRICS, OCCLUSION_METRICS, flow_metrics
 from scaling_perception.tasks.resize import resize_bilinear, resize_flow, resize_nearest
+from scaling_perception.tasks.samples import TaskOptions, check_pixels, picture, require, sample
 
-PASSES = ("flow_x", "flow_y")
+PASSES = (Pass("flow_x", 2, mirrored=(-1.0, -1.0, -1.0)), Pass("flow_y", 3))  # what moved right moves left in a mirror
 REFERENCE_WIDTH = 512
 
 
@@ -41,7 +59,7 @@ def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> lis
     else:
         scaled, valid = resize_flow(flow, valid, size)
     scaled *= np.float32(REFERENCE_WIDTH / flow.shape[1] / options.flow_divisor)
-    return [sample(raw, name, inputs, scaled[..., i], valid.copy()) for i, name in enumerate(PASSES)]
+    return [sample(raw, one, inputs, scaled[..., i], valid.copy()) for i, one in enumerate(PASSES)]
 
 
 def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, np.ndarray]:
@@ -64,3 +82,148 @@ def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOp
     components = np.moveaxis(check_pixels(pixels, 2).mean(axis=-1), 0, -1)
     scale = np.float32(options.flow_divisor * size[1] / REFERENCE_WIDTH)
     return np.stack([resize_bilinear(member, size) for member in components]) * scale
+
+
+def inspect(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """``flow`` [least, most] of either component in pixels and ``flow_valid``, the valid share.
+
+    Raises:
+        UserError: flow is missing, hardly anywhere valid, or longer than four diagonals of the picture.
+    """
+    valid = valid_of(raw, size)
+    low, high = range_of(field_of(raw, "flow", (*size, 2))[valid], "flow")
+    longest = 4 * math.hypot(*size)
+    if max(-low, high) > longest:
+        raise UserError(f"flow reaches {max(-low, high):g} pixels in a picture of {size[1]}x{size[0]}")
+    return {"flow": [low, high], "flow_valid": float(valid.mean())}
+
+
+# Predicting
+
+
+def merge(members: np.ndarray, mode: str, options: TaskOptions) -> tuple[np.ndarray, np.ndarray]:
+    """Members (M, R, R, 2) to a flow (R, R, 2) and its uncertainty (R, R), see ``tasks.ensemble``."""
+    from scaling_perception.tasks import ensemble  # JAX: data workers load tasks without it
+
+    merged = ensemble.jitted_flow(members, mode)
+    return np.asarray(merged[0]), np.asarray(merged[1])
+
+
+def native(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A flow or its spread (R, R[, 2]) at native size (H, W), bilinear, in native pixels."""
+    return resize_bilinear(array, size) * np.float32(size[1] / array.shape[1])
+
+
+def _prediction(estimate: Estimate) -> np.ndarray:
+    return estimate.prediction
+
+
+FILES = {
+    "flo": {"flo": File("flow.flo", "flo", _prediction)},
+    "color": {"color": File("flow_color.png", "image", lambda estimate: flow_to_color(estimate.prediction))},
+    "npy": {"npy": File("flow.npy", "npy", _prediction)},
+    "kitti": {"kitti": File("flow_kitti.png", "kitti", _prediction)},
+}
+
+
+# Measuring
+
+
+def prepare(raw: dict[str, Any], protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """The sample with ``valid`` where both components are finite."""
+    return {**raw, "valid": np.asarray(raw["valid"], bool) & np.isfinite(raw["flow"]).all(axis=-1)}
+
+
+def unmeasurable(raw: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    """Why a prepared sample has no figure: no mask of occlusions where a metric needs it, or hardly a valid pixel."""
+    lacking = [name for name in protocol["metrics"] if name in OCCLUSION_METRICS and raw.get("occluded") is None]
+    if lacking:
+        return f"it has no mask of occlusions, which {lacking[0]} needs"
+    return few_valid(raw, protocol)
+
+
+def measure(
+    prediction: np.ndarray,
+    raw: Mapping[str, Any],
+    protocol: Mapping[str, Any],
+    /,
+    fitted: bool = False,
+    painted: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Every metric of a flow (H, W, 2) in pixels; of ``epe_noc`` and the like those that the image has pixels for."""
+    found = flow_metrics(prediction, raw["flow"], raw["valid"], raw.get("occluded"))
+    return found | {"fl_all" + WEIGHT: float(np.count_nonzero(raw["valid"]))}
+
+
+def flow_baselines(gt: Any, valid: Any | None = None) -> dict[str, np.ndarray]:
+    """Flow without an image: ``zero``, and ``oracle_mean``, the mean true flow over the valid pixels everywhere.
+
+    Args:
+        gt: (H, W, 2) pixels.
+        valid: (H, W) bool; None takes every pixel.
+
+    Returns:
+        {name: float64 (H, W, 2) pixels}.
+
+    Raises:
+        ValueError: no pixel is valid.
+    """
+    gt = np.asarray(gt, np.float64)
+    mask = np.ones(gt.shape[:2], bool) if valid is None else np.asarray(valid, bool)
+    if not mask.any():
+        raise ValueError("no valid pixel: leave this pair out")
+    mean = np.broadcast_to(gt[mask].mean(axis=0), gt.shape).copy()
+    return {"zero": np.zeros(gt.shape), "oracle_mean": mean}
+
+
+def panels(raw: Mapping[str, Any], estimate: Estimate, protocol: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Drawn on the truth's largest speed; error in pixels up to that speed."""
+    flow, valid = raw["flow"], raw["valid"]
+    fastest = max(float(np.linalg.norm(flow, axis=-1)[valid].max()), 1e-6)
+    error = np.linalg.norm(estimate.prediction - np.where(valid[..., None], flow, 0), axis=-1)
+    return {
+        "prompt": np.asarray(raw["image2"]),
+        "truth": flow_to_color(flow, fastest, valid),
+        "prediction": flow_to_color(estimate.prediction, fastest),
+        "error": heat(error, fastest, valid),
+    }
+
+
+TASK = Task(
+    name="flow",
+    passes=PASSES,
+    encode=encode,
+    conditions=conditions,
+    prompt=Prompt("image2", "the second frame", frame=True, cli="A,B"),
+    columns=("image", "image2", "flow"),
+    optional_columns=("valid_mask",),
+    pictures=("image", "image2"),
+    truth="flow",
+    inspect=inspect,
+    ranges={"flow": " px", "flow_valid": ""},
+    dataset="flying_chairs",
+    decode_prediction=decode_prediction,
+    reduce_modes=("mean", "median"),
+    merge=merge,
+    native=native,
+    restore=lambda merged, size, options, prompt: Answer(native(merged, size)),
+    flags=("kitti",),
+    files=FILES,
+    usual_files=("flo", "color"),
+    protocol={
+        "metrics": ["epe", "epe_fitted"],
+        "alignment": "none",
+        "baselines": ["zero", "oracle_mean"],
+        "minimum_valid": VALID_MINIMUM,
+    },
+    sizes="frames squashed to the model's square, prediction bilinear to the truth's size, in its pixels",
+    metrics=FLOW_METRICS,
+    more_is_better=("within_1px", "within_3px", "within_5px"),
+    main=Metric("epe", "EPE (px)", less_is_better=True),
+    prepare=prepare,
+    unmeasurable=unmeasurable,
+    measure=measure,
+    baselines=lambda raw: flow_baselines(raw["flow"], raw["valid"]),
+    baseline_names={"zero": "zero flow", "oracle_mean": "mean of the true flow"},
+    panels=panels,
+)

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from scaling_perception.tasks.common import TaskOptions, check_pixels, require_picture, sample, to_unit
+from scaling_perception.support.errors import UserError
+from scaling_perception.tasks.base import Pass, Task
 from scaling_perception.tasks.resize import resize_bilinear
+from scaling_perception.tasks.samples import TaskOptions, check_pixels, require_picture, sample, to_unit
 
-PASSES = ("generation",)
-FIELDS = ("target",)
+PASSES = (Pass("generation", 4),)
 
 
 def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> list[dict[str, Any]]:
@@ -27,7 +28,7 @@ def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> lis
         UserError: the picture is missing or is no 8-bit RGB; the message names the sample.
     """
     target = to_unit(centre_crop(require_picture(raw, "image"), resolution))
-    return [sample(raw, "generation", {}, target, np.ones((resolution, resolution), bool))]
+    return [sample(raw, PASSES[0], {}, target, np.ones((resolution, resolution), bool))]
 
 
 def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, np.ndarray]:
@@ -70,3 +71,28 @@ def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOp
     """
     pictures = np.clip(check_pixels(pixels, 1)[0], -1, 1)
     return np.clip(np.stack([resize_bilinear(picture, size) for picture in pictures]), -1, 1)
+
+
+def inspect(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """``label``, the class.
+
+    Raises:
+        UserError: the sample has none.
+    """
+    label = int(raw.get("label", -1))
+    if label < 0:
+        raise UserError("the sample has no class")
+    return {"label": label}
+
+
+TASK = Task(
+    name="generation",
+    passes=PASSES,
+    fields=("target",),
+    encode=encode,
+    conditions=conditions,
+    inspect=inspect,
+    ranges={"label": ""},
+    dataset="imagenet",
+    decode_prediction=decode_prediction,
+)

@@ -32,7 +32,7 @@ from scaling_perception.models.dit import DiT, DiTConfig, frozen_paths, init_par
 from scaling_perception.models.presets import at_resolution, get_preset
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
-from scaling_perception.tasks import PASSES, TaskOptions, pass_indices
+from scaling_perception.tasks import ALL_PASSES, PERCEPTION, RELEASED, TaskOptions, get_task, model_passes, pass_names
 from scaling_perception.training.objective import Batches, Metrics, Objective, Parts, own_share
 from scaling_perception.training.prompts import prompt_table, with_table
 from scaling_perception.training.start import starting_point
@@ -85,9 +85,10 @@ def sample_noise(
     return jax.vmap(one)(index)
 
 
-def labels_of(task: jax.Array, dit: DiTConfig) -> jax.Array:
-    """Row of the label table, int32 (B,): first task label + pass, or the null label for a specialist (facts 2)."""
-    return dit.num_classes + task if dit.task_labels else jnp.full_like(task, dit.null_label)
+def labels_of(row: jax.Array, dit: DiTConfig) -> jax.Array:
+    """Label, int32 (B,), of each row of the model's passes: first task label + row, or a specialist's null label
+    (facts 2)."""
+    return dit.num_classes + row if dit.task_labels else jnp.full_like(row, dit.null_label)
 
 
 def make_loss(
@@ -103,32 +104,36 @@ def loss_parts(
     """The loss of equation (2), in parts or whole: errors of all tasks and of each are means over valid cells.
 
     Args:
-        model: a DiT. norm: {"shift": 4 x [4], "scale": 4 x [4]} by pass. encode: (autoencoder params, pixels) -> latent
-        mean for batches of pixels (then ``batch["constants"]`` holds those params), None for batches of latents.
+        model: a DiT.
+        norm: {"shift": P x [4], "scale": P x [4]}, a row for each of ``passes_of``.
+        encode: (autoencoder params, pixels) -> latent mean for batches of pixels (then ``batch["constants"]`` holds
+            those params), None for batches of latents.
     """
     dit = model.config
     levels = [np.asarray(table, np.float32) for table in preset.levels()]
     shift, scale = np.asarray(norm["shift"], np.float32), np.asarray(norm["scale"], np.float32)
-    passes = sorted({index for task in tasks_of(config) for index in pass_indices(task)})
-    told = {f"loss_{PASSES[index]}": index for index in passes} if len(passes) > 1 else {}
+    names = passes_of(config, dit)
+    table = row_table(names)
+    trained = pass_names(tasks_of(config))
+    told = {f"loss_{name}": names.index(name) for name in trained} if len(trained) > 1 else {}
 
     def tally(params: Any, batch: Mapping[str, Any], key: jax.Array) -> dict[str, jax.Array]:
         image, prompt, target, valid = latents_of(batch, encode, dit.cond_channels)
-        task = batch["task"].astype(jnp.int32)
-        clean = (target - jnp.asarray(shift)[task][:, None, None]) / jnp.asarray(scale)[task][:, None, None]
+        row = jnp.asarray(table)[batch["task"]]
+        clean = (target - jnp.asarray(shift)[row][:, None, None]) / jnp.asarray(scale)[row][:, None, None]
         clean = jnp.where(valid[..., None], clean, 0.0)  # what hides under the mask may be anything, even NaN
         t, eps = sample_noise(key, batch.get("index", jnp.arange(len(clean))), clean.shape, config)
         alpha, sigma = (jnp.asarray(table)[t] for table in levels)
         noisy = add_noise(clean, eps, alpha, sigma)
         wanted = training_target(preset.prediction, clean, eps, alpha, sigma)
         parts = [image, noisy] if dit.cond_channels == LATENT else [image, prompt, noisy]
-        inputs, labels = jnp.concatenate(parts, axis=-1), labels_of(task, dit)
+        inputs, labels = jnp.concatenate(parts, axis=-1), labels_of(row, dit)
         got, stats = model.apply({"params": params}, inputs, t, labels, with_stats=True)
         got = got[..., :LATENT]
         squares, cells = masked_squares(got, wanted, valid)
         found = {"squares": squares, "cells": cells, "valid": jnp.mean(valid.astype(jnp.float32))}
         for name, index in told.items():
-            own = masked_squares(jax.lax.stop_gradient(got), wanted, valid & (task == index)[:, None, None])
+            own = masked_squares(jax.lax.stop_gradient(got), wanted, valid & (row == index)[:, None, None])
             found[f"squares_{name}"], found[f"cells_{name}"] = own
         return {**found, **routing_tally(stats, dit, len(clean))}
 
@@ -204,22 +209,24 @@ def measure_latent_norm(
     batches: Batches,
     batch_size: int,
     latents: Callable[[Mapping[str, Any]], Any],
-    rows: Sequence[int] = range(len(PASSES)),
+    rows: Sequence[str] = RELEASED,
 ) -> dict[str, Any]:
     """Per-pass, per-channel mean and standard deviation of target latents over the first 1,024 samples' valid cells.
 
     Passes without a sample keep shift 0 and scale 1. ``latents``: batch -> (target (B, h, w, 4), valid (B, h, w)).
-    ``rows``: indices of the passes.
+    ``rows``: names of the passes.
 
     Returns:
         {"shift": [[4] * rows], "scale": [[4] * rows]}, JSON-able.
     """
+    by_name = {one.name: one for one in ALL_PASSES}
     cells, total, square = np.zeros((len(rows), 1)), np.zeros((len(rows), LATENT)), np.zeros((len(rows), LATENT))
     for step in range(max(1, math.ceil(_NORM_SAMPLES / batch_size))):
         batch = batches.at(step)
         target, valid = (np.asarray(part) for part in latents(batch))
-        for index, row in enumerate(rows):
-            chosen = target[np.asarray(valid, bool) & (np.asarray(batch["task"]) == row)[:, None, None]]
+        for index, name in enumerate(rows):
+            own = np.asarray(batch["task"]) == by_name[name].id
+            chosen = target[np.asarray(valid, bool) & own[:, None, None]]
             chosen = chosen.astype(np.float64)
             cells[index] += len(chosen)
             total[index] += chosen.sum(axis=0)
@@ -235,7 +242,26 @@ def measure_latent_norm(
 def tasks_of(config: Config) -> list[str]:
     """The tasks of ``data.mixture`` (those of weight 0 left out), in the order of their passes."""
     names = {entry.task for entry in config.data.mixture.values() if entry.get("weight", 1.0) > 0}
-    return sorted(names, key=lambda name: pass_indices(name)[0])
+    return sorted(names, key=lambda name: get_task(name).passes[0].id)
+
+
+def conditioned(config: Config) -> bool:
+    """Whether the tasks predict something of a picture. If not, the network is pre-trained on pictures alone."""
+    return all(get_task(name).conditioned for name in tasks_of(config))
+
+
+def passes_of(config: Config, dit: DiTConfig) -> tuple[str, ...]:
+    """The passes that the model lists: the rows of its latent normalisation and of its table of labels."""
+    needed = model_passes(tasks_of(config))
+    return needed if not conditioned(config) else PERCEPTION[: max(len(needed), dit.task_labels)]
+
+
+def row_table(names: Sequence[str]) -> np.ndarray:
+    """int32, from the stored id of a pass to its row among ``names``; ids of other passes give row 0."""
+    table = np.zeros(1 + max(one.id for one in ALL_PASSES), np.int32)
+    for one in ALL_PASSES:
+        table[one.id] = names.index(one.name) if one.name in names else 0
+    return table
 
 
 def diffusion_objective(
@@ -278,7 +304,7 @@ def diffusion_objective(
         )
     # what is measured must not depend on this process's share
     norm = (resumed or {}).get("latent_norm")
-    norm = norm or _latent_norm(config, whole, encode, constants, start_meta, dit.cond_channels)
+    norm = norm or _latent_norm(config, whole, encode, constants, start_meta, dit.cond_channels, passes_of(config, dit))
     mesh = mesh if mesh is not None and mesh.size > 1 else None
     stream = jnp.float32 if config.train.stream_dtype == "float32" else None
     model = DiT(dit, dtype=DTYPES[config.train.dtype], remat=config.train.remat, mesh=mesh, stream=stream)
@@ -291,11 +317,12 @@ def diffusion_objective(
         "diffusion": dataclasses.asdict(preset),
         "tasks": tasks_of(config),
         "task_options": options.to_dict(),
+        "passes": list(passes_of(config, dit)),
         "latent_norm": norm,
     }
     if table is not None:
         meta["task_prompts"] = {**config.task_prompts.to_dict(), "text_encoder": config.text_encoder}
-    generation = "generation" in tasks_of(config)
+    generation = not conditioned(config)
     if generation:  # a starting point, as an imported DiT is: no perception task
         from scaling_perception.training import pretrain
 
@@ -344,21 +371,25 @@ def network_of(config: Config) -> DiTConfig:
         UserError: unknown preset or change, or a network that cannot serve the tasks of the mixture.
     """
     dit = at_resolution(get_preset(config.model, **config.model_changes.to_dict()), config.resolution)
-    passes = [index for task in tasks_of(config) for index in pass_indices(task)]
+    passes = pass_names(tasks_of(config))
     if not passes:
         raise UserError("data.mixture is empty: name at least one source and its task")
     names = ", ".join(tasks_of(config))
-    if "generation" in tasks_of(config):
+    if not conditioned(config):
         from scaling_perception.training.pretrain import check_generation
 
         check_generation(config, dit)
         return dit
+    wanted = len(model_passes(tasks_of(config)))
     if len(passes) > 1 and not dit.task_labels:
-        raise UserError(f"{len(passes)} passes ({names}) need labels: set model_changes.task_labels=4")
+        raise UserError(f"{len(passes)} passes ({names}) need labels: set model_changes.task_labels={wanted}")
+    if 0 < dit.task_labels < wanted:
+        raise UserError(f"model_changes.task_labels={dit.task_labels} is too few for {names}: set it to {wanted}")
     if dit.cond_channels not in (LATENT, 2 * LATENT):
         raise UserError(f"model_changes.cond_channels is {dit.cond_channels}: use 4 (image) or 8 (image and prompt)")
-    if dit.cond_channels == LATENT and tasks_of(config) != ["depth"]:
-        raise UserError("model_changes.cond_channels is 4, without a prompt: flow and amodal need 8")
+    prompted = [name for name in tasks_of(config) if get_task(name).prompt is not None]
+    if dit.cond_channels == LATENT and prompted:
+        raise UserError(f"model_changes.cond_channels is 4, without a prompt: {' and '.join(prompted)} need 8")
     return dit
 
 
@@ -401,10 +432,11 @@ def _latent_norm(
     constants: Any,
     start: Mapping[str, Any],
     cond_channels: int,
+    rows: Sequence[str],
 ) -> dict[str, Any]:
-    if start.get("tasks") and start.get("latent_norm"):  # weights expect the normalisation they were trained with
-        return dict(start["latent_norm"])
-    rows = range(len(PASSES)) if cond_channels else pass_indices("generation")
+    known = start["latent_norm"] if start.get("tasks") and start.get("latent_norm") else {"shift": [], "scale": []}
+    if len(known["shift"]) >= len(rows) or len(known["shift"]) == 1:
+        return dict(known)  # weights expect the normalisation they were trained with
     if config.latent_norm == "none":
         return {"shift": [[0.0] * LATENT] * len(rows), "scale": [[1.0] * LATENT] * len(rows)}
 
@@ -418,4 +450,5 @@ def _latent_norm(
 
     where = "" if encode is None else "; without data.cache they are read and encoded first"
     print(f"measuring the latents of {_NORM_SAMPLES} samples{where}", file=sys.stderr, flush=True)
-    return measure_latent_norm(batches, config.train.batch_size, latents, rows)
+    made = measure_latent_norm(batches, config.train.batch_size, latents, rows)
+    return {name: [*known[name], *made[name][len(known[name]) :]] for name in ("shift", "scale")}

@@ -112,7 +112,7 @@ def check_generation(config: Config, dit: DiTConfig) -> None:
         UserError: naming the field.
     """
     tasks = sorted({entry.task for entry in config.data.mixture.values() if entry.get("weight", 1.0) > 0})
-    if tasks != ["generation"]:
+    if len(tasks) > 1:
         raise UserError(f"data.mixture has {', '.join(tasks)}: generation has no conditions, so train it alone")
     for field in ("cond_channels", "task_labels"):
         if getattr(dit, field):
@@ -147,7 +147,7 @@ def write_samples(path: str, config: Config, params: Any, meta: Mapping[str, Any
 
     A picture is not worth a finished run: what goes wrong here is told and no more.
     """
-    from scaling_perception.evaluation.class_pictures import example_classes, grid_of, write_classes
+    from scaling_perception.inference.class_pictures import example_classes, grid_of, write_classes
 
     wanted = config.samples
     if not wanted.count:

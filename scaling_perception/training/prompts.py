@@ -14,7 +14,7 @@ import numpy as np
 from scaling_perception.models.config import DiTConfig
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError, did_you_mean
-from scaling_perception.tasks import PASSES, get_task, pass_indices
+from scaling_perception.tasks import get_task, model_passes
 
 
 def prompt_table(config: Config, dit: DiTConfig, tasks: list[str]) -> tuple[DiTConfig, np.ndarray | None]:
@@ -39,10 +39,11 @@ def prompt_table(config: Config, dit: DiTConfig, tasks: list[str]) -> tuple[DiTC
         raise UserError("task_prompts need text_encoder: the folder or hub id of a CLIP text encoder")
     from scaling_perception.interop.hf_clip import load_clip, task_context
 
-    rows = {PASSES[index]: text for name, text in prompts.items() for index in pass_indices(name)}
-    table = task_context(rows, load_clip(config.text_encoder), PASSES)
+    passes = model_passes(tasks)
+    rows = {one.name: text for name, text in prompts.items() for one in get_task(name).passes}
+    table = task_context(rows, load_clip(config.text_encoder), passes)
     if not dit.task_labels:
-        table = table[[pass_indices(tasks[0])[0]]]
+        table = table[[passes.index(get_task(tasks[0]).passes[0].name)]]
     if dit.context_dim not in (0, table.shape[1]):
         raise UserError(f"model_changes.context_dim is {dit.context_dim}; {config.text_encoder} gives {table.shape[1]}")
     return dataclasses.replace(dit, context_dim=table.shape[1]), table

@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from scaling_perception.data.sources import open_source
-from scaling_perception.evaluation.alignment import align
-from scaling_perception.evaluation.metrics import depth_metrics, flow_metrics, mask_iou
 from scaling_perception.models.autoencoders import Autoencoder, load_autoencoder, part_size
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import TaskOptions, amodal, depth, flow
+from scaling_perception.tasks.alignment import align
+from scaling_perception.tasks.metrics import depth_metrics, flow_metrics, mask_iou
 
 RoundTrip = Callable[[np.ndarray], np.ndarray]
 

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from scaling_perception.data import formats
 from scaling_perception.data.masks import read_mask
 from scaling_perception.support.errors import UserError
+from scaling_perception.tasks import colours
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +387,7 @@ def test_flow_colours_equal_raft(files):
     close_levels(formats.flow_to_color(flow), arrays["out/raft_color"])
     close_levels(formats.flow_to_color(flow, max_flow=5), arrays["out/raft_uv_to_colors_raw"])
     assert (np.linalg.norm(flow, axis=-1) > 5).any()  # the darkened branch is covered
-    close_levels(formats._colour_wheel().astype(np.uint8), arrays["out/raft_colorwheel"].astype(np.uint8))
+    close_levels(colours._colour_wheel().astype(np.uint8), arrays["out/raft_colorwheel"].astype(np.uint8))
 
 
 def test_flow_colours_of_odd_fields():

@@ -9,7 +9,7 @@ import stand_ins
 from scaling_perception.data import latents
 from scaling_perception.data.latents import CacheReader, decode_record, encode_record, write_shard
 from scaling_perception.support.errors import UserError
-from scaling_perception.tasks import PASSES
+from scaling_perception.tasks import RELEASED
 
 
 def make_view(rng, h=3, w=5, c=4, logvar=False):
@@ -71,8 +71,8 @@ def cache(tmp_path, monkeypatch):
 def test_reader_finds_each_pass(cache):
     reader = CacheReader(cache)
     assert len(reader) == 8 * 4 and reader.shape == (4, 4, 4) and reader.flipped
-    assert sorted(np.concatenate([reader.indices(name) for name in PASSES]).tolist()) == list(range(32))
-    for number, name in enumerate(PASSES):
+    assert sorted(np.concatenate([reader.indices(name) for name in RELEASED]).tolist()) == list(range(32))
+    for number, name in enumerate(RELEASED):
         records = [reader[i] for i in reader.indices(name)]
         assert [record["key"] for record in records] == [f"stand-in/{i}" for i in range(8)]
         assert {int(record["task"]) for record in records} == {number}

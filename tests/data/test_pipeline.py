@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from scaling_perception.data.pipeline import Batches, open_batches
 from scaling_perception.data.selection import samples_taken
 from scaling_perception.support.errors import UserError
-from scaling_perception.tasks import PASSES
+from scaling_perception.tasks import RELEASED
 
 ARRAYS = ("image", "prompt", "target", "valid", "task", "label")
 DEPTH = {"source": "scenes", "task": "depth", "count": 8}
@@ -114,12 +114,12 @@ def test_every_sample_comes_once_an_epoch_and_in_a_new_order(cache):
 def test_mixture_follows_the_weights(cache):
     mixture = {"x": {"task": "depth", "weight": 3}, "y": {"task": "flow", "weight": 1}}
     tasks = np.concatenate([open_(cached(cache, mixture=mixture)).at(step)["task"] for step in range(10)])
-    counts = {name: int((tasks == number).sum()) for number, name in enumerate(PASSES)}
+    counts = {name: int((tasks == number).sum()) for number, name in enumerate(RELEASED)}
     assert counts == {"depth": 60, "amodal": 0, "flow_x": 10, "flow_y": 10}
     equal = np.concatenate([open_(cached(cache), 12).at(step)["task"] for step in range(10)])
     assert [int((equal == number).sum()) for number in range(4)] == [40, 40, 20, 20]
     off = open_(cached(cache, mixture={"x": {"task": "depth", "weight": 0}, "y": {"task": "amodal"}}))
-    assert set(off.at(0)["task"]) == {PASSES.index("amodal")}
+    assert set(off.at(0)["task"]) == {RELEASED.index("amodal")}
 
 
 def test_the_order_does_not_depend_on_how_the_mixture_was_written(cache):
@@ -167,7 +167,7 @@ def test_cached_equals_online_then_encoded(cache):
             np.testing.assert_allclose(a[name], wanted, atol=2e-3)  # float16
         np.testing.assert_array_equal(a["valid"], b["valid"].reshape(8, 4, 8, 4, 8).all((2, 4)))
         flips |= {(int(t), e.flip) for t, e in zip(a["task"], latents.elements(step), strict=True)}
-    assert {(PASSES.index("flow_x"), True), (PASSES.index("flow_x"), False)} <= flips
+    assert {(RELEASED.index("flow_x"), True), (RELEASED.index("flow_x"), False)} <= flips
 
 
 def test_in_memory_or_not_and_several_folders(cache):
@@ -177,7 +177,7 @@ def test_in_memory_or_not_and_several_folders(cache):
     assert_same(twice.at(1), open_(cached([cache, cache]), in_memory=False).at(1))
     assert_same(twice.at(1), open_(cached(f"{cache}{os.pathsep}{cache}")).at(1))
     stats = twice.target_statistics()
-    assert set(stats) == set(PASSES) and stats["depth"][0].shape == (4,)
+    assert set(stats) == set(RELEASED) and stats["depth"][0].shape == (4,)
 
 
 def test_worker_processes_make_the_same_batches(tmp_path):

@@ -12,7 +12,7 @@ from scaling_perception.data import formats
 from scaling_perception.data.sources import SOURCES, open_source, source_options
 from scaling_perception.data.sources.base import file_sizes, list_files
 from scaling_perception.tasks.amodal import mask_from_whole
-from scaling_perception.tasks.common import to_unit
+from scaling_perception.tasks.samples import to_unit
 
 
 def make_chairs(root, count=6, marks="112211"):

@@ -8,7 +8,7 @@ import pytest
 from scaling_perception.diffusion.sampler import sample, sampler_tables
 from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion, timestep_grid
 from scaling_perception.diffusion.solvers import SOLVERS, evaluations
-from scaling_perception.evaluation.settings import Settings
+from scaling_perception.inference.settings import Settings
 from scaling_perception.support.errors import UserError
 
 # Data N(MEAN, SPREAD^2), each coordinate by itself.

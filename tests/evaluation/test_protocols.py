@@ -10,20 +10,18 @@ from scaling_perception.data.sources import SOURCES
 from scaling_perception.evaluation.intervals import summarise
 from scaling_perception.evaluation.protocols import (
     DEPTH_SETS,
-    METRICS,
     RECORDS,
-    REDUCE,
     baseline_rows,
     count_note,
-    crop_mask,
     fingerprint,
     get_protocol,
     measure,
     prepare_raw,
-    reduce_mode,
     unmeasurable,
 )
 from scaling_perception.support.errors import UserError
+from scaling_perception.tasks import TASKS
+from scaling_perception.tasks.depth import crop_mask
 
 pytest_plugins = ("nano",)
 
@@ -135,7 +133,7 @@ def test_published_sets_step_by_step(dataset):
     metres = np.clip(np.clip(pred.astype(np.float64) * scale + shift, low, high), 1e-6, None)[valid]
     d = truth[valid].astype(np.float64)
     found = measure(pred, prepared, protocol)
-    assert list(found) == list(METRICS["depth"])
+    assert list(found) == list(TASKS["depth"].metrics)
     assert found["abs_rel"] == pytest.approx(np.mean(np.abs(metres - d) / d), rel=1e-9)
     assert found["delta1"] == pytest.approx(np.mean(np.maximum(metres / d, d / metres) < 1.25), abs=1e-12)
     assert found["rmse_log"] == pytest.approx(np.sqrt(np.mean((np.log(metres) - np.log(d)) ** 2)), rel=1e-9)
@@ -236,7 +234,9 @@ def test_fingerprint_notices_every_change():
     assert changed["fingerprint"] not in seen and get_protocol("depth", "nyuv2")["fingerprint"] in seen
     assert changed["clip"] == [1e-3, 80.0]
     more = get_protocol("depth", "nyuv2", metrics="all")
-    assert more["metrics"] == list(METRICS["depth"]) and more["fingerprint"] in seen, "showing more changes no figure"
+    assert more["metrics"] == list(TASKS["depth"].metrics) and more["fingerprint"] in seen, (
+        "showing more changes no figure"
+    )
     with pytest.raises(UserError, match="depth has no metric 'absrel'; did you mean 'abs_rel'"):
         get_protocol("depth", "nyuv2", metrics=["absrel"])
     with pytest.raises(UserError, match="no field 'maximun'; did you mean 'maximum'"):
@@ -276,9 +276,9 @@ def test_a_set_of_another_size_is_told():
 
 
 def test_merging_modes_have_defaults_and_names():
-    assert [reduce_mode(task, None) for task in REDUCE] == ["lsq", "mean", "median"]
+    assert [TASKS[name].reduce_mode(None) for name in ("depth", "flow", "amodal")] == ["lsq", "mean", "median"]
     with pytest.raises(UserError, match="did you mean 'minmax'"):
-        reduce_mode("depth", "minmx")
+        TASKS["depth"].reduce_mode("minmx")
 
 
 def test_the_published_outliers_of_kitti_are_over_all_pixels(make_raw):

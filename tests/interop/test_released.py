@@ -10,7 +10,7 @@ from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusio
 from scaling_perception.interop.released import INPUT_ORDER, NULL_LABEL, RELEASED, TASK_LABELS, describe
 from scaling_perception.models.dit import config_from_dict, count_active_params, count_params
 from scaling_perception.models.presets import get_preset
-from scaling_perception.tasks import TaskOptions, get_task, pass_indices
+from scaling_perception.tasks import TaskOptions, get_task
 
 OPTIONS = TaskOptions.from_dict(RELEASED["task_options"])
 
@@ -52,7 +52,7 @@ def test_sizes_and_labels():
     assert (config.input_channels, config.out_channels, config.shared_experts) == (12, 8, 0)
     assert INPUT_ORDER == ("image", "prompt", "noisy") and list(TASK_LABELS) == RELEASED["tasks"]
     for task, labels in TASK_LABELS.items():
-        assert tuple(config.task_label(index) for index in pass_indices(task)) == labels
+        assert tuple(config.task_label(one.id) for one in get_task(task).passes) == labels
     assert np.shape(RELEASED["latent_norm"]["shift"]) == (4, 4) and not np.any(RELEASED["latent_norm"]["shift"])
     assert np.all(np.asarray(RELEASED["latent_norm"]["scale"]) == 1)
 

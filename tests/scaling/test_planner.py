@@ -8,12 +8,12 @@ import pytest
 from synthetic_laws import TRUTHS
 
 from scaling_perception.cli import main
-from scaling_perception.evaluation import choosing
 from scaling_perception.scaling.law_forms import make_form
 from scaling_perception.scaling.laws import Law, write_law
 from scaling_perception.scaling.plan_laws import read_laws
 from scaling_perception.scaling.plan_sizes import Size, Speed, bound, chip_named, seconds
 from scaling_perception.scaling.planner import Question, plan
+from scaling_perception.support import choosing
 from scaling_perception.support.errors import UserError
 
 
@@ -316,8 +316,8 @@ def test_bad_input_is_one_line(files, words, message, capsys, monkeypatch):
 
 
 def test_measured_budgets_are_chosen_as_predict_chooses(capsys):
-    from scaling_perception.evaluation.budgets import choose, load_budgets
-    from scaling_perception.evaluation.inputs import find_model
+    from scaling_perception.inference.budgets import choose, load_budgets
+    from scaling_perception.inference.inputs import find_model
 
     found = choose(load_budgets(find_model("mini")), "depth", macs=5e9)
     assert main(["plan", "--model", "mini", "--budget", "5e9"]) == 0

@@ -16,7 +16,7 @@ from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.field_checks import as_markdown, as_rows, check_config, notes
 from scaling_perception.support.fields import ARGUMENTS, FIELDS, defaults
 from scaling_perception.support.verbs import run_verb
-from scaling_perception.tasks.common import TaskOptions
+from scaling_perception.tasks.samples import TaskOptions
 from scaling_perception.training.identity import FREE, LATER
 
 ROOT = Path(__file__).parent.parent.parent

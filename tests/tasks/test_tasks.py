@@ -6,14 +6,19 @@ import numpy as np
 import pytest
 
 from scaling_perception.support.errors import UserError
-from scaling_perception.tasks import ALL_PASSES, PASSES, TASKS, TaskOptions, fields_of, get_task, pass_indices
+from scaling_perception.tasks import RELEASED, TASKS, TaskOptions, fields_of, get_pass, get_task
 
 OPTIONS = TaskOptions()
 
 
 def test_passes_are_the_released_labels():
-    assert PASSES == ("depth", "amodal", "flow_x", "flow_y")
-    assert [pass_indices(name) for name in ("depth", "amodal", "flow", "generation")] == [(0,), (1,), (2, 3), (4,)]
+    assert RELEASED == ("depth", "amodal", "flow_x", "flow_y")
+    assert [[one.id for one in TASKS[name].passes] for name in ("depth", "amodal", "flow", "generation")] == [
+        [0],
+        [1],
+        [2, 3],
+        [4],
+    ]
 
 
 def test_unknown_task_names_the_nearest():
@@ -32,12 +37,12 @@ def test_options_survive_json_and_refuse_nonsense():
 @pytest.mark.parametrize("task", sorted(TASKS))
 @pytest.mark.parametrize("size", [(16, 16), (33, 47), (3, 64), (70, 2)])
 def test_samples_have_the_promised_fields(task, size, make_raw):
-    module = get_task(task)
+    what = get_task(task)
     raw = make_raw(*size, label=7)
     before = {name: np.array(value, copy=True) for name, value in raw.items()}
-    samples = module.encode(raw, 16, OPTIONS)
-    assert [ALL_PASSES[int(s["task"])] for s in samples] == list(module.PASSES)
-    inputs = module.conditions(raw, 16, OPTIONS)
+    samples = what.encode(raw, 16, OPTIONS)
+    assert [get_pass(int(s["task"])) for s in samples] == list(what.passes)
+    inputs = what.conditions(raw, 16, OPTIONS)
     assert sorted([*inputs, "target"]) == sorted(fields_of(task))
     for sample in samples:
         assert sorted(sample) == sorted([*fields_of(task), "key", "label", "task", "valid"])

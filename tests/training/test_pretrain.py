@@ -15,7 +15,7 @@ from scaling_perception import train as verb
 from scaling_perception.diffusion.guidance import guided
 from scaling_perception.diffusion.schedules import get_diffusion
 from scaling_perception.diffusion.solvers import sampler_tables
-from scaling_perception.evaluation.class_pictures import example_classes, sample_classes, sheet
+from scaling_perception.inference.class_pictures import example_classes, sample_classes, sheet
 from scaling_perception.interop.model_folder import load_model
 from scaling_perception.models.dit import DiT, position_table
 from scaling_perception.models.presets import at_resolution, get_preset

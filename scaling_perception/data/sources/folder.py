@@ -12,16 +12,12 @@ from typing import Any
 from scaling_perception.data.sources.base import Entry, FileSource, list_files
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.tables import read_table, read_text
+from scaling_perception.tasks import TASKS
 from scaling_perception.tasks.amodal import mask_from_whole
-from scaling_perception.tasks.common import to_unit
+from scaling_perception.tasks.samples import to_unit
 
-REQUIRED = {
-    "depth": ("image", "depth"),
-    "flow": ("image", "image2", "flow"),
-    "amodal": ("image", "visible_mask"),
-}
-OPTIONAL = {"depth": ("valid_mask",), "flow": ("valid_mask",), "amodal": ("whole", "whole_mask")}
-FILE_COLUMNS = ("image", "image2", "depth", "flow", "visible_mask", "whole", "whole_mask", "valid_mask")
+SERVED = {name: task for name, task in TASKS.items() if task.columns}
+FILE_COLUMNS = tuple(dict.fromkeys(c for t in SERVED.values() for c in (*t.columns, *t.optional_columns)))
 COLUMNS = (*FILE_COLUMNS, "depth_scale", "label", "key", "split")
 MANIFESTS = ("manifest.csv", "manifest.jsonl")
 
@@ -48,7 +44,7 @@ class Folder(FileSource):
     """
 
     NAME = "folder"
-    TASKS = ("depth", "flow", "amodal")
+    TASKS = tuple(SERVED)
     SPLITS = ("train", "val", "test", "all")
     LAYOUT = "manifest.csv, manifest.jsonl, or the folders image, depth, image2, flow, visible_mask, whole, whole_mask"
 
@@ -121,13 +117,13 @@ class Folder(FileSource):
         if rows and not entries:
             raise UserError(f"{path} has no row of split '{self.split}': choose of {', '.join(sorted(splits))}")
         if not rows:
-            columns = ", ".join(REQUIRED[self.task])
+            columns = ", ".join(SERVED[self.task].columns)
             raise UserError(f"{path} has no rows: write one a sample, with the columns {columns}")
         return entries
 
     def _entry(self, row: dict[str, Any], where: str, missing: list[str]) -> Entry:
         files = {}
-        for column in (*REQUIRED[self.task], *OPTIONAL[self.task]):
+        for column in (*SERVED[self.task].columns, *SERVED[self.task].optional_columns):
             name = row.get(column)
             if name in (None, ""):
                 continue
@@ -136,7 +132,7 @@ class Folder(FileSource):
             if not (self.root / name).is_file():
                 missing.append(f"line {where.rsplit(' ', 1)[1]}: {column} {name}")
             files[column] = name
-        for column in REQUIRED[self.task]:
+        for column in SERVED[self.task].columns:
             if column not in files:
                 raise UserError(f"{where} has no {column}, which {self.task} needs: fill in the column")
         self._need_whole(files, where)
@@ -154,8 +150,9 @@ class Folder(FileSource):
         return Entry(str(key) if key not in (None, "") else os.path.splitext(files["image"])[0], files, values)
 
     def _need_whole(self, files: dict[str, str], where: str) -> None:
-        if self.task == "amodal" and not {"whole", "whole_mask"} & set(files):
-            raise UserError(f"{where} has neither whole nor whole_mask: amodal needs one of them")
+        any_of = SERVED[self.task].one_of
+        if any_of and not set(any_of) & set(files):
+            raise UserError(f"{where} has neither {' nor '.join(any_of)}: {self.task} needs one of them")
 
     # Folders
 
@@ -174,10 +171,10 @@ class Folder(FileSource):
         if not inside:
             self.not_split()
         by_field = {}
-        for field in (*REQUIRED[self.task], *OPTIONAL[self.task]):
+        for field in (*SERVED[self.task].columns, *SERVED[self.task].optional_columns):
             if (base / field).is_dir():
                 by_field[field] = self._by_stem(inside, field)
-            elif field in REQUIRED[self.task]:
+            elif field in SERVED[self.task].columns:
                 raise UserError(f"{base / field} is missing: {self.task} needs it; the root should hold {self.LAYOUT}")
         self._need_whole(dict.fromkeys(by_field, ""), str(base))
         stems = sorted(set().union(*by_field.values()))

@@ -1,0 +1,142 @@
+"""Making a model's table of budgets (``budgets.json``) of an evaluation; ``inference.budgets`` reads it and chooses."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from scaling_perception.evaluation.comparisons import evaluations_of
+from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
+from scaling_perception.inference.budgets import CELL, FILE, FORMAT, Timing, load_budgets
+from scaling_perception.support.again import refuse_other
+from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import write_text
+from scaling_perception.support.locks import hold
+from scaling_perception.tasks import get_task
+
+
+def error_rows(task: str, rows: list[dict[str, Any]]) -> np.ndarray:
+    """(images,) float64, each image's error, which falls as results get better."""
+    main = get_task(task).main
+    assert main is not None
+    return np.asarray([main.error(row[main.name]) for row in rows], np.float64)
+
+
+def _ends(values: np.ndarray) -> list[float]:
+    return [_short(end) for end in bootstrap_ci(values) or ()]
+
+
+def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> dict[str, Any]:
+    """One task's part of the table from an evaluation (`evaluate`'s JSON). Cells of adaptive compute are left out.
+
+    ``excess`` of a cell is how much larger its images' errors are than with the lowest cell, paired by image.
+    ``reference`` is `measure_timing` on the same machine, with which others compare theirs.
+
+    Raises:
+        UserError: no cell has a known number of MACs, or too few images for intervals.
+    """
+    task = result["task"]
+    main = get_task(task).main
+    assert main is not None
+    fixed = [cell for cell in result["cells"] if cell.get("kind", "fixed") == "fixed" and cell["macs"] is not None]
+    if not fixed:
+        raise UserError("this evaluation has no cell with a known number of MACs: no table of budgets can be made")
+    if result["images"] < FEWEST_IMAGES:
+        raise UserError(f"{result['images']} images tell no settings apart: a table of budgets needs {FEWEST_IMAGES}")
+    errors = [error_rows(task, cell["rows"]) for cell in fixed]
+    lowest = min(errors, key=lambda values: values.mean())
+    cells = []
+    for cell, values in zip(fixed, errors, strict=True):
+        excess = values - lowest
+        numbers = {"error": _short(values.mean()), "ci95": _ends(values)}
+        numbers["excess"] = {"mean": _short(excess.mean()), "ci95": _ends(excess)}
+        known = {name: cell.get(name, "ddim") if name == "solver" else cell[name] for name in CELL[:5]}
+        cells.append({**known, "seconds": _short(cell["seconds"]), **numbers})
+    trivial = {
+        name: float(error_rows(task, found["rows"]).mean())
+        for name, found in result["baselines"].items()
+        if name not in ("autoencoder", "threshold")
+    }
+    strongest = min(trivial, key=lambda name: trivial[name]) if trivial else None
+    return {
+        "dataset": result["dataset"],
+        "split": result.get("split"),
+        "images": result["images"],
+        "metric": main.error_name,
+        "weights": result.get("weights"),
+        "autoencoder": result.get("autoencoder", {}).get("weights"),
+        "reduce": fixed[0]["reduce"],
+        "protocol": result["protocol"].get("fingerprint"),
+        **({"asked": result["asked"]} if "asked" in result else {}),
+        "timing": _numbers(fit_timing(cells)),
+        **({} if reference is None else {"reference": _numbers(reference)}),
+        **({"trivial": {"name": strongest, "error": trivial[strongest]}} if strongest else {}),
+        "cells": sorted(cells, key=lambda c: (c["macs"], c["error"])),
+    }
+
+
+def _numbers(timing: Timing) -> dict[str, float]:
+    return {name: _short(value) for name, value in timing._asdict().items()}
+
+
+def _short(value: float) -> float:
+    """Six digits: the table is read by people, too."""
+    return float(f"{value:.6g}")
+
+
+def check_entry(folder: str | os.PathLike[str], task: str, asked: Mapping[str, Any], overwrite: bool = False) -> None:
+    """Refuse to replace a task's entry of the folder's table by one of an evaluation with other settings.
+
+    Raises:
+        UserError: the settings differ, or the entry does not say its own.
+    """
+    entry = ((load_budgets(folder) or {}).get("tasks") or {}).get(task)
+    if entry is not None and not overwrite:
+        refuse_other(f"{Path(folder) / FILE} ({task})", entry.get("asked"), asked)
+
+
+def write_budgets(folder: str | os.PathLike[str], task: str, entry: Mapping[str, Any]) -> Path:
+    """Put one task's entry into the folder's table, in place of an older one; other tasks' stay. Atomic.
+
+    Raises:
+        UserError: the folder cannot be written, or holds a damaged table.
+    """
+    path = Path(folder) / FILE
+    with hold(path.with_name(f".{FILE}.lock"), f"another evaluate is writing {path}", "wait for it", wait=True):
+        table = load_budgets(folder) or {"format": FORMAT, "tasks": {}}
+        tasks = {**table["tasks"], task: dict(entry)}
+        write_text(path, _lines({**table, "tasks": dict(sorted(tasks.items()))}))
+    return path
+
+
+def _lines(table: Mapping[str, Any]) -> str:
+    """JSON with a cell a line, which a person can read and git can compare."""
+    cells: list[str] = []
+
+    def mark(entry: Mapping[str, Any]) -> dict[str, Any]:
+        first = len(cells)
+        cells.extend(json.dumps(cell, allow_nan=False) for cell in entry["cells"])
+        return {**entry, "cells": [f"@{number}@" for number in range(first, len(cells))]}
+
+    marked = {**table, "tasks": {task: mark(entry) for task, entry in table["tasks"].items()}}
+    text = json.dumps(marked, indent=1, allow_nan=False) + "\n"
+    for number, cell in enumerate(cells):
+        text = text.replace(f'"@{number}@"', cell)
+    return text
+
+
+def fit_timing(cells: list[dict[str, Any]]) -> Timing:
+    """`Timing` of the machine that measured the cells: seconds = a + b members + c evaluations, none negative.
+
+    Relative errors count, so that cheap cells do.
+    """
+    members = np.asarray([cell["ensemble"] for cell in cells], np.float64)
+    forwards = members * np.asarray([evaluations_of(cell) for cell in cells], np.float64)
+    seconds = np.maximum(np.asarray([cell["seconds"] for cell in cells], np.float64), 1e-9)
+    columns = np.stack([np.ones_like(members), members, forwards], axis=1)
+    (whole, each, forward), _ = nnls(columns / seconds[:, None], np.ones_like(seconds))
+    return Timing(float(whole + each), float(forward))

@@ -1,0 +1,189 @@
+"""Compute where it helps: members only for images whose prediction still moves, steps only until the estimate rests.
+
+Both work in batches of fixed shapes. Images that are done leave; the others close ranks, in batches of the plan's size
+(members) or of the next power of two (steps), so that only a few graphs are ever compiled.
+
+**Members.** With n independent members of spread s (per pixel, on the merged scale), the mean of n and the mean of N
+are s sqrt(1/n - 1/N) apart, root mean square; a median is sqrt(pi/2) times as uncertain. An image is done when that
+distance over its pixels is within the tolerance: a prediction of how far it would still move, from its own members.
+
+**Steps.** The sampler's clean estimate is the prediction at every step. An image is done when none of its members or
+passes changes by more than the tolerance over a chunk of steps, and the estimate is then its result. Only members that
+are asked for have a say: those that fill up a batch of the plan's size are not part of the result (``rests``).
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from scaling_perception.diffusion.sampler import SamplerTables, State
+from scaling_perception.inference.batches import Plan
+from scaling_perception.inference.engine import draw_members
+from scaling_perception.inference.model import Model, prompt_of
+from scaling_perception.inference.settings import Settings
+from scaling_perception.tasks.base import Estimate
+
+_MEDIAN = math.sqrt(math.pi / 2)  # standard error of a median over that of a mean (normal members)
+_DEVIATION = 1.4826  # standard deviation over median absolute deviation (normal members)
+_POOL = 4  # batches of images that are in work together, so that those that go on can close ranks
+
+
+def remaining_change(uncertainty: np.ndarray, members: int, most: int, mean: bool) -> float:
+    """Expected root-mean-square distance of the merged prediction of ``members`` members from that of ``most``.
+
+    Args:
+        uncertainty: the ensemble's own (H, W): standard deviation for a ``mean``, median absolute deviation otherwise.
+    """
+    if members >= most:
+        return 0.0
+    spread = float(np.sqrt(np.mean(np.square(uncertainty, dtype=np.float64))))
+    if mean:  # the deviation from the members' own mean is too small by one degree of freedom
+        spread *= math.sqrt(members / (members - 1)) if members > 1 else math.inf
+    else:
+        spread *= _DEVIATION * _MEDIAN if members > 1 else math.inf
+    return spread * math.sqrt(1 / members - 1 / most) if spread > 0 else 0.0
+
+
+def adaptive_stream(
+    model: Model,
+    raws: Iterable[dict[str, Any]],
+    task: str,
+    settings: Settings,
+    tables: SamplerTables,
+    key: jax.Array,
+    mode: str,
+    plan: Plan,
+) -> Iterator[Estimate]:
+    """One estimate for each raw sample, in order. See the module."""
+    samples = iter(raws)
+    step = settings.first if settings.tolerance is not None else plan.members
+    step = min(step, settings.ensemble)
+    while pool := list(itertools.islice(samples, _POOL * plan.images)):
+        latents = [
+            row
+            for start in range(0, len(pool), plan.images)
+            for row in np.asarray(model.encode(pool[start : start + plan.images], task, plan))
+        ][: len(pool)]
+        members: list[list[np.ndarray]] = [[] for _ in pool]
+        forwards, estimates, open_images = [0] * len(pool), {}, list(range(len(pool)))
+        while open_images:
+            done = len(members[open_images[0]])  # all that are open have as many
+            for start in range(0, len(open_images), plan.images):
+                chosen = open_images[start : start + plan.images]
+                group, known = [pool[i] for i in chosen], [latents[i] for i in chosen]
+                pixels, steps = _sample(model, group, known, task, settings, tables, key, done, step, plan)
+                for image, one, taken in zip(chosen, pixels, steps, strict=True):
+                    decoded = model.decode_members(one, task)
+                    members[image] += list(decoded[: settings.ensemble - done])
+                    forwards[image] += taken * min(step, settings.ensemble - done)
+            for image in list(open_images):
+                raw, found = pool[image], np.stack(members[image])
+                reduced = model.reduce(task, found, mode)
+                if settled(reduced[1], len(found), settings.ensemble, mode, settings.tolerance):
+                    size, prompt = (raw["image"].shape[0], raw["image"].shape[1]), prompt_of(raw, task)
+                    estimates[image] = model.merge(found, task, size, mode, prompt, forwards[image], reduced)
+                    open_images.remove(image)
+        yield from (estimates[i] for i in range(len(pool)))
+
+
+def settled(uncertainty: np.ndarray, members: int, most: int, mode: str, tolerance: float | None) -> bool:
+    """Whether an image needs no further members: it has all, or they would hardly move its prediction.
+
+    Args:
+        uncertainty: of the merged members, (H, W). Of a single member nothing is known.
+        tolerance: None gives every image ``most``.
+    """
+    if members >= most:
+        return True
+    if tolerance is None or members < 2:
+        return False
+    return remaining_change(uncertainty, members, most, mode == "mean") <= tolerance
+
+
+def estimate_change(now: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """(I, M) change of clean estimates (I, M, P, h, w, C), root mean square of the pass that changes most: what an
+    early exit holds against its tolerance."""
+    return np.sqrt(np.mean(np.square(now - last), axis=(3, 4, 5))).max(axis=2)
+
+
+def rests(change: np.ndarray, tolerance: float, wanted: int) -> np.ndarray:
+    """(I,) whether images take no further steps, by the change (I, M) of their members, the first ``wanted`` of which
+    are asked for."""
+    return change[:, :wanted].max(axis=1) <= tolerance
+
+
+def _sample(
+    model: Model,
+    group: list[dict[str, Any]],
+    latents: list[np.ndarray],
+    task: str,
+    settings: Settings,
+    tables: SamplerTables,
+    key: jax.Array,
+    first: int,
+    count: int,
+    plan: Plan,
+) -> tuple[np.ndarray, list[int]]:
+    """Pixels (images of the group, P, M, R, R, 3) of members ``first`` …, and the steps that each image took."""
+    padded = np.stack([*latents, *[latents[0]] * (plan.images - len(latents))])
+    draw = draw_members(key, model.image_ids(group, plan.images), first, count, settings.antithetic)
+    if settings.step_tolerance is None:
+        pixels = model.engine.sample(*model.weights, padded, draw, model.passes(task), tables)
+        return np.asarray(pixels)[: len(group)], [settings.evaluations] * len(group)
+    wanted = min(count, settings.ensemble - first)
+    return _until_settled(model, padded, len(group), task, settings, tables, draw, wanted)
+
+
+def _until_settled(
+    model: Model,
+    latents: np.ndarray,
+    real: int,
+    task: str,
+    settings: Settings,
+    tables: SamplerTables,
+    draw: Any,
+    wanted: int,
+) -> tuple[np.ndarray, list[int]]:
+    engine, passes, params = model.engine, model.passes(task), model.params
+    known, ahead, state = engine.begin(params, latents, draw, passes, tables)
+    images = list(range(real))  # which image each row of the state is
+    known, state = _rows(known, state, images)
+    clean: dict[int, np.ndarray] = {}
+    taken = [0] * real
+    first, last = 0, None
+    while images:
+        count = min(settings.step_chunk, settings.steps - first)
+        state = engine.go_on(params, known, ahead, state, passes.labels, tables, first, count)
+        first += count
+        now = np.asarray(state.x0)
+        at_end = first >= settings.steps
+        if last is None or at_end:
+            stops = [at_end] * len(images)
+        else:
+            stops = [*rests(estimate_change(now, last), settings.step_tolerance or 0.0, wanted)][: len(images)]
+        for row, image in enumerate(images):
+            if stops[row]:
+                clean[image], taken[image] = np.asarray(state.x[row]) if at_end else now[row], first
+        going = [row for row in range(len(images)) if not stops[row]]
+        images = [images[row] for row in going]
+        if images and len(going) < len(stops):
+            known, state = _rows(known, state, going)
+        last = now[going] if images else None
+        if last is not None and len(state.x) > len(last):  # rows that only fill the bucket
+            last = np.concatenate([last, np.repeat(last[:1], len(state.x) - len(last), axis=0)])
+    z = np.stack([clean[i] for i in range(real)])
+    whole = np.concatenate([z, np.repeat(z[:1], len(latents) - real, axis=0)])
+    return np.asarray(engine.finish(model.weights[1], whole, passes))[:real], taken
+
+
+def _rows(known: jax.Array, state: State, rows: list[int]) -> tuple[jax.Array, State]:
+    """The chosen images of a batch, repeated to a power of two (or to the batch's own size, if that is less)."""
+    size = min(1 << (len(rows) - 1).bit_length(), known.shape[0])
+    index = np.asarray([*rows, *[rows[0]] * (size - len(rows))])
+    if len(index) == known.shape[0] and (index == np.arange(len(index))).all():
+        return known, state
+    return known[index], jax.tree.map(lambda array: array[index], state)

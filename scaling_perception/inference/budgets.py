@@ -1,0 +1,212 @@
+"""What a model's compute buys, as a table in its folder (``budgets.json``), and how a budget becomes steps and members.
+
+`evaluate --write-budgets FOLDER` writes the table (``evaluation.budget_table``): the error of every cell of an
+evaluation with its MACs and seconds. Choosing needs no dice and no fit. The **front** are the cells with less error
+than every cheaper one. On it
+
+* ``best`` is the cheapest that cannot be told from the lowest error: the 95 % interval of the per-image difference
+  reaches 0;
+* ``balanced`` is the cheapest that has gone nine tenths of the way from the cheapest cell's error to the lowest;
+* ``fast`` is the cheapest that has gone half of the way from the strongest trivial answer's error to the lowest (from
+  the cheapest cell's, where no cell beats that answer);
+* none of these is dearer than the next better one;
+* ``macs`` and ``seconds`` are limits: the lowest error of all cells within them.
+
+Errors fall as results get better: AbsRel, end-point error, 1 - IoU.
+"""
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from scaling_perception.diffusion.solvers import SOLVERS, evaluations
+from scaling_perception.support import choosing
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.files import read_json
+from scaling_perception.tasks import get_task
+
+if TYPE_CHECKING:
+    from scaling_perception.inference.predictor import Predictor
+
+FILE = "budgets.json"
+FORMAT = 1
+NAMES = ("fast", "balanced", "best")
+OWN = "own"  # the preset's name where a model's own grid of timesteps is none of the presets'
+_BALANCED, _FAST = 0.9, 0.5
+CELL = ("steps", "ensemble", "preset", "solver", "macs", "seconds", "error", "ci95")
+
+
+class Choice(NamedTuple):
+    """A cell of the table. ``preset`` None is the model's own grid; ``seconds`` are those of ``here`` if given."""
+
+    steps: int
+    ensemble: int
+    preset: str | None
+    solver: str
+    macs: float
+    seconds: float
+    error: float
+
+
+class Timing(NamedTuple):
+    """Seconds of one image: ``fixed`` (reading it into latents, decoding and merging one member), ``per_forward`` of
+    one network evaluation of every pass."""
+
+    fixed: float
+    per_forward: float
+
+
+def load_budgets(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The table of a model folder, checked, or None where it ships none.
+
+    Raises:
+        UserError: there is a file and it is damaged, or of another format.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    table = read_json(path)
+    wrong = f"{path} is no table of budgets: remove it, or make it again (`evaluate --write-budgets {folder}`)"
+    if not isinstance(table, dict) or not isinstance(table.get("tasks"), dict):
+        raise UserError(wrong)
+    if table.get("format") != FORMAT:
+        raise UserError(f"{path} has format {table.get('format')}, this version reads {FORMAT}: make it again")
+    for entry in table["tasks"].values():
+        cells = entry.get("cells") if isinstance(entry, dict) else None
+        if not cells or not all(isinstance(cell, dict) and set(CELL) <= set(cell) for cell in cells):
+            raise UserError(wrong)
+    return table
+
+
+def choose(
+    table: Mapping[str, Any] | None,
+    task: str,
+    name: str | None = None,
+    macs: float | None = None,
+    seconds: float | None = None,
+    here: tuple[float, float] | None = None,
+) -> Choice:
+    """Steps and members for a budget. See the module for the rules.
+
+    Args:
+        table: of `load_budgets`.
+        name: fast, balanced or best; or else limits.
+        macs: multiply-accumulates of the DiT for one image, at most.
+        seconds: for one image, at most; with ``macs`` both hold.
+        here: `measure_timing` on this machine; None takes the seconds of the machine that made the table.
+
+    Raises:
+        UserError: no table for the task, an unknown name, neither name nor limit, or nothing within the limits.
+    """
+    if not table or task not in table["tasks"]:
+        known = f" (it has one for {', '.join(sorted(table['tasks']))})" if table and table["tasks"] else ""
+        raise UserError(
+            f"this model ships no table of budgets for {task}{known}: choose steps and ensemble yourself, or make one: "
+            f"`evaluate --task {task} … --steps 1,2,5,10 --ensemble 1,2,5 --write-budgets MODEL_FOLDER`"
+        )
+    entry = table["tasks"][task]
+    choices = [_choice(cell, entry, here) for cell in entry["cells"]]
+    tied = {one for one, cell in zip(choices, entry["cells"], strict=True) if _tied(cell, entry)}
+    if (name is None) == (macs is None and seconds is None):
+        raise UserError("give either the name of a budget (fast, balanced, best) or a limit of MACs or seconds")
+    if name is None:
+        return _within(choices, task, macs, seconds)
+    if name not in NAMES:
+        raise UserError(f"unknown budget '{name}'{did_you_mean(name, NAMES)}")
+    ahead = front(choices)
+    first, lowest = ahead[0].error, ahead[-1].error
+    trivial = entry.get("trivial", {}).get("error", -math.inf)
+    start = trivial if trivial > lowest else first
+    cheapest = {
+        "best": next(i for i, one in enumerate(ahead) if one in tied or one.error <= lowest),
+        "balanced": _reached(ahead, lowest + (1 - _BALANCED) * (first - lowest)),
+        "fast": _reached(ahead, lowest + (1 - _FAST) * (start - lowest)),
+    }
+    return ahead[min(cheapest[better] for better in NAMES[NAMES.index(name) :])]
+
+
+def _reached(ahead: list[Choice], error: float) -> int:
+    return next(i for i, one in enumerate(ahead) if one.error <= error or one is ahead[-1])
+
+
+def front(choices: list[Choice]) -> list[Choice]:
+    """Those with less error than every cheaper one, from the cheapest to the lowest error."""
+    return [choices[at] for at in choosing.front([one.error for one in choices], _costs(choices))]
+
+
+def _costs(choices: list[Choice]) -> dict[str, list[float]]:
+    return {"macs": [one.macs for one in choices], "seconds": [one.seconds for one in choices]}
+
+
+def _within(choices: list[Choice], task: str, macs: float | None, seconds: float | None) -> Choice:
+    asked_for = {"macs": macs, "seconds": seconds}
+    limits = {name: most for name, most in asked_for.items() if most is not None}
+    fitting = choosing.ranked([c.error for c in choices], _costs(choices), limits)
+    if len(fitting):
+        return choices[fitting[0]]
+    least = min(choices, key=lambda c: (c.seconds if macs is None else c.macs, c.error))
+    asked = " and ".join(
+        [*([f"{macs:.3g} MACs"] if macs is not None else []), *([f"{seconds:.3g} s"] if seconds is not None else [])]
+    )
+    raise UserError(
+        f"no setting for {task} fits {asked}: the cheapest is {least.steps} step(s) × {least.ensemble} member(s) with "
+        f"{least.macs:.3g} MACs and {least.seconds:.3g} s an image: allow more"
+    )
+
+
+def _choice(cell: Mapping[str, Any], entry: Mapping[str, Any], here: tuple[float, float] | None) -> Choice:
+    seconds, timing = float(cell["seconds"]), entry.get("timing")
+    if here is not None and timing is not None:
+        # Evaluations go as evaluations do between the machines, the rest as the fixed cost does.
+        forwards = evaluations(cell.get("solver", "ddim"), cell["steps"]) * cell["ensemble"]
+        spent = min(timing["per_forward"] * forwards, seconds)
+        there = entry.get("reference", timing)
+        fixed, forward = (
+            now / then if then > 0 else 1.0
+            for now, then in zip(here, (there["fixed"], there["per_forward"]), strict=True)
+        )
+        seconds = (seconds - spent) * fixed + spent * forward
+    preset = None if cell["preset"] == OWN else cell["preset"]
+    numbers = float(cell["macs"]), seconds, float(cell["error"])
+    return Choice(int(cell["steps"]), int(cell["ensemble"]), preset, cell["solver"], *numbers)
+
+
+def _tied(cell: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    """Whether a cell cannot be told from the one with the lowest error."""
+    if "excess" in cell:
+        return not choosing.told_apart(cell["excess"]["ci95"])
+    return cell["error"] <= min(entry["cells"], key=lambda c: c["error"])["ci95"][1]
+
+
+# Seconds
+
+
+def measure_timing(predictor: "Predictor", task: str, preset: str | None = None, solver: str = "ddim") -> Timing:
+    """`Timing` of this machine, from two short runs of one member (1 and 5 steps) of a grey picture.
+
+    Each is repeated while that is quick, and the least counts, so that what else the machine does counts little.
+    Compiling is not counted.
+    """
+    solver = "ddim" if SOLVERS[solver].at_once else solver  # an evaluation takes as long
+    side = predictor.resolution
+    grey = np.full((side, side, 3), 127, np.uint8)
+    asks = get_task(task).prompt
+    prompt = None if asks is None else asks.example(side)
+    options: dict[str, Any] = {"prompt": prompt, "preset": preset, "solver": solver, "batch_size": 1}
+    spent = {}
+    for steps in (1, 5):
+        predictor(grey, task, steps, 1, **options)
+        runs: list[float] = []
+        while not runs or (len(runs) < 5 and sum(runs) < 1):
+            begin = time.perf_counter()
+            predictor(grey, task, steps, 1, **options)
+            runs.append(time.perf_counter() - begin)
+        spent[steps] = min(runs)
+    more = evaluations(solver, 5) - evaluations(solver, 1)
+    forward = max((spent[5] - spent[1]) / more, 1e-9)
+    return Timing(max(spent[1] - forward, 0.0), forward)

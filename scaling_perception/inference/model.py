@@ -1,0 +1,346 @@
+"""A trained model as its parts: encode once, sample every member and pass in one batch, decode, merge.
+
+The graphs are in ``engine``; ``predictor`` puts the parts together, ``adaptive`` by image.
+
+The noise of a member depends on the key, the image's own pixels and the member's number, and on nothing else: member 3
+of an image is the same in an ensemble of 5 or of 50, alone or in a batch, in any order.
+"""
+
+import dataclasses
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from scaling_perception.diffusion.sampler import SamplerTables
+from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion
+from scaling_perception.inference.batches import Plan, free_bytes, shrink, split
+from scaling_perception.inference.engine import Engine, Passes, draw_members
+from scaling_perception.inference.inputs import find_model, raw_samples
+from scaling_perception.interop.model_folder import load_model
+from scaling_perception.models.autoencoders import Autoencoder, load_autoencoder, tree_hash
+from scaling_perception.models.compute import forward_macs
+from scaling_perception.models.config import config_from_dict
+from scaling_perception.parallel.mesh import make_mesh
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.tasks import RELEASED, TaskOptions, get_task
+from scaling_perception.tasks.base import Estimate
+
+# Decoded pixels in one batch where no larger batch is faster; then memory decides (see ``Predictor.plan``).
+_PIXELS_AT_ONCE = {"cpu": 2**20}
+_PIXELS_AT_ONCE_ELSEWHERE = 2**24
+_NO_TASK = (
+    "this model knows no task: it was made for classes of pictures (an imported DiT); fine-tune it first "
+    "(scaling-perception train --config configs/from_dit.py:init=FOLDER …)"
+)
+
+
+class Model:
+    """A trained network with its autoencoder: encode pictures, sample members, decode and merge them.
+
+    Attributes:
+        params: the DiT's parameters on the device; may be replaced by others of the same shapes (no recompilation).
+        meta: the model folder's description.
+        config, resolution, options, tasks: taken from it.
+        id, autoencoder_id: 12 hexadecimal digits of the weights that it was made with (encoder and decoder together).
+        autoencoder: the frozen autoencoder.
+        engine: the compiled graphs.
+        macs_per_forward: multiply-accumulates of one forward pass of the DiT on one image, NaN if unknown.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        meta: dict[str, Any],
+        autoencoder: Autoencoder | None = None,
+        dtype: str = "float32",
+        mesh: Any = None,
+    ) -> None:
+        """Args: the tree and description that ``load_model`` returns; an autoencoder other than the description's; the
+        devices to use (None: all accelerators of this machine, or one CPU device).
+
+        Raises:
+            UserError: the description does not fit together.
+        """
+        self.meta = meta
+        self.config = config_from_dict(meta["model"])
+        self.resolution = int(meta["resolution"])
+        self.tasks: tuple[str, ...] = tuple(meta["tasks"])
+        self.options = TaskOptions.from_dict(meta.get("task_options", {}))
+        self.autoencoder = autoencoder if autoencoder is not None else _own_autoencoder(meta)
+        if self.resolution != self.config.input_size * self.autoencoder.factor:
+            raise UserError(
+                f"resolution {self.resolution} does not fit the model's latents of {self.config.input_size} and the "
+                f"autoencoder's factor {self.autoencoder.factor}: choose the autoencoder it was trained with"
+            )
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f"unknown dtype '{dtype}'{did_you_mean(dtype, ('float32', 'bfloat16'))}")
+        self.diffusion = _own_diffusion(meta["diffusion"])
+        self.id, self.autoencoder_id = tree_hash(params), tree_hash(self.autoencoder.params)
+        if mesh is None and jax.default_backend() != "cpu":
+            mesh = make_mesh(devices=jax.local_devices())
+        self.engine = Engine(self.config, self.autoencoder, dtype, mesh)
+        self.params = self.engine.place(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params))
+        self._autoencoder_params = self.engine.place(self.autoencoder.params)
+        self.macs_per_forward = float(forward_macs(self.config))
+        self._rows = tuple(meta.get("passes", RELEASED))
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, autoencoder: str | None = None, dtype: str = "float32", mesh: Any = None
+    ) -> Self:
+        """Load a model.
+
+        Args:
+            name: a model folder, a training run (its ``model/``), a shipped name such as ``mini``, or a hub id.
+            autoencoder: another than the one the model names, by name, folder or hub id.
+            dtype: of the DiT's matmuls: float32 or bfloat16.
+            mesh: devices to use, see ``Model``.
+
+        Raises:
+            UserError: nothing there, damaged files, or parts that do not fit together.
+        """
+        params, meta = load_model(find_model(name))
+        return cls(params, meta, load_autoencoder(autoencoder) if autoencoder else None, dtype, mesh)
+
+    @property
+    def weights(self) -> tuple[Any, Any]:
+        """Parameters of the DiT and of the autoencoder, as the graphs take them."""
+        return self.params, self._autoencoder_params
+
+    @property
+    def traces(self) -> Counter[str]:
+        """How often each graph was traced, by name."""
+        return self.engine.traces
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent compiling so far."""
+        return self.engine.compile_seconds
+
+    def macs(self, task: str, steps: int, ensemble: int) -> float:
+        """Multiply-accumulates of the DiT for one image: a forward pass × passes × steps × members."""
+        return self.macs_per_forward * len(get_task(task).passes) * steps * ensemble
+
+    def raw_inputs(self, images: Sequence[Any], task: str, prompt: Any = None) -> list[dict[str, Any]]:
+        """Pictures and prompts as raw samples (the fields that ``tasks.conditions`` reads).
+
+        Raises:
+            UserError: as ``__call__``.
+        """
+        self.check_task(task)
+        return raw_samples(images, task, prompt)
+
+    def check_task(self, task: str) -> None:
+        """UserError when there is no such task, or when this model does not serve it."""
+        get_task(task)
+        if not self.tasks:
+            raise UserError(_NO_TASK)
+        if task not in self.tasks:
+            raise UserError(f"this model does not know {task}: it was trained for {', '.join(self.tasks)}")
+        if self.config.cond_channels < (4 if get_task(task).prompt is None else 8):
+            raise UserError(f"this model has no input for {task}'s conditions: choose a model trained for {task}")
+
+    def choose_diffusion(self, preset: str | None = None, spacing: str | None = None) -> DiffusionPreset:
+        """The model's own diffusion on the grid of ``preset``, then ``spacing``; warns of combinations that mislead.
+
+        Raises:
+            UserError: unknown preset or spacing.
+        """
+        own = self.diffusion
+        if preset is not None:
+            grid = get_diffusion(preset)
+            if grid.schedule != own.schedule:
+                warnings.warn(
+                    f"preset '{preset}' belongs to the {grid.schedule} schedule; this model was trained on "
+                    f"{own.schedule}, which is kept: only the grid of timesteps is taken from the preset",
+                    stacklevel=3,
+                )
+            own = dataclasses.replace(
+                own, spacing=grid.spacing, steps_offset=grid.steps_offset, final_alpha_one=grid.final_alpha_one
+            )
+        if spacing is not None:
+            own = dataclasses.replace(own, spacing=spacing)
+        if own.prediction == "epsilon" and own.spacing == "trailing":
+            gain = 1 / own.levels()[0][-1]
+            warnings.warn(
+                f"this model predicts noise: on the trailing grid the error of its first step is multiplied by up to "
+                f"{gain:.0f}; use preset 'paper' (leading)",
+                stacklevel=3,
+            )
+        return own
+
+    def plan(
+        self,
+        task: str,
+        ensemble: int,
+        images: int,
+        batch_size: int | None = None,
+        tables: SamplerTables | None = None,
+    ) -> Plan:
+        """How many images and members go into one batch, so that no batch is mostly padding and memory is enough.
+
+        Without ``batch_size`` the largest batch that is any faster is tried, and with ``tables`` made smaller until the
+        compiler's account of it fits the memory that is free.
+
+        Raises:
+            UserError: ensemble or batch_size below 1.
+        """
+        for name, value in (("ensemble", ensemble), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} {value}: give a whole number above 0")
+        if batch_size is not None:
+            return split(ensemble, batch_size, batch_size, self.engine.devices)
+        at_once = _PIXELS_AT_ONCE.get(jax.default_backend(), _PIXELS_AT_ONCE_ELSEWHERE) * self.engine.devices
+        rows = max(1, at_once // (self.resolution**2 * len(get_task(task).passes)))
+        plan = split(ensemble, rows, images, self.engine.devices)
+        while tables is not None and plan.images * plan.members > 1:
+            needed, free = self._sampling_bytes(task, plan, tables), free_bytes()
+            if needed <= free:
+                break
+            rows = shrink(plan.images * plan.members, needed, free)
+            plan = split(ensemble, rows, images, self.engine.devices)
+        return plan
+
+    def _sampling_bytes(self, task: str, plan: Plan, tables: SamplerTables) -> int:
+        size = self.config.input_size
+        latents = jax.ShapeDtypeStruct((plan.images, size, size, self.config.cond_channels), np.float32)
+        draw = draw_members(jax.random.key(0), np.zeros(plan.images, np.uint32), 0, plan.members, False)
+        return self.engine.sampling_bytes(*self.weights, latents, draw, self.passes(task), tables)
+
+    def encode(self, group: Sequence[dict[str, Any]], task: str, plan: Plan) -> jax.Array:
+        """Latents (plan.images, h, w, cond_channels) of a group of raw samples; missing ones repeat the first."""
+        conditions = [get_task(task).conditions(raw, self.resolution, self.options) for raw in group]
+        conditions += [conditions[0]] * (plan.images - len(group))
+        fields = ("image", "prompt") if self.config.cond_channels >= 8 else ("image",)
+        pictures = np.stack([np.stack([c[field] for c in conditions]) for field in fields])
+        return self.engine.encode(self._autoencoder_params, pictures)
+
+    def sample(
+        self,
+        latents: Any,
+        group: Sequence[dict[str, Any]],
+        task: str,
+        ensemble: int,
+        tables: SamplerTables,
+        key: int | jax.Array,
+        plan: Plan,
+        antithetic: bool = False,
+    ) -> np.ndarray:
+        """Decoded pixels (images of the group, passes, members, R, R, 3), about [-1, 1]."""
+        key, ids, passes = key_of(key), self.image_ids(group, plan.images), self.passes(task)
+        chunks = []
+        for first in range(0, ensemble, plan.members):
+            draw = draw_members(key, ids, first, plan.members, antithetic)
+            chunks.append(np.asarray(self.engine.sample(*self.weights, latents, draw, passes, tables)))
+        return np.concatenate(chunks, axis=2)[: len(group), :, :ensemble]
+
+    def image_ids(self, group: Sequence[dict[str, Any]], images: int) -> np.ndarray:
+        """(images,) uint32, each image's share of the noise key; what only fills the batch gets 0."""
+        return np.asarray([image_id(raw) for raw in group] + [0] * (images - len(group)), np.uint32)
+
+    def passes(self, task: str) -> Passes:
+        """Labels and latent normalisation of the task's passes."""
+        names = [one.name for one in get_task(task).passes]
+        rows = [self._row(name) for name in names]
+        labels = np.asarray([self.config.task_label(row) for row in rows], np.int32)
+        return Passes(labels, self._norm_rows("shift", rows), self._norm_rows("scale", rows))
+
+    def _row(self, name: str) -> int:
+        """The row of a pass in the model's tables."""
+        if name not in self._rows:
+            known = ", ".join(self._rows)
+            raise UserError(
+                f"the model's config.json lists the passes {known}, but not {name}: convert or train it again"
+            )
+        return self._rows.index(name)
+
+    def _norm_rows(self, name: str, rows: list[int]) -> np.ndarray:
+        """(P, channels) float32; a model of one task may store that task's rows alone."""
+        values = np.asarray(self.meta["latent_norm"][name], np.float32)
+        return values[rows] if len(values) > max(rows) else values[: len(rows)]
+
+    def decode_members(self, pixels: np.ndarray, task: str) -> np.ndarray:
+        """Pixels (P, M, R, R, 3) of one image to members (M, R, R[, C]) at the model's resolution.
+
+        Raises:
+            UserError: pixels are NaN or infinite: nothing made of them would be a result.
+        """
+        if not np.isfinite(pixels).all():
+            raise UserError("the model's output is NaN or infinite: its weights are broken, or choose another preset")
+        return get_task(task).decode_prediction(pixels, (self.resolution, self.resolution), self.options)
+
+    def merge(
+        self,
+        members: np.ndarray,
+        task: str,
+        size: tuple[int, int],
+        mode: str,
+        prompt: np.ndarray | None = None,
+        forwards: int = 0,
+        reduced: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> Estimate:
+        """Merge members (M, R, R[, C]) at the model's resolution, then resize to ``size`` (H, W), as Marigold does.
+
+        Args:
+            prompt: what was given besides the picture (H, W[, C]), see ``prompt_of``; of use where it is a part of the
+                answer.
+            forwards: network evaluations that were spent on each pass.
+            reduced: what `reduce` made of the members, if that is known.
+        """
+        size, what = (int(size[0]), int(size[1])), get_task(task)
+        merged, spread = self.reduce(task, members, mode) if reduced is None else reduced
+        answer = what.restore(merged, size, self.options, prompt)
+        spread = what.native(spread, size)
+        return Estimate(answer.prediction, spread, members, answer.whole, size, forwards, answer.painted)
+
+    def reduce(self, task: str, members: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray]:
+        """Members (M, R, R[, C]) to (prediction, uncertainty) at the model's resolution."""
+        return get_task(task).merged(members, mode, self.options)
+
+    def round_trip(self, pictures: np.ndarray) -> np.ndarray:
+        """Pictures (B, R, R, 3) through the autoencoder and back: what no prediction can be better than."""
+        return np.asarray(self.engine.round_trip(self._autoencoder_params, pictures))
+
+
+def prompt_of(raw: dict[str, Any], task: str) -> Any:
+    """What a raw sample holds besides its picture for this task; None where the task asks for nothing."""
+    asks = get_task(task).prompt
+    return None if asks is None else raw.get(asks.field)
+
+
+def image_id(raw: dict[str, Any]) -> int:
+    """A number that the image's own pixels decide (CRC-32): its share of the noise key."""
+    return zlib.crc32(raw["image"].tobytes(), zlib.crc32(repr(raw["image"].shape).encode()))
+
+
+def key_of(key: int | jax.Array) -> jax.Array:
+    """A JAX key of a whole number; a key as it is."""
+    if not isinstance(key, (int, np.integer)):
+        return key
+    if not 0 <= key < 2**32:
+        raise UserError(f"key {key}: give a whole number from 0 to {2**32 - 1}")
+    return jax.random.key(int(key))
+
+
+def _own_autoencoder(meta: dict[str, Any]) -> Autoencoder:
+    """The autoencoder that a model names. One without tasks needs none, and may name one that is not here."""
+    if meta["tasks"]:
+        return load_autoencoder(meta["autoencoder"])
+
+    def refuse(*_: Any) -> Any:
+        raise UserError(_NO_TASK)
+
+    return Autoencoder(meta["autoencoder"], "", {}, refuse, refuse)
+
+
+def _own_diffusion(fields: dict[str, Any]) -> DiffusionPreset:
+    known = [field.name for field in dataclasses.fields(DiffusionPreset)]
+    for name in fields:
+        if name not in known:
+            raise UserError(f"unknown diffusion setting '{name}' of the model{did_you_mean(name, known)}")
+    return DiffusionPreset(**fields)

@@ -1,0 +1,157 @@
+"""From pictures to predictions in one call; the parts are in ``model``, what may be turned in ``settings``."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from scaling_perception.diffusion.sampler import SamplerTables
+from scaling_perception.diffusion.solvers import evaluations
+from scaling_perception.inference.adaptive import adaptive_stream
+from scaling_perception.inference.aspect import with_aspect
+from scaling_perception.inference.batches import Plan
+from scaling_perception.inference.engine import draw_members
+from scaling_perception.inference.model import Model, key_of, prompt_of
+from scaling_perception.inference.prediction import Prediction
+from scaling_perception.inference.settings import Settings
+from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.tasks import get_task
+from scaling_perception.tasks.base import Estimate
+
+
+class Predictor(Model):
+    """A trained model with its autoencoder, ready to be called on pictures."""
+
+    def __call__(
+        self,
+        images: Any,
+        task: str = "depth",
+        steps: int = 10,
+        ensemble: int = 5,
+        key: int | jax.Array = 0,
+        prompt: Any = None,
+        preset: str | None = None,
+        spacing: str | None = None,
+        reduce: str | None = None,
+        batch_size: int | None = None,
+        **more: Any,
+    ) -> Prediction:
+        """Predict. Safe to call from several threads.
+
+        Args:
+            images: one picture or several (list, tuple, or an array (B, H, W, C)): paths, PIL pictures, or arrays
+                (H, W[, C]) of uint8, uint16 or float in [0, 1]. Sizes may differ; results are as large as the pictures.
+            task: a task that the model knows.
+            key: integer or JAX key; the same key gives the same prediction.
+            prompt: flow: the second frame of each image; amodal: the mask of the object's visible part.
+            steps, ensemble, preset, spacing, reduce, more: see ``inference.settings.Settings``; ``more``: solver,
+                eta, clip, antithetic, aspect, tolerance, first, step_tolerance or step_chunk.
+            batch_size: images × members sampled at once; None chooses by memory. When given, short batches are padded
+                to it, so that calls of any length share one graph.
+
+        Raises:
+            UserError: an unreadable picture, a missing prompt, or an unknown or impossible setting.
+        """
+        fields = [field.name for field in dataclasses.fields(Settings)]
+        for name in more:
+            if name not in fields:
+                raise TypeError(f"unknown setting '{name}'{did_you_mean(name, fields)}")
+        given = {"preset": preset, "spacing": spacing, "reduce": reduce}
+        settings = Settings(steps=steps, ensemble=ensemble, **given, **more)
+        several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
+        raws = self.raw_inputs(list(images) if several else [images], task, prompt if several else [prompt])
+        parts = list(self.stream(raws, task, settings, key, batch_size, len(raws)))
+        return Prediction(task, parts, self.macs(task, 1, 1), single=not several)
+
+    def intermediates(
+        self,
+        image: Any,
+        task: str = "depth",
+        at: Sequence[int] = (0, -1),
+        key: int | jax.Array = 0,
+        prompt: Any = None,
+        **settings: Any,
+    ) -> list[Prediction]:
+        """The prediction as it would be if sampling stopped after each of the steps ``at`` (supplement Fig. 1).
+
+        Args:
+            at: numbers of steps, 0 is the first; negative ones count from the end. All come from one run.
+            settings: as for calling the predictor (steps, ensemble, …), squashing and without tolerances.
+
+        Raises:
+            UserError: as calling; a step that is not there.
+        """
+        chosen = Settings(**settings)
+        if chosen.adaptive or chosen.aspect != "squash":
+            raise UserError("intermediates go with neither tolerance nor aspect: leave them out")
+        steps = [step + chosen.steps if step < 0 else step for step in at]
+        if not steps or len(set(steps)) < len(steps) or not set(steps) <= set(range(chosen.steps)):
+            raise UserError(f"steps {list(at)} to look at: give different ones in 0..{chosen.steps - 1}")
+        (raw,) = raws = self.raw_inputs([image], task, [prompt])
+        diffusion = self.choose_diffusion(chosen.preset, chosen.spacing)
+        mode = get_task(task).reduce_mode(chosen.reduce)
+        tables = chosen.tables(diffusion)
+        plan = Plan(1, chosen.ensemble)
+        draw = draw_members(key_of(key), self.image_ids(raws, 1), 0, chosen.ensemble, chosen.antithetic)
+        latents = self.encode(raws, task, plan)
+        rows = tuple(evaluations(chosen.solver, step + 1) - 1 for step in steps)
+        kept = np.asarray(self.engine.sample(*self.weights, latents, draw, self.passes(task), tables, rows))
+        found, size = [], (raw["image"].shape[0], raw["image"].shape[1])
+        for row, pixels in zip(rows, kept, strict=True):
+            members = self.decode_members(pixels[0], task)
+            forwards = (row + 1) * chosen.ensemble
+            estimate = self.merge(members, task, size, mode, prompt_of(raw, task), forwards)
+            found.append(Prediction(task, [estimate], self.macs(task, 1, 1), single=True))
+        return found
+
+    def stream(
+        self,
+        raws: Iterable[dict[str, Any]],
+        task: str,
+        settings: Settings,
+        key: int | jax.Array = 0,
+        batch_size: int | None = None,
+        count: int | None = None,
+    ) -> Iterator[Estimate]:
+        """One result for each raw sample, in order; holds few batches of samples at a time.
+
+        Args:
+            count: how many samples there are, if that is known: short runs then take smaller batches.
+        """
+        key, mode = key_of(key), get_task(task).reduce_mode(settings.reduce)
+        tables = settings.tables(self.choose_diffusion(settings.preset, settings.spacing))
+        if settings.aspect == "tile":
+            count = None  # windows: more than there are samples
+        members = min(settings.first, settings.ensemble) if settings.tolerance is not None else settings.ensemble
+        plan = self.plan(task, members, count or 10**9, batch_size, tables)
+        if settings.adaptive:
+            run = partial(
+                adaptive_stream, self, task=task, settings=settings, tables=tables, key=key, mode=mode, plan=plan
+            )
+        else:
+            run = partial(self.sampled, task=task, settings=settings, tables=tables, key=key, mode=mode, plan=plan)
+        yield from with_aspect(run, raws, task, settings.aspect, self.resolution)
+
+    def sampled(
+        self,
+        raws: Iterable[dict[str, Any]],
+        task: str,
+        settings: Settings,
+        tables: SamplerTables,
+        key: int | jax.Array,
+        mode: str,
+        plan: Plan,
+    ) -> Iterator[Estimate]:
+        """One result for each raw sample, squashed and with constant compute, in the batches of ``plan``."""
+        key = key_of(key)
+        samples, forwards = iter(raws), settings.evaluations * settings.ensemble
+        while group := list(itertools.islice(samples, plan.images)):
+            latents = self.encode(group, task, plan)
+            pixels = self.sample(latents, group, task, settings.ensemble, tables, key, plan, settings.antithetic)
+            for raw, one in zip(group, pixels, strict=True):
+                members = self.decode_members(one, task)
+                yield self.merge(members, task, raw["image"].shape[:2], mode, prompt_of(raw, task), forwards)

@@ -1,0 +1,183 @@
+"""Tables of budgets: the rules on tables made by hand, the making of one, and its seconds on another machine."""
+
+import json
+
+import numpy as np
+import pytest
+
+from scaling_perception.inference.budgets import (
+    Choice,
+    Timing,
+    budget_entry,
+    choose,
+    fit_timing,
+    front,
+    load_budgets,
+    measure_timing,
+    write_budgets,
+)
+from scaling_perception.support.errors import UserError
+
+pytest_plugins = ("nano",)
+
+
+def _cell(steps, ensemble, error, preset="fixed", solver="ddim", seconds=None, **more):
+    macs = 1e6 * steps * ensemble
+    seconds = 0.1 + 0.01 * steps * ensemble if seconds is None else seconds
+    known = {"steps": steps, "ensemble": ensemble, "preset": preset, "solver": solver, "macs": macs}
+    return {**known, "seconds": seconds, "error": error, "ci95": [error - 0.02, error + 0.02], **more}
+
+
+def _table(*cells, **more):
+    entry = {"dataset": "scenes", "images": 8, "metric": "abs_rel", "cells": list(cells), **more}
+    return {"format": 1, "tasks": {"depth": entry}}
+
+
+FALLING = [_cell(1, 1, 0.50), _cell(2, 1, 0.40), _cell(1, 3, 0.45), _cell(5, 1, 0.30), _cell(5, 5, 0.24)]
+FALLING += [_cell(10, 5, 0.225), _cell(50, 5, 0.22)]
+
+
+def _at(choice):
+    return choice.steps, choice.ensemble
+
+
+def test_front_leaves_out_what_a_cheaper_cell_beats():
+    choices = [Choice(c["steps"], c["ensemble"], "fixed", "ddim", c["macs"], 1, c["error"]) for c in FALLING[::-1]]
+    assert [_at(one) for one in front(choices)] == [(1, 1), (2, 1), (5, 1), (5, 5), (10, 5), (50, 5)]
+
+
+def test_names():
+    table = _table(*FALLING)
+    # lowest 0.22 ± 0.02: 0.24 cannot be told from it; nine tenths of the way from 0.5 are 0.248; half of it 0.36
+    assert _at(choose(table, "depth", "best")) == (5, 5)
+    assert _at(choose(table, "depth", "balanced")) == (5, 5)
+    assert _at(choose(table, "depth", "fast")) == (5, 1)
+    # half of the way from a trivial answer
+    assert _at(choose(_table(*FALLING, trivial={"name": "row", "error": 0.6}), "depth", "fast")) == (2, 1)
+    assert _at(choose(_table(*FALLING, trivial={"name": "row", "error": 0.1}), "depth", "fast")) == (5, 1)
+
+
+def test_paired_differences_decide_where_they_are_known():
+    """Images differ far more than cells do: an interval of the mean would call everything a tie."""
+    excess = [0.28, 0.18, 0.23, 0.08, 0.02, 0.005, 0.0]
+    cells = [
+        {**c, "ci95": [0.0, 1.0], "excess": {"mean": e, "ci95": [e - 0.01, e + 0.01]}}
+        for c, e in zip(FALLING, excess, strict=True)
+    ]
+    assert _at(choose(_table(*cells), "depth", "best")) == (10, 5)
+    for cell in cells:
+        cell["excess"]["ci95"][0] = -1.0  # nothing can be told apart: nothing is worth more
+    assert {_at(choose(_table(*cells), "depth", name)) for name in ("fast", "balanced", "best")} == {(1, 1)}
+
+
+def test_a_name_is_never_dearer_than_a_better_one():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        cells = [_cell(s, n, float(rng.uniform(0.1, 0.6))) for s in (1, 2, 5) for n in (1, 2, 5)]
+        table = _table(*cells, trivial={"name": "row", "error": float(rng.uniform(0.05, 0.7))})
+        macs = [choose(table, "depth", name).macs for name in ("fast", "balanced", "best")]
+        assert macs == sorted(macs)
+
+
+def test_limits():
+    table = _table(*FALLING)
+    assert _at(choose(table, "depth", macs=3e6)) == (2, 1)  # 1 × 3 costs as much as fits, and is worse
+    assert _at(choose(table, "depth", macs=1e12)) == (50, 5)
+    assert _at(choose(table, "depth", seconds=0.36)) == (5, 5)
+    assert _at(choose(table, "depth", seconds=0.36, macs=5e6)) == (5, 1)
+    with pytest.raises(UserError, match=r"fits 10 MACs: the cheapest is 1 step\(s\) × 1 member\(s\) with 1e\+06 MACs"):
+        choose(table, "depth", macs=10)
+    with pytest.raises(UserError, match=r"fits 0.01 s"):
+        choose(table, "depth", seconds=0.01)
+
+
+def test_seconds_of_another_machine():
+    """Twice as fast at evaluations, half as fast at the rest."""
+    table = _table(*FALLING, timing={"fixed": 0.1, "per_forward": 0.01})
+    chosen = choose(table, "depth", seconds=0.36, here=(0.2, 0.005))
+    assert _at(chosen) == (5, 5) and chosen.seconds == pytest.approx(0.2 + 25 * 0.005)
+    assert choose(table, "depth", "best", here=(0.2, 0.005)).seconds == pytest.approx(0.325)
+    assert _at(choose(table, "depth", seconds=0.36, here=(0.2, 0.02))) == (5, 1)
+    # The table is of large batches; what is compared between machines is the same short run on both.
+    table = _table(*FALLING, timing={"fixed": 0.1, "per_forward": 0.01}, reference={"fixed": 0.3, "per_forward": 0.02})
+    assert choose(table, "depth", "best", here=(0.3, 0.02)).seconds == pytest.approx(0.35)
+    assert choose(table, "depth", "best", here=(0.6, 0.01)).seconds == pytest.approx(0.325)
+
+
+def test_own_grid_is_none():
+    assert choose(_table(_cell(1, 1, 0.3, "own", "unipc")), "depth", "best")[2:4] == (None, "unipc")
+
+
+def test_refusals(tmp_path):
+    table = _table(*FALLING)
+    cases = [
+        ((None, "depth", "fast"), {}, "ships no table of budgets for depth: choose"),
+        ((table, "flow", "fast"), {}, r"for flow \(it has one for depth\)"),
+        ((table, "depth", "fsat"), {}, "did you mean 'fast'"),
+        ((table, "depth"), {}, "give either"),
+        ((table, "depth", "fast"), {"macs": 1e9}, "give either"),
+    ]
+    for words, more, message in cases:
+        with pytest.raises(UserError, match=message) as error:
+            choose(*words, **more)
+        assert "\n" not in str(error.value)
+    assert load_budgets(tmp_path) is None
+    path = tmp_path / "budgets.json"
+    for text, message in (
+        ("{", "not valid JSON"),
+        ("[]", "no table"),
+        ('{"format": 2, "tasks": {}}', "format 2"),
+        ('{"format": 1, "tasks": {"depth": {"cells": [{"steps": 1}]}}}', "no table"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_budgets(tmp_path)
+
+
+def _evaluation(task="depth", metric="abs_rel"):
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0.2, 0.9, 20)
+    cells = []
+    for steps, better in ((1, 0.0), (5, 0.1), (50, 0.1)):
+        values = hard - better if metric != "iou" else hard + better / 10
+        rows = [{"key": str(i), metric: float(v + rng.normal(0, 1e-3))} for i, v in enumerate(values)]
+        known = {"steps": steps, "ensemble": 2, "preset": "fixed", "solver": "ddim", "reduce": "lsq", "rows": rows}
+        cells.append({**known, "macs": 2e6 * steps, "seconds": 0.3 + 0.02 * steps})
+    cells.append({**cells[0], "kind": "adaptive"})
+    baselines = {name: {"rows": [{"key": "0", metric: v}]} for name, v in (("row", 0.7), ("autoencoder", 0.01))}
+    protocol = {"fingerprint": "abc"}
+    shared = {"task": task, "dataset": "scenes", "images": 20, "protocol": protocol, "baselines": baselines}
+    return {**shared, "cells": cells}
+
+
+def test_a_table_from_an_evaluation(tmp_path):
+    entry = budget_entry(_evaluation(), Timing(0.5, 0.02))
+    assert entry["reference"] == {"fixed": 0.5, "per_forward": 0.02}
+    assert [cell["steps"] for cell in entry["cells"]] == [1, 5, 50] and entry["metric"] == "abs_rel"
+    assert entry["trivial"] == {"name": "row", "error": 0.7}
+    assert entry["timing"]["per_forward"] == pytest.approx(0.01) and entry["timing"]["fixed"] > 0
+    write_budgets(tmp_path, "depth", entry)
+    write_budgets(tmp_path, "amodal", budget_entry(_evaluation("amodal", "iou")))
+    write_budgets(tmp_path, "depth", entry)
+    table = load_budgets(tmp_path)
+    assert table is not None and list(table["tasks"]) == ["amodal", "depth"] and table["tasks"]["depth"] == entry
+    assert table["tasks"]["amodal"]["metric"] == "1-iou"
+    assert table["tasks"]["amodal"]["cells"][0]["error"] == pytest.approx(
+        1 - np.mean([row["iou"] for row in _evaluation("amodal", "iou")["cells"][0]["rows"]])
+    )
+    # 5 and 50 steps are paired: their difference is noise, and the cheaper is taken
+    assert _at(choose(table, "depth", "best")) == (5, 2)
+    text = (tmp_path / "budgets.json").read_text()
+    assert sum('"steps"' in line for line in text.splitlines()) == 6 and json.loads(text) == table
+    with pytest.raises(UserError, match="no cell with a known number of MACs"):
+        budget_entry({**_evaluation(), "cells": [{**_evaluation()["cells"][0], "macs": None}]})
+
+
+def test_timing_is_fitted_and_measured(predictor):
+    cells = [
+        {"steps": s, "ensemble": n, "seconds": 0.2 + 0.05 * n + 0.003 * n * s} for s in (1, 5, 20) for n in (1, 2, 5)
+    ]
+    assert fit_timing(cells) == pytest.approx((0.25, 0.003))
+    assert min(fit_timing(cells[:1])) >= 0
+    here = measure_timing(predictor, "amodal")
+    assert isinstance(here, Timing) and here.fixed >= 0 and here.per_forward > 0
