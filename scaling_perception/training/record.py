@@ -120,6 +120,29 @@ def open_record(
     return Record(path, content, write, now)
 
 
+class Attempt:
+    """One start of a run, as a context: ``record`` says when it began, how far it came and how it ended.
+
+    Attributes:
+        step: finished steps of the run, kept up to date by the loop.
+    """
+
+    def __init__(self, record: Record, step: int, clock: Any) -> None:
+        """``clock``: a ``goodput.Clock`` that was made when the attempt began."""
+        self.step, self._record, self._clock = step, record, clock
+
+    def __enter__(self) -> "Attempt":
+        self._record.attempt_started(self.step, self._clock.elapsed())
+        return self
+
+    def saved(self) -> None:
+        """The state after ``step`` steps is being saved: worth recording, in case the attempt is killed."""
+        self._record.seen(self.step, self._clock.totals())
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        self._record.attempt_ended(self.step, why_ended(error), self._clock.totals(), str(error or ""))
+
+
 def why_ended(error: BaseException | None) -> str:
     """How an attempt ended, by the exception that left it (None: nothing did)."""
     if error is None:
