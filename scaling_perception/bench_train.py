@@ -140,7 +140,7 @@ def first_draws(case: Case) -> tuple[np.ndarray, np.ndarray]:
     import jax
     import jax.numpy as jnp
 
-    from scaling_perception.training.diffusion import sample_noise
+    from scaling_perception.training.noising import sample_noise
 
     key, shape = jax.random.fold_in(jax.random.key(0), 0), case.batch["target"].shape
     t, eps = jax.jit(lambda key: sample_noise(key, jnp.arange(shape[0]), shape, case.settings))(key)

@@ -54,9 +54,32 @@ def test_imports_go_one_way():
     _run(_tool("lint-imports"))
 
 
-def test_no_python_file_over_500_lines():
-    long = {str(path): count for path in _tracked("*.py") if (count := len(path.read_text().splitlines())) > 500}
-    assert not long
+def _house(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(ROOT / ".ci" / "house.py"), *words], capture_output=True, text=True)
+
+
+def test_no_long_function_no_long_file_and_no_circle():
+    done = _house()
+    assert done.returncode == 0, done.stderr
+    assert "longest functions\n" in done.stdout and "longest files\n" in done.stdout
+
+
+def test_what_is_too_long_or_a_circle_is_named(tmp_path):
+    package = tmp_path / "scaling_perception"
+    package.mkdir()
+    body = "    x = 1\n" * 120
+    (package / "a.py").write_text(f"def long():\n{body}\n\ndef told():\n    # Long: a table.\n{body}")
+    (package / "b.py").write_text("def f():\n    from scaling_perception.c import g\n" + "\n" * 500)
+    (package / "c.py").write_text("from scaling_perception import b\n")
+    (package / "d.py").write_text("if TYPE_CHECKING:\n    import scaling_perception.e\n")
+    (package / "e.py").write_text("import scaling_perception.d\n")
+    done = _house("--root", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "scaling_perception/a.py:1 long has 121 lines: split it, or say why in a comment «Long: …»; the limit is 120",
+        "scaling_perception/b.py has 502 lines: split it, the limit is 500",
+        "circle of imports: scaling_perception.b, scaling_perception.c",
+    ]
 
 
 def test_no_machine_paths_and_no_heavy_files():

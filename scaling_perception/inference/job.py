@@ -109,6 +109,7 @@ def run_job(
         UserError: an impossible setting, only results of other pictures in the way, with ``resume`` results of other
             settings, a full disk, ``out`` cannot be written.
     """
+    # Long: the functions within share one job's items, settings and results; each is short.
     task, begin = request.task, time.perf_counter()
     predictor.check_task(task)
     settings = _decided(request, predictor)

@@ -26,7 +26,8 @@ from scaling_perception.parallel.rules import spec_for, tree_shardings
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import get_task
-from scaling_perception.training.diffusion import LATENT, diffusion_objective, network_of, tasks_of
+from scaling_perception.training.diffusion import diffusion_objective, network_of, tasks_of
+from scaling_perception.training.noising import LATENT
 from scaling_perception.training.optim import make_optimizer
 from scaling_perception.training.state import abstract_state, named_leaves
 from scaling_perception.training.step import make_step

@@ -25,64 +25,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaling_perception.diffusion.noise import annealed_strength, pyramid_noise
-from scaling_perception.diffusion.schedules import TRAIN_STEPS, DiffusionPreset, get_diffusion
-from scaling_perception.diffusion.targets import add_noise, latent_mask, masked_squares, mean_of_cells, training_target
+from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion
+from scaling_perception.diffusion.targets import latent_mask, masked_squares, mean_of_cells
 from scaling_perception.models.dit import DiT, DiTConfig, frozen_paths, init_params
 from scaling_perception.models.presets import at_resolution, get_preset
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import ALL_PASSES, PERCEPTION, RELEASED, TaskOptions, get_task, model_passes, pass_names
+from scaling_perception.training import pretrain
+from scaling_perception.training.balance import balance_known, routing_tally, with_balance
+from scaling_perception.training.noising import LATENT, make_noising
+from scaling_perception.training.noising import sample_timesteps as sample_timesteps
 from scaling_perception.training.objective import Batches, Metrics, Objective, Parts, own_share
 from scaling_perception.training.prompts import prompt_table, with_table
 from scaling_perception.training.start import starting_point
 from scaling_perception.training.validation import held_out_batches
 
-LATENT = 4  # channels of every latent
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # of activations
 EXPORT_DTYPES = {**DTYPES, "float16": jnp.float16}  # of exported weights
 
-_HIGH = 900  # `high_noise`: half of the draws come from 900..999
 _NORM_SAMPLES = 1024  # samples that `latent_norm=auto` measures
 _SMALLEST_SCALE = 1e-2  # a channel that hardly varies must not be blown up to unit variance
-
-
-def sample_timesteps(key: jax.Array, batch: int, sampling: str) -> jax.Array:
-    """Training timesteps, int32 (B,) in 0..999.
-
-    ``uniform``: as in the paper. ``high_noise``: with probability 1/2 uniform over all, else uniform over 900..999,
-    the levels where few-step sampling on the trailing grid spends its steps (one step runs at 999 alone).
-    ``logit_normal``: 1000 times the logistic function of a standard normal, cut to a whole number: the middle of the
-    path most often (Esser et al. 2024, section 3.1, with location 0 and scale 1).
-    """
-    every, top, which = jax.random.split(key, 3)
-    if sampling == "logit_normal":
-        place = jax.nn.sigmoid(jax.random.normal(every, (batch,)))
-        return jnp.minimum((TRAIN_STEPS * place).astype(jnp.int32), TRAIN_STEPS - 1)
-    t = jax.random.randint(every, (batch,), 0, TRAIN_STEPS)
-    if sampling == "uniform":
-        return t
-    high = jax.random.randint(top, (batch,), _HIGH, TRAIN_STEPS)
-    return jnp.where(jax.random.bernoulli(which, 0.5, (batch,)), high, t)
-
-
-def sample_noise(
-    key: jax.Array, index: jax.Array, shape: tuple[int, ...], config: Config
-) -> tuple[jax.Array, jax.Array]:
-    """Timesteps (B,) and noise of ``shape`` (B, h, w, 4), each sample's from ``key`` and its place in the batch alone.
-
-    So they are the same however the batch is cut up or spread.
-    """
-
-    def one(place: jax.Array) -> tuple[jax.Array, jax.Array]:
-        key_t, key_noise = jax.random.split(jax.random.fold_in(key, place))
-        t = sample_timesteps(key_t, 1, config.timestep_sampling)
-        if config.noise == "multires":
-            height, width, channels = shape[1:]
-            return t[0], pyramid_noise(key_noise, (1, height, width, channels), annealed_strength(t))[0]
-        return t[0], jax.random.normal(key_noise, shape[1:])
-
-    return jax.vmap(one)(index)
 
 
 def labels_of(row: jax.Array, dit: DiTConfig) -> jax.Array:
@@ -110,7 +73,7 @@ def loss_parts(
             those params), None for batches of latents.
     """
     dit = model.config
-    levels = [np.asarray(table, np.float32) for table in preset.levels()]
+    noised = make_noising(preset, config)
     shift, scale = np.asarray(norm["shift"], np.float32), np.asarray(norm["scale"], np.float32)
     names = passes_of(config, dit)
     table = row_table(names)
@@ -122,10 +85,7 @@ def loss_parts(
         row = jnp.asarray(table)[batch["task"]]
         clean = (target - jnp.asarray(shift)[row][:, None, None]) / jnp.asarray(scale)[row][:, None, None]
         clean = jnp.where(valid[..., None], clean, 0.0)  # what hides under the mask may be anything, even NaN
-        t, eps = sample_noise(key, batch.get("index", jnp.arange(len(clean))), clean.shape, config)
-        alpha, sigma = (jnp.asarray(table)[t] for table in levels)
-        noisy = add_noise(clean, eps, alpha, sigma)
-        wanted = training_target(preset.prediction, clean, eps, alpha, sigma)
+        noisy, wanted, t = noised(clean, key, batch.get("index", jnp.arange(len(clean))))
         parts = [image, noisy] if dit.cond_channels == LATENT else [image, prompt, noisy]
         inputs, labels = jnp.concatenate(parts, axis=-1), labels_of(row, dit)
         got, stats = model.apply({"params": params}, inputs, t, labels, with_stats=True)
@@ -148,41 +108,6 @@ def loss_parts(
         return with_balance(value, found, dit, config, metrics, parts), metrics
 
     return Parts(tally, ("cells", *(f"cells_{name}" for name in told), *balance_known(config)), score)
-
-
-def routing_tally(stats: Mapping[str, jax.Array], dit: DiTConfig, pictures: int) -> dict[str, jax.Array]:
-    """What `with_balance` needs of the routing of a batch of ``pictures``, or of a part of one; {} without experts."""
-    if not stats:
-        return {}
-    pairs = pictures * dit.tokens * dit.active_experts  # whole numbers: float32 shares of them add up to 1 or nearly so
-    dropped = jnp.sum(jnp.round(pairs * (1.0 - jnp.sum(stats["load"], axis=-1))))
-    return {**stats, "dropped": dropped}
-
-
-def balance_known(config: Config) -> tuple[str, ...]:
-    """The entries of `routing_tally` that all parts of a batch must know before the gradient of one is taken."""
-    return ("load",) if config.balance_loss else ()
-
-
-def with_balance(
-    value: jax.Array, found: Mapping[str, jax.Array], dit: DiTConfig, config: Config, metrics: Metrics, parts: int
-) -> jax.Array:
-    """``value`` plus the balance loss of a model with experts; ``metrics`` gets how they are used.
-
-    Shares and mean scores are those of the whole batch. ``dropped`` counts what no expert got of its (token, expert)
-    pairs: 0, or something is wrong.
-    """
-    if "balance" not in found:
-        return value
-    balance = found["balance"]
-    if "probability" in found:  # of parts, not the mean of their products
-        balance = dit.experts * jnp.sum(found["load"] * found["probability"], axis=-1)
-    metrics["balance"] = jnp.mean(balance)
-    metrics["expert_load_max"] = jnp.max(found["load"]) * dit.experts  # 1: all experts get as much
-    metrics["expert_load_min"] = jnp.min(found["load"]) * dit.experts
-    metrics["router_entropy"] = jnp.mean(found["entropy"])
-    metrics["dropped"] = found["dropped"] * parts
-    return value + config.balance_loss * jnp.sum(balance)
 
 
 def latents_of(
@@ -324,8 +249,6 @@ def diffusion_objective(
         meta["task_prompts"] = {**config.task_prompts.to_dict(), "text_encoder": config.text_encoder}
     generation = not conditioned(config)
     if generation:  # a starting point, as an imported DiT is: no perception task
-        from scaling_perception.training import pretrain
-
         meta |= {"tasks": [], "task_options": {}, "classes": pretrain.check_classes(dit, batches.fingerprint)}
     if start_meta.get("surgery"):
         meta["init"] = {"model": start_meta["model"]["name"], "steps": start_meta["surgery"]}
@@ -376,9 +299,7 @@ def network_of(config: Config) -> DiTConfig:
         raise UserError("data.mixture is empty: name at least one source and its task")
     names = ", ".join(tasks_of(config))
     if not conditioned(config):
-        from scaling_perception.training.pretrain import check_generation
-
-        check_generation(config, dit)
+        pretrain.check_generation(config, dit)
         return dit
     wanted = len(model_passes(tasks_of(config)))
     if len(passes) > 1 and not dit.task_labels:

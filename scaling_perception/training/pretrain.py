@@ -22,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling_perception.diffusion.schedules import DiffusionPreset
-from scaling_perception.diffusion.targets import add_noise, training_target
 from scaling_perception.diffusion.vlb import learned_range_bits, variance_tables
 from scaling_perception.models.dit import DiTConfig
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
-from scaling_perception.training.diffusion import LATENT, balance_known, routing_tally, sample_noise, with_balance
+from scaling_perception.training.balance import balance_known, routing_tally, with_balance
+from scaling_perception.training.noising import LATENT, make_noising
 from scaling_perception.training.objective import Metrics, Parts
 
 Moments = Callable[..., tuple[jax.Array, jax.Array | None]]
@@ -75,7 +75,7 @@ def generation_parts(
         model: a DiT without conditions. norm: {"shift": [[4]], "scale": [[4]]}. moments: as for `latent_draw`.
     """
     dit = model.config
-    levels = [np.asarray(table, np.float32) for table in preset.levels()]
+    noised = make_noising(preset, config)
     tables = variance_tables(preset) if dit.learn_sigma else None
     shift, scale = np.asarray(norm["shift"][0], np.float32), np.asarray(norm["scale"][0], np.float32)
 
@@ -84,10 +84,7 @@ def generation_parts(
         key_draw, key_drop, key_noise = jax.random.split(key, 3)
         clean = (latent_draw(batch, moments, key_draw, index) - shift[None, None, None]) / scale[None, None, None]
         labels = dropped_labels(batch["label"], dit, config.label_dropout, key_drop, index)
-        t, eps = sample_noise(key_noise, index, clean.shape, config)
-        alpha, sigma = (jnp.asarray(table)[t] for table in levels)
-        noisy = add_noise(clean, eps, alpha, sigma)
-        wanted = training_target(preset.prediction, clean, eps, alpha, sigma)
+        noisy, wanted, t = noised(clean, key_noise, index)
         out, stats = model.apply({"params": params}, noisy, t, labels, with_stats=True)
         found = {"mse": jnp.mean(jnp.square(out[..., :LATENT] - wanted))}
         if tables is not None:
