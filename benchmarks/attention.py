@@ -9,16 +9,15 @@ turns in one process. A way that the device cannot run is reported with its reas
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from scaling_perception.ops.attention import attention, attention_einsum
+from scaling_perception.timing.rounds import in_rounds
 
 HEAD_SIZES = (16, 32, 48, 64, 72, 96, 112, 128)
 HEADS, CALLS = 16, 10
@@ -57,18 +56,15 @@ def measure(batch: int, tokens: int, size: int, repeats: int) -> dict[str, dict[
         except Exception as error:
             programs = {at: program for at, program in programs.items() if at[0] != name}
             found[name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    seconds: dict[tuple[str, str], list[float]] = {at: [] for at in programs}
-    for _ in range(repeats):
-        for at, program in programs.items():
-            begin = time.perf_counter()
-            for _ in range(CALLS):
-                out = program(*arrays)
-            jax.block_until_ready(out)
-            seconds[at].append((time.perf_counter() - begin) / CALLS)
-    for (name, kind), taken in seconds.items():
+
+    def calls(program: Any) -> Callable[[], Any]:
+        return lambda: [program(*arrays) for _ in range(CALLS)][-1]  # the device works them off in order
+
+    timed = in_rounds({f"{name} {kind}": calls(program) for (name, kind), program in programs.items()}, repeats)
+    for name, kind in programs:
         row = found[name]
         assert isinstance(row, dict)
-        row[kind] = 1e3 * median(taken)
+        row[kind] = 1e3 * timed[f"{name} {kind}"]["seconds"] / CALLS
     return found
 
 

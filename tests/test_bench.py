@@ -5,8 +5,10 @@ import math
 
 import pytest
 
-from scaling_perception.bench import in_turns
 from scaling_perception.cli import main
+from scaling_perception.support.errors import UserError
+from scaling_perception.timing import peer
+from scaling_perception.timing.rounds import in_rounds
 
 SMALL = "bench moe --tokens 64 --dim 8 --experts 4 --active 2 --repeats 2".split()
 
@@ -29,9 +31,17 @@ def test_moe_measures_every_dispatcher_and_how_far_it_is_from_dense(tmp_path, ca
 
 def test_functions_are_called_in_turns_each_after_an_untimed_call():
     calls = []
-    seconds = in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=2)
-    assert calls == ["a", "a", "b", "b"] * 2
-    assert [len(seconds[name]) for name in "ab"] == [2, 2]
+    found = in_rounds({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=2, warm=True)
+    assert "".join(calls) == "aabb" + "bbaa"
+    assert [len(found[name]["rounds"]) for name in "ab"] == [2, 2]
+
+
+def test_an_installed_package_says_where_the_peer_is(monkeypatch, tmp_path):
+    """A wheel holds no ``benchmarks/``."""
+    monkeypatch.setattr(peer, "FOLDER", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(UserError, match=r"--against torch needs benchmarks/torch_peer.py of a checkout.*in a clone"):
+        peer.load("torch_peer")
 
 
 @pytest.mark.parametrize(

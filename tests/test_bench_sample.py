@@ -6,13 +6,14 @@ import json
 import numpy as np
 import pytest
 
-from scaling_perception import bench_sample
-from scaling_perception.bench_ways import draw_leaves, make_case, make_torch
 from scaling_perception.models import tiny_vae, vae
 from scaling_perception.models.autoencoders import make_kl, make_tiny
 from scaling_perception.models.presets import get_preset
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import make_parser, run_verb
+from scaling_perception.timing import peer, sample, ways
+from scaling_perception.timing.rounds import in_rounds
+from scaling_perception.timing.ways import draw_leaves, make_case, make_torch
 
 NANO = ["sample", "--model", "nano", "--resolution", "32", "--quick"]
 
@@ -57,14 +58,12 @@ def test_torch_gives_the_same_prediction(result):
 
 @pytest.mark.parametrize("family", ["kl", "tiny"])
 def test_autoencoders_in_torch(family, torch):
-    from scaling_perception.torch_peer import make_coders
-
     config = vae.VAEConfig((8, 16), 1, norm_num_groups=4) if family == "kl" else tiny_vae.SMALL
     rng, module = np.random.default_rng(0), (vae if family == "kl" else tiny_vae)
     parts = ("encoder", "decoder")
     trees = {p: tiny_vae.unflatten(draw_leaves(module.part_shapes(p, config), rng)) for p in parts}
     ours = (make_kl if family == "kl" else make_tiny)("drawn", config, trees)
-    encode, decode = make_coders(ours)
+    encode, decode = peer.load("torch_peer").make_coders(ours)
     picture = rng.uniform(-1, 1, (1, 32, 32, 3)).astype(np.float32)
     latent = np.array(ours.encode(ours.params, picture)[0])
     theirs = encode(torch.from_numpy(picture.transpose(0, 3, 1, 2))).permute(0, 2, 3, 1).numpy()
@@ -75,25 +74,23 @@ def test_autoencoders_in_torch(family, torch):
 
 
 def test_differences_end_the_run(monkeypatch, torch):
-    from scaling_perception import bench_ways
-
-    monkeypatch.setattr(bench_ways, "LARGEST_ESTIMATE", 0.0)
+    monkeypatch.setattr(ways, "LARGEST_ESTIMATE", 0.0)
     with pytest.raises(RuntimeError, match="do not compute the same"):
         run_verb("bench", [*NANO, "--against", "torch"])
 
 
 def test_rounds_take_turns():
     calls = []
-    ways = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    found = bench_sample.in_rounds(ways, 2)
+    functions = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    found = in_rounds(functions, 2)
     assert "".join(calls) == "abc" + "abc" + "bca"
     assert len(found["a"]["rounds"]) == 2 and found["a"]["fastest"] <= found["a"]["seconds"]
 
 
 def test_memory_of_one_way():
-    found = bench_sample._once(parse("--once", "ours"))
+    found = sample._once(parse("--once", "ours"))
     assert 0 < found["before_bytes"] <= found["peak_bytes"]
-    assert "MiB" in bench_sample.sample_table(found)
+    assert "MiB" in sample.table(found)
 
 
 def test_refusals(monkeypatch):
@@ -111,7 +108,5 @@ def test_refusals(monkeypatch):
 
 
 def test_torch_refuses_what_it_has_not(torch):
-    from scaling_perception.torch_peer import make_dit
-
     with pytest.raises(UserError, match="dense models alone, and nano is none"):
-        make_dit(get_preset("nano"), {})
+        peer.load("torch_peer").make_dit(get_preset("nano"), {})

@@ -7,9 +7,10 @@ import types
 import numpy as np
 import pytest
 
-from scaling_perception import bench_train
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import make_parser, run_verb
+from scaling_perception.timing import rounds
+from scaling_perception.timing import train as bench_train
 
 NANO = ["train", "--model", "nano", "--resolution", "32", "--batch", "2", "--quick"]
 
@@ -73,16 +74,16 @@ def test_differences_end_the_run(monkeypatch, torch):
 
 def test_short_steps_are_timed_several_at_once(monkeypatch):
     clock, calls = [0.0], []
-    monkeypatch.setattr(bench_train, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(rounds, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def step():
         calls.append(None)
         clock[0] += 0.3
 
-    function, count = bench_train._several(step, 1.0)
+    function, count = rounds.several(step, 1.0)
     function()
     assert count == 3 and len(calls) == 1 + 3
-    assert bench_train._several(step, 0.0)[1] == 1
+    assert rounds.several(step, 0.0)[1] == 1
 
 
 def test_refusals(monkeypatch):

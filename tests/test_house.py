@@ -47,7 +47,7 @@ def test_what_needs_pytorch_carries_the_marker():
         text = path.read_text()
         for found in skipping.finditer(text):
             asks = re.search(r"^pytestmark = pytest.mark.torch|\(.*\btorch\b.*\):$", text[: found.start()], re.M)
-            assert asks or path.name == "torch_reference.py", f"{path}: use the fixture torch, or mark the file"
+            assert asks, f"{path}: use the fixture torch, or mark the file"
 
 
 def test_imports_go_one_way():

@@ -15,37 +15,13 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from scaling_perception.support.chips import peak_flops as peak_flops
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_text
 
 _SHOWN = {"loss": "loss", "held_out_loss": "held out", "lr": "lr", "grad_norm": "grad"}
 _SHOWN |= {"samples_per_second": "samples/s", "mfu": "MFU"}
 _HIDDEN = ("time", "spent_")  # begin fields that are for goodput.py: in the rows alone, for no curve is in them
-
-# Dense bfloat16 FLOP/s of one device as JAX counts them, by what its kind begins with or holds (makers' data sheets).
-# Of TPU v2, v3 and 7x, a device is half a chip.
-PEAKS = {
-    "TPU v2": 23e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,  # v5p
-    "TPU v6": 918e12,
-    "TPU7x": 1153.5e12,
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-}
-_UNKNOWN = ("TPU v4 lite",)
-
-
-def peak_flops(kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device of this kind (``jax.Device.device_kind``), or None where they are not known."""
-    if kind in _UNKNOWN:
-        return None
-    return next((peak for name, peak in PEAKS.items() if name in kind), None)
 
 
 class Pace:

@@ -1,6 +1,6 @@
 """Our models against torch modules of random sizes: outputs, routing and the gradient of every parameter.
 
-The torch side (torch_reference.py) holds its weights under the published names, so the mapping is tested as well.
+The torch side (benchmarks/torch_dit.py) holds its weights under the published names, so the mapping is tested as well.
 """
 
 import math
@@ -15,11 +15,12 @@ import pytest
 from scaling_perception.interop.torch_dit import dit_from_torch, dit_to_torch
 from scaling_perception.models.dit import DiT, DiTConfig, position_table
 from scaling_perception.models.surgery import upcycle
+from scaling_perception.timing import peer
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch", reason="needs PyTorch")
-import torch_reference  # noqa: E402
-from torch_reference import TorchDiT, randomise, sincos_table  # noqa: E402
+torch_reference = peer.load("torch_dit")
+TorchDiT, sincos_table = torch_reference.TorchDiT, torch_reference.sincos_table
 
 OUTPUT, GRADIENT = 1e-5, 1e-4  # largest difference over the largest reference value, float32
 HALF_OUTPUT, HALF_GRADIENT = 2e-2, 3e-2  # norm of the difference over that of the reference, bfloat16
@@ -109,7 +110,24 @@ def one_thread():
 by_name = pytest.mark.parametrize("case", DENSE + SCRATCH + GENERALIST, ids=lambda case: case.config.name)
 
 
-def torch_model(case: Case) -> TorchDiT:
+def randomise(model: Any, seed: int) -> None:
+    """Every parameter but the position table drawn anew, with sizes that keep activations near 1 and no branch zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, leaf in model.named_parameters():
+            if name == "pos_embed":
+                continue
+            drawn = torch.randn(leaf.shape, generator=generator)
+            if name.endswith("_norm.weight"):
+                drawn = 1 + 0.3 * drawn
+            elif name.endswith(".bias"):
+                drawn = 0.3 * drawn
+            elif "embedding_table" not in name:
+                drawn = drawn / math.sqrt(leaf[0].numel())
+            leaf.copy_(drawn)
+
+
+def torch_model(case: Case) -> Any:
     config = case.config
     model = TorchDiT(
         input_size=config.input_size,

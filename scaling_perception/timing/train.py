@@ -1,32 +1,31 @@
 """Speed of a training step: loss, gradient, AdamW, running average; `bench train`.
 
 The step is the one that `train` compiles, for a depth specialist on latents. Beside it stands the same step in PyTorch
-(`torch_peer`), eager with either attention and through torch.compile, all with as many threads. They take turns in one
-process, and the loss and every gradient are held against each other first: what is not the same computation is not
-compared. Weights and data are drawn: speed does not depend on them.
+(`benchmarks/torch_peer.py`), eager with either attention and through torch.compile, all with as many threads. They take
+turns in one process, and the loss and every gradient are held against each other first: what is not the same
+computation is not compared. Weights and data are drawn: speed does not depend on them.
 """
 
 import argparse
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from scaling_perception.bench_sample import in_rounds, keep_to, ratio, ratio_lines
-from scaling_perception.bench_ways import difference, draw_leaves, prepare_torch
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import COUNT
+from scaling_perception.timing import peer
+from scaling_perception.timing.rounds import Function, in_rounds, keep_to, ratio, several
+from scaling_perception.timing.sample import ratio_lines
+from scaling_perception.timing.ways import difference, draw_specialist
 
 LARGEST_LOSS, LARGEST_GRADIENT = 1e-5, 1e-3  # relative difference from torch in float32
 _SPAN = 1.0  # seconds that a timed call should take: so many steps
 _QUICK = {"repeats": 1}
 _OPTIM = {"name": "adamw", "lr": 1e-4, "lr_final": 1e-6, "warmup": 0, "schedule": "constant", "b1": 0.9, "b2": 0.999}
 _OPTIM |= {"eps": 1e-8, "weight_decay": 0.0, "grad_clip": 0.0, "ema": 0.9999}
-
-Function = Callable[[], Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,19 +60,12 @@ def make_case(args: argparse.Namespace) -> Case:
     from ml_collections import ConfigDict
 
     from scaling_perception.diffusion.schedules import get_diffusion
-    from scaling_perception.interop.safetensors_io import flatten_tree, unflatten_tree
-    from scaling_perception.models.dit import abstract_params, position_table
-    from scaling_perception.models.presets import at_resolution, get_preset
 
     for name in ("batch", "repeats"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: give 1 or more")
-    specialist = {"cond_channels": 4, "task_labels": 0, "routed": False, "num_classes": 1000}
-    config = at_resolution(get_preset(args.model, **specialist), args.resolution)
     rng = np.random.default_rng(0)
-    shapes = {name: leaf.shape for name, leaf in flatten_tree(abstract_params(config)).items()}
-    params = unflatten_tree(draw_leaves(shapes, rng))
-    params["pos_embed"] = position_table(config.dim, config.grid)
+    config, params = draw_specialist(args.model, args.resolution, rng)
     latents = (args.batch, config.input_size, config.input_size, 4)
     batch = {name: rng.standard_normal(latents, np.float32) for name in ("image", "target")}
     batch |= {"valid": rng.random(latents[:3]) < 0.9, "task": np.zeros(args.batch, np.int32)}
@@ -153,14 +145,12 @@ def make_torch(case: Case, kind: str) -> Any:
     Raises:
         UserError: no torch here, a model it is not written for, or an accelerator on our side.
     """
-    prepare_torch()
+    torch_peer = peer.prepare()
     import torch  # pyright: ignore[reportMissingImports]
 
-    from scaling_perception.torch_peer import Trainer, make_dit
-
-    network = make_dit(case.config, case.params, "sdpa" if kind == "compiled" else kind)
+    network = torch_peer.make_dit(case.config, case.params, "sdpa" if kind == "compiled" else kind)
     forward: Any = torch.compile(network) if kind == "compiled" else network
-    return Trainer(network, forward, case.diffusion, case.optim, case.batch, case.config.null_label)
+    return torch_peer.Trainer(network, forward, case.diffusion, case.optim, case.batch, case.config.null_label)
 
 
 def agreement(case: Case, ours: Ours, trainer: Any, exact: bool) -> dict[str, float]:
@@ -186,20 +176,7 @@ def agreement(case: Case, ours: Ours, trainer: Any, exact: bool) -> dict[str, fl
     return found
 
 
-def _several(function: Function, span: float) -> tuple[Function, int]:
-    """So many calls in one that it takes about ``span`` seconds, after one that warms the caches."""
-    begin = time.perf_counter()
-    function()
-    count = max(1, math.floor(span / (time.perf_counter() - begin)))
-
-    def calls() -> None:
-        for _ in range(count):
-            function()
-
-    return (calls if count > 1 else function), count
-
-
-def bench_train(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see the module and docs/speed.md.
 
     Returns:
@@ -213,7 +190,7 @@ def bench_train(args: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from scaling_perception.models.compute import TRAINING_FACTOR, forward_macs
-    from scaling_perception.training.writer import peak_flops
+    from scaling_perception.support.chips import peak_flops
 
     if args.quick:
         vars(args).update(_QUICK)
@@ -235,7 +212,7 @@ def bench_train(args: argparse.Namespace) -> dict[str, Any]:
     ways: dict[str, Function] = {"ours": ours, **trainers}
     steps: dict[str, int] = {}
     for name, way in ways.items():
-        ways[name], steps[name] = _several(way, 0.0 if args.quick else _SPAN)
+        ways[name], steps[name] = several(way, 0.0 if args.quick else _SPAN)
     load = os.getloadavg() if hasattr(os, "getloadavg") else ()
     found = in_rounds(ways, args.repeats)
     work = 2 * TRAINING_FACTOR * forward_macs(case.config) * args.batch
@@ -258,7 +235,7 @@ def bench_train(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def train_table(result: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """The result as lines of text."""
     return "\n".join(_lines(result))
 

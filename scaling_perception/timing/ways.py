@@ -1,22 +1,21 @@
-"""Ways of sampling one prediction, for `bench_sample`: the predictor's, those between it and a plain loop, torch's.
+"""Ways of sampling one prediction, for `bench sample`: the predictor's, those between it and a plain loop, torch's.
 
 Every way gives the decoded members of one picture, so that they can be held against each other.
 """
 
 import argparse
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.timing import peer
+from scaling_perception.timing.rounds import Function
 
 AUTOENCODERS = ("tiny", "taesd", "sd")
 LARGEST_PIXEL, LARGEST_ESTIMATE = 1e-3, 1e-4  # difference from torch in float32, over the largest value
-
-Function = Callable[[], Any]
 
 
 class Case(NamedTuple):
@@ -69,6 +68,23 @@ def _autoencoder(family: str, rng: np.random.Generator) -> Any:
     return (make_kl if family == "sd" else make_tiny)(family, config, trees)
 
 
+def draw_specialist(model: str, resolution: int, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
+    """(DiTConfig, parameters) of a preset as a depth specialist.
+
+    Raises:
+        UserError: an unknown model, or a resolution that makes no patches.
+    """
+    from scaling_perception.interop.safetensors_io import flatten_tree, unflatten_tree
+    from scaling_perception.models.dit import abstract_params, position_table
+    from scaling_perception.models.presets import at_resolution, get_preset
+
+    specialist = {"cond_channels": 4, "task_labels": 0, "routed": False, "num_classes": 1000}
+    config = at_resolution(get_preset(model, **specialist), resolution)
+    shapes = {name: leaf.shape for name, leaf in flatten_tree(abstract_params(config)).items()}
+    params = unflatten_tree(draw_leaves(shapes, rng))
+    return config, {**params, "pos_embed": position_table(config.dim, config.grid)}
+
+
 def make_case(args: argparse.Namespace) -> Case:
     """The model, its autoencoder and pictures, all drawn.
 
@@ -80,20 +96,13 @@ def make_case(args: argparse.Namespace) -> Case:
     from scaling_perception import Predictor
     from scaling_perception.diffusion.schedules import get_diffusion
     from scaling_perception.inference.settings import Settings
-    from scaling_perception.interop.safetensors_io import flatten_tree, unflatten_tree
-    from scaling_perception.models.dit import abstract_params, position_table
-    from scaling_perception.models.presets import at_resolution, get_preset
 
     for name in ("steps", "ensemble", "images", "repeats"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: give 1 or more")
-    specialist = {"cond_channels": 4, "task_labels": 0, "routed": False, "num_classes": 1000}
-    config = at_resolution(get_preset(args.model, **specialist), args.resolution)
     rng = np.random.default_rng(0)
     autoencoder = _autoencoder(args.autoencoder, rng)
-    shapes = {name: leaf.shape for name, leaf in flatten_tree(abstract_params(config)).items()}
-    params = unflatten_tree(draw_leaves(shapes, rng))
-    params["pos_embed"] = position_table(config.dim, config.grid)
+    config, params = draw_specialist(args.model, args.resolution, rng)
     meta = {
         "model": dataclasses.asdict(config),
         "resolution": args.resolution,
@@ -246,41 +255,20 @@ def make_levers(case: Case, parts: Parts) -> dict[str, Function]:
 # PyTorch
 
 
-def prepare_torch() -> None:
-    """As many threads for torch as there are processors for JAX.
-
-    Raises:
-        UserError: no torch here, or an accelerator on our side.
-    """
-    import importlib.util
-
-    import jax
-
-    if importlib.util.find_spec("torch") is None:
-        raise UserError("--against torch needs PyTorch: pip install 'scaling-perception[torch]', or leave it out")
-    if jax.default_backend() != "cpu":
-        raise UserError("--against torch compares on the processor: set JAX_PLATFORMS=cpu, or leave it out")
-    import torch  # pyright: ignore[reportMissingImports]
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
 def make_torch(case: Case, kind: str) -> Any:
     """A `torch_peer.Sampler` of the case's weights; ``kind``: explicit, sdpa, or compiled (sdpa).
 
     Raises:
         UserError: no torch here, a model it is not written for, or an accelerator on our side.
     """
-    prepare_torch()
+    torch_peer = peer.prepare()
     import torch  # pyright: ignore[reportMissingImports]
 
-    from scaling_perception.torch_peer import Sampler, make_dit
-
     predictor = case.predictor
-    network: Any = make_dit(case.config, predictor.params, "sdpa" if kind == "compiled" else kind)
+    network: Any = torch_peer.make_dit(case.config, predictor.params, "sdpa" if kind == "compiled" else kind)
     network = torch.compile(network) if kind == "compiled" else network
     label = int(predictor.passes("depth").labels[0])
-    return Sampler(network, predictor.autoencoder, predictor.diffusion, case.settings.steps, label)
+    return torch_peer.Sampler(network, predictor.autoencoder, predictor.diffusion, case.settings.steps, label)
 
 
 def torch_prediction(case: Case, sampler: Any, every: list[Parts]) -> list[np.ndarray]:
@@ -290,7 +278,7 @@ def torch_prediction(case: Case, sampler: Any, every: list[Parts]) -> list[np.nd
 def difference(one: Any, other: Any) -> float:
     """Largest difference over the largest value of ``other``."""
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-    return float(np.max(np.abs(one - other)) / np.max(np.abs(other)))
+    return float(np.max(np.abs(one - other)) / max(np.max(np.abs(other)), np.finfo(np.float64).tiny))
 
 
 def agreement(case: Case, parts: Parts, sampler: Any) -> dict[str, float]:

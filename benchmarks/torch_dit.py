@@ -1,4 +1,4 @@
-"""The paper's models in PyTorch, written from their description (facts 1.1, 1.3, 2, 3.1): an oracle for the tests.
+"""The paper's models in PyTorch, written from their description (facts 1.1, 1.3, 2, 3.1), for tests and benches alike.
 
 Parameters have the published names, so a ``state_dict()`` of these modules is a checkpoint. Plain and slow: experts one
 after the other, samples one after the other where each has its own patch embedding.
@@ -85,16 +85,19 @@ class Label(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """The layout of timm: ``qkv`` and ``proj``."""
+    """The layout of timm: ``qkv`` and ``proj``; ``explicit`` as it was when DiT was written, else as it is today."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, explicit: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.explicit = heads, explicit
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        if self.explicit:
+            mixed = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1) @ value
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -222,7 +225,7 @@ class TorchDiT(nn.Module):
         hidden: width of an MLP, and of each expert.
         label_rows: of the label table, the null row included.
         tasks: 0, or how many patch embeddings there are, for labels from ``first_task`` on.
-        attention: ``timm`` or ``flash``.
+        attention: ``flash``, or in the layout of timm ``explicit`` or ``sdpa`` (any other word means the last).
         experts: 0 = a dense model, else see ``Mixture``.
         alpha: weight of the balance loss.
     """
@@ -241,7 +244,7 @@ class TorchDiT(nn.Module):
         label_rows: int,
         tasks: int = 0,
         first_task: int = 0,
-        attention: str = "timm",
+        attention: str = "sdpa",
         qk_norm: bool = False,
         experts: int = 0,
         active: int = 0,
@@ -258,7 +261,8 @@ class TorchDiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_table(dim, self.grid), requires_grad=False)
 
         def block() -> TorchBlock:
-            attend = FlashAttention(dim, heads, qk_norm) if attention == "flash" else PlainAttention(dim, heads)
+            plain = PlainAttention(dim, heads, attention == "explicit")
+            attend = FlashAttention(dim, heads, qk_norm) if attention == "flash" else plain
             if experts:
                 return TorchBlock(
                     dim, attend, "moe", Mixture(dim, hidden, experts, active, kind, shared, renormalise, alpha)
@@ -280,20 +284,3 @@ class TorchDiT(nn.Module):
     def mixtures(self) -> list[Mixture]:
         """The layers with experts, in order."""
         return [module for module in self.modules() if isinstance(module, Mixture)]
-
-
-def randomise(model: nn.Module, seed: int) -> None:
-    """Every parameter but the position table drawn anew, with sizes that keep activations near 1 and no branch zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, leaf in model.named_parameters():
-            if name == "pos_embed":
-                continue
-            drawn = torch.randn(leaf.shape, generator=generator)
-            if name.endswith("_norm.weight"):
-                drawn = 1 + 0.3 * drawn
-            elif name.endswith(".bias"):
-                drawn = 0.3 * drawn
-            elif "embedding_table" not in name:
-                drawn = drawn / math.sqrt(leaf[0].numel())
-            leaf.copy_(drawn)

@@ -11,128 +11,40 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch  # pyright: ignore[reportMissingImports]
-from torch import Tensor, nn  # pyright: ignore[reportMissingImports]
-from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from scaling_perception.diffusion.schedules import TRAIN_STEPS, DiffusionPreset, timestep_grid
 from scaling_perception.interop.torch_dit import dit_to_torch
 from scaling_perception.models import tiny_vae, vae
 from scaling_perception.models.autoencoders import Autoencoder
 from scaling_perception.models.config import DiTConfig
-from scaling_perception.models.dit import NORM_EPSILON, TIME_FREQUENCIES
 from scaling_perception.support.errors import UserError
 
-ATTENTIONS = ("explicit", "sdpa")
-
-
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-class _Attention(nn.Module):
-    """timm's: ``explicit`` as it was when DiT was written, ``sdpa`` as it is today."""
-
-    def __init__(self, dim: int, heads: int, kind: str) -> None:
-        super().__init__()
-        self.heads, self.kind = heads, kind
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        if self.kind == "sdpa":
-            mixed = F.scaled_dot_product_attention(query, key, value)
-        else:
-            logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
-            mixed = logits.softmax(dim=-1) @ value
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, dim))
-
-
-class _Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class _Block(nn.Module):
-    def __init__(self, config: DiTConfig, attention: str) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.dim, NORM_EPSILON, elementwise_affine=False)
-        self.attn = _Attention(config.dim, config.heads, attention)
-        self.norm2 = nn.LayerNorm(config.dim, NORM_EPSILON, elementwise_affine=False)
-        self.mlp = _Mlp(config.dim, config.hidden)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
-        x = x + gate_a.unsqueeze(1) * self.attn(_modulate(self.norm1(x), shift_a, scale_a))
-        return x + gate_m.unsqueeze(1) * self.mlp(_modulate(self.norm2(x), shift_m, scale_m))
-
-
-class _Final(nn.Module):
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(config.dim, NORM_EPSILON, elementwise_affine=False)
-        self.linear = nn.Linear(config.dim, config.patch_size**2 * config.out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
-        return self.linear(_modulate(self.norm(x), shift, scale))
-
-
-class _Parts(nn.Module):
-    """Modules under the names that a checkpoint has for them."""
-
-    def __init__(self, **parts: nn.Module) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-
-class TorchDiT(nn.Module):
-    """A dense DiT with the published parameter names: (B, C, h, w), (B,) timesteps, (B,) labels to (B, C_out, h, w)."""
-
-    def __init__(self, config: DiTConfig, attention: str) -> None:
-        super().__init__()
-        dim, patch = config.dim, config.patch_size
-        self.patch, self.grid = patch, config.grid
-        self.x_embedder: Any = _Parts(proj=nn.Conv2d(config.input_channels, dim, patch, patch))
-        self.t_embedder: Any = _Parts(
-            mlp=nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
-        )
-        self.y_embedder: Any = _Parts(embedding_table=nn.Embedding(config.label_rows, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, dim), requires_grad=False)
-        self.blocks = nn.ModuleList([_Block(config, attention) for _ in range(config.depth)])
-        self.final_layer = _Final(config)
-
-    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
-        powers = torch.arange(TIME_FREQUENCIES, dtype=torch.float32, device=t.device) / TIME_FREQUENCIES
-        angles = t.float()[:, None] * torch.exp(-np.log(10000.0) * powers)[None]
-        condition = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
-        condition = condition + self.y_embedder.embedding_table(label)
-        for block in self.blocks:
-            x = block(x, condition)
-        x = self.final_layer(x, condition)
-        x = x.reshape(x.shape[0], self.grid, self.grid, self.patch, self.patch, -1)
-        return torch.einsum("nhwpqc->nchpwq", x).reshape(x.shape[0], -1, *2 * (self.grid * self.patch,))
+from .torch_dit import TorchDiT
 
 
 def make_dit(config: DiTConfig, params: Mapping[str, Any], attention: str = "sdpa") -> TorchDiT:
-    """The model with our parameters.
+    """The model with our parameters; ``attention``: explicit, as timm's was when DiT was written, or sdpa, as it is.
 
     Raises:
         UserError: a model with a part that this rendering has not.
     """
     if config.experts or config.routed or config.qk_norm or config.context_dim:
         raise UserError(f"--against torch has dense models alone, and {config.name} is none: choose a1 to a6 or XL/2")
-    model = TorchDiT(config, attention)
+    model = TorchDiT(
+        input_size=config.input_size,
+        patch=config.patch_size,
+        channels=config.input_channels,
+        out_channels=config.out_channels,
+        dim=config.dim,
+        depth=config.depth,
+        heads=config.heads,
+        hidden=config.hidden,
+        label_rows=config.label_rows,
+        attention=attention,
+    )
     state = dit_to_torch(params, config, attention="timm")
     model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in state.items()})
     return model.eval()

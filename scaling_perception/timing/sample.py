@@ -1,9 +1,9 @@
 """Speed of a whole prediction: encode, sample every member, decode, merge; `bench sample`.
 
 Weights are drawn, not trained: speed does not depend on them. Beside the predictor stand the same models in PyTorch
-(`torch_peer`), sampled as the released code does it, and the steps that lead from such a loop to the predictor. All of
-them take turns in one process, so that what else the machine does meets them alike, and their results are held against
-each other: what is not the same computation is not compared.
+(`benchmarks/torch_peer.py`), sampled as the released code does it, and the steps that lead from such a loop to the
+predictor. All of them take turns in one process, so that what else the machine does meets them alike, and their results
+are held against each other: what is not the same computation is not compared.
 """
 
 import argparse
@@ -15,13 +15,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from scaling_perception.bench_ways import (
+from scaling_perception.support.stopping import removed_when_stopped
+from scaling_perception.support.verbs import COUNT, POSITIVE
+from scaling_perception.timing.rounds import Function, in_rounds, keep_to, ratio
+from scaling_perception.timing.ways import (
     AUTOENCODERS,
     LARGEST_PIXEL,
-    Function,
     agreement,
     difference,
     finish,
@@ -33,9 +34,6 @@ from scaling_perception.bench_ways import (
     predict,
     torch_prediction,
 )
-from scaling_perception.support.errors import UserError
-from scaling_perception.support.stopping import removed_when_stopped
-from scaling_perception.support.verbs import COUNT, POSITIVE
 
 COMPILE_SECONDS = 120  # what torch.compile may take
 _QUICK = {"steps": 2, "ensemble": 2, "repeats": 1}
@@ -62,58 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory (a process for each way)")
     parser.add_argument("--quick", action="store_true", help="two steps and members, one round: no measurement")
     parser.add_argument("--once", help=argparse.SUPPRESS)  # run one way once and tell the memory it took
-
-
-# Measuring
-
-
-def in_rounds(functions: Mapping[str, Function], repeats: int) -> dict[str, dict[str, Any]]:
-    """Seconds by the clock and of all processors together, in turns; each round starts one function further."""
-    first = {}
-    for name, function in functions.items():
-        begin = time.perf_counter()
-        function()
-        first[name] = time.perf_counter() - begin
-    clock: dict[str, list[float]] = {name: [] for name in functions}
-    busy: dict[str, list[float]] = {name: [] for name in functions}
-    order = list(functions)
-    for _ in range(repeats):
-        for name in order:
-            work, begin = time.process_time(), time.perf_counter()
-            functions[name]()
-            clock[name].append(time.perf_counter() - begin)
-            busy[name].append(time.process_time() - work)
-        order = order[1:] + order[:1]
-    return {
-        name: {
-            "seconds": median(clock[name]),
-            "fastest": min(clock[name]),
-            "processor_seconds": median(busy[name]),
-            "first_call_seconds": first[name],
-            "rounds": clock[name],
-        }
-        for name in functions
-    }
-
-
-def ratio(found: Mapping[str, Any], slow: str, fast: str) -> dict[str, float]:
-    """How many times faster: the median over the rounds, the fastest calls, and by time of the processors."""
-    a, b = found[slow], found[fast]
-    return {
-        "ratio": median(x / y for x, y in zip(a["rounds"], b["rounds"], strict=True)),
-        "ratio_of_fastest": a["fastest"] / b["fastest"],
-        "ratio_of_processor_seconds": a["processor_seconds"] / b["processor_seconds"],
-    }
-
-
-def keep_to(cores: int) -> None:
-    """Before the first array: so many processors are seen by JAX as by torch."""
-    if not hasattr(os, "sched_setaffinity"):
-        raise UserError("--cores cannot be kept to on this system: leave it out")
-    available = sorted(os.sched_getaffinity(0))
-    if not 1 <= cores <= len(available):
-        raise UserError(f"--cores {cores}: this machine has {len(available)}")
-    os.sched_setaffinity(0, available[:cores])
 
 
 def _status(field: str) -> int:
@@ -154,7 +100,7 @@ def _in_a_process(args: argparse.Namespace, name: str, limit: float | None = Non
         return {field: found[field] for field in ("before_bytes", "peak_bytes")}
 
 
-def bench_sample(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see the module and docs/speed.md.
 
     Returns:
@@ -169,7 +115,7 @@ def bench_sample(args: argparse.Namespace) -> dict[str, Any]:
 
     from scaling_perception.models.autoencoders import part_size
     from scaling_perception.models.compute import forward_macs
-    from scaling_perception.training.writer import peak_flops
+    from scaling_perception.support.chips import peak_flops
 
     if args.quick:
         vars(args).update(_QUICK)
@@ -272,7 +218,7 @@ def ratio_lines(against: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def sample_table(result: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """The result as lines of text."""
     return "\n".join(_lines(result))
 
