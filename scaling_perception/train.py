@@ -111,7 +111,7 @@ def train(config: Any, workdir: Path, command: str = "the same command", profile
     mesh = meshes.make_mesh(**config.mesh.to_dict())
     check_batch(config.train, mesh)
     objective = _objective(config, mesh, newest_meta(workdir / "checkpoints"))
-    run = make_run(config, workdir, command, objective, mesh, _macs(objective))
+    run = make_run(config, workdir, command, objective, mesh)
     refuse_foreign(workdir)  # before anything is written, for it would overwrite what is there
     return _start(run, clock, traced)
 
@@ -272,12 +272,3 @@ def _objective(config: Any, mesh: Any, resumed: Mapping[str, Any] | None) -> Any
     from scaling_perception.training.autoencoder import autoencoder_objective
 
     return autoencoder_objective(config, mesh)
-
-
-def _macs(objective: Any) -> float:
-    """Forward multiply-accumulates of one sample (0 where they are not counted)."""
-    if objective.model is None:
-        return 0.0
-    from scaling_perception.models.compute import forward_macs
-
-    return float(forward_macs(objective.model))

@@ -11,6 +11,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from scaling_perception.models.compute import forward_macs
 from scaling_perception.parallel import processes
 from scaling_perception.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 from scaling_perception.parallel.rules import tree_shardings
@@ -109,7 +110,7 @@ def check_batch(train: Config, mesh: Mesh) -> None:
         raise UserError(f"train.batch_size is {train.batch_size}: give a multiple of {parts}, the {what}")
 
 
-def make_run(config: Config, workdir: Path, command: str, objective: Objective, mesh: Mesh, macs: float) -> Run:
+def make_run(config: Config, workdir: Path, command: str, objective: Objective, mesh: Mesh) -> Run:
     """The run of ``config`` in ``workdir``; makes no array but the key and the constants. All processes must call it.
 
     Raises:
@@ -128,7 +129,7 @@ def make_run(config: Config, workdir: Path, command: str, objective: Objective, 
         workdir=workdir,
         command=command,
         objective=objective,
-        macs=macs,
+        macs=float(forward_macs(objective.model)) if objective.model is not None else 0.0,
         tx=tx,
         schedule=schedule,
         mesh=mesh,
