@@ -139,9 +139,9 @@ FIELDS: dict[str, Field] = {
         250.0, "a predicted object is as dark as this or darker", "[0, 255]", unit="grey"
     ),
     "task_options.keep_visible": Field(False, "the predicted mask also covers the given visible part"),
-    "task_options.image_resize": Field("bilinear", "how pictures become square", choices="tasks.common:IMAGE_RESIZES"),
+    "task_options.image_resize": Field("bilinear", "how pictures become square", choices="tasks.samples:IMAGE_RESIZES"),
     "task_options.depth_prompt": Field(
-        "ones", "prompt of depth: ones, or the mask of valid depths", choices="tasks.common:DEPTH_PROMPTS"
+        "ones", "prompt of depth: ones, or the mask of valid depths", choices="tasks.samples:DEPTH_PROMPTS"
     ),
     "task_options.clip_depth": Field(True, "decoded depth is clipped before members are merged"),
     "mesh": Field({}, "how many devices share what; -1 once: the devices that are left"),

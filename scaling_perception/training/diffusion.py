@@ -31,7 +31,16 @@ from scaling_perception.models.dit import DiT, DiTConfig, frozen_paths, init_par
 from scaling_perception.models.presets import at_resolution, get_preset
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
-from scaling_perception.tasks import ALL_PASSES, PERCEPTION, RELEASED, TaskOptions, get_task, model_passes, pass_names
+from scaling_perception.tasks import (
+    ALL_PASSES,
+    PERCEPTION,
+    RELEASED,
+    TASKS,
+    TaskOptions,
+    get_task,
+    model_passes,
+    pass_names,
+)
 from scaling_perception.training import pretrain
 from scaling_perception.training.balance import balance_known, routing_tally, with_balance
 from scaling_perception.training.noising import LATENT, make_noising
@@ -308,8 +317,8 @@ def network_of(config: Config) -> DiTConfig:
         raise UserError(f"model_changes.task_labels={dit.task_labels} is too few for {names}: set it to {wanted}")
     if dit.cond_channels not in (LATENT, 2 * LATENT):
         raise UserError(f"model_changes.cond_channels is {dit.cond_channels}: use 4 (image) or 8 (image and prompt)")
-    prompted = [name for name in tasks_of(config) if get_task(name).prompt is not None]
-    if dit.cond_channels == LATENT and prompted:
+    prompted = [name for name, task in TASKS.items() if task.prompt is not None]
+    if dit.cond_channels == LATENT and set(prompted) & set(tasks_of(config)):
         raise UserError(f"model_changes.cond_channels is 4, without a prompt: {' and '.join(prompted)} need 8")
     return dit
 
