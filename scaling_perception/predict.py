@@ -370,7 +370,7 @@ def _command(args: argparse.Namespace, item: "Item") -> list[str]:
         if name not in (*_OF_THE_RUN, "overrides") and value is not None and value != _USUAL.get(name):
             words += [_flag(name)] if value is True else [_flag(name), str(value)]
     first, *more = item.inputs
-    prompt = get_task(args.task).prompt
+    prompt = None if args.task is None else get_task(args.task).prompt  # none: --repeat names the record
     paired = prompt is not None and prompt.frame
     if prompt is not None and not paired:
         words += [prompt.cli, str(more[0].path)]

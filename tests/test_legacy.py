@@ -2,11 +2,13 @@
 
 ``tests/legacy`` was written by commit cbd80f5, before passes were listed by name:
 
+    export XLA_FLAGS=--xla_force_host_platform_device_count=8
     scaling-perception prepare scenes --count 4 --resolution 64 --latents --vae tiny --flips both --out cache
     scaling-perception train --config configs/mini.py:model=nano,res=64,count=4,cache=cache --workdir run \\
-        --config.train.batch_size=2 --config.train.log_every=1 --config.train.checkpoint_every=2 --config.train.steps=4
+        --config.train.batch_size=8 --config.train.log_every=1 --config.train.checkpoint_every=2 --config.train.steps=4
 
-``run`` is as it was after step 2, ``losses.json`` has all four, ``expected.npz`` what ``model`` predicted.
+``run`` is as it was after step 2, and ``losses.json`` has all four. ``model`` is another one, of a batch of 2, and
+``expected.npz`` what it predicted.
 """
 
 import json
@@ -40,7 +42,7 @@ def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch):
     shutil.copytree(LEGACY / "cache", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     config = f"{ROOT}/configs/mini.py:model=nano,res=64,count=4,cache=cache"
-    own = ["batch_size=2", "log_every=1", "checkpoint_every=2", "steps=4"]
+    own = ["batch_size=8", "log_every=1", "checkpoint_every=2", "steps=4"]
     main(["train", "--config", config, "--workdir", "run", *(f"--config.train.{word}" for word in own)])
     found = {
         str(row["step"]): row["loss"] for row in map(json.loads, Path("run/metrics.jsonl").read_text().split("\n")[:-1])

@@ -262,3 +262,7 @@ def write_depth_png(path: FilePath, depth: np.ndarray, scale: float = 1000.0) ->
     with np.errstate(invalid="ignore"):
         known = np.isfinite(depth) & (depth > 0)
     write_png16(path, np.clip(np.round(np.where(known, depth, 0) * scale), 0, 65535).astype(np.uint16))
+
+
+VECTORS = {"flow": read_flow}
+"""Fields whose files hold vectors and where they are valid -> their reader."""

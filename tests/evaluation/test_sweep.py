@@ -122,7 +122,7 @@ def test_holes_of_the_truth_are_filled_for_the_floor(make_raw):
     valid = np.zeros((4, 6), bool)
     depth[:, 1], valid[:, 1] = 2.0, True
     depth[:, 4], valid[:, 4] = 3.0, True
-    filled = fill_invalid(make_raw(4, 6, depth=depth, valid=valid))
+    filled = fill_invalid(make_raw(4, 6, depth=depth, valid=valid), "depth")
     np.testing.assert_array_equal(filled["depth"], np.tile(np.float32([2, 2, 2, 3, 3, 3]), (4, 1)))
     assert filled["valid"].all() and filled["flow"].shape == (4, 6, 2)
 

@@ -5,17 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from scaling_perception.inference.budgets import (
-    Choice,
-    Timing,
-    budget_entry,
-    choose,
-    fit_timing,
-    front,
-    load_budgets,
-    measure_timing,
-    write_budgets,
-)
+from scaling_perception.evaluation.budget_table import budget_entry, fit_timing, write_budgets
+from scaling_perception.inference.budgets import Choice, Timing, choose, front, load_budgets, measure_timing
 from scaling_perception.support.errors import UserError
 
 pytest_plugins = ("nano",)

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from scaling_perception.inference import predictor as predictor_module
+from scaling_perception.inference import model as model_module
 from scaling_perception.inference.batches import Plan, shrink, split
 from scaling_perception.inference.engine import draw_members
 from scaling_perception.inference.predictor import Predictor
+from scaling_perception.inference.settings import Settings
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.errors import UserError
 
@@ -58,7 +59,7 @@ def test_antithetic_noise_cancels(make_predictor, make_image):
     raws = predictor.raw_inputs([image], "depth")
     draw = draw_members(jax.random.key(1), predictor.image_ids(raws, 1), 0, 4, antithetic=True)
     latents = predictor.encode(raws, "depth", plan)
-    tables = predictor_module.Settings(steps=2).tables(predictor.diffusion)
+    tables = Settings(steps=2).tables(predictor.diffusion)
     _, _, state = engine.begin(predictor.params, latents, draw, predictor.passes("depth"), tables)
     x = np.asarray(state.x)
     np.testing.assert_array_equal(x[:, 0::2], -x[:, 1::2])
@@ -103,12 +104,12 @@ def test_batches_divide_over_devices():
 
 def test_batches_shrink_until_they_fit(make_predictor, make_image, monkeypatch):
     predictor = make_predictor(seed=8)
-    tables = predictor_module.Settings(steps=2).tables(predictor.diffusion)
+    tables = Settings(steps=2).tables(predictor.diffusion)
     large = predictor.plan("depth", 16, 1, tables=tables)
     assert large == (1, 16)
     half = predictor._sampling_bytes("depth", Plan(1, 8), tables)
     assert half < predictor._sampling_bytes("depth", large, tables)
-    monkeypatch.setattr(predictor_module, "free_bytes", lambda: half)
+    monkeypatch.setattr(model_module, "free_bytes", lambda: half)
     small = predictor.plan("depth", 16, 1, tables=tables)
     assert small.images == 1 and 1 <= small.members <= 8
     assert predictor._sampling_bytes("depth", small, tables) <= half

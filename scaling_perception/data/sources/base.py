@@ -171,8 +171,8 @@ class FileSource:
         found = self._arrays(entry)
         masks = {field: found.pop(field) for field in ("valid_mask", "invalid_mask") if field in found}
         raw: dict[str, Any] = {"key": entry.key, **found}
-        if "flow" in raw:
-            raw["flow"], raw["valid"] = raw["flow"]
+        for field in formats.VECTORS.keys() & raw.keys():
+            raw[field], raw["valid"] = raw[field]
         if "depth" in raw:
             depth, (near, far) = raw["depth"], self.depth_range
             with np.errstate(invalid="ignore"):
@@ -212,23 +212,24 @@ class FileSource:
 
     def _upright(self, field: str, value: Any, path: Path) -> Any:
         turn = orientation(path)
-        if field == "flow" and turn > 1:
+        if field in formats.VECTORS and turn > 1:
             raise UserError(f"{path} has an EXIF orientation, which vectors cannot follow: remove the tag")
-        return value if field == "flow" else np.ascontiguousarray(turned(value, turn))
+        return value if field in formats.VECTORS else np.ascontiguousarray(turned(value, turn))
 
     def _read(self, field: str, path: Path, entry: Entry) -> Any:
-        """What a file holds, pixels as they are stored; of flow the field and its valid mask."""
+        """What a file holds, pixels as they are stored; of vectors the field and its valid mask."""
         if field in _PICTURES:
             return formats.read_image(path, upright=False)
         if field in _MASKS:
             return read_mask(path, upright=False)
         if field == "depth":
             return formats.read_depth(path, entry.values.get("depth_scale", self.depth_scale))
-        return formats.read_flow(path)
+        return formats.VECTORS[field](path)
 
     def _refuse_invalid(self, entry: Entry, raw: Mapping[str, Any]) -> None:
         if "depth" not in raw:
-            raise UserError(f"{self.root / entry.files['flow']} has no valid pixel: check the file and the valid mask")
+            path = self.root / next(entry.files[field] for field in formats.VECTORS if field in entry.files)
+            raise UserError(f"{path} has no valid pixel: check the file and the valid mask")
         low, high = float(raw["depth"].min()), float(raw["depth"].max())
         why = f"depths {low:g}..{high:g} m, valid {self.depth_range[0]:g}..{self.depth_range[1]:g} m"
         path = self.root / entry.files["depth"]
