@@ -7,6 +7,7 @@ import pytest
 from scaling_perception.models.autoencoders import make_tiny
 from scaling_perception.models.dit import DiTConfig, abstract_params, position_table
 from scaling_perception.models.tiny_vae import TinyVAEConfig, part_shapes, unflatten
+from scaling_perception.tasks.normals import unit
 
 SIDE = 32  # pixels of the nano model
 VAE = TinyVAEConfig((4, 4, 4, 4), (0, 0, 0, 0), (4, 4, 4, 4), (0, 0, 0, 0))
@@ -100,6 +101,7 @@ def make_raw(make_image):
             "depth": rng.uniform(1, 9, (height, width)).astype(np.float32),
             "valid": rng.random((height, width)) < 0.9,
             "flow": rng.uniform(-3, 3, (height, width, 2)).astype(np.float32),
+            "normals": unit(np.random.default_rng(seed).normal(size=(height, width, 3)) - [0, 0, 2]),
             "visible_mask": visible,
             "whole_mask": whole_mask,
             "whole": np.where(whole_mask[..., None], image // 2, 255).astype(np.uint8),

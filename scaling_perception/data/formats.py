@@ -24,6 +24,7 @@ from scaling_perception.tasks.colours import UNKNOWN_FLOW as UNKNOWN_FLOW
 from scaling_perception.tasks.colours import depth_to_color as depth_to_color
 from scaling_perception.tasks.colours import flow_to_color as flow_to_color
 from scaling_perception.tasks.colours import flow_valid as flow_valid
+from scaling_perception.tasks.normals import unit
 
 FLO_MAGIC = 202021.25
 
@@ -180,6 +181,32 @@ def read_npy(path: FilePath, kinds: str = "fiu") -> np.ndarray:
     return array
 
 
+# Surface normals
+
+
+def read_normals(path: FilePath) -> tuple[np.ndarray, np.ndarray]:
+    """A .npy of unit vectors (H, W, 3), x right, y down, z away; or a picture in which right is red, up is green and
+    towards the camera is blue, 127.5 being none of it, as `predict` writes it.
+
+    Returns:
+        float32 (H, W, 3) at unit length, and bool (H, W) where there is a direction (not: NaN, 0, black).
+
+    Raises:
+        UserError: missing, damaged, or of another shape.
+    """
+    if Path(path).suffix.lower() == ".npy":
+        vectors = read_npy(path).astype(np.float32)
+        if vectors.ndim != 3 or vectors.shape[-1] != 3:
+            raise UserError(f"{path} has shape {vectors.shape}: normals are (H, W, 3)")
+        with np.errstate(invalid="ignore"):
+            valid = np.asarray(np.isfinite(vectors).all(axis=-1) & (np.abs(vectors).max(axis=-1) > 1e-6))
+    else:
+        colours = read_image(path, upright=False)
+        valid = np.asarray(colours.any(axis=-1))
+        vectors = (colours.astype(np.float32) / 127.5 - 1) * np.array([1, -1, -1], np.float32)
+    return unit(np.where(valid[..., None], vectors, 0)), valid
+
+
 # PNG of 16 bits
 
 
@@ -264,5 +291,5 @@ def write_depth_png(path: FilePath, depth: np.ndarray, scale: float = 1000.0) ->
     write_png16(path, np.clip(np.round(np.where(known, depth, 0) * scale), 0, 65535).astype(np.uint16))
 
 
-VECTORS = {"flow": read_flow}
+VECTORS = {"flow": read_flow, "normals": read_normals}
 """Fields whose files hold vectors and where they are valid -> their reader."""

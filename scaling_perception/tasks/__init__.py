@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from scaling_perception.support.errors import UserError, did_you_mean
-from scaling_perception.tasks import amodal, depth, flow, generation
+from scaling_perception.tasks import amodal, depth, flow, generation, normals
 from scaling_perception.tasks.base import FIELDS, Pass, Task
 from scaling_perception.tasks.samples import TaskOptions
 
-TASKS: dict[str, Task] = {one.TASK.name: one.TASK for one in (depth, flow, amodal, generation)}
+TASKS: dict[str, Task] = {one.TASK.name: one.TASK for one in (depth, flow, amodal, normals, generation)}
 
 ALL_PASSES: tuple[Pass, ...] = tuple(sorted((p for task in TASKS.values() for p in task.passes), key=lambda p: p.id))
 """Every pass, by its stored id; a pass that is added later has a larger one."""

@@ -44,8 +44,8 @@ class SourceEntry(NamedTuple):
 
 
 SOURCES: dict[str, SourceEntry] = {
-    "scenes": SourceEntry("scenes", ("depth", "flow", "amodal"), "ScenesSource"),
-    "folder": SourceEntry("folder", ("depth", "flow", "amodal"), "Folder"),
+    "scenes": SourceEntry("scenes", ("depth", "flow", "amodal", "normals"), "ScenesSource"),
+    "folder": SourceEntry("folder", ("depth", "flow", "amodal", "normals"), "Folder"),
     "flying_chairs": SourceEntry("flying_chairs", ("flow",), "FlyingChairs"),
     "hypersim": SourceEntry("hypersim", ("depth",), "Hypersim"),
     "imagenet": SourceEntry("imagenet", ("generation",), "ImageNet"),

@@ -79,6 +79,11 @@ class _View:
             same[chosen] = (owner == self.owner[chosen, None]).all(axis=1)
         return smooth, centre, same
 
+    def normals(self) -> Array:
+        """Unit normals (3, N) in the camera's frame (x right, y down, z forward), towards the camera."""
+        hits = surface(self.geometry, self.camera, self.rays, self.depth, self.solid)
+        return self.camera.rotation @ hits.normals
+
     def develop(self, colour: Array, gain: float, chosen: Array | slice = slice(None)) -> Array:
         return develop(colour, self.scene.look, gain, self.x[chosen], self.y[chosen], self.resolution)
 
@@ -108,6 +113,7 @@ def render_scene(index: int, resolution: int = 128) -> dict[str, Any]:
 
     Returns:
         key str; image, image2 uint8 (R, R, 3) two frames; depth, depth2 float32 (R, R) metres along the optical axis;
+        normals float32 (R, R, 3) unit vectors in the camera's frame: x right, y down, z away, so that they have z < 0;
         flow float32 (R, R, 2) pixels, u right and v down, of the point seen in ``image`` to ``image2``; occluded bool
         (R, R) that point is hidden or outside the frame in ``image2``; valid bool (R, R) depth and flow are defined;
         visible_mask, whole_mask bool (R, R) seen part and whole silhouette of the target thing; whole uint8 (R, R, 3)
@@ -154,6 +160,7 @@ def _render(scene: Scene, key: str, resolution: int, wish: float, noise: np.rand
         "depth": first.depth.reshape(shape),
         "depth2": second.depth.reshape(shape),
         "flow": np.ascontiguousarray(flow.T).reshape(*shape, 2),
+        "normals": np.ascontiguousarray(first.normals().T).reshape(*shape, 3),
         "occluded": occluded.reshape(shape),
         "valid": valid.reshape(shape),
         "visible_mask": visible.reshape(shape),
