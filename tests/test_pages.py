@@ -90,19 +90,19 @@ def picture(path, seed, size=(48, 40)):
 
 
 def of_predict(folder):
-    names = ("photo.jpg", "first.png", "second.png", "photos/photo.jpg", "photos/b.jpg", "more/c.png")
+    names = ("photo.jpg", "first.png", "second.png", "photos/a.jpg", "photos/b.jpg", "more/c.png")
     for seed, name in enumerate((*names, "dataset/a/d.jpg", "dataset/e.jpg", "frames/1.png", "frames/2.png")):
         picture(folder / name, seed)
     picture(folder / "large.jpg", 99, (260, 200))
     mask = np.zeros((40, 48), np.uint8)
     mask[10:30, 10:30] = 255
     (folder / "masks").mkdir()
-    for name in ("photo", "b"):
+    for name in ("a", "b"):
         Image.fromarray(mask).save(folder / "masks" / f"{name}_mask.png")
     (folder / "photos.txt").write_text("photo.jpg\nphotos/b.jpg\n")
     points = "image,x,y,depth\n" + "".join(
         f"{name},{x},{y},{1 + x / 20}\n"
-        for name in ("photo.jpg", "photos/photo.jpg", "b.jpg")
+        for name in ("photo.jpg", "a.jpg", "b.jpg")
         for x, y in ((3, 4), (20, 9), (31, 30), (45, 20), (12, 33))
     )
     (folder / "points.csv").write_text(points)
@@ -146,6 +146,7 @@ YOURS["README"] = lambda folder: picture(folder / "photo.jpg", 0)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # predict.md: 5 minutes on two busy cores
 @pytest.mark.parametrize("page", [page for page in PAGES if any(lines(page))], ids=lambda page: page.stem)
 def test_every_command_of_a_page_runs_in_order(page, tmp_path, tmp_path_factory):
     YOURS.get(page.stem, lambda folder: None)(tmp_path)

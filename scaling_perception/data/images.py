@@ -6,9 +6,10 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ FilePath = str | os.PathLike[str]
 MAX_PIXELS_VARIABLE = "SCALING_PERCEPTION_MAX_PIXELS"
 _MAX_PIXELS = 2 * 89_478_485  # where Pillow, too, stops taking a small file for a picture (decompression bombs)
 _ORIENTATION = 0x0112  # EXIF
+_BITS, _PLANAR = 258, 284  # TIFF: bits of each channel; 2: channels one after the other
 _TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 _ROUNDING = 1e-3  # how far beyond [0, 1] resizing brings a float of a picture: less than a step of 8 bits
 
@@ -37,7 +39,7 @@ _RAW = (
 )
 
 # Modes of 16 bits a channel of which Pillow keeps the upper 8.
-_DEEP = {f"{mode};16{order}" for mode in ("RGB", "RGBA") for order in "BLN"}
+_DEEP = {f"{mode};16{order}" for mode in ("RGB", "RGBA", "RGBX", "RGBa", *"RGBA") for order in "BLN"} | {"LA;16B"}
 
 # First bytes of what people take for a picture that can be read here: (offset, bytes, name, what to do).
 _SAVE = "save it as PNG or JPEG"
@@ -277,22 +279,60 @@ def read_image(path: FilePath, upright: bool = True) -> np.ndarray:
     tiles: list[Any] = []
 
     def prepare(image: Any) -> None:
+        _name_planes_of_16_bits(image)
         stored_as.extend(_raw_modes(image))
         tiles.extend(getattr(image, "tile", ()))
 
     with open_image(path, prepare) as image:
         turn = _orientation_of(image) if upright else 1
-        if image.format == "PPM" and image.mode == "RGB" and tiles[0][0] == "ppm" and tiles[0][3] == ("RGB", 65535):
-            words = np.fromfile(path, ">u2", 3 * image.width * image.height, offset=tiles[0][2])
-            stored = words.reshape(image.height, image.width, 3)
-        elif image.format not in ("PNG", "TIFF") or not stored_as or not _DEEP.issuperset(stored_as):
-            return _pixels(image, upright, str(path))
-        else:
-            stored = _all_bits(path, np.asarray(image))
-    if stored.shape[-1] == 3:
-        return np.ascontiguousarray(turned(to_8_bits(stored), turn))
-    stored = np.concatenate([to_8_bits(stored[..., :3]), to_8_bits(stored[..., 3:])], axis=-1)
+        stored = _stored_bits(path, image, stored_as, tiles)
+        if stored is None:
+            pixels = _pixels(image, upright, str(path))
+            if pixels.max(initial=0) < 64 and any(";16" in one for one in stored_as) and not _is_grey_16(image):
+                raise UserError(
+                    f"{path} uses few of its 16 bits a channel, a kind of {image.format} that is not read here: "
+                    "save it with 8 bits, or as a 16-bit PNG"
+                )
+            return pixels
+    if stored.shape[-1] in (1, 3):
+        out = np.broadcast_to(to_8_bits(stored), (*stored.shape[:2], 3))
+        return np.ascontiguousarray(turned(out, turn))
+    stored = np.concatenate([to_8_bits(stored[..., :-1]), to_8_bits(stored[..., -1:])], axis=-1)
+    if stored.shape[-1] == 2:
+        stored = stored[..., [0, 0, 0, 1]]
+    if stored_as and stored_as[0].startswith("RGBa"):  # the colours are multiplied by the alpha: on white it is a sum
+        return np.ascontiguousarray(
+            turned(np.minimum(stored[..., :3] + (255 - stored[..., 3:].astype(int)), 255).astype(np.uint8), turn)
+        )
     return from_array(turned(stored, turn))
+
+
+def _is_grey_16(image: Image.Image) -> bool:
+    return image.mode == "I" or image.mode.startswith("I;16")
+
+
+def _stored_bits(path: FilePath, image: Any, stored_as: list[str], tiles: list[Any]) -> np.ndarray | None:
+    """uint16 (H, W, 1 to 4) of the pictures of 16 bits a channel of which Pillow gives 8; None of all others."""
+    size = (image.height, image.width)
+    if image.format == "PPM" and image.mode == "RGB" and tiles[0][3] == ("RGB", 65535):
+        count = 3 * image.width * image.height
+        if tiles[0][0] == "ppm":
+            return np.fromfile(path, ">u2", count, offset=tiles[0][2]).reshape(*size, 3)
+        text = re.sub(rb"#[^\r\n]*", b"", Path(path).read_bytes()[tiles[0][2] :])
+        return np.array(text.split()[:count], np.uint16).reshape(*size, 3)
+    if image.format == "SGI" and tiles[0][0] == "SGI16":
+        words = np.fromfile(path, ">u2", len(image.mode) * image.width * image.height, offset=512)
+        return np.moveaxis(words.reshape(len(image.mode), *size)[:, ::-1], 0, -1)
+    if image.format not in ("PNG", "TIFF") or not stored_as or not _DEEP.issuperset(stored_as):
+        return None
+    if stored_as[0] == "LA;16B":
+        with open_image(path, lambda image: _take_as(image, "RGBA")) as image:  # its four bytes, as they are
+            return np.asarray(image).copy().view(">u2")
+    if stored_as[0].startswith("RGBa"):
+        return _all_bits(path, "RGBA" + stored_as[0][4:])
+    if tiles[0][0] == "libtiff" and image.tag_v2.get(_PLANAR) == 2:  # whose byte order is not ours to choose
+        return None
+    return _all_bits(path)
 
 
 def from_pil(image: Image.Image, name: str = "the picture") -> np.ndarray:
@@ -397,30 +437,51 @@ def read_png16(path: FilePath, eight_bits: bool = False) -> np.ndarray:
             kind = f"a {image.format} picture of {'8 bits' if image.mode == 'L' else image.mode}"
             grey = ", or depth_scale if it is depth in 8 bits" if image.mode == "L" else ""
             raise UserError(f"{path} is {kind}: give a 16-bit grey PNG for depth (16-bit RGB for KITTI flow){grey}")
-        return _all_bits(path, np.asarray(image))
+        return _all_bits(path)
 
 
-def _all_bits(path: FilePath, upper: np.ndarray) -> np.ndarray:
-    """uint16 of a picture of which Pillow gave the upper 8 bits; asked for the other byte order it gives the others."""
-    with open_image(path, _swap_byte_order) as image:
-        return (upper.astype(np.uint16) << 8) | np.asarray(image)
+def _all_bits(path: FilePath, kind: str = "") -> np.ndarray:
+    """uint16 of a picture of which Pillow gives the upper 8 bits; asked for the other byte order it gives the others.
+
+    Args:
+        kind: the raw mode to take it as, where not its own.
+    """
+
+    def prepare(image: Any) -> None:
+        _name_planes_of_16_bits(image)
+        if kind:
+            _take_as(image, kind)
+
+    def swapped(image: Any) -> None:
+        prepare(image)
+        other = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+        _set_raw_modes(image, lambda mode: mode[:-1] + other[mode[-1]])
+
+    with open_image(path, prepare) as image:
+        upper = np.asarray(image).astype(np.uint16)
+    with open_image(path, swapped) as image:
+        return (upper << 8) | np.asarray(image)
+
+
+def _name_planes_of_16_bits(image: Any) -> None:
+    """Of a TIFF whose channels lie one after the other Pillow forgets that they have 16 bits."""
+    if image.format == "TIFF" and image.tag_v2.get(_PLANAR) == 2 and set(image.tag_v2.get(_BITS, ())) == {16}:
+        order = "B" if image.tag_v2.prefix == b"MM" else "L"
+        _set_raw_modes(image, lambda mode: f"{mode};16{order}" if len(mode) == 1 else mode)
+
+
+def _take_as(image: Any, kind: str) -> None:
+    _set_raw_modes(image, lambda mode: kind)
+
+
+def _set_raw_modes(image: Any, change: Callable[[str], str]) -> None:
+    image.tile = [
+        tile._replace(args=change(tile.args) if isinstance(tile.args, str) else (change(tile.args[0]), *tile.args[1:]))
+        for tile in image.tile
+    ]
 
 
 def _raw_modes(image: Any) -> list[str]:
     """How each tile of an image that is not loaded yet is stored; an interlaced one has further arguments."""
     args = [tile.args for tile in getattr(image, "tile", ()) if tile.args]
     return [one if isinstance(one, str) else str(one[0]) for one in args]
-
-
-def _swap_byte_order(image: Any) -> None:
-    other = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
-
-    def swapped(mode: str) -> str:
-        return mode[:-1] + other[mode[-1]]
-
-    image.tile = [
-        tile._replace(
-            args=swapped(tile.args) if isinstance(tile.args, str) else (swapped(tile.args[0]), *tile.args[1:])
-        )
-        for tile in image.tile
-    ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scaling_perception.data.images import suffixes
-from scaling_perception.inference.video import count_frames, is_video, require_pyav
+from scaling_perception.inference.video import is_video, require_pyav, survey
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.tables import decode
 from scaling_perception.tasks import get_task
@@ -178,10 +178,13 @@ def _folder(folder: Path, search: Search, note: Callable[[str], None]) -> list[l
 def _video(path: Path, search: Search) -> list[Picture]:
     require_pyav(path)
     try:
-        chosen = range(count_frames(path))[search.start : search.end : search.every]
-    except UserError:  # damaged: told when it is read, so that the others go on
-        chosen = [search.start]
-    return [Picture(path, index) for index in chosen]
+        times, fault = survey(path)
+    except UserError:  # damaged: reported when it is read, so that the others go on
+        return [Picture(path, search.start)]
+    found = [Picture(path, index) for index in range(len(times))[search.start : search.end : search.every]]
+    if fault and (search.end is None or search.end > len(times)):  # a frame that is asked for is missing
+        found.append(Picture(path, len(times), fault=fault))
+    return found
 
 
 def _matches(word: str, search: Search, note: Callable[[str], None]) -> list[list[Picture]]:

@@ -5,10 +5,10 @@ Frames are numbered from 0 in the order in which they are shown. PyAV carries FF
 
 import contextlib
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -92,31 +92,99 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         raise UserError(f"{path} is no video, or a damaged one ({error.strerror}): copy or download it again") from None
 
 
-def frame_times(path: Path) -> list[int | None]:
-    """When each frame is shown, in the order of showing, as the packets announce it; nothing is decoded.
+class Survey(NamedTuple):
+    """What a video's packets announce; nothing of it is decoded."""
 
-    In units of the stream's time base; None for every frame where the container does not say (AVI).
+    times: list[
+        int | None
+    ]  # when each frame is shown, in that order, in the stream's time base; None where unknown (AVI)
+    fault: str  # of a file that ends early, what is wrong in one line; else empty
+
+
+def survey(path: Path) -> Survey:
+    """The frames that a video announces, and whether it ends before it should.
 
     Raises:
         UserError: no video, a damaged one, or PyAV is not installed.
     """
+    end, damaged = 0.0, deque(maxlen=3)
     with _opened(path) as (container, stream):
-        times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        times = []
+        played = [one for one in container.streams if one.type in ("video", "audio")]
+        for packet in container.demux(*played):
+            time = packet.pts if packet.pts is not None else packet.dts
+            if packet.size and time is not None and packet.time_base:
+                end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
+            if packet.size and packet.stream_index == stream.index:
+                damaged.append(packet.is_corrupt)
+                times += [] if packet.is_discard else [packet.pts]
+        listed = "mp4" in container.format.name  # each frame is listed: the duration may hold what edits leave out
+        left = 0.0 if listed else (container.duration or 0) / 1e6 + (container.start_time or 0) / 1e6 - end
+        rate, frames = float(stream.average_rate or 25), stream.frames
     if not times:
         raise UserError(f"{path} holds no frame: check the file")
+    fault, count, late = "", len(times), left > max(2.5 / rate, 0.1)
+    if late or any(damaged) or frames > count or ends_inside(path):
+        whole = f" of {frames}" if frames > count else ""
+        whole = f" of about {count + round(left * rate)}" if late and len(played) == 1 and not whole else whole
+        more = f" ({left:.1f} s before its end)" if late and not whole else ""
+        fault = f"{path} ends early, after {count}{whole} frames{more}: copy or download it again"
     known = [time for time in times if time is not None]
-    if len(set(known)) < len(times):
-        return [None] * len(times)
-    return [*sorted(known)]
+    return Survey([*sorted(known)] if len(set(known)) == len(times) else [None] * len(times), fault)
 
 
-def count_frames(path: Path) -> int:
-    """How many frames a video's packets announce; nothing is decoded.
+def ends_inside(path: Path) -> bool:
+    """Whether a file ends inside of one of the parts whose length its container states (those known here)."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(4096)
 
-    Raises:
-        UserError: no video, a damaged one, or PyAV is not installed.
-    """
-    return len(frame_times(path))
+        def at(place: int, count: int) -> bytes:
+            file.seek(place)
+            return file.read(count)
+
+        if head[:4] == b"RIFF" or head[4:8] in (b"ftyp", b"styp", b"moov"):
+            place, big = 0, head[:4] != b"RIFF"
+            while place + 8 <= size:
+                length = _length_of_box(at(place, 16)) if big else 8 + int.from_bytes(at(place + 4, 4), "little")
+                if not length or length == 8 + 0xFFFFFFFF:
+                    return False  # up to the end, or not known when it was written
+                place += length if big else length + length % 2
+            return place > size + (not big)  # the last byte that makes a length even is often left out
+        if head[:4] == b"\x1aE\xdf\xa3":  # Matroska and WebM: a header, then one segment
+            header, place = _ebml_size(head, 4)
+            segment = place + (header or 0)
+            length, place = _ebml_size(at(segment, 16), 4)
+            return length is not None and segment + place + length > size
+        if head[:4] == b"OggS":
+            tail = at(max(0, size - 65536), 65536)
+            last = tail[tail.rfind(b"OggS") :]
+            return len(last) > 5 and not last[5] & 4  # the page that ends a stream says so
+        if head[:3] == b"\xff\xd8\xff":  # pictures one after the other
+            return b"\xff\xd9" not in at(max(0, size - 64), 64)
+        if (place := head.find(_ASF_PROPERTIES)) > 0 and head[:4] == b"0&\xb2u":
+            return int.from_bytes(head[place + 40 : place + 48], "little") > size
+        for unit, first in ((188, 0), (192, 4)):
+            if len(head) > 2 * unit + first and {head[first + i * unit] for i in range(3)} == {0x47}:
+                return size % unit > 0
+    return False
+
+
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+
+
+def _length_of_box(head: bytes) -> int:
+    """The length of an MP4 box; 0: up to the end of the file."""
+    short = int.from_bytes(head[:4], "big")
+    return int.from_bytes(head[8:16], "big") if short == 1 else max(short, 8) if short else 0
+
+
+def _ebml_size(data: bytes, place: int) -> tuple[int | None, int]:
+    """The size that stands at a place, None where it was not known when it was written, and the place after it."""
+    first = data[place] if place < len(data) else 0
+    count = 9 - first.bit_length()
+    value = int.from_bytes(data[place : place + count], "big") & ((1 << 7 * count) - 1)
+    return (None if not first or value == (1 << 7 * count) - 1 else value), place + count
 
 
 def _frames(path: Path) -> Generator[Any, None, None]:
@@ -158,7 +226,7 @@ class VideoReader:
         with self._lock:
             if path != self._path or (index < self._next and index not in self._kept):
                 self.close()
-                times = frame_times(path)
+                times = survey(path).times
                 self._numbers = {time: number for number, time in enumerate(times) if time is not None}
                 self._path, self._count, self._frames = path, len(times), _frames(path)
             if index not in self._kept:

@@ -1,59 +1,129 @@
 """Pictures of every bit depth, and what is said of files that are none."""
 
 import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from scaling_perception.data.formats import read_depth, write_png16
+from scaling_perception.data.formats import read_depth
 from scaling_perception.data.images import MAX_PIXELS_VARIABLE, from_array, from_pil, read_image, suffixes, turned
 from scaling_perception.support.errors import UserError
 
 RAMP = np.linspace(0, 1, 24 * 30).reshape(24, 30)
 
 
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
-@pytest.mark.parametrize("kind", ["grey.png", "rgb.png", "grey.tif", "rgb.tif", "grey.pgm", "rgb.ppm", "array"])
-def test_deep_pictures_use_the_whole_range(tmp_path, bits, kind):
-    stored = np.round(RAMP * (2**bits - 1)).astype(np.uint16)
-    stored = np.stack([stored, stored[::-1], stored], -1) if kind.startswith("rgb") else stored
-    path = tmp_path / kind
-    if kind == "array":
-        out = from_array(stored)
-    elif kind.endswith(".png"):
-        write_png16(path, stored)
-        out = read_image(path)
-    elif kind == "rgb.tif":
-        path.write_bytes(tiff_of_16_bits(stored))
-        out = read_image(path)
-    elif kind == "rgb.ppm":
-        path.write_bytes(b"P6\n30 24\n65535\n" + stored.astype(">u2").tobytes())
-        out = read_image(path)
-    elif kind.endswith(".tif"):
-        Image.fromarray(stored).save(path)
-        out = read_image(path)
-        np.testing.assert_array_equal(from_pil(Image.open(path)), out)
-    else:
-        path.write_bytes(b"P5\n30 24\n%d\n" % (65535 if bits == 8 else 2**bits - 1) + stored.astype(">u2").tobytes())
-        out = read_image(path)
-    wanted = np.round(RAMP * 255)
-    assert out.shape == (24, 30, 3) and out.dtype == np.uint8
-    assert np.abs(out[..., 0].astype(int) - wanted).max() <= 1
-    if kind.startswith("rgb"):
-        assert np.abs(out[::-1, :, 1].astype(int) - wanted).max() <= 1
-
-
-def tiff_of_16_bits(stored):
-    """RGB without compression, little-endian; Pillow cannot write it."""
-    height, width = stored.shape[:2]
-    data = stored.astype("<u2").tobytes()
+def tiff(stored, planar=1, extra=(), order="<"):
+    """A TIFF of 16 bits a channel without compression; Pillow cannot write it."""
+    height, width, count = stored.shape
+    data = (np.moveaxis(stored, -1, 0) if planar == 2 else stored).astype(f"{order}u2").tobytes()
+    parts = count if planar == 2 else 1
+    places = [8 + i * (len(data) // parts) for i in range(parts)]
+    fields = [(256, "H", [width]), (257, "H", [height]), (258, "H", [16] * count), (259, "H", [1]), (262, "H", [2])]
+    fields += [(273, "I", places), (277, "H", [count]), (278, "H", [height]), (279, "I", [len(data) // parts] * parts)]
+    fields += [(284, "H", [planar])] + ([(338, "H", list(extra))] if extra else [])
     end = 8 + len(data)
-    fields = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, end), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 8)]
-    fields += [(277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(data))]
-    entries = b"".join(struct.pack("<HHII", *field) for field in fields)
-    bits = struct.pack("<HHH", 16, 16, 16)
-    return b"II*\0" + struct.pack("<I", end + 6) + data + bits + struct.pack("<H", len(fields)) + entries + b"\0" * 4
+    entries, rest, after = b"", b"", end + 6 + 12 * len(fields)
+    for tag, kind, values in fields:
+        value = struct.pack(f"{order}{len(values)}{kind}", *values).ljust(4, b"\0")
+        if len(value) > 4:
+            value, rest = struct.pack(f"{order}I", after + len(rest)), rest + value
+        entries += struct.pack(f"{order}HHI", tag, 3 if kind == "H" else 4, len(values)) + value
+    begin = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", end)
+    return begin + data + struct.pack(f"{order}H", len(fields)) + entries + bytes(4) + rest
+
+
+def png(stored):
+    """A PNG of 16 bits a channel, with one to four channels."""
+    height, width, count = stored.shape
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[count], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in stored)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, (b"IHDR", b"IDAT", b"IEND"), (head, zlib.compress(rows), b"")))
+
+
+def ppm_of_text(stored):
+    words = [" ".join(map(str, row.ravel())) for row in stored]
+    return b"P3\n# 16 bits\n30 24 65535\n" + "  # a row\r\n".join(words).encode()
+
+
+def sgi(stored):
+    head = struct.pack(">hBBHHHHll", 474, 0, 2, 3, stored.shape[1], stored.shape[0], stored.shape[2], 0, 65535)
+    return head.ljust(512, b"\0") + np.moveaxis(stored[::-1], -1, 0).astype(">u2").tobytes()
+
+
+def opaque(stored):
+    """With alpha, as many bits."""
+    return np.concatenate([stored, np.full_like(stored[..., :1], (1 << int(stored.max()).bit_length()) - 1)], -1)
+
+
+DEEP = {
+    "grey.png": lambda stored, bits: png(stored[..., :1]),
+    "rgb.png": lambda stored, bits: png(stored),
+    "grey_alpha.png": lambda stored, bits: png(opaque(stored[..., :1])),
+    "rgba.png": lambda stored, bits: png(opaque(stored)),
+    "rgb.tif": lambda stored, bits: tiff(stored),
+    "rgb_motorola.tif": lambda stored, bits: tiff(stored, order=">"),
+    "rgb_planes.tif": lambda stored, bits: tiff(stored, planar=2),
+    "rgba_planes.tif": lambda stored, bits: tiff(opaque(stored), planar=2, extra=[2], order=">"),
+    "rgbx.tif": lambda stored, bits: tiff(np.concatenate([stored, stored[..., :1] // 2], -1), extra=[0]),
+    "multiplied.tif": lambda stored, bits: tiff(opaque(stored), extra=[1]),
+    "grey.pgm": lambda stored, bits: (
+        b"P5\n30 24\n%d\n" % (65535 if bits == 8 else 2**bits - 1) + stored[..., 0].astype(">u2").tobytes()
+    ),
+    "rgb.ppm": lambda stored, bits: b"P6\n30 24\n65535\n" + stored.astype(">u2").tobytes(),
+    "text.ppm": lambda stored, bits: ppm_of_text(stored),
+    "rgb.sgi": lambda stored, bits: sgi(stored),
+}
+
+
+@pytest.mark.parametrize("kind", [*DEEP, "grey.tif", "array"])
+def test_deep_pictures_use_the_whole_range(tmp_path, kind):
+    for bits in (8, 10, 12, 14, 16):
+        wanted, path = np.round(RAMP * 255), tmp_path / kind
+        stored = np.round(RAMP * (2**bits - 1)).astype(np.uint16)
+        if kind == "array":
+            out = from_array(stored)
+        elif kind == "grey.tif":
+            Image.fromarray(stored).save(path)
+            out = read_image(path)
+            np.testing.assert_array_equal(from_pil(Image.open(path)), out)
+        else:
+            path.write_bytes(DEEP[kind](np.stack([stored, stored[::-1], stored], -1), bits))
+            out = read_image(path)
+        assert out.shape == (24, 30, 3) and out.dtype == np.uint8
+        assert np.abs(out[..., 0].astype(int) - wanted).max() <= 1, bits
+        flipped = out[::-1, :, 1] if not kind.startswith(("grey", "array")) else out[..., 1]
+        assert np.abs(flipped.astype(int) - wanted).max() <= 1, bits
+
+
+@pytest.mark.parametrize("kind", ["grey_alpha.png", "rgba.png", "rgba_planes.tif", "multiplied.tif"])
+def test_deep_transparency_is_laid_on_white(tmp_path, kind):
+    alpha, colour = RAMP * 0.5, np.stack([RAMP, RAMP, RAMP], -1)
+    shown = colour * alpha[..., None] if kind == "multiplied.tif" else colour
+    stored = np.round(np.concatenate([shown, alpha[..., None]], -1) * 65535).astype(np.uint16)
+    stored = stored[..., 2:] if kind == "grey_alpha.png" else stored
+    extra = [1] if kind == "multiplied.tif" else [2]
+    data = png(stored) if kind.endswith("png") else tiff(stored, 2 if "planes" in kind else 1, extra)
+    (tmp_path / kind).write_bytes(data)
+    wanted = 255 * (colour * alpha[..., None] + 1 - alpha[..., None])
+    assert np.abs(read_image(tmp_path / kind) - wanted).max() <= 2
+
+
+def test_few_bits_of_16_that_cannot_be_read_are_refused(tmp_path):
+    stored = np.round(np.stack([RAMP] * 3, -1) * 4095).astype(np.uint16)
+    rows = np.moveaxis(stored[::-1], -1, 0).reshape(-1, 30).astype(">u2")  # of SGI, each a run of its own
+    packed = [struct.pack(">H", 0x80 | 30) + row.tobytes() + b"\0\0" for row in rows]
+    places = np.cumsum([512 + 8 * len(rows)] + [len(row) for row in packed])
+    head = struct.pack(">hBBHHHHll", 474, 1, 2, 3, 30, 24, 3, 0, 65535).ljust(512, b"\0")
+    tables = places[:-1].astype(">u4").tobytes() + np.diff(places).astype(">u4").tobytes()
+    (tmp_path / "x.sgi").write_bytes(head + tables + b"".join(packed))
+    with pytest.raises(UserError, match="x.sgi uses few of its 16 bits a channel, a kind of SGI"):
+        read_image(tmp_path / "x.sgi")
 
 
 def test_floats_leave_their_range_by_rounding_alone():

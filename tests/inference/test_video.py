@@ -1,5 +1,6 @@
 """Frames of video files: exact pixels, numbers, rotation, damage; and one line without PyAV."""
 
+import re
 import struct
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from scaling_perception.inference.find import Search, find_inputs, name_results
-from scaling_perception.inference.video import VideoReader, count_frames
+from scaling_perception.inference.video import VideoReader, survey
 from scaling_perception.support.errors import UserError
 
 
@@ -16,9 +17,9 @@ def frames_of(count, height=24, width=32):
     return np.random.default_rng(3).integers(0, 256, (count, height, width, 3), np.uint8)
 
 
-def write_video(path, frames, codec="png", pixels="rgb24"):
+def write_video(path, frames, codec="png", pixels="rgb24", options=None):
     av = pytest.importorskip("av")
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=25)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pixels
@@ -30,7 +31,7 @@ def write_video(path, frames, codec="png", pixels="rgb24"):
 def test_frames_are_exact_in_any_order(tmp_path):
     frames, path = frames_of(7), tmp_path / "clip.mov"
     write_video(path, frames)
-    assert count_frames(path) == 7
+    assert len(survey(path).times) == 7
     reader = VideoReader()
     for index in (0, 1, 1, 3, 2, 6, 0):
         np.testing.assert_array_equal(reader.read(path, index), frames[index])
@@ -44,7 +45,7 @@ def test_frames_are_exact_in_any_order(tmp_path):
 def test_frames_of_a_lossy_codec_that_reorders_are_counted_as_they_are_shown(tmp_path):
     shades = np.full((12, 32, 32, 3), 0, np.uint8) + (np.arange(12, dtype=np.uint8) * 20)[:, None, None, None]
     write_video(tmp_path / "clip.mp4", shades, "libx264", "yuv420p")
-    assert count_frames(tmp_path / "clip.mp4") == 12
+    assert len(survey(tmp_path / "clip.mp4").times) == 12
     reader = VideoReader()
     means = [float(reader.read(tmp_path / "clip.mp4", i).mean()) for i in range(12)]
     np.testing.assert_allclose(means, np.arange(12) * 20, atol=8)
@@ -81,7 +82,7 @@ def test_damaged_videos_are_one_line(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     for name in ("cut.mov", "text.mp4"):
         with pytest.raises(UserError, match="is no video, or a damaged one"):
-            count_frames(tmp_path / name)
+            survey(tmp_path / name)
     with pytest.raises(UserError, match="does not exist"):
         VideoReader().read(tmp_path / "none.mp4", 0)
 
@@ -95,7 +96,7 @@ def test_a_damaged_packet_costs_its_own_frame(tmp_path):
     assert len(starts) == 7
     data[starts[3] : starts[3] + 200] = bytes(200)
     path.write_bytes(bytes(data))
-    assert count_frames(path) == 7
+    assert len(survey(path).times) == 7
     reader = VideoReader()
     for index in (0, 2, 4, 5, 6, 1):
         np.testing.assert_array_equal(reader.read(path, index), frames[index])
@@ -104,6 +105,60 @@ def test_a_damaged_packet_costs_its_own_frame(tmp_path):
             reader.read(path, 3)
         np.testing.assert_array_equal(reader.read(path, 4 + again), frames[4 + again])
     reader.close()
+
+
+CUT = {  # codec, options of the container, and what is said of the frames that were there
+    "clip.mkv": ("mpeg4", {}, r" of about 40 frames"),
+    "clip.webm": ("libvpx", {}, r" of about 40 frames"),
+    "clip.flv": ("flv1", {}, r" of about 4[01] frames"),
+    "clip.avi": ("mpeg4", {}, r" of 40 frames"),
+    "clip.mp4": ("mpeg4", {"movflags": "faststart"}, r" of 40 frames"),
+    "parts.mp4": ("mpeg4", {"movflags": "frag_every_frame+empty_moov"}, r" frames"),
+    "clip.ts": ("mpeg2video", {}, r" frames"),
+    "clip.m2ts": ("mpeg2video", {}, r" frames"),
+    "clip.mpg": ("mpeg1video", {}, r" frames"),
+    "clip.wmv": ("wmv2", {}, r" frames"),
+    "clip.ogv": ("libvpx", {}, r" frames"),
+    "clip.mjpeg": ("mjpeg", {}, r" frames"),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_video_that_is_cut_says_so(tmp_path, name):
+    codec, options, words = CUT[name]
+    path, pixels = tmp_path / name, "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    write_video(path, frames_of(40, 48, 64), codec, pixels, options)
+    assert find_inputs([str(path)], "depth")[-1][0].fault == "" and len(survey(path).times) == 40
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 6 // 10 + 1])
+    *rest, (last,) = find_inputs([str(path)], "depth")
+    assert 0 < len(rest) < 35 and last.frame == len(rest) and not any(one.fault for (one,) in rest)
+    assert re.fullmatch(rf"{path} ends early, after {len(rest)}{words}: copy or download it again", last.fault)
+    assert len(find_inputs([str(path)], "depth", search=Search(end=len(rest)))) == len(
+        rest
+    )  # what is asked for is there
+    *_, (before, missing) = find_inputs([str(path)], "flow")
+    assert before.fault == "" and missing.fault == last.fault
+    VideoReader().read(path, len(rest) // 2)
+
+
+def test_sound_that_goes_on_counts_for_the_end(tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        video, sound = container.add_stream("mpeg4", rate=25), container.add_stream("pcm_s16le", rate=8000)
+        video.height, video.width, video.pix_fmt = 48, 64, "yuv420p"
+        for number, frame in enumerate(frames_of(25, 48, 64)):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            for part in range(2):  # twice as long as the picture
+                wave = av.AudioFrame.from_ndarray(np.zeros((1, 320), np.int16), format="s16", layout="mono")
+                wave.sample_rate, wave.pts = 8000, 320 * (2 * number + part)
+                container.mux(sound.encode(wave))
+        container.mux(video.encode(None))
+    assert find_inputs([str(path)], "depth")[-1][0].fault == ""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert re.search(r"after \d+ frames \(\d\.\d s before its end\)", find_inputs([str(path)], "depth")[-1][0].fault)
 
 
 def boxes(data, start, end):
@@ -137,7 +192,7 @@ def test_a_cover_picture_is_not_the_video(tmp_path):
     path.write_bytes(data[: start + 8] + moved + data[start + length :])
     with av.open(str(path)) as container:
         assert container.streams.video[0].width == 16
-    assert count_frames(path) == 5
+    assert len(survey(path).times) == 5
     reader = VideoReader()
     np.testing.assert_array_equal(reader.read(path, 4), frames[4])
     reader.close()
@@ -154,7 +209,7 @@ def test_variable_rate_and_odd_sizes(tmp_path):
             picture.pts = time
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
-    assert count_frames(path) == 5
+    assert len(survey(path).times) == 5
     reader = VideoReader()
     for index in (1, 4, 0):
         np.testing.assert_array_equal(reader.read(path, index), frames[index])
@@ -165,4 +220,4 @@ def test_without_pyav_the_extra_is_named(tmp_path, monkeypatch):
     (tmp_path / "clip.mp4").touch()
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match=r"pip install 'scaling-perception\[video\]'"):
-        count_frames(Path(tmp_path / "clip.mp4"))
+        survey(Path(tmp_path / "clip.mp4"))
