@@ -156,6 +156,7 @@ def test_every_command_of_a_page_runs_in_order(page, tmp_path, tmp_path_factory)
     programs = tmp_path_factory.getbasetemp() / "programs"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(programs), "PATH": path, "t": "flow"}
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, as the reader has; quick to compile
     left, ran = collections.Counter(), 0
     for line in lines(page):
         reason = next((reason for pattern, reason in ELSEWHERE.items() if re.search(pattern, line)), "")
