@@ -23,6 +23,9 @@ scaling-perception convert stable-diffusion-2/vae models/sd-vae
 scaling-perception convert models/mine models/mine-bf16 --dtype bfloat16 --shard-size 2GB
 """
 
+FLAGS = {"unknown layout": "--layout", "layout": "--layout"}
+"""What messages of the library call by name -> the flag."""
+
 _TO = ("ours", "torch", "safetensors")
 _DTYPES = ("keep", "float32", "bfloat16", "float16")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -62,9 +65,14 @@ def run(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     for line in layouts.left_aside(source):
         print(f"warning: {line}", file=sys.stderr)
-    checkpoint = exchange.open_checkpoint(source, args.layout, args.heads, args.active, args.gating)
+    try:
+        checkpoint = exchange.open_checkpoint(source, args.layout, args.heads, args.active, args.gating)
+    except UserError as error:
+        raise UserError(str(error).replace(f"heads={args.heads}", f"--heads {args.heads}")) from None
     if checkpoint.family != "dit" and (args.heads or args.active or args.gating):
         raise UserError(f"--heads, --active and --gating are a DiT's; {source} is {checkpoint.layout}: leave them out")
+    if args.active and checkpoint.family == "dit" and not checkpoint.config.experts:
+        raise UserError(f"--active {args.active}: {source} has no experts; leave it out")
     partial: dict[str, list[str]] = {}
     problems = exchange.check(checkpoint)
     if problems.lines():

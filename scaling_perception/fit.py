@@ -5,6 +5,7 @@ run.json or folder. Without --form the forms for so many columns are compared on
 """
 
 import argparse
+import os
 import shlex
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.verbs import SEED
 
 if TYPE_CHECKING:
     from scaling_perception.scaling.points import Points
@@ -54,11 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--form", default="auto", help=f"auto, or one of: {forms}".replace("%", "%%"))
     parser.add_argument("--loss", default="huber", help="huber, lsq, or quantile: a lower envelope (default huber)")
     parser.add_argument("--delta", type=float, help="of Huber's loss on log y, such as 1e-3 (default: by the noise)")
-    parser.add_argument("--tau", type=float, default=0.05, help="of --loss quantile (default %(default)s)")
+    parser.add_argument("--tau", type=float, help="of --loss quantile (default 0.05)")
     parser.add_argument("--level", type=float, default=0.95, help="of all intervals (default %(default)s)")
     parser.add_argument("--interval", help="the one shown: bootstrap, bca, profile, corrected (default: docs/laws.md)")
     parser.add_argument("--bootstraps", type=int, default=2000, help="how many (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstraps (default 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the bootstraps (default 0)")
     parser.add_argument(
         "--drop-invalid", action="store_true", help="leave out rows with zero, negative or infinite values"
     )
@@ -88,17 +90,25 @@ def options_of(args: argparse.Namespace):
         raise UserError(f"--interval '{args.interval}': choose bootstrap, bca, profile or corrected")
     if args.interval == "corrected" and args.form != "hull":
         raise UserError("--interval corrected: it is the hull's; choose bootstrap, bca or profile, or --form hull")
-    for flag, value, low, high in (("--level", args.level, 0.5, 0.999), ("--tau", args.tau, 0.001, 0.999)):
+    if args.form == "hull" and (args.loss != "huber" or args.interval in ("bca", "profile")):
+        what = f"--loss {args.loss}" if args.loss != "huber" else f"--interval {args.interval}"
+        raise UserError(f"{what} is not of --form hull, which touches the lowest points: leave out one of them")
+    for flag, value, loss in (("--tau", args.tau, "quantile"), ("--delta", args.delta, "huber")):
+        if value is not None and args.loss != loss:
+            raise UserError(f"{flag} {value:g} is of --loss {loss}, not of --loss {args.loss}: leave it out")
+    tau = 0.05 if args.tau is None else args.tau
+    for flag, value, low, high, usual in (
+        ("--level", args.level, 0.5, 0.999, 0.95),
+        ("--tau", tau, 0.001, 0.999, 0.05),
+    ):
         if not low <= value <= high:
-            raise UserError(
-                f"{flag} {value:g}: give a number from {low:g} to {high:g}, such as {0.95 if low else 0.05:g}"
-            )
+            raise UserError(f"{flag} {value:g}: give a number from {low:g} to {high:g}, such as {usual:g}")
     if args.delta is not None and not 0 < args.delta < float("inf"):
         raise UserError(f"--delta {args.delta:g}: give a number above zero, such as 1e-3")
     if not 100 <= args.bootstraps <= 1_000_000:
         raise UserError(f"--bootstraps {args.bootstraps}: give 100 to 1000000")
     return Options(
-        args.loss, args.delta, args.tau, args.level, args.bootstraps, args.seed, interval=args.interval
+        args.loss, args.delta, tau, args.level, args.bootstraps, args.seed, interval=args.interval
     )  # fmt: skip
 
 
@@ -137,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
     if args.html and not args.html.lower().endswith((".html", ".htm")):
         raise UserError(f"--html {args.html}: end the name in .html")
     settings = settings_of(args, _OUTPUTS, ("points",))
+    _check_different({f"--{name}": getattr(args, name) for name in _OUTPUTS})
     for name in _OUTPUTS:
         check_output(getattr(args, name), settings, args.overwrite)
     points = read_points(
@@ -175,6 +186,14 @@ def run(args: argparse.Namespace) -> int:
 _OUTPUTS = ("json", "figure", "html", "frontier")
 
 
+def _check_different(outputs: dict[str, str | None]) -> None:
+    """UserError where two outputs are one file."""
+    taken: dict[str, str] = {}
+    for flag, path in outputs.items():
+        if path and (other := taken.setdefault(os.path.realpath(path), flag)) != flag:
+            raise UserError(f"{other} and {flag} are both {path}: give two names")
+
+
 def _served(args: argparse.Namespace, points: "Points") -> list[float]:
     """Images to serve, of the frontier; none where the law is of other columns and none are asked for.
 
@@ -183,11 +202,14 @@ def _served(args: argparse.Namespace, points: "Points") -> list[float]:
     """
     from scaling_perception.scaling.frontier import compute_columns, need_columns, usual_images
 
+    served = [predictions([text], ("N",), "--serve")[0][0] for text in args.serve]
+    if served and not (args.frontier or args.html):
+        raise UserError("--serve is of the frontier: give --frontier OUT or --html OUT too, or leave it out")
     if args.frontier or args.serve:
         need_columns(points.x_names)
     if not compute_columns(points.x_names):
         return []
-    return [predictions([text], ("N",), "--serve")[0][0] for text in args.serve] or usual_images(points)
+    return served or usual_images(points)
 
 
 def command_of(args: argparse.Namespace) -> str:

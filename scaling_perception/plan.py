@@ -9,6 +9,7 @@ With --model alone the choice is made among what was measured of a shipped model
 """
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
     known = (*(name for name, task in TASKS.items() if task.conditioned), _PRETRAINING)
     if args.task not in known:
         raise UserError(f"--task {args.task}{did_you_mean(args.task, known)}")
+    if args.next_share > 1:
+        raise UserError(f"--next-share {args.next_share:g}: give a share of the budget, up to 1")
     check_output(args.json, _settings(args), args.overwrite)
     if args.points or args.hold_out:
         return _held_out(args)
@@ -233,14 +236,18 @@ def _speed(args: argparse.Namespace) -> "Speed":
 def _sizes(args: argparse.Namespace, laws: "Laws", template: str) -> "list[Size] | None":
     from scaling_perception.scaling.plan_sizes import Size, named_sizes
 
+    resolutions = _numbers(args.resolution, "--resolution", int)
     if not args.sizes:
         return None
     names = [name.strip() for name in args.sizes.split(",")]
-    try:
-        counts = [float(name) for name in names]
-    except ValueError:
-        resolutions = _numbers(args.resolution, "--resolution", int)
+    counts = []
+    for name in names:
+        with contextlib.suppress(ValueError):
+            counts.append(float(name))
+    if not counts:
         return named_sizes(names, resolutions, template, "params" in laws.quantities)
+    if len(counts) < len(names):
+        raise UserError(f"--sizes {args.sizes}: give names of presets, or numbers of parameters, not both")
     if not all(0 < count < float("inf") for count in counts):
         raise UserError(f"--sizes {args.sizes}: give numbers of parameters above zero, or names")
     each = args.tokens or 1.0

@@ -148,7 +148,9 @@ def open_checkpoint(
 
 def _agreed(seen: str, wanted: str, source: TensorSource, path: str | Path) -> str:
     if wanted not in ("auto", seen):
-        raise UserError(f"{path} has the layout {seen} (its first tensor is {next(iter(source.shapes))}), not {wanted}")
+        raise UserError(
+            f"{path} has the layout {seen} (its first tensor is {next(iter(source.shapes))}), not layout '{wanted}'"
+        )
     return seen
 
 

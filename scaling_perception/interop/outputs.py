@@ -234,7 +234,7 @@ def _refuse_other(target: Path, settings: Mapping[str, Any], overwrite: bool) ->
     there = settings_there(target)
     if there is not None and "sha256" not in settings:
         there = {name: value for name, value in there.items() if name != "sha256"}
-    refuse_other(target, there, settings)
+    refuse_other(target, there, settings, flags=True)
 
 
 def _replaceable(folder: Path) -> bool:

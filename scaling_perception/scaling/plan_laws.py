@@ -248,7 +248,7 @@ def check_range(laws: Laws, values: Mapping[str, np.ndarray]) -> list[str]:
         low, high = law.range[name]
         raise UserError(
             f"{name} would be {value:.3g}, {far:.1f} decades outside the data ({low:.3g} to {high:.3g}): no law is "
-            f"trusted over {REFUSE:g} decades; give a budget nearer to the data, or measure nearer to it"
+            f"trusted over {REFUSE:g} decades; give a --budget (or --samples) nearer to them, or measure nearer"
         )
     if far > EXTRAPOLATE:
         return [f"{name} lies {far:.1f} decades outside the data: over {EXTRAPOLATE:g} no interval can be trusted"]

@@ -20,6 +20,8 @@ from scaling_perception.support.stopping import finished_first
 
 _RECORD = ".settings"
 _NO_SETTINGS = {"overwrite", "help"}
+_WORDS = {"source", "target", "points", "inputs", "dir", "what", "dataset", "sha256", "weights", "protocol", "data"}
+"""Settings that no flag stands for."""
 
 
 def add_overwrite(parser: argparse.ArgumentParser, what: str = "a result") -> None:
@@ -73,17 +75,26 @@ def shown(side: Mapping[str, Any], name: str) -> str:
     return json.dumps(side.get(name, "absent"))[:80]
 
 
-def refuse_other(place: Any, there: Mapping[str, Any] | None, here: Mapping[str, Any]) -> None:
+def refuse_other(place: Any, there: Mapping[str, Any] | None, here: Mapping[str, Any], flags: bool = False) -> None:
     """Refuse to replace the result at ``place``, made with ``there`` (None: not known), by one of ``here``.
+
+    Args:
+        flags: the settings are those of ``settings_of``: name them as they are typed.
 
     Raises:
         UserError: the settings differ, naming each that does.
     """
-    found = ["its settings are not known"] if there is None else differing(there, here)
+    if flags:
+        there, here = (side if side is None else {_typed(name): side[name] for name in side} for side in (there, here))
+    found = ["its settings are not known"] if there is None else differing(there, here or {})
     if found:
         raise UserError(
             f"{place} holds another result ({'; '.join(found)}): give another name, or --overwrite to replace it"
         )
+
+
+def _typed(name: str) -> str:
+    return name if name in _WORDS else f"--{name.replace('_', '-')}"
 
 
 # --- Records -------------------------------------------------------------------------------------------------------
@@ -99,7 +110,7 @@ def check_output(path: str | os.PathLike[str] | None, settings: Mapping[str, Any
         return
     real = Path(os.path.realpath(path))
     if real.is_file() and real.stat().st_size:
-        refuse_other(path, settings_there(real), settings)
+        refuse_other(path, settings_there(real), settings, flags=True)
 
 
 def settings_there(path: Path) -> dict[str, Any] | None:

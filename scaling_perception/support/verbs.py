@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -83,18 +84,53 @@ def in_flags(text: str, flags: Mapping[str, str]) -> str:
     return text
 
 
+def _as_typed(text: str, words: list[str]) -> str:
+    """A message that names no flag, with the flag before the value or the field that it is about.
+
+    ``law.json does not exist`` becomes ``--law law.json does not exist``, ``train.steps is 0`` where that was given
+    ``--config.train.steps is 0``. Values count that look like a path, or with which the message begins.
+    """
+    if re.search(r"(?<![\w-])--\w", re.sub("`.*?`", "", text)):  # commands that mend it are no flags of this one
+        return text
+    flag, pairs = "", []
+    for word in words:
+        if word.startswith("--config."):
+            name, _, value = word.removeprefix("--config.").partition("=")
+            if (unknown := f"config key '{name}'") in text:
+                return text.replace(unknown, f"field --config.{name}", 1)
+            field = rf"(?<![\w.'/-])(?:config\.)?{re.escape(name)}(?= (?:is|has) )"
+            if re.search(field, text):
+                return re.sub(field, f"--config.{name}", text, count=1)
+            pairs.append((f"--config.{name}=", value))
+        elif word.startswith("--"):
+            flag, mark, value = word.partition("=")
+            pairs += [(f"{flag}=", value)] if mark else []
+        elif flag:
+            pairs.append((f"{flag} ", word))
+            if flag == "--config" and ":" in word:
+                file, _, arguments = word.partition(":")
+                named = (one.partition("=") for one in arguments.split(","))
+                pairs += [(f"--config {file}:{name}=", value) for name, _, value in named]
+    for before, value in pairs:
+        for shown, sure in ((os.path.abspath(value), True), (value, bool(re.search(r"[/.]", value)))):
+            place = re.search(rf"(?<![\w./'=-]){re.escape(shown)}(?![\w/]|\.\w)", text)
+            if value and place and (sure or place.start() == 0):
+                return text[: place.start()] + before + value + text[place.end() :]
+    return text
+
+
 def run_verb(verb: str, words: list[str]) -> int:
     """Run a verb with the words a person would type; returns its exit code.
 
     A verb with ``split_overrides`` (``train``) also takes ``--config.some.key=value`` words. In messages the arguments
-    that its ``FLAGS`` hold are called by their flags.
+    that its ``FLAGS`` hold are called by their flags; a message without any gets the one that was typed.
 
     Raises:
         UserError: a flag or value is wrong.
     """
     module = importlib.import_module(f"scaling_perception.{verb}")
     parser = make_parser(verb)
-    overrides: list[str] = []
+    overrides, typed = [], list(words)
     if hasattr(module, "split_overrides"):
         words, overrides = module.split_overrides(words)
     args = parser.parse_args(_with_negative_values(words))
@@ -103,5 +139,5 @@ def run_verb(verb: str, words: list[str]) -> int:
     try:
         return module.run(args) or 0
     except UserError as error:
-        error.args = (in_flags(str(error), getattr(module, "FLAGS", {})),)
+        error.args = (_as_typed(in_flags(str(error), getattr(module, "FLAGS", {})), typed),)
         raise

@@ -33,7 +33,7 @@ def test_equal_settings_go_on_and_others_are_named(tmp_path):
     check_output(out, MINE)  # nothing is lost
     write(out, "1")
     check_output(out, {"steps": (1, 2), "model": "a"})
-    with pytest.raises(UserError, match=r'out.csv holds another result \(model: "a" there, "b" here\).*--overwrite'):
+    with pytest.raises(UserError, match=r'out.csv holds another result \(--model: "a" there, "b" here\).*--overwrite'):
         check_output(out, {**MINE, "model": "b"})
     check_output(out, {**MINE, "model": "b"}, overwrite=True)
     out.write_text("somebody else's")
@@ -131,7 +131,7 @@ def test_prepare_checks_into_no_other_folder(tmp_path):
     words = ["scenes", "--count", "2", "--resolution", "32", "--workers", "0", "--out", str(tmp_path / "out")]
     for _ in range(2):
         assert run_verb("prepare", words) == 0
-    with pytest.raises(UserError, match="manifest.jsonl holds another result .*count: 2 there, 3 here"):
+    with pytest.raises(UserError, match="manifest.jsonl holds another result .*--count: 2 there, 3 here"):
         run_verb("prepare", [*words, "--count", "3"])
     assert run_verb("prepare", [*words, "--count", "3", "--overwrite"]) == 0
 
@@ -142,6 +142,6 @@ def test_the_fit_is_made_again(tmp_path):
     words = [str(tmp_path / "p.csv"), "--form", "power", "--bootstraps", "100", "--json", str(tmp_path / "law.json")]
     for _ in range(2):
         assert run_verb("fit", words) == 0
-    with pytest.raises(UserError, match="law.json holds another result .*seed: 0 there, 1 here"):
+    with pytest.raises(UserError, match="law.json holds another result .*--seed: 0 there, 1 here"):
         run_verb("fit", [*words, "--seed", "1"])
     assert run_verb("fit", [*words, "--seed", "1", "--overwrite"]) == 0

@@ -2,11 +2,14 @@
 
 import pytest
 
+from scaling_perception.interop.model_folder import SHIPPED
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.verbs import in_flags, number_in, run_verb
+from scaling_perception.support.verbs import _as_typed, in_flags, number_in, run_verb
 
 EVALUATE = ("evaluate", "--task", "depth", "--dataset", "scenes", "--model", "mini", "--json", "x")
 COMPILE, PREDICT = ("compile", "--config", "c", "--topology", "t"), ("predict", "x", "--task", "depth", "--out", "o")
+TRAIN = ("train", "--workdir", "w", "--config", "configs/mini.py:cache=")
+MINI = str(SHIPPED / "mini")
 GENERATE = ("generate", "--model", "m", "--out", "o")
 
 
@@ -65,13 +68,47 @@ def test_numbers_at_the_ends_are_taken():
         (("evaluate", "--task", "depth", "--dataset", "nyu", "--model", "mini"), "unknown --dataset 'nyu'"),
         (("prepare", "folder", "--out", "o", "--tasks", "depth"), "folder needs --raw: the folder"),
         (("prepare", "scenes", "--out", "o", "--count", "2", "--split", "x"), "scenes have no split 'x'"),
+        (("fit", "no.csv", "--json", "."), "^no.csv does not exist"),
+        (("fit", "p.csv", "--json", "d"), "^cannot write --json d: it is there"),
+        (("fit", "p.csv", "--json", "a.html", "--html", "./a.html"), "^--json and --html are both ./a.html"),
+        (("fit", "p.csv", "--seed", "-1"), "--seed"),
+        (("fit", "p.csv", "--tau", "0.1"), "^--tau 0.1 is of --loss quantile, not of --loss huber"),
+        (("fit", "p.csv", "--delta", "0.1", "--loss", "lsq"), "^--delta 0.1 is of --loss huber"),
+        (("fit", "p.csv", "--form", "hull", "--loss", "lsq"), "^--loss lsq is not of --form hull"),
+        (("fit", "p.csv", "--form", "hull", "--interval", "bca"), "^--interval bca is not of --form hull"),
+        (("fit", "p.csv", "--serve", "3"), "^--serve is of the frontier"),
+        (("plan", "--law", "no.json", "--budget", "1e9"), "^--law no.json does not exist"),
+        (("plan", "--law", "x", "--budget", "1e9", "--next-share", "7"), "^--next-share 7: give a share"),
+        (("convert", MINI, "o", "--layout", "diT"), "^--layout 'diT'; did you mean 'dit'"),
+        (("convert", MINI, "o", "--layout", "dit"), "not --layout 'dit'"),
+        (("convert", MINI, "o", "--heads", "3"), "not a multiple of --heads 3"),
+        (("convert", MINI, "o", "--active", "3"), "^--active 3: .*mini has no experts"),
+        ((*TRAIN, "--config.train.steps=0"), "^--config.train.steps is 0"),
+        ((*TRAIN, "--config.train.steps=x"), "^--config.train.steps is 'x'"),
+        ((*TRAIN, "--config.diffusion=x"), "^--config.diffusion is 'x'; known"),
+        ((*TRAIN, "--config.train.step=1"), "^unknown field --config.train.step; did you mean 'train.steps'"),
+        (("train", "--workdir", "w", "--config", "configs/mini.py:cache=no/cache"), ":cache=no/cache is no latent"),
+        ((*TRAIN, "--profile", "0:2"), "^--profile is '0:2'"),
     ],
 )  # fmt: skip
 def test_messages_name_flags(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x").touch()
+    (tmp_path / "d").mkdir()
+    (tmp_path / "p.csv").write_text("macs,absrel\n" + "".join(f"{10.0**i},{10.0 ** (-i / 4)}\n" for i in range(6, 13)))
     with pytest.raises(UserError, match=message):
         run_verb(words[0], list(words[1:]))
+
+
+def test_a_message_gets_the_flag_that_was_typed():
+    words = ["--law", "a.json", "b/c.json", "--unit=macs", "--config", "f.py:root=/data/x,steps=3"]
+    assert _as_typed("b/c.json is no law", words) == "--law b/c.json is no law"
+    assert _as_typed("a law a.json.old or data/a.json", words) == "a law a.json.old or data/a.json"
+    assert _as_typed("macs would be 3", words) == "--unit=macs would be 3"
+    assert _as_typed("no macs", words) == "no macs"
+    assert _as_typed("no folder m/n", ["--config.init=m/n"]) == "no folder --config.init=m/n"
+    assert _as_typed("a.json: give --images", words) == "a.json: give --images"
+    assert _as_typed("nothing in /data/x, make it", words) == "nothing in --config f.py:root=/data/x, make it"
 
 
 def test_names_are_flags_where_a_value_follows():
