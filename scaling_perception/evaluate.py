@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scaling_perception.inference.settings import add_setting, add_several, help_of
 from scaling_perception.support.again import add_overwrite, check_output, refuse_other, replacing
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json, write_json, write_text
@@ -39,7 +40,7 @@ _ASKED += ("step_tolerance", "step_chunk", "metrics", "reduce", "seed", "dtype",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", required=True, help="depth, flow or amodal")
+    parser.add_argument("--task", required=True, help="depth, flow, amodal or normals")
     parser.add_argument(
         "--dataset", required=True, help="scenes, hypersim, nyuv2, flying_chairs, pix2gestalt, folder, …"
     )
@@ -51,24 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", required=True, help="model folder, training run, hub id, or a name such as mini")
     parser.add_argument("--autoencoder", help="another autoencoder than the model's: name, folder or hub id")
-    parser.add_argument("--steps", default="10", help="denoising steps, comma-separated (default 10)")
-    parser.add_argument("--ensemble", default="5", help="ensemble sizes, comma-separated (default 5)")
-    parser.add_argument("--preset", help="timestep grids: fixed, paper, released (default: the model's own)")
-    parser.add_argument("--solver", default="ddim", help="ddim, ddpm, dpm++2m, unipc, single, comma-separated (ddim)")
-    parser.add_argument(
-        "--tolerance",
-        metavar="X",
-        help="adaptive members: also cells that stop within these distances, comma-separated",
-    )
-    parser.add_argument("--first", type=COUNT, default=2, help="members of each adaptive round (default %(default)s)")
-    parser.add_argument(
-        "--step-tolerance", metavar="X", help="early exit: also cells that stop at these changes, comma-separated"
-    )
-    parser.add_argument(
-        "--step-chunk", type=COUNT, default=2, metavar="N", help="steps between two looks (default %(default)s)"
-    )
+    add_several(parser, "steps", "10")
+    add_several(parser, "ensemble", "5")
+    add_several(parser, "preset")
+    add_several(parser, "solver", "ddim")
+    add_several(parser, "tolerance")
+    parser.add_argument("--first", type=COUNT, default=2, metavar="N", help=help_of("first"))
+    add_several(parser, "step_tolerance")
+    parser.add_argument("--step-chunk", type=COUNT, default=2, metavar="T", help=help_of("step_chunk"))
     parser.add_argument("--metrics", help="further metrics, comma-separated, or all")
-    parser.add_argument("--reduce", help="merging: depth lsq, median, minmax, marigold; flow mean, median")
+    add_setting(parser, "reduce")
     parser.add_argument("--seed", type=SEED, default=0, help="key of all noise (default 0)")
     parser.add_argument("--batch-size", type=COUNT, help="images × members at once (default: by memory)")
     parser.add_argument("--dtype", default="float32", help="of the transformer's products: float32 or bfloat16")
@@ -312,7 +305,7 @@ def _report_constants(cells: list[dict[str, Any]]) -> None:
 
 def _budgets_folder(name: str | None) -> Path | None:
     from scaling_perception.inference.budgets import FILE, load_budgets
-    from scaling_perception.inference.inputs import find_model
+    from scaling_perception.interop.find import find_model
 
     if name is None:
         return None

@@ -16,7 +16,7 @@ scaling-perception generate --model models/dit256 --classes 207,360,387,974 --st
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="model folder, or a training run's folder")
+    parser.add_argument("--model", required=True, help="model folder, training run, or hub id")
     parser.add_argument("--out", required=True, metavar="FILE", help="picture to write, all classes on one sheet")
     parser.add_argument(
         "--classes", default="", metavar="I,I,…", help="classes to draw, names or labels (default: eight)"
@@ -39,17 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
     settings = settings_of(args, ("out",), ("model", "vae"))
     check_output(args.out, settings, args.overwrite)
     from scaling_perception.inference.class_pictures import example_classes, grid_of, write_classes
+    from scaling_perception.interop.find import find_model
     from scaling_perception.interop.model_folder import load_model
 
     if not 1 <= args.channels <= 4:
         raise UserError(f"--channels {args.channels}: give 1 to 4")
-    folder = Path(args.model) / "model"  # a training run keeps its model there
-    params, meta = load_model(folder if folder.is_dir() else args.model)
+    params, meta = load_model(find_model(args.model))
     words = [word.strip() for word in args.classes.split(",") if word.strip()]
     names = meta.get("class_names") or []
     labels = [names.index(word) if word in names else int(word) if word.isdecimal() else -1 for word in words]

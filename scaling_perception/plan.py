@@ -306,7 +306,7 @@ def _held_out(args: argparse.Namespace) -> int:
 def _measured(args: argparse.Namespace) -> int:
     """The choice among a model's measured budgets: `predict --macs` by another name."""
     from scaling_perception.inference.budgets import choose, load_budgets
-    from scaling_perception.inference.inputs import find_model
+    from scaling_perception.interop.find import find_model
     from scaling_perception.scaling.plan_text import commands_of
 
     if not args.model:

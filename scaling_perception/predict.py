@@ -1,4 +1,4 @@
-"""Images, folders, globs, lists or videos to depth, flow or amodal masks on disk, at the images' own size.
+"""Images, folders, globs, lists or videos to depth, flow, amodal masks or normals on disk, at the images' own size.
 
 Depth is relative (0 near, 1 far), and metric where --align gives points of known distance. Flow takes pairs
 `A.png,B.png`, or a folder, list or video of consecutive frames. Amodal takes --mask, the visible part of the object:
@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scaling_perception.inference.settings import SETTINGS, add_setting, flag_of
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.verbs import COUNT, NOT_NEGATIVE, POSITIVE, SEED, STEPS
+from scaling_perception.support.verbs import COUNT, POSITIVE, SEED
 
 if TYPE_CHECKING:
     from scaling_perception.inference.find import Item
@@ -35,30 +36,8 @@ scaling-perception predict --task amodal --model mini --mask masks/ --out out im
 scaling-perception predict --repeat out/photo_depth.json --out again
 """
 
-SETTINGS: dict[str, tuple[Any, str, str]] = {
-    "steps": (STEPS, "T", "denoising steps (default 10)"),
-    "ensemble": (COUNT, "N", "members that are merged (default 5)"),
-    "preset": (str, "NAME", "timestep grid: fixed, paper, released (default: the model's own)"),
-    "spacing": (str, "NAME", "timestep spacing alone: leading, trailing, linspace"),
-    "solver": (str, "NAME", "ddim (default), ddpm, dpm++2m, unipc, single"),
-    "eta": (
-        NOT_NEGATIVE,
-        "X",
-        "noise of ddim and dpm++2m: 0 none (default), 1 as much as ancestral sampling",
-    ),
-    "clip": (POSITIVE, "X", "bound of the clean latent's estimate in each step (default: none)"),
-    "reduce": (str, "NAME", "merging: depth lsq, median, minmax, marigold; flow mean, median"),
-    "antithetic": (bool, "", "members in pairs whose noise differs in sign alone"),
-    "aspect": (str, "NAME", "pictures that are not square: squash (default), letterbox, tile"),
-    "tolerance": (NOT_NEGATIVE, "X", "adaptive members: stop an image once it would move by less than this"),
-    "first": (COUNT, "N", "members of each round of adaptive members (default 2)"),
-    "step_tolerance": (NOT_NEGATIVE, "X", "early exit: stop an image's steps once it changes by less than this"),
-    "step_chunk": (COUNT, "T", "steps between two looks of the early exit (default 2)"),
-}
-"""Every field of ``inference.settings.Settings``: type, placeholder, help. Written out, for --help must not wait."""
-
 FLAGS = {
-    **{name: f"--{name.replace('_', '-')}" for name in SETTINGS if name != "first"},
+    **{name: flag_of(name) for name in SETTINGS if name != "first"},
     **{name: f"--{name}" for name in ("task", "model", "autoencoder", "dtype", "budget", "seed")},
 }
 """What messages of the library call by name -> the flag."""
@@ -94,17 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--mask", metavar="FILE|DIR", help="amodal: the visible part's mask, or a folder of masks")
     group = parser.add_argument_group("model")
-    group.add_argument("--task", help="depth, flow or amodal")
+    group.add_argument("--task", help="depth, flow, amodal or normals, as the model knows them")
     group.add_argument("--model", help="model folder, training run, hub id or name (default mini)")
     group.add_argument("--autoencoder", help="another autoencoder than the model's: name, folder or hub id")
     group.add_argument("--dtype", help="of the transformer's products: float32 (default) or bfloat16")
     group = parser.add_argument_group("compute")
-    for name, (kind, placeholder, text) in SETTINGS.items():
-        flag = f"--{name.replace('_', '-')}"
-        if kind is bool:
-            group.add_argument(flag, action="store_true", default=None, help=text)
-        else:
-            group.add_argument(flag, type=kind, metavar=placeholder, help=text)
+    for name in SETTINGS:
+        add_setting(group, name)
     group.add_argument("--seed", type=SEED, help="key of all noise (default 0)")
     group = parser.add_argument_group(
         "budget", "instead of --steps and --ensemble, from the table that the model ships"
@@ -123,7 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--formats",
         metavar="A,B",
-        help="depth png16,npy,color,metric,ply; flow flo,color,npy,kitti; amodal mask,whole; all uncertainty",
+        help="depth png16,npy,color,metric,ply; flow flo,color,npy,kitti; amodal mask,whole; normals color,npy; all "
+        "uncertainty",
     )
     group.add_argument("--kitti", action="store_true", default=None, help="flow: also write KITTI's 16-bit PNG")
     group.add_argument("--ply", action="store_true", default=None, help="depth: also write a point cloud")
@@ -191,10 +167,6 @@ def run(args: argparse.Namespace) -> int:
 # What is asked for
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _check_flags(args: argparse.Namespace) -> None:
     """UserError for flags that belong to another task, or that miss or exclude each other."""
     from scaling_perception.tasks import TASKS
@@ -202,7 +174,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     for task, what in TASKS.items():
         for name in what.flags:
             if task != args.task and getattr(args, name) is not None:
-                raise UserError(f"{_flag(name)} belongs to {task}, not to {args.task}: leave it out")
+                raise UserError(f"{flag_of(name)} belongs to {task}, not to {args.task}: leave it out")
     if args.null and args.list is None and "-" not in args.inputs:
         raise UserError("-0 goes with a list: give --list FILE, or - as an input")
     if args.overwrite and args.resume:
@@ -212,11 +184,11 @@ def _check_flags(args: argparse.Namespace) -> None:
     for name in _BUDGETS:
         for other in _CHOSEN_BY_BUDGET:
             if getattr(args, name) is not None and getattr(args, other) is not None:
-                one, two = _flag(name), _flag(other)
+                one, two = flag_of(name), flag_of(other)
                 raise UserError(f"{one} chooses {other} from the model's table: leave out {one} or {two}")
     for name, other in _GO_WITH.items():
         if getattr(args, name) is not None and getattr(args, other) is None:
-            raise UserError(f"{_flag(name)} goes with {_flag(other)}: give that too, or leave it out")
+            raise UserError(f"{flag_of(name)} goes with {flag_of(other)}: give that too, or leave it out")
 
 
 def _request(args: argparse.Namespace, chosen: dict[str, Any] | None = None, budget: Any = None) -> "Request":
@@ -281,8 +253,8 @@ def _by_budget(
     does not choose otherwise, results for the same budget are asked first.
     """
     from scaling_perception.inference.budgets import choose, load_budgets, measure_timing
-    from scaling_perception.inference.inputs import find_model
     from scaling_perception.inference.outputs import chosen_before
+    from scaling_perception.interop.find import find_model
 
     names = ("steps", "ensemble", "preset", "solver")
     asked = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
@@ -308,7 +280,7 @@ def _by_budget(
 def _say_choice(asked: dict[str, Any], chosen: dict[str, Any], expected: dict[str, Any]) -> None:
     """One line on what the budget chose, and what the table expects of it."""
     budget = ", ".join(
-        f"{_flag(name)} {value if isinstance(value, str) else f'{value:g}'}" for name, value in asked.items()
+        f"{flag_of(name)} {value if isinstance(value, str) else f'{value:g}'}" for name, value in asked.items()
     )
     parts = [f"{chosen['steps']} steps, {chosen['ensemble']} members"]
     parts += [f"{word} {chosen[name]}" for name, word in (("preset", "grid"), ("solver", "solver")) if name in chosen]
@@ -330,7 +302,7 @@ def _repeat(args: argparse.Namespace, out: Path) -> int:
 
     for name, value in vars(args).items():
         if name not in (*_WITH_REPEAT, "overrides") and value not in (None, []):
-            flag = "inputs" if name == "inputs" else _flag(name)
+            flag = "inputs" if name == "inputs" else flag_of(name)
             raise UserError(f"--repeat takes everything from {args.repeat}: leave out {flag}")
     record = read_json(args.repeat)
     try:
@@ -368,7 +340,7 @@ def _command(args: argparse.Namespace, item: "Item") -> list[str]:
     words = ["scaling-perception", "predict"]
     for name, value in vars(args).items():
         if name not in (*_OF_THE_RUN, "overrides") and value is not None and value != _USUAL.get(name):
-            words += [_flag(name)] if value is True else [_flag(name), str(value)]
+            words += [flag_of(name)] if value is True else [flag_of(name), str(value)]
     first, *more = item.inputs
     prompt = None if args.task is None else get_task(args.task).prompt  # none: --repeat names the record
     paired = prompt is not None and prompt.frame

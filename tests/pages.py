@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from scaling_perception.interop.model_folder import SHIPPED
+from scaling_perception.interop.find import SHIPPED
 from scaling_perception.support.verbs import make_parser
 
 ROOT = Path(__file__).parent.parent

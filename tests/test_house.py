@@ -1,5 +1,6 @@
 """The house rules: style, types, import direction, file size, nothing machine-bound in the tree."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -106,3 +107,32 @@ def test_cited_facts_are_on_their_page():
             cited |= set(re.findall(r"row (\d+)", found[2])) - rows
             missing += [f"{path.relative_to(ROOT)}: {found[0]}"] if cited else []
     assert not missing
+
+
+def test_nothing_outside_tasks_compares_a_tasks_name():
+    """What differs between tasks is a field of ``tasks.base.Task``: no branch on a name, no table by names."""
+    from scaling_perception.tasks import ALL_PASSES, TASKS
+
+    names = {*TASKS, *(one.name for one in ALL_PASSES)}
+    asks = re.compile(r"\b(task|tasks|pass_name|pass)\b")
+    found = []
+    for path in _tracked("scaling_perception/*.py"):
+        if "tasks" in path.parent.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                words = {one.value for side in sides for one in ast.walk(side) if isinstance(one, ast.Constant)}
+                plain = [ast.unparse(side) for side in sides if not isinstance(side, ast.Constant)]
+                if words & names and any(asks.search(side) for side in plain):
+                    found.append(f"{where}: {ast.unparse(node)}")
+            elif isinstance(node, ast.Dict):
+                keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
+                if len(keys & TASKS.keys()) > 1 and keys <= names:
+                    found.append(f"{where}: a table by tasks")
+    # labels of the published generalist, kinds of drawn pictures, and fields of files, which are called like tasks
+    allowed = tuple(
+        f"scaling_perception/{p}" for p in ("interop/released.py", "data/sources/textures.py", "data/formats.py")
+    )
+    assert [line for line in found if not line.startswith(allowed)] == []

@@ -18,7 +18,7 @@ from pages import PAGES, ROOT, commands, is_known, lines, made_by, own, taken_by
 from PIL import Image
 
 from scaling_perception.data.formats import write_png16
-from scaling_perception.inference.inputs import find_model
+from scaling_perception.interop.find import find_model
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

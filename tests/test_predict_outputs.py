@@ -272,7 +272,7 @@ def test_budgets_choose_from_the_models_table(command, pictures, nano_folder, tm
     monkeypatch.setattr(budgets, "measure_timing", lambda *_: slow)
     text = command(*words, "--seconds", "0.5", out="timed")
     assert "1 already there" in text.out, "a busier machine does not choose otherwise in the middle of the work"
-    assert "fits 0.5 s" in command(*words, "--seconds", "0.5", code=2, out="later").err
+    assert "fits --seconds 0.5 s" in command(*words, "--seconds", "0.5", code=2, out="later").err
     (model / "budgets.json").unlink()
     assert "ships no table of budgets" in command(*words, "--seconds", 2, code=2).err
 

@@ -20,7 +20,8 @@ from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion
 from scaling_perception.inference.batches import Plan, free_bytes, shrink, split
 from scaling_perception.inference.engine import Engine, Passes, draw_members
-from scaling_perception.inference.inputs import find_model, raw_samples
+from scaling_perception.inference.inputs import raw_samples
+from scaling_perception.interop.find import find_model
 from scaling_perception.interop.model_folder import load_model
 from scaling_perception.models.autoencoders import Autoencoder, load_autoencoder, tree_hash
 from scaling_perception.models.compute import forward_macs

@@ -1,13 +1,29 @@
 """How much compute a prediction gets and how it is spent, as plain data: what a person may turn."""
 
-import dataclasses
-from typing import Any
+from __future__ import annotations
 
-from scaling_perception.diffusion.sampler import SamplerTables, sampler_tables
-from scaling_perception.diffusion.schedules import DiffusionPreset
-from scaling_perception.diffusion.solvers import SOLVERS, evaluations, refuse_amplified, solver_name
-from scaling_perception.inference.aspect import check_aspect
+import argparse
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.verbs import COUNT, NOT_NEGATIVE, POSITIVE, STEPS
+
+if TYPE_CHECKING:  # JAX, which --help does not wait for
+    from scaling_perception.diffusion.sampler import SamplerTables
+    from scaling_perception.diffusion.schedules import DiffusionPreset
+
+
+def setting(default: Any, kind: Callable[[str], Any], placeholder: str, text: str, unset: str = "") -> Any:
+    """A field of ``Settings``, from which its flags and the table of docs/reference.md are made.
+
+    Args:
+        kind: converts the value of a flag; bool: the flag has none.
+        unset: what None stands for, in words.
+    """
+    known = {"kind": kind, "placeholder": placeholder, "text": text, "default": unset or default}
+    return dataclasses.field(default=default, metadata=known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,22 +53,31 @@ class Settings:
         step_chunk: steps between two looks.
     """
 
-    steps: int = 10
-    ensemble: int = 5
-    preset: str | None = None
-    spacing: str | None = None
-    solver: str = "ddim"
-    eta: float = 0.0
-    clip: float | None = None
-    reduce: str | None = None
-    antithetic: bool = False
-    aspect: str = "squash"
-    tolerance: float | None = None
-    first: int = 2
-    step_tolerance: float | None = None
-    step_chunk: int = 2
+    steps: int = setting(10, STEPS, "T", "denoising steps")
+    ensemble: int = setting(5, COUNT, "N", "members that are merged")
+    preset: str | None = setting(None, str, "NAME", "timestep grid: fixed, paper, released", "the model's own")
+    spacing: str | None = setting(None, str, "NAME", "spacing alone: leading, trailing, linspace", "the grid's")
+    solver: str = setting("ddim", str, "NAME", "ddim (euler), ddpm, dpm++2m, unipc, heun, single")
+    eta: float = setting(0.0, NOT_NEGATIVE, "X", "noise of ddim and dpm++2m: 0 none, 1 as much as ancestral sampling")
+    clip: float | None = setting(None, POSITIVE, "X", "bound of the clean latent's estimate in each step", "none")
+    reduce: str | None = setting(
+        None, str, "NAME", "merging: depth lsq, median, minmax, marigold; flow and normals mean, median", "the first"
+    )
+    antithetic: bool = setting(False, bool, "", "members in pairs whose noise differs in sign alone")
+    aspect: str = setting("squash", str, "NAME", "pictures that are not square: squash, letterbox, tile")
+    tolerance: float | None = setting(
+        None, NOT_NEGATIVE, "X", "adaptive members: stop an image once it would move by less than this", "all members"
+    )
+    first: int = setting(2, COUNT, "N", "members of each round of adaptive members")
+    step_tolerance: float | None = setting(
+        None, NOT_NEGATIVE, "X", "early exit: stop an image's steps once it changes by less than this", "all steps"
+    )
+    step_chunk: int = setting(2, COUNT, "T", "steps between two looks of the early exit")
 
     def __post_init__(self) -> None:
+        from scaling_perception.diffusion.solvers import SOLVERS, solver_name
+        from scaling_perception.inference.aspect import check_aspect
+
         check_aspect(self.aspect)
         object.__setattr__(self, "solver", solver_name(self.solver))  # an alias is recorded by the one name
         for name in ("ensemble", "first", "step_chunk"):
@@ -74,6 +99,8 @@ class Settings:
     @property
     def evaluations(self) -> int:
         """Network evaluations of one member."""
+        from scaling_perception.diffusion.solvers import evaluations
+
         return evaluations(self.solver, self.steps)
 
     def tables(self, diffusion: DiffusionPreset) -> SamplerTables:
@@ -82,8 +109,41 @@ class Settings:
         Raises:
             UserError: a value that the solver does not take, or a single step that would return amplified noise.
         """
+        from scaling_perception.diffusion.sampler import sampler_tables
+        from scaling_perception.diffusion.solvers import refuse_amplified
+
         return refuse_amplified(sampler_tables(diffusion, self.steps, self.eta, solver=self.solver, clip=self.clip))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
         return dataclasses.asdict(self)
+
+
+SETTINGS = {one.name: one.metadata for one in dataclasses.fields(Settings)}
+"""Name of each setting -> ``kind``, ``placeholder``, ``text`` and ``default`` of its flag."""
+
+
+def flag_of(name: str) -> str:
+    """``--step-chunk`` for ``step_chunk``."""
+    return "--" + name.replace("_", "-")
+
+
+def help_of(name: str) -> str:
+    """A setting in words, with its default."""
+    one = SETTINGS[name]
+    return one["text"] if one["kind"] is bool else f"{one['text']} (default: {one['default']})"
+
+
+def add_setting(parser: Any, name: str) -> None:
+    """The flag of one setting; None where it was not given."""
+    one = SETTINGS[name]
+    if one["kind"] is bool:
+        parser.add_argument(flag_of(name), action="store_true", default=None, help=one["text"])
+    else:
+        parser.add_argument(flag_of(name), type=one["kind"], metavar=one["placeholder"], help=help_of(name))
+
+
+def add_several(parser: argparse.ArgumentParser, name: str, usual: str | None = None) -> None:
+    """The flag of a setting of which a sweep takes several values, with commas between them."""
+    text = f"{SETTINGS[name]['text']}; several, with commas (default: {usual or SETTINGS[name]['default']})"
+    parser.add_argument(flag_of(name), default=usual, metavar=f"{SETTINGS[name]['placeholder']},…", help=text)

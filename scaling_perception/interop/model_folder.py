@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from scaling_perception.interop.find import CONFIG, find_model
 from scaling_perception.interop.safetensors_io import dtype_of, flatten_tree
 from scaling_perception.interop.sharded import (
-    INDEX,
     MAX_SHARD_BYTES,
     SINGLE,
     Progress,
@@ -30,31 +30,11 @@ from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path, read_json
 
 FORMAT = 1
-CONFIG, WEIGHTS, CARD = "config.json", SINGLE, "README.md"
+CARD = "README.md"
 LICENSE = "apache-2.0"
 SOURCE_LICENSE = "other: the licence of the source weights applies"  # of converted weights
-SHIPPED = Path(__file__).parent.parent / "weights"
 
 _REQUIRED = ("model", "resolution", "autoencoder", "diffusion", "tasks", "latent_norm")
-
-
-def find_model(name_or_path: str | os.PathLike[str]) -> Path:
-    """The folder of a model: a path, or the name of one that ships with the package (such as 'mini').
-
-    Raises:
-        UserError: neither.
-    """
-    path = Path(name_or_path)
-    if path.is_dir():
-        return path
-    shipped = SHIPPED / str(name_or_path)
-    if str(name_or_path) and path.name == str(name_or_path) and (shipped / CONFIG).is_file():
-        return shipped
-    names = sorted(folder.parent.name for folder in SHIPPED.glob(f"*/{CONFIG}"))
-    raise UserError(
-        f"no model folder {name_or_path}: give a folder with {CONFIG} and {SINGLE} or {INDEX}"
-        + (f", or one of: {', '.join(names)}" if names else "")
-    )
 
 
 def save_model(
@@ -123,7 +103,7 @@ def load_model(
         UserError: a file is missing or damaged, the format is another one, or a tensor is missing, unexpected or of
             another shape than the model's (named, with both shapes).
     """
-    folder = find_model(folder)
+    folder = Path(folder) if os.path.isdir(folder) else find_model(folder)
     meta = read_meta(folder)
     weights = find_weights(folder) or folder / SINGLE
     source = open_sharded(weights)

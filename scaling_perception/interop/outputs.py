@@ -22,7 +22,8 @@ import numpy as np
 
 from scaling_perception.interop import exchange, hf_clip, torch_files
 from scaling_perception.interop.exchange import Checkpoint
-from scaling_perception.interop.model_folder import CARD, CONFIG, SOURCE_LICENSE, model_card, save_streamed
+from scaling_perception.interop.find import CONFIG
+from scaling_perception.interop.model_folder import CARD, SOURCE_LICENSE, model_card, save_streamed
 from scaling_perception.interop.released import describe
 from scaling_perception.interop.sharded import SINGLE, save_sharded
 from scaling_perception.interop.torch_dit import leaf_pieces

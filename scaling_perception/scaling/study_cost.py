@@ -189,7 +189,7 @@ def _length(dataset: str, split: str) -> int:
 
 
 def _of_folder(name: str) -> DiTConfig | None:
-    from scaling_perception.inference.inputs import find_model
+    from scaling_perception.interop.find import find_model
 
     try:
         card = read_json(find_model(name) / "config.json")

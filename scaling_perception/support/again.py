@@ -85,8 +85,9 @@ def refuse_other(place: Any, there: Mapping[str, Any] | None, here: Mapping[str,
         UserError: the settings differ, naming each that does.
     """
     if flags:
-        there, here = (side if side is None else {_typed(name): side[name] for name in side} for side in (there, here))
-    found = ["its settings are not known"] if there is None else differing(there, here or {})
+        here = {_typed(name): value for name, value in here.items()}
+        there = None if there is None else {_typed(name): value for name, value in there.items()}
+    found = ["its settings are not known"] if there is None else differing(there, here)
     if found:
         raise UserError(
             f"{place} holds another result ({'; '.join(found)}): give another name, or --overwrite to replace it"

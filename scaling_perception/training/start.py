@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from scaling_perception.training.state import named_leaves
 
 
 def starting_point(config: Config, dit: DiTConfig) -> tuple[Params, dict[str, Any]]:
-    """(params, meta) of the model folder, training run or shipped name ``config.init``, as weights of ``dit``.
+    """(params, meta) of the model folder, training run, shipped name or hub id ``config.init``, as weights of ``dit``.
 
     ``config.init_surgery``: ``auto`` changes what can be changed without training, by ``config.init_gain`` and
     ``config.upcycle``, and prints each step; ``none`` takes a model of the same shapes alone. Where a perception model
@@ -30,10 +29,10 @@ def starting_point(config: Config, dit: DiTConfig) -> tuple[Params, dict[str, An
     Raises:
         UserError: no such model, or one that cannot become ``dit``, naming the field or tensor.
     """
+    from scaling_perception.interop.find import find_model
     from scaling_perception.interop.model_folder import load_model
 
-    folder = Path(config.init) / "model"  # a training workdir keeps its model there
-    found, meta = load_model(folder if folder.is_dir() else config.init)
+    found, meta = load_model(find_model(config.init))
     found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), found)  # first: 1/3 of a half is rounded twice
     if config.init_surgery == "none":
         _refuse_other_shapes(config.init, found, dit)

@@ -75,6 +75,7 @@ def test_fields_shapes_and_types():
     shapes = {
         "image": ((32, 32, 3), np.uint8), "image2": ((32, 32, 3), np.uint8), "whole": ((32, 32, 3), np.uint8),
         "depth": ((32, 32), np.float32), "depth2": ((32, 32), np.float32), "flow": ((32, 32, 2), np.float32),
+        "normals": ((32, 32, 3), np.float32),
         "occluded": ((32, 32), bool), "valid": ((32, 32), bool), "visible_mask": ((32, 32), bool),
         "whole_mask": ((32, 32), bool), "intrinsics": ((3, 3), np.float32),
     }  # fmt: skip

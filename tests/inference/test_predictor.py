@@ -288,7 +288,7 @@ def test_from_pretrained_finds_folders_runs_and_names(predictor, make_image, tmp
     given = predictor(make_image(), ensemble=2, **FAST).prediction
     found = loaded(make_image(), ensemble=2, **FAST).prediction
     np.testing.assert_allclose(found, given, atol=0.02)  # the autoencoder was stored in float16
-    monkeypatch.setattr("scaling_perception.inference.inputs.SHIPPED", tmp_path / "run")
+    monkeypatch.setattr("scaling_perception.interop.find.SHIPPED", tmp_path / "run")
     assert Predictor.from_pretrained("model").id == predictor.id
     with pytest.raises(UserError, match="did you mean 'model'"):
         Predictor.from_pretrained("modle")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from scaling_perception.interop import model_folder
+from scaling_perception.interop import find
 from scaling_perception.interop.model_folder import (
     SOURCE_LICENSE,
     find_model,
@@ -126,12 +126,12 @@ def test_published_weights_stream_into_a_folder_which_each_device_reads_its_part
 
 
 def test_shipped_models_are_found_by_name(folder, monkeypatch):
-    monkeypatch.setattr(model_folder, "SHIPPED", folder.parent)
+    monkeypatch.setattr(find, "SHIPPED", folder.parent)
     assert find_model("model") == folder and load_model("model")[1]["resolution"] == 128
-    with pytest.raises(UserError, match="no model folder nothing.*one of: model"):
+    with pytest.raises(UserError, match="model 'nothing' is no folder, hub id .* or shipped model; .*known: model"):
         load_model("nothing")
     for name in ("", "../model", str(folder.parent / "other")):
-        with pytest.raises(UserError, match="no model folder|has no config.json"):
+        with pytest.raises(UserError, match="is no folder|has no config.json"):
             load_model(name or folder.parent)
 
 

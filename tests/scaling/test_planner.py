@@ -317,7 +317,7 @@ def test_bad_input_is_one_line(files, words, message, capsys, monkeypatch):
 
 def test_measured_budgets_are_chosen_as_predict_chooses(capsys):
     from scaling_perception.inference.budgets import choose, load_budgets
-    from scaling_perception.inference.inputs import find_model
+    from scaling_perception.interop.find import find_model
 
     found = choose(load_budgets(find_model("mini")), "depth", macs=5e9)
     assert main(["plan", "--model", "mini", "--budget", "5e9"]) == 0

@@ -95,7 +95,7 @@ def words_of(verb, folder, out):
 def inputs(tmp_path_factory):
     from nano import nano_meta, nano_params
 
-    from scaling_perception.inference.inputs import find_model
+    from scaling_perception.interop.find import find_model
     from scaling_perception.interop.model_folder import save_model
 
     folder = tmp_path_factory.mktemp("inputs")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scaling_perception.interop.model_folder import SHIPPED
+from scaling_perception.interop.find import SHIPPED
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import _as_typed, in_flags, number_in, run_verb
 
