@@ -442,7 +442,7 @@ def _shard(
     samples: dict[str, list[dict[str, Any]]] = {one.name: [] for one in ALL_PASSES}
 
     def name_of(sample: dict[str, Any], field: str, mirrored: bool) -> _Name:
-        signs = get_pass(int(sample["task"])).mirrored if field == "target" else encoder.PLAIN
+        signs = get_pass(int(sample["pass_id"])).mirrored if field == "target" else encoder.PLAIN
         return sample[field], signs if mirrored else None
 
     bad, seen = [], []
@@ -457,7 +457,7 @@ def _shard(
         first = result["samples"][0]
         seen.append((result["index"], first["key"], first["image" if "image" in first else "target"].hex()))
         for sample in result["samples"]:
-            samples[get_pass(int(sample["task"])).name].append(sample)
+            samples[get_pass(int(sample["pass_id"])).name].append(sample)
             for field in (name for name in FIELDS if name in sample):
                 for view in views:
                     digest, signs = name_of(sample, field, view)
@@ -474,5 +474,5 @@ def _shard(
                 if logvar is not None:
                     fields[f"{field}_logvar"] = logvar
             encoded.append(fields)
-        records.append(encode_record(int(sample["task"]), int(sample["label"]), sample["key"], encoded))
+        records.append(encode_record(int(sample["pass_id"]), int(sample["label"]), sample["key"], encoded))
     return records, {name: len(made) for name, made in samples.items() if made}, bad, seen

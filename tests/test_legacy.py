@@ -30,7 +30,7 @@ ROOT = LEGACY.parent.parent
 def test_a_cache_is_read_and_counts_as_finished(tmp_path, capsys):
     reader = CacheReader(LEGACY / "cache")
     for name in RELEASED:
-        assert [get_pass(int(reader[i]["task"])).name for i in reader.indices(name)] == [name] * 4
+        assert [get_pass(int(reader[i]["pass_id"])).name for i in reader.indices(name)] == [name] * 4
     copy = shutil.copytree(LEGACY / "cache", tmp_path / "cache")
     words = ["prepare", "scenes", "--count", "4", "--resolution", "64", "--latents", "--vae", "tiny"]
     assert main([*words, "--flips", "both", "--out", str(copy)]) == 0

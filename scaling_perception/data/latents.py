@@ -87,7 +87,7 @@ def decode_record(data: bytes) -> dict[str, Any]:
         ValueError: not such a record.
     """
     head, key, body = split_record(data)
-    flags, task, c, h, w, label = head
+    flags, pass_id, c, h, w, label = head
     means = stored_fields(flags)
     names = means + (tuple(f"{field}_logvar" for field in means) if flags & _LOGVAR else ())
     size, mask = h * w * c * 2, (h * w + 7) // 8
@@ -104,7 +104,7 @@ def decode_record(data: bytes) -> dict[str, Any]:
         views.append(view)
     if at != len(body):
         raise ValueError(f"{len(body) - at} bytes are left over")
-    common = {"task": np.int32(task), "label": np.int32(label), "key": key}
+    common = {"pass_id": np.int32(pass_id), "label": np.int32(label), "key": key}
     return {**views[0], **common, "flipped": views[1] if len(views) > 1 else None}
 
 
@@ -114,15 +114,15 @@ def stored_fields(flags: int) -> tuple[str, ...]:
 
 
 def split_record(data: bytes) -> tuple[tuple[int, int, int, int, int, int], str, memoryview]:
-    """((flags, task, channels, height, width, label), key, the rest) of a record; ValueError when it is none."""
+    """((flags, pass_id, channels, height, width, label), key, the rest) of a record; ValueError when it is none."""
     try:
-        magic, flags, task, c, h, w, label, length = _HEAD.unpack_from(data)
+        magic, flags, pass_id, c, h, w, label, length = _HEAD.unpack_from(data)
     except struct.error as error:
         raise ValueError(str(error)) from None
     if magic != _MAGIC:
         raise ValueError(f"starts with {magic!r} instead of {_MAGIC!r}")
     end = _HEAD.size + length
-    return (flags, task, c, h, w, label), data[_HEAD.size : end].decode(), memoryview(data)[end:]
+    return (flags, pass_id, c, h, w, label), data[_HEAD.size : end].decode(), memoryview(data)[end:]
 
 
 def pass_table() -> dict[str, int]:
@@ -231,7 +231,7 @@ class CacheReader:
     """Random access to the records of a finished cache; may be pickled and used in threads.
 
     ``reader[i]`` is :func:`decode_record`'s dictionary: image, prompt, target float16 (h, w, c); valid bool (h, w);
-    task, label int32; key str; ``flipped``: the same arrays of the flipped view, or None.
+    pass_id, label int32; key str; ``flipped``: the same arrays of the flipped view, or None.
 
     Raises:
         UserError: no cache, an unfinished one, or a shard that is missing or of the wrong size, naming it.

@@ -50,12 +50,12 @@ class Stream(NamedTuple):
 
 
 def flip_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample (image, prompt, target (R, R, 3), valid (R, R), task, ...) mirrored left to right."""
+    """A sample (image, prompt, target (R, R, 3), valid (R, R), pass_id, ...) mirrored left to right."""
     out = dict(sample)
     for field in (*FIELDS, "valid"):
         if field in sample:
             out[field] = np.ascontiguousarray(sample[field][:, ::-1])
-    out["target"] = get_pass(int(sample["task"])).mirror(sample["target"])  # which may change signs too
+    out["target"] = get_pass(int(sample["pass_id"])).mirror(sample["target"])  # which may change signs too
     return out
 
 
@@ -137,7 +137,7 @@ class _Cached:
         return out
 
     def batch(self, indices: np.ndarray, flips: np.ndarray) -> dict[str, Any]:
-        """The records' fields, stacked: latents float32 (B, h, w, c), valid bool (B, h, w), task, label, key."""
+        """The records' fields, stacked: latents float32 (B, h, w, c), valid bool (B, h, w), pass_id, label, key."""
         h, w, c = self.readers[0].shape
         names = list(self.readers[0].fields)
         means, size, mask = len(names), h * w * c, (h * w + 7) // 8
@@ -145,10 +145,10 @@ class _Cached:
             names.append("target_logvar")
         latents = np.empty((len(indices), len(names) * size), "<f2")
         bits = np.empty((len(indices), mask), np.uint8)
-        task, label = np.empty(len(indices), np.int32), np.empty(len(indices), np.int32)
+        pass_id, label = np.empty(len(indices), np.int32), np.empty(len(indices), np.int32)
         keys = []
         for row, record in enumerate(self._records(indices)):
-            (flags, task[row], *_, label[row]), key, body = split_record(record)
+            (flags, pass_id[row], *_, label[row]), key, body = split_record(record)
             view = means * size * 2 * (2 if flags & 1 else 1) + mask
             at = view if flips[row] else 0
             latents[row] = np.frombuffer(body, "<f2", len(names) * size, at)
@@ -157,7 +157,7 @@ class _Cached:
         fields = latents.astype(np.float32).reshape(len(indices), len(names), h, w, c)
         out: dict[str, Any] = {name: np.ascontiguousarray(fields[:, i]) for i, name in enumerate(names)}
         out["valid"] = np.unpackbits(bits, axis=1, count=h * w).reshape(-1, h, w).astype(bool)
-        return {**out, "task": task, "label": label, "key": keys}
+        return {**out, "pass_id": pass_id, "label": label, "key": keys}
 
 
 class _Online:
@@ -208,7 +208,7 @@ class _Online:
             sample = made[[one.name for one in what.passes].index(pass_name)]
             samples.append(flip_sample(sample) if flip else sample)
         out: dict[str, Any] = {field: np.stack([s[field] for s in samples]) for field in (*self.fields, "valid")}
-        for field in ("task", "label"):
+        for field in ("pass_id", "label"):
             out[field] = np.array([s[field] for s in samples], np.int32)
         return {**out, "key": [s["key"] for s in samples]}
 
@@ -217,7 +217,7 @@ class Batches:
     """Batches of a mixture, see :func:`open_batches`.
 
     A batch holds image, prompt, target float32 (B, h, w, c) latents or (B, R, R, 3) pixels; valid bool (B, h, w) or
-    (B, R, R); task and label int32 (B,); key, a list of B sample ids; fewer than B after :meth:`holding`.
+    (B, R, R); pass_id and label int32 (B,); key, a list of B sample ids; fewer than B after :meth:`holding`.
     Of generation there is the target alone, and with a cache its ``target_logvar`` where the autoencoder has one.
     """
 

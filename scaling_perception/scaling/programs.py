@@ -76,7 +76,7 @@ class _Stand:
         names = latents if generation else ("image", "prompt", "target")
         self.fields: dict[str, Any] = dict.fromkeys(names, pictures)
         self.fields["valid"] = zeros((batch, side, side), bool)
-        self.fields |= dict.fromkeys(("task", "label"), zeros((batch,), np.int32))
+        self.fields |= dict.fromkeys(("pass_id", "label"), zeros((batch,), np.int32))
 
     def at(self, step: int) -> dict[str, Any]:
         return dict(self.fields)

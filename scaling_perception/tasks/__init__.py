@@ -5,7 +5,7 @@ Each task is one file and one object, ``tasks.base.Task``; this is the list of t
 
     image, prompt, target  float32 (R, R, 3), in [-1, 1] (flow targets may exceed it)
     valid                  bool (R, R)
-    task                   int32, id of the pass
+    pass_id                int32, id of the pass
     label                  int32, class or -1
     key                    str
 

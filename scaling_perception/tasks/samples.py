@@ -164,7 +164,7 @@ def sample(
         **conditions,
         "target": np.ascontiguousarray(target, np.float32),
         "valid": valid,
-        "task": np.int32(made.id),
+        "pass_id": np.int32(made.id),
         "label": np.int32(raw.get("label", -1)),
         "key": str(raw.get("key", "")),
     }

@@ -68,7 +68,7 @@ def make_case(args: argparse.Namespace) -> Case:
     config, params = draw_specialist(args.model, args.resolution, rng)
     latents = (args.batch, config.input_size, config.input_size, 4)
     batch = {name: rng.standard_normal(latents, np.float32) for name in ("image", "target")}
-    batch |= {"valid": rng.random(latents[:3]) < 0.9, "task": np.zeros(args.batch, np.int32)}
+    batch |= {"valid": rng.random(latents[:3]) < 0.9, "pass_id": np.zeros(args.batch, np.int32)}
     mixture = {"drawn": {"task": "depth", "weight": 1.0}}
     settings = {"timestep_sampling": "uniform", "noise": "gaussian", "balance_loss": 0.01, "data": {"mixture": mixture}}
     return Case(config, params, batch, ConfigDict(_OPTIM), ConfigDict(settings), get_diffusion("fixed"))
@@ -103,7 +103,7 @@ class Ours:
             loss=make_loss(model, case.diffusion, case.settings, norm, None),
             batches=nothing,
             export=nothing,
-            samples_per_step=len(case.batch["task"]),
+            samples_per_step=len(case.batch["pass_id"]),
             model=case.config,
             frozen=frozen,
         )

@@ -91,7 +91,7 @@ def loss_parts(
 
     def tally(params: Any, batch: Mapping[str, Any], key: jax.Array) -> dict[str, jax.Array]:
         image, prompt, target, valid = latents_of(batch, encode, dit.cond_channels)
-        row = jnp.asarray(table)[batch["task"]]
+        row = jnp.asarray(table)[batch["pass_id"]]
         clean = (target - jnp.asarray(shift)[row][:, None, None]) / jnp.asarray(scale)[row][:, None, None]
         clean = jnp.where(valid[..., None], clean, 0.0)  # what hides under the mask may be anything, even NaN
         noisy, wanted, t = noised(clean, key, batch.get("index", jnp.arange(len(clean))))
@@ -159,7 +159,7 @@ def measure_latent_norm(
         batch = batches.at(step)
         target, valid = (np.asarray(part) for part in latents(batch))
         for index, name in enumerate(rows):
-            own = np.asarray(batch["task"]) == by_name[name].id
+            own = np.asarray(batch["pass_id"]) == by_name[name].id
             chosen = target[np.asarray(valid, bool) & own[:, None, None]]
             chosen = chosen.astype(np.float64)
             cells[index] += len(chosen)

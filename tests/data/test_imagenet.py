@@ -238,14 +238,14 @@ def test_batches_hold_the_target_alone_online_and_cached(folders, tmp_path, monk
     encode, params = stand_ins.make_autoencoder(True).encode, stand_ins.make_autoencoder(True).params
     for step in range(3):
         pixels, latents = online.at(step), cached.at(step)
-        assert sorted(pixels) == ["key", "label", "target", "task", "valid"]
-        assert sorted(latents) == ["key", "label", "target", "target_logvar", "task", "valid"]
+        assert sorted(pixels) == ["key", "label", "pass_id", "target", "valid"]
+        assert sorted(latents) == ["key", "label", "pass_id", "target", "target_logvar", "valid"]
         mean, logvar = encode(params, pixels["target"])
         np.testing.assert_allclose(latents["target"], mean, atol=1e-3)
         np.testing.assert_allclose(latents["target_logvar"], logvar, atol=4e-3)
-        for name in ("label", "task"):
+        for name in ("label", "pass_id"):
             np.testing.assert_array_equal(pixels[name], latents[name])
-        assert pixels["key"] == latents["key"] and set(pixels["task"]) == {4}
+        assert pixels["key"] == latents["key"] and set(pixels["pass_id"]) == {4}
     mixed = {"g": entry, "d": {"source": "scenes", "task": "depth", "count": 4}}
     with pytest.raises(UserError, match="generation has no conditions, so train it alone"):
         open_batches({"mixture": mixed, "resolution": 32}, 8, seed=1)

@@ -27,7 +27,7 @@ def test_record_round_trip(logvar, count):
     data = encode_record(2, -1, "a/ß", views)
     assert len(data) == 18 + 4 + count * ((6 if logvar else 3) * 3 * 5 * 4 * 2 + 2)
     back = decode_record(data)
-    assert (back["task"], back["label"], back["key"]) == (2, -1, "a/ß")
+    assert (back["pass_id"], back["label"], back["key"]) == (2, -1, "a/ß")
     for name, value in views[0].items():
         np.testing.assert_array_equal(back[name], value)
         assert back[name].dtype == value.dtype
@@ -75,7 +75,7 @@ def test_reader_finds_each_pass(cache):
     for number, name in enumerate(RELEASED):
         records = [reader[i] for i in reader.indices(name)]
         assert [record["key"] for record in records] == [f"stand-in/{i}" for i in range(8)]
-        assert {int(record["task"]) for record in records} == {number}
+        assert {int(record["pass_id"]) for record in records} == {number}
         assert [int(record["label"]) for record in records] == list(range(7, 15))
     assert len(reader.indices("other")) == 0
     with pytest.raises(IndexError):

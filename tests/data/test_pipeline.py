@@ -14,7 +14,7 @@ from scaling_perception.data.selection import samples_taken
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import RELEASED
 
-ARRAYS = ("image", "prompt", "target", "valid", "task", "label")
+ARRAYS = ("image", "prompt", "target", "valid", "pass_id", "label")
 DEPTH = {"source": "scenes", "task": "depth", "count": 8}
 FLOW = {"source": "scenes", "task": "flow", "count": 8}
 
@@ -77,7 +77,7 @@ def test_shapes_and_types(cache):
     for name in ("image", "prompt", "target"):
         assert batch[name].shape == (8, 4, 4, 4) and batch[name].dtype == np.float32
     assert batch["valid"].shape == (8, 4, 4) and batch["valid"].dtype == bool
-    assert batch["task"].dtype == batch["label"].dtype == np.int32
+    assert batch["pass_id"].dtype == batch["label"].dtype == np.int32
     assert len(batch["key"]) == 8 and isinstance(batch["key"][0], str)
     batch = open_(online()).at(0)
     assert batch["target"].shape == (8, 32, 32, 3) and batch["target"].dtype == np.float32
@@ -113,13 +113,13 @@ def test_every_sample_comes_once_an_epoch_and_in_a_new_order(cache):
 
 def test_mixture_follows_the_weights(cache):
     mixture = {"x": {"task": "depth", "weight": 3}, "y": {"task": "flow", "weight": 1}}
-    tasks = np.concatenate([open_(cached(cache, mixture=mixture)).at(step)["task"] for step in range(10)])
+    tasks = np.concatenate([open_(cached(cache, mixture=mixture)).at(step)["pass_id"] for step in range(10)])
     counts = {name: int((tasks == number).sum()) for number, name in enumerate(RELEASED)}
     assert counts == {"depth": 60, "amodal": 0, "flow_x": 10, "flow_y": 10}
-    equal = np.concatenate([open_(cached(cache), 12).at(step)["task"] for step in range(10)])
+    equal = np.concatenate([open_(cached(cache), 12).at(step)["pass_id"] for step in range(10)])
     assert [int((equal == number).sum()) for number in range(4)] == [40, 40, 20, 20]
     off = open_(cached(cache, mixture={"x": {"task": "depth", "weight": 0}, "y": {"task": "amodal"}}))
-    assert set(off.at(0)["task"]) == {RELEASED.index("amodal")}
+    assert set(off.at(0)["pass_id"]) == {RELEASED.index("amodal")}
 
 
 def test_the_order_does_not_depend_on_how_the_mixture_was_written(cache):
@@ -160,13 +160,13 @@ def test_cached_equals_online_then_encoded(cache):
     for step in range(3):
         a, b = latents.at(step), pixels.at(step)
         assert a["key"] == b["key"]
-        for name in ("task", "label"):
+        for name in ("pass_id", "label"):
             np.testing.assert_array_equal(a[name], b[name])
         for name in ("image", "prompt", "target"):
             wanted = autoencoder.encode(autoencoder.params, b[name])[0]
             np.testing.assert_allclose(a[name], wanted, atol=2e-3)  # float16
         np.testing.assert_array_equal(a["valid"], b["valid"].reshape(8, 4, 8, 4, 8).all((2, 4)))
-        flips |= {(int(t), e.flip) for t, e in zip(a["task"], latents.elements(step), strict=True)}
+        flips |= {(int(t), e.flip) for t, e in zip(a["pass_id"], latents.elements(step), strict=True)}
     assert {(RELEASED.index("flow_x"), True), (RELEASED.index("flow_x"), False)} <= flips
 
 

@@ -47,7 +47,7 @@ def test_cache_holds_what_tasks_and_autoencoder_make(tmp_path, stand_in, vae):
     for i in (0, 5):
         for task in ("depth", "flow", "amodal"):
             for sample in get_task(task).encode(source[i], stand_ins.SIZE, TaskOptions()):
-                record = reader[reader.indices(RELEASED[sample["task"]])[i]]
+                record = reader[reader.indices(RELEASED[sample["pass_id"]])[i]]
                 for view, made in ((record, sample), (record["flipped"], flip_sample(sample))):
                     wanted = encoded([made[field] for field in ("image", "prompt", "target")])
                     for field, latent in zip(("image", "prompt", "target"), wanted, strict=True):

@@ -41,18 +41,18 @@ def test_samples_have_the_promised_fields(task, size, make_raw):
     raw = make_raw(*size, label=7)
     before = {name: np.array(value, copy=True) for name, value in raw.items()}
     samples = what.encode(raw, 16, OPTIONS)
-    assert [get_pass(int(s["task"])) for s in samples] == list(what.passes)
+    assert [get_pass(int(s["pass_id"])) for s in samples] == list(what.passes)
     inputs = what.conditions(raw, 16, OPTIONS)
     assert sorted([*inputs, "target"]) == sorted(fields_of(task))
     for sample in samples:
-        assert sorted(sample) == sorted([*fields_of(task), "key", "label", "task", "valid"])
+        assert sorted(sample) == sorted([*fields_of(task), "key", "label", "pass_id", "valid"])
         for field in fields_of(task):
             assert sample[field].shape == (16, 16, 3) and sample[field].dtype == np.float32
         for field in inputs:
             np.testing.assert_array_equal(sample[field], inputs[field])
             assert np.abs(sample[field]).max() <= 1
         assert sample["valid"].shape == (16, 16) and sample["valid"].dtype == bool
-        assert sample["task"].dtype == np.int32 and sample["label"] == 7 and sample["key"] == raw["key"]
+        assert sample["pass_id"].dtype == np.int32 and sample["label"] == 7 and sample["key"] == raw["key"]
     for name, value in before.items():
         np.testing.assert_array_equal(raw[name], value)  # pure: the raw sample is untouched
 

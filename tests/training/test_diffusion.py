@@ -55,7 +55,7 @@ def one_loss(config, prediction="v", norm=PLAIN, batch=None, cond=8, model_confi
 @pytest.mark.parametrize("prediction", ["v", "epsilon", "x0"])
 def test_loss_is_the_masked_error_of_the_normalised_target(prediction):
     value, metrics, seen, fields, preset = one_loss(config_of(), prediction, SKEWED)
-    task, valid = np.asarray(fields["task"]), np.asarray(fields["valid"])
+    task, valid = np.asarray(fields["pass_id"]), np.asarray(fields["valid"])
     shift, scale = (np.asarray(SKEWED[name])[task][:, None, None] for name in ("shift", "scale"))
     clean = (np.asarray(fields["target"], np.float64) - shift) / scale * valid[..., None]
     level = preset.alphas_cumprod()[np.asarray(seen["t"])][:, None, None, None]
@@ -91,7 +91,7 @@ def test_balance_of_every_layer_joins_the_loss_and_is_told():
     lost = {**stats, "load": stats["load"] * 0.75}  # a quarter of all pairs, in both layers
     told = make_loss(StubModel(get_preset("nano", experts=4), lost), preset, config, PLAIN, None)
     nano = get_preset("nano", experts=4)
-    pairs = len(fields["task"]) * nano.tokens * nano.active_experts
+    pairs = len(fields["pass_id"]) * nano.tokens * nano.active_experts
     assert told(jnp.asarray(0.3), fields, jax.random.key(5))[1]["dropped"] == 2 * pairs / 4
 
 
@@ -99,7 +99,7 @@ def test_input_is_image_prompt_noisy_and_the_task_label():
     _, _, seen, fields, _ = one_loss(config_of())
     np.testing.assert_array_equal(seen["x"][..., :4], np.asarray(fields["image"], np.float32))
     np.testing.assert_array_equal(seen["x"][..., 4:8], np.asarray(fields["prompt"], np.float32))
-    np.testing.assert_array_equal(seen["label"], fields["task"])  # nano has no classes
+    np.testing.assert_array_equal(seen["label"], fields["pass_id"])  # nano has no classes
     _, _, seen, fields, _ = one_loss(config_of(), cond=4)
     assert seen["x"].shape[-1] == 8
     np.testing.assert_array_equal(seen["x"][..., :4], np.asarray(fields["image"], np.float32))
@@ -122,7 +122,7 @@ def test_nothing_under_the_mask_matters():
 
 def test_a_task_without_samples_has_no_loss_of_its_own():
     batch = LatentBatches().at(0)
-    batch["task"] = np.where(batch["task"] == 3, 2, batch["task"]).astype(np.int32)
+    batch["pass_id"] = np.where(batch["pass_id"] == 3, 2, batch["pass_id"]).astype(np.int32)
     _, metrics, *_ = one_loss(config_of(), batch=batch)
     assert np.isnan(metrics["loss_flow_y"]) and np.isfinite(metrics["loss_flow_x"])
 
@@ -152,14 +152,14 @@ def test_latent_norm_is_mean_and_deviation_by_pass_over_valid_cells():
     norm = measure_latent_norm(batches, 512, lambda batch: (batch["target"], batch["valid"]))
     every = [batches.at(step) for step in (0, 1)]
     for index in range(4):
-        cells = np.concatenate([b["target"][b["valid"] & (b["task"] == index)[:, None, None]] for b in every])
+        cells = np.concatenate([b["target"][b["valid"] & (b["pass_id"] == index)[:, None, None]] for b in every])
         np.testing.assert_allclose(norm["shift"][index], cells.astype(np.float64).mean(0), atol=1e-6)
         np.testing.assert_allclose(norm["scale"][index], cells.astype(np.float64).std(0), atol=1e-6)
 
 
 def test_latent_norm_of_an_absent_pass_and_of_a_constant_channel():
     batch = LatentBatches().at(0)
-    batch["task"][:] = 0
+    batch["pass_id"][:] = 0
     batch["target"][..., 1] = 0.5
     source = types.SimpleNamespace(at=lambda step: batch, fingerprint={})
     norm = measure_latent_norm(source, 1024, lambda b: (b["target"], b["valid"]))  # type: ignore[arg-type]

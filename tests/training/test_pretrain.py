@@ -54,7 +54,7 @@ def latents(seed=0, size=BATCH, side=8):
         "target_logvar": rng.uniform(-6, -2, (size, side, side, 4)).astype(np.float32),
         "valid": np.ones((size, side, side), bool),
         "label": np.arange(size, dtype=np.int32) % 6,
-        "task": np.full(size, 4, np.int32),
+        "pass_id": np.full(size, 4, np.int32),
     }
 
 
