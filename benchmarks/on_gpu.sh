@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs one GPU, within a budget, without a network: tests, speed, then a study of as many cells as there is time for.
 #
-#   benchmarks/on_gpu.sh OUT [PART …]     parts, in this order: tests compiles speed study
+#   benchmarks/on_gpu.sh OUT [PART …]     parts, in this order: tests compiles speed study; or model
 #
 #   BUDGET   seconds for all of it (540); what does not fit is left out, and reported as such
 #   WHEELS   folder of wheels to put on the path first: what the machine lacks (nothing is downloaded)
@@ -9,12 +9,14 @@
 #   START    folder in which the study has been begun, or nothing
 #   STUDY    config of the study (configs/scenes_study.py); JOBS cells at a time (one for each core but two);
 #            ONLY some of them, by patterns
+#   SIZE     of the part `model`: mini or small, trained on as many worlds as are rendered in a third of the time;
+#            RES their pixels (128), BATCH (256), LR; a second size in the same WORK uses the same worlds
 #   DEVICE   platforms of JAX (cuda,cpu); cpu rehearses it with the smallest model: BUDGET=120 DEVICE=cpu benchmarks/on_gpu.sh out
 #
-# OUT gets logs and JSON, and study.tar.gz: its table, results and logs, without checkpoints and models.
+# OUT gets logs and JSON; study.tar.gz: its table, results and logs, without checkpoints and models; SIZE/: the model.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
-out=${1:?usage: benchmarks/on_gpu.sh OUT [tests] [compiles] [speed] [study]}
+out=${1:?usage: benchmarks/on_gpu.sh OUT [tests] [compiles] [speed] [study] [model]}
 shift
 parts=${*:-tests compiles speed study}
 mkdir -p "$out"
@@ -102,10 +104,63 @@ study() {
   ls -l "$out"
 }
 
+render() { # render NAME FIRST COUNT: worlds into a cache of latents; finished ones are only verified
+  OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 within 400 "${verb[@]}" prepare worlds --out "$work/worlds/$1" --latents \
+    --vae tiny --resolution "$res" --flips none --start "$2" --count "$3" --workers "$jobs" >>"$out/render.log" 2>&1
+}
+
+model() {
+  local size=${SIZE:-mini} res=${RES:-128} batch=${BATCH:-256} first=1024 tries=200 place begun rate count steps caches run
+  local dim=128 depth=6
+  [ "$size" = small ] && dim=256 depth=8
+  [ "$device" = cpu ] && batch=${BATCH:-32} first=32 tries=20
+  place=$work/$size-$res begun=$SECONDS
+  mkdir -p "$work/worlds"
+  if [ ! -f "$work/worlds/count" ]; then # how many more fit into a third of the time, by the rate of the first ones
+    render a 0 "$first" || { tail -n 5 "$out/render.log"; return 1; }
+    rate=$((SECONDS - begun))
+    count=$(((budget / 3 - rate) * first / (rate + 1)))
+    echo $((count > first ? count / 64 * 64 : first)) >"$work/worlds/count"
+  fi
+  count=$(cat "$work/worlds/count")
+  note "rendering $first and $count worlds of $res pixels in $jobs processes"
+  caches=$work/worlds/a
+  if render a 0 "$first" && render b "$first" "$count"; then
+    caches=$caches:$work/worlds/b
+  else
+    note "not all was rendered in time: training on the first $first alone"
+  fi
+  tail -n 2 "$out/render.log"
+  run=("${verb[@]}" train --config "configs/worlds.py:dim=$dim,depth=$depth,res=$res,batch=$batch,cache=$caches,lr=${LR:-2e-3}")
+  if [ ! -f "$place.steps" ]; then # as many steps as there is time for, by the speed of a short run
+    note "speed of training $size"
+    within 120 "${run[@]}" --workdir "$place-speed" --config.train.steps=$tries --config.train.log_every=$((tries / 4)) \
+      >"$out/speed-$size.log" 2>&1 || { tail -n 5 "$out/speed-$size.log"; return 1; }
+    python3 -c "
+import json, sys
+rows = [json.loads(line) for line in open(sys.argv[1])]
+seconds = min(row['seconds_per_step'] for row in rows if 'seconds_per_step' in row)
+print(max(int((int(sys.argv[2]) - 50) * 0.92 / seconds), 20))" "$place-speed/metrics.jsonl" "$(left)" >"$place.steps"
+  fi
+  steps=$(cat "$place.steps")
+  note "training $size for $steps steps"
+  timeout -s TERM -k 20 $(($(left) > 40 ? $(left) - 25 : 15)) "${run[@]}" --workdir "$place" --config.train.steps="$steps" \
+    >"$out/train-$size.log" 2>&1
+  tail -n 3 "$out/train-$size.log"
+  cp "$place/metrics.jsonl" "$out/metrics-$size.jsonl"
+  [ -d "$place/model" ] || { note "not finished: the same command with the same WORK goes on"; return 1; }
+  rm -rf "${out:?}/$size" && cp -r "$place/model" "$out/$size"
+  for task in depth flow amodal; do
+    within 60 "${verb[@]}" evaluate --task $task --dataset worlds --split val --count 64 --model "$place/model" --steps 2 \
+      --ensemble 5 --json "$out/eval-$size-$task.json" --overwrite 2>&1 | tee "$out/eval-$size-$task.log" | tail -n 3
+  done
+  ls -l "$out" "$out/$size"
+}
+
 for part in $parts; do
   case $part in
-    tests | compiles | speed | study) $part ;;
-    *) echo "$0: no part '$part': tests, compiles, speed, study" >&2; exit 2 ;;
+    tests | compiles | speed | study | model) $part ;;
+    *) echo "$0: no part '$part': tests, compiles, speed, study, model" >&2; exit 2 ;;
   esac
 done
 note "done"

@@ -157,12 +157,12 @@ def _check_weights() -> list[Finding]:
 
 
 def _check_dataset(name: str, root: str) -> Finding:
-    from scaling_perception.data.sources import SOURCES, open_source
+    from scaling_perception.data.sources import ENDLESS, SOURCES, open_source
     from scaling_perception.support.errors import UserError
 
     try:
         task = SOURCES[name][1][0] if name in SOURCES else "depth"
-        source = open_source(name, root, split="val" if name == "scenes" else "all", task=task)
+        source = open_source(name, root, split="val" if name in ENDLESS else "all", task=task)
         sample = source[0]
     except UserError as error:
         return Finding("FAIL", f"dataset {name}", str(error))

@@ -164,12 +164,12 @@ def open_data(args: argparse.Namespace) -> Any:
     Raises:
         UserError: unknown dataset, task, split or option, or missing files.
     """
-    from scaling_perception.data.sources import open_source, taken
+    from scaling_perception.data.sources import ENDLESS, open_source, taken
 
     options = _options(args.option)
     if args.count < 0:
         raise UserError(f"--count {args.count}: give a whole number above 0, or leave it out for all")
-    if args.count or args.dataset == "scenes":
+    if args.count or args.dataset in ENDLESS:
         options["count"] = args.count or 64
     source = open_source(args.dataset, args.data, args.split, args.task, **options)
     print(taken(source, args.dataset, args.data, args.split, args.task, **options), flush=True)

@@ -46,21 +46,21 @@ class RawSamples:
     def __init__(
         self, dataset: str, root: str, split: str, tasks: Iterable[str], count: int, start: int, resolution: int
     ):
-        from scaling_perception.data.sources import SOURCES
+        from scaling_perception.data.sources import ENDLESS, SOURCES
 
         if dataset not in SOURCES:
             raise UserError(f"unknown dataset '{dataset}'{did_you_mean(dataset, SOURCES)}")
         served = tuple(SOURCES[dataset][1])
         usual = [task for task in served if get_task(task).default]
         wanted = tuple(dict.fromkeys(tasks))
-        if not wanted and len(served) > 1 and dataset != "scenes":
+        if not wanted and len(served) > 1 and dataset not in ENDLESS:
             raise UserError(f"{dataset} serves {', '.join(served)}: say which with --tasks")
         for task in wanted:
             get_task(task)
             if task not in served:
                 raise UserError(f"{dataset} does not serve {task}: choose from {', '.join(served)} with --tasks")
-        if dataset == "scenes" and not count:
-            raise UserError("the scenes have no end: say how many with --count")
+        if dataset in ENDLESS and not count:
+            raise UserError(f"the {dataset} have no end: say how many with --count")
         self.groups: list[tuple[Any, range, list[str]]] = []
         for task in wanted or usual:
             source, chosen = open_subset(dataset, root, split, task, count, start, resolution)

@@ -14,6 +14,7 @@ import numpy as np
 from scaling_perception.data.latents import CacheReader, read_ledger, split_record
 from scaling_perception.data.ledger import samples_of
 from scaling_perception.data.pipeline import Batches
+from scaling_perception.data.sources import ENDLESS
 
 _CHUNK = 1024  # records read at once
 
@@ -56,7 +57,9 @@ class _Marks:
 
     def _cache(self, reader: CacheReader, latents: bool) -> None:
         procedural = all([self._numbers(row) for row in reader.settings.get("sources", [])])
-        numbered = procedural and all(row["source"]["name"] != "scenes" for row in reader.settings.get("sources", []))
+        numbered = procedural and all(
+            row["source"]["name"] not in ENDLESS for row in reader.settings.get("sources", [])
+        )
         for key, picture, file in () if numbered else samples_of(reader.path, read_ledger(reader.path)) or ():
             self.digests["picture"][picture] = key
             if file:
@@ -77,9 +80,9 @@ def _range(row: Mapping[str, Any]) -> tuple[str, range] | None:
     from scaling_perception.data.sources.texture_classes import SPLIT_STARTS as TEXTURE_STARTS
 
     source, first, count = row["source"], row["first"], row["count"]
-    if source["name"] == "scenes":
+    if (name := source["name"]) in ENDLESS:
         first += SPLIT_STARTS[source.get("split", "train")] + source.get("start", 0)
-        return "scene", range(first, first + count)
+        return name.removesuffix("s"), range(first, first + count)
     if source["name"] == "textures":
         first += TEXTURE_STARTS[source["split"]]
         return "texture", range(first, first + count)
@@ -90,7 +93,7 @@ def _range(row: Mapping[str, Any]) -> tuple[str, range] | None:
 
 def _name(family: str, number: int) -> str:
     """The key of a procedural picture, as its cache has it; of other families a description."""
-    return f"scene-{number:010d}" if family == "scene" else f"{family} {number}"
+    return f"{family}-{number:010d}" if f"{family}s" in ENDLESS else f"{family} {number}"
 
 
 def _readers(batches: Batches) -> list[CacheReader]:

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from scaling_perception.data.cached import Cached
 from scaling_perception.data.contents import contents_of, described
-from scaling_perception.data.latents import CacheReader, split_record
+from scaling_perception.data.latents import CacheReader
 from scaling_perception.data.selection import chosen_records, classes_of
 from scaling_perception.data.workers import ordered_map
 from scaling_perception.support.errors import UserError, did_you_mean
@@ -28,7 +29,6 @@ from scaling_perception.tasks import FIELDS, TaskOptions, fields_of, get_pass, g
 _KEYS = ("cache", "mixture", "flip", "workers", "resolution", "task_options")
 _ENTRY_KEYS = ("source", "root", "split", "task", "count", "weight", "resolution", "start")
 _ORDER = 1  # raise it when the order of samples changes for the same settings: old runs must not resume on it
-_IN_MEMORY = 4 << 30  # caches up to this size (and up to half of the free memory) are held in memory
 _PREFETCH = 4  # batches
 
 
@@ -64,7 +64,7 @@ def open_subset(
 ) -> tuple[Any, range]:
     """A source and the indices of it to use: ``count`` (0 = all) from ``start`` on.
 
-    The procedural scenes have no end: they take ``start``, ``count`` and the ``resolution`` to render at themselves.
+    The sources of ``ENDLESS`` take ``start``, ``count`` and the ``resolution`` to render at themselves.
 
     Raises:
         UserError: unknown source, wrong folder, or a range outside of the source.
@@ -73,7 +73,7 @@ def open_subset(
 
     if start < 0 or count < 0:
         raise UserError(f"{name}: count {count} and start {start} must not be negative")
-    if name == "scenes":
+    if name in sources.ENDLESS:
         options: dict[str, Any] = {"start": start}
         options |= {"count": count} if count else {}
         options |= {"resolution": resolution} if resolution else {}
@@ -89,75 +89,6 @@ def open_subset(
     if end > len(source) or start >= end:
         raise UserError(f"{name} ({split}) has {len(source)} samples, not {start}..{end - 1}: change start or count")
     return source, range(start, end)
-
-
-class _Cached:
-    """Samples from caches of latents, decoded once into memory when they fit."""
-
-    def __init__(self, paths: list[str], flip: bool, in_memory: bool | None = None):
-        self.readers = [CacheReader(path) for path in paths]
-        first = self.readers[0]
-        for reader in self.readers:
-            for name in ("latent", "autoencoder", "resolution", "task_options"):
-                if reader.settings[name] != first.settings[name]:
-                    raise UserError(
-                        f"caches {first.path} and {reader.path} differ in {name} ({first.settings[name]}, "
-                        f"{reader.settings[name]}): prepare them alike"
-                    )
-            if reader.fields != first.fields:
-                raise UserError(f"caches {first.path} and {reader.path} are of tasks that cannot be mixed")
-            if flip and not reader.flipped:
-                raise UserError(
-                    f"data.flip is on but {reader.path} has no flipped copies: set data.flip=false, or prepare with "
-                    "--flips both"
-                )
-        self.starts = np.cumsum([0, *map(len, self.readers)])
-        if in_memory is None:
-            import psutil
-
-            size = sum(reader.size for reader in self.readers)
-            in_memory = size <= min(_IN_MEMORY, psutil.virtual_memory().available // 2)
-        self._table: list[bytes] | None = None
-        if in_memory:
-            self._table = [record for reader in self.readers for shard in reader.everything() for record in shard]
-
-    def fingerprint(self) -> list[dict[str, Any]]:
-        return [reader.fingerprint for reader in self.readers]
-
-    def _records(self, indices: np.ndarray) -> list[bytes]:
-        if self._table is not None:
-            return [self._table[i] for i in indices]
-        out = [b""] * len(indices)
-        owner = np.searchsorted(self.starts, indices, side="right") - 1
-        for number in np.unique(owner):
-            places = np.flatnonzero(owner == number)
-            found = self.readers[number].raw((indices[places] - self.starts[number]).tolist())
-            for place, record in zip(places, found, strict=True):
-                out[place] = record
-        return out
-
-    def batch(self, indices: np.ndarray, flips: np.ndarray) -> dict[str, Any]:
-        """The records' fields, stacked: latents float32 (B, h, w, c), valid bool (B, h, w), pass_id, label, key."""
-        h, w, c = self.readers[0].shape
-        names = list(self.readers[0].fields)
-        means, size, mask = len(names), h * w * c, (h * w + 7) // 8
-        if names == ["target"] and self.readers[0].settings["logvar"]:  # what a draw from the posterior needs
-            names.append("target_logvar")
-        latents = np.empty((len(indices), len(names) * size), "<f2")
-        bits = np.empty((len(indices), mask), np.uint8)
-        pass_id, label = np.empty(len(indices), np.int32), np.empty(len(indices), np.int32)
-        keys = []
-        for row, record in enumerate(self._records(indices)):
-            (flags, pass_id[row], *_, label[row]), key, body = split_record(record)
-            view = means * size * 2 * (2 if flags & 1 else 1) + mask
-            at = view if flips[row] else 0
-            latents[row] = np.frombuffer(body, "<f2", len(names) * size, at)
-            bits[row] = np.frombuffer(body, np.uint8, mask, at + view - mask)
-            keys.append(key)
-        fields = latents.astype(np.float32).reshape(len(indices), len(names), h, w, c)
-        out: dict[str, Any] = {name: np.ascontiguousarray(fields[:, i]) for i, name in enumerate(names)}
-        out["valid"] = np.unpackbits(bits, axis=1, count=h * w).reshape(-1, h, w).astype(bool)
-        return {**out, "pass_id": pass_id, "label": label, "key": keys}
 
 
 class _Online:
@@ -241,7 +172,7 @@ class Batches:
         entries = _entries(dict(data.get("mixture") or {}))
         cache = data.get("cache") or []
         paths = split_places(cache) if isinstance(cache, str) else [str(path) for path in cache]
-        self.cached: _Cached | None = _Cached(paths, self._flip, in_memory) if paths else None
+        self.cached: Cached | None = Cached(paths, self._flip, in_memory) if paths else None
         self.online: _Online | None = None
         self._picked: list[np.ndarray] = []  # cached only: the records of each stream
         if self.cached:
@@ -316,10 +247,14 @@ class Batches:
         """The batch of ``step``, the same every time and in every process that shares its settings."""
         elements = self.elements(step)
         if self.cached:
-            indices = np.array([self._picked[one.stream][one.index] for one in elements])
-            return self.cached.batch(indices, np.array([one.flip for one in elements]))
+            return self._gathered(elements)
         assert self.online is not None
         return self.online.batch(self._wanted(elements))
+
+    def _gathered(self, elements: list[Element]) -> dict[str, Any]:
+        assert self.cached is not None
+        indices = np.array([self._picked[one.stream][one.index] for one in elements])
+        return self.cached.batch(indices, np.array([one.flip for one in elements]))
 
     def _wanted(self, elements: list[Element]) -> list[tuple[str, str, int, bool]]:
         return [(*self.streams[one.stream][:2], one.index, one.flip) for one in elements]
@@ -327,8 +262,13 @@ class Batches:
     def iterate(self, start: int) -> Iterator[dict[str, Any]]:
         """``at(start)``, ``at(start + 1)``, … without end.
 
-        Made ahead of time: in ``data.workers`` processes where samples are rendered or read, else in a thread.
+        Made ahead of time: in ``data.workers`` processes where samples are rendered or read, else in a thread. With a
+        cache these processes settle the order alone: the thread gathers from memory.
         """
+        if self.cached and self._workers > 1:
+            made_of = (self.streams, self._seed, self._flip, self._size, list(self._places))
+            orders = ordered_map(_Order, made_of, _count(start), self._workers, ahead=_PREFETCH)
+            return _in_thread(lambda step: self._gathered(next(orders)), start, orders.close)
         if self.online and self._workers > 1:
             # the workers only read: the order of samples is settled here
             jobs = (self._wanted(self.elements(step)) for step in _count(start))
@@ -450,12 +390,24 @@ def _count(start: int) -> Iterator[int]:
         start += 1
 
 
+class _Order:
+    """``order(step)`` -> the elements of a batch, as ``Batches.elements``."""
+
+    def __init__(self, streams: list[Stream], seed: int, flip: bool, size: int, places: list[int]) -> None:
+        self._stream, self._size, self._places = _global_stream(streams, seed, flip), size, places
+
+    def __call__(self, step: int) -> list[Element]:
+        return [self._stream[step * self._size + place] for place in self._places]
+
+
 def _reader(*made_of: Any) -> Callable[[Any], dict[str, Any]]:
     return _Online(*made_of).batch
 
 
-def _in_thread(at: Callable[[int], dict[str, Any]], start: int) -> Iterator[dict[str, Any]]:
-    """``at(start)``, … made by one thread, at most ``_PREFETCH`` ahead; the thread ends with the iterator."""
+def _in_thread(
+    at: Callable[[int], dict[str, Any]], start: int, close: Callable[[], None] = lambda: None
+) -> Iterator[dict[str, Any]]:
+    """``at(start)``, … made by a thread, at most ``_PREFETCH`` ahead; ends with the iterator and calls ``close``."""
     queue: Queue[Any] = Queue(_PREFETCH)
     stop = threading.Event()
 
@@ -475,6 +427,8 @@ def _in_thread(at: Callable[[int], dict[str, Any]], start: int) -> Iterator[dict
                     return
         except BaseException as error:  # shown to the reader, who would otherwise wait for ever
             put((None, error))
+        finally:
+            close()
 
     thread = threading.Thread(target=work, daemon=True, name="batches")
     thread.start()

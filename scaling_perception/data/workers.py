@@ -25,7 +25,8 @@ def _follow_parent() -> None:
 
 def _start(make: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...]) -> None:
     global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent alone answers it
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group: the parent alone answers them
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
     _work = make(*args)
 

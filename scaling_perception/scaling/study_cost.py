@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scaling_perception.data.sources import ENDLESS
 from scaling_perception.diffusion.solvers import evaluations
 from scaling_perception.models.compute import TRAINING_FACTOR, forward_macs
 from scaling_perception.models.config import DiTConfig, config_from_dict
@@ -160,7 +161,7 @@ def _evaluation(cell: Cell, known: Mapping[str, Cell]) -> Cost:
         dit, family = network_of(config), encoder_family(config)
     else:
         family = None
-    count = args.count or (64 if args.dataset == "scenes" else _length(args.dataset, args.split))
+    count = args.count or (64 if args.dataset in ENDLESS else _length(args.dataset, args.split))
     if dit is None or not count:
         what = f"model {args.model} is not here" if dit is None else f"how many images {args.dataset} has: give --count"
         return Cost(cell.name, cell.verb, None, None, 0.0, f"not known: {what}")

@@ -81,7 +81,9 @@ def test_options_are_told_and_taken_as_the_command_line_gives_them(tmp_path):
     refuse("kitti_flow has no year '2013'", "kitti_flow", tmp_path, year=2013)  # a number, as --option gives it
 
 
-@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"scenes", "textures", "imagenet"}))  # have tests of their own
+@pytest.mark.parametrize(
+    "name", sorted(set(SOURCES) - {"scenes", "worlds", "textures", "imagenet"})
+)  # have tests of their own
 def test_every_file_source_refuses_nothing(name, tmp_path):
     refuse("does not exist: give the folder", name, tmp_path / "absent")
     refuse("needs a root", name, "")

@@ -10,6 +10,8 @@ A raw sample is a dict of numpy arrays at native size:
     flow   image2 uint8 (H, W, 3), flow float32 (H, W, 2) pixels (u right, v down) first to second frame, valid bool
     amodal visible_mask, whole_mask bool (H, W), whole uint8 (H, W, 3) the whole object on white
     generation label int
+    normals normals float32 (H, W, 3) unit vectors in the camera's frame, x right, y down, z away from the camera (a
+            surface that faces it has z < 0), valid bool
     optional: label int, intrinsics float32 (3, 3), occluded bool (H, W)
 
 Evaluation sets of photographs have no ``whole``: nobody has the picture of what is hidden.
@@ -63,7 +65,11 @@ SOURCES: dict[str, SourceEntry] = {
     "middlebury_flow": SourceEntry("flow_benchmarks", ("flow",), "MiddleburyFlow"),
     "sintel": SourceEntry("flow_benchmarks", ("flow",), "Sintel"),
     "kitti_flow": SourceEntry("flow_benchmarks", ("flow",), "KittiFlow"),
+    "worlds": SourceEntry("worlds", ("depth", "flow", "amodal", "normals"), "WorldsSource"),
 }
+
+ENDLESS = ("scenes", "worlds")
+"""Sources that render: they have no end, read no files, and take ``start``, ``count`` and ``resolution``."""
 
 
 def open_source(name: str, root: str | os.PathLike[str], split: str, task: str, **options: Any) -> Source:
@@ -71,7 +77,7 @@ def open_source(name: str, root: str | os.PathLike[str], split: str, task: str, 
 
     Args:
         name: a name of ``SOURCES``.
-        root: the data set's folder (for ``folder`` also a manifest file; ignored by ``scenes``).
+        root: the data set's folder (for ``folder`` also a manifest file; ignored by those of ``ENDLESS``).
         split: train, val, test or all, as far as the source has them; '' is all.
         task: depth, flow, amodal or generation.
         options: of the source's class, e.g. ``count``.
@@ -120,7 +126,7 @@ def taken(
     """
     found, rest = len(source), {key: value for key, value in options.items() if key != "count"}
     try:
-        total = len(open_source(name, root, "all", task, **rest)) if name != "scenes" else found
+        total = len(open_source(name, root, "all", task, **rest)) if name not in ENDLESS else found
     except UserError:  # no split "all", or files of another split are not here
         total = found
     if found >= total:

@@ -1,0 +1,58 @@
+"""A generalist that works on photographs: every task of the furnished worlds at 128 pixels, for one accelerator.
+
+    scaling-perception prepare worlds --out runs/worlds --latents --vae tiny --resolution 128 --count 20000 --flips none
+    scaling-perception train --config configs/worlds.py --workdir runs/worlds-mini
+
+`BUDGET=500 benchmarks/on_gpu.sh OUT model` does both within a time, on all cores and one GPU.
+
+No counterpart in the paper. Depth, flow, amodal and normals; otherwise as configs/mini.py, with larger batches and as
+many steps as there is time for.
+
+Arguments: ``dim`` and ``depth`` of the network: 128 and 6 are `mini` (1.9 M parameters), 256 and 8 `small` (9.8 M);
+``res`` pixels; ``cache`` folder of prepared latents (several joined by colons), or empty to render and encode as it
+goes; ``count`` worlds (0: all of the cache); ``steps``; ``batch``; ``lr``; ``init`` model folder or shipped name to
+start from; ``vae`` autoencoder; ``diffusion`` preset.
+"""
+
+from ml_collections import ConfigDict
+
+from . import common
+
+ARGS = {
+    "dim": 128,
+    "depth": 6,
+    "res": 128,
+    "cache": "runs/worlds",
+    "count": 0,
+    "steps": 20_000,
+    "batch": 256,
+    "lr": 2e-3,
+    "vae": "tiny",
+    "init": "",
+    "diffusion": "fixed",
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    args = common.parse_arg(arg, ARGS)
+    args.model = "mini"  # its tasks and latents
+    config = common.defaults()
+    common.apply(config, args)
+    config.model_changes.update(
+        {"task_labels": 5, "dim": args.dim, "depth": args.depth, "heads": max(args.dim // 32, 1)}
+    )
+    for task in ("depth", "flow", "amodal", "normals"):
+        config.data.mixture[task] = common.entry(
+            args, task, "worlds", count=args.count or (0 if args.cache else 20_000)
+        )
+    config.data.mixture.flow.weight = 2.0  # two passes, each with the weight of depth's one
+    config.data.flip = False  # fresh worlds cost about as much as mirrored ones
+    config.data.workers = 4  # one thread settles and gathers some 20,000 samples a second: too few for a small model
+    config.latent_norm = "auto"
+    config.timestep_sampling = "high_noise"  # what one to ten trailing steps visit most
+    config.train.update({"steps": args.steps, "batch_size": args.batch, "log_every": 50, "export_dtype": "float16"})
+    common.shipped_masks(config)
+    config.optim.update({"name": "muon", "lr": args.lr, "lr_final": args.lr / 200, "warmup": 100, "schedule": "cosine"})
+    config.optim.ema = 0.998
+    config.optim.grad_clip = 1.0
+    return config

@@ -1,0 +1,103 @@
+"""Samples from caches of latents: decoded once into memory when they fit, else read as they are needed."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scaling_perception.data.latents import CacheReader, split_record
+from scaling_perception.support.errors import UserError
+
+_IN_MEMORY = 4 << 30  # caches up to this size (and up to half of the free memory) are held in memory
+
+
+class _Rows(NamedTuple):
+    """Decoded records: latents float16 (N, values), valid as bits (N, bytes), pass_id and label int32 (N,), keys."""
+
+    latents: np.ndarray
+    bits: np.ndarray
+    pass_id: np.ndarray
+    label: np.ndarray
+    keys: list[str]
+
+
+class Cached:
+    """Samples from caches of latents, decoded once into memory when they fit."""
+
+    def __init__(self, paths: list[str], flip: bool, in_memory: bool | None = None):
+        self.readers = [CacheReader(path) for path in paths]
+        first = self.readers[0]
+        for reader in self.readers:
+            for name in ("latent", "autoencoder", "resolution", "task_options"):
+                if reader.settings[name] != first.settings[name]:
+                    raise UserError(
+                        f"caches {first.path} and {reader.path} differ in {name} ({first.settings[name]}, "
+                        f"{reader.settings[name]}): prepare them alike"
+                    )
+            if reader.fields != first.fields:
+                raise UserError(f"caches {first.path} and {reader.path} are of tasks that cannot be mixed")
+            if flip and not reader.flipped:
+                raise UserError(
+                    f"data.flip is on but {reader.path} has no flipped copies: set data.flip=false, or prepare with "
+                    "--flips both"
+                )
+        self.starts = np.cumsum([0, *map(len, self.readers)])
+        if in_memory is None:
+            import psutil
+
+            size = sum(reader.size for reader in self.readers)
+            in_memory = size <= min(_IN_MEMORY, psutil.virtual_memory().available // 2)
+        self._names = list(first.fields)
+        if self._names == ["target"] and first.settings["logvar"]:  # what a draw from the posterior needs
+            self._names.append("target_logvar")
+        self._held: list[_Rows] = []  # as they are, and mirrored
+        if in_memory:
+            records = [record for reader in self.readers for shard in reader.everything() for record in shard]
+            self._held = [self._decode(records, np.full(len(records), mirrored)) for mirrored in range(1 + flip)]
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        return [reader.fingerprint for reader in self.readers]
+
+    def _records(self, indices: np.ndarray) -> list[bytes]:
+        out = [b""] * len(indices)
+        owner = np.searchsorted(self.starts, indices, side="right") - 1
+        for number in np.unique(owner):
+            places = np.flatnonzero(owner == number)
+            found = self.readers[number].raw((indices[places] - self.starts[number]).tolist())
+            for place, record in zip(places, found, strict=True):
+                out[place] = record
+        return out
+
+    def _decode(self, records: list[bytes], flips: np.ndarray) -> "_Rows":
+        h, w, c = self.readers[0].shape
+        means, size, mask = len(self.readers[0].fields), h * w * c, (h * w + 7) // 8
+        rows = _Rows(
+            np.empty((len(records), len(self._names) * size), "<f2"),
+            np.empty((len(records), mask), np.uint8),
+            np.empty(len(records), np.int32),
+            np.empty(len(records), np.int32),
+            [],
+        )
+        for row, record in enumerate(records):
+            (flags, rows.pass_id[row], *_, rows.label[row]), key, body = split_record(record)
+            view = means * size * 2 * (2 if flags & 1 else 1) + mask
+            at = view if flips[row] else 0
+            rows.latents[row] = np.frombuffer(body, "<f2", rows.latents.shape[1], at)
+            rows.bits[row] = np.frombuffer(body, np.uint8, mask, at + view - mask)
+            rows.keys.append(key)
+        return rows
+
+    def batch(self, indices: np.ndarray, flips: np.ndarray) -> dict[str, Any]:
+        """The records' fields, stacked: latents float32 (B, h, w, c), valid bool (B, h, w), pass_id, label, key."""
+        h, w, c = self.readers[0].shape
+        if self._held:
+            plain = self._held[0]
+            rows = _Rows(*(column[indices] for column in plain[:4]), [plain.keys[i] for i in indices])
+            for row in np.flatnonzero(flips):
+                for column, mirrored in zip(rows[:2], self._held[1][:2], strict=True):
+                    column[row] = mirrored[indices[row]]
+        else:
+            rows = self._decode(self._records(indices), flips)
+        fields = rows.latents.reshape(len(indices), len(self._names), h, w, c)
+        out: dict[str, Any] = {name: fields[:, i].astype(np.float32) for i, name in enumerate(self._names)}
+        out["valid"] = np.unpackbits(rows.bits, axis=1, count=h * w).reshape(-1, h, w).astype(bool)
+        return {**out, "pass_id": rows.pass_id, "label": rows.label, "key": rows.keys}

@@ -1,0 +1,159 @@
+"""Light on surfaces: suns and bright rectangles with soft shadows, the sky, and one bounce."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from scaling_perception.data.worlds.build import World, dot, norm
+from scaling_perception.data.worlds.trace import Tracer
+
+Array = np.ndarray
+_GRAY = np.array([0.3, 0.5, 0.2], np.float32)
+
+
+def dither(x: Array, y: Array, number: int) -> Array:
+    """Numbers (N, number) in [0, 1) that cover the unit interval evenly within each neighbourhood of pixels."""
+    base = x * 0.7548776662 + y * 0.5698402910
+    return ((base[:, None] + np.arange(1, number + 1) * 0.6180339887 * (1 + 0.37 * np.arange(number))) % 1).astype(
+        np.float32
+    )
+
+
+def sky(world: World, ways: Array, disc: bool = False) -> Array:
+    """Colours (N, 3) of the sky along directions (N, 3); ``disc`` with clouds and the sun itself."""
+    length = norm(ways)
+    up = ways[:, 2] / length
+    zenith, horizon, below = (np.asarray(row, np.float32) for row in world.sky)
+    rise = np.clip(up, 0, 1)[:, None] ** 0.5
+    out = horizon + (zenith - horizon) * rise
+    out = np.where((up < 0)[:, None], below + (horizon - below) * np.exp(np.minimum(up, 0) * 12)[:, None], out)
+    if disc:
+        if world.clouds >= 0:
+            scale = 0.35 / np.maximum(up + 0.08, 0.03)
+            flat = ways[:, :2] / length[:, None] * scale[:, None]
+            veil = world.bank.sample(np.full(len(ways), world.clouds), flat[:, 0], flat[:, 1], np.zeros(len(ways)))
+            veil = (veil @ _GRAY)[:, None]
+            veil = np.clip(veil / world.bank.mean[world.clouds].mean() - 0.7, 0, 1) * np.clip(up * 6, 0, 1)[:, None]
+            out = out + (np.float32(1.1) * horizon.max() - out) * np.minimum(veil * 1.2, 0.9)
+        for light in world.lights:
+            if light.edges is None:
+                near = ways @ light.place.astype(np.float32) / length
+                out = out + light.colour * (0.25 * np.maximum(near, 0) ** 60 + 2.0 * (near > 0.9995))[:, None]
+    return out.astype(np.float32)
+
+
+def irradiance(
+    world: World,
+    tracer: Tracer,
+    mesh: dict[str, Array],
+    table: dict[str, Array],
+    points: Array,
+    normals: Array,
+    chance: Array,
+) -> tuple[Array, Array]:
+    """What falls on points (N, 3) of surfaces with normals (N, 3).
+
+    Args:
+        chance: (N, 5) in [0, 1).
+
+    Returns:
+        sharp, soft: (N, 3) of the suns, and of all else by one ray for the rectangles and one for the surroundings.
+    """
+    sharp, soft = np.zeros((2, *points.shape), np.float32)
+    lifted = points + normals * np.float32(2e-3)
+    clear = table["pane"] | (table["glow"].max(axis=1) > 0)
+
+    def free(where: Array, ways: Array, length: float) -> Array:
+        hits = tracer.cast(lifted[where], ways)
+        material = mesh["material"][np.maximum(hits.face, 0)]
+        return (hits.face < 0) | (hits.far > length) | clear[material]
+
+    areas = [light for light in world.lights if light.edges is not None]
+    for light in world.lights:
+        if light.edges is None:
+            way = light.place.astype(np.float32) + light.spread * (chance[:, :3] - 0.5) * 2
+            cosine = np.maximum(dot(normals, way), 0)
+            where = np.flatnonzero(cosine > 0)
+            cosine[where] *= free(where, way[where], np.inf)
+            sharp += cosine[:, None] * light.colour.astype(np.float32)
+    if areas:
+        ways, given, tones = [], [], []
+        for light in areas:
+            edges = np.asarray(light.edges, np.float32)
+            at = light.place.astype(np.float32) + (chance[:, :1] - 0.5) * edges[0] + (chance[:, 1:2] - 0.5) * edges[1]
+            way = at - lifted
+            square = np.maximum(dot(way, way), 0.04)
+            facing = dot(normals, way)
+            if light.normal is not None:
+                facing = (
+                    np.where(way @ light.normal.astype(np.float32) < 0, facing, 0)
+                    * -(way @ light.normal.astype(np.float32))
+                    / np.sqrt(square)
+                )
+                size = np.linalg.norm(np.cross(edges[0], edges[1]))
+            else:
+                size = np.float32(0.06)
+            ways.append(way)
+            given.append(np.maximum(facing, 0) / (square * np.sqrt(square)) * size)
+            tones.append(light.colour.astype(np.float32))
+        shine = np.stack(given, axis=1)
+        strength = shine * [float(tone @ _GRAY) for tone in tones]
+        total = strength.sum(axis=1)
+        edge = np.cumsum(strength, axis=1)
+        chosen = np.minimum((edge < chance[:, 2:3] * total[:, None]).sum(axis=1), len(areas) - 1)
+        where = np.flatnonzero(total > 1e-5)
+        way = np.stack(ways, axis=1)[where, chosen[where]]
+        seen = free(where, way, 0.98)
+        soft[where] += (shine[where] @ np.stack(tones)) * seen[:, None]
+    soft += _surroundings(world, tracer, mesh, table, lifted, normals, chance[:, 3:5])
+    return sharp, soft
+
+
+def _surroundings(
+    world: World,
+    tracer: Tracer,
+    mesh: dict[str, Array],
+    table: dict[str, Array],
+    lifted: Array,
+    normals: Array,
+    chance: Array,
+) -> Array:
+    """One cosine-distributed ray: the sky, or the surface that it meets under even light."""
+    height = 2 * chance[:, 0] - 1
+    around = 2 * np.pi * chance[:, 1]
+    wide = np.sqrt(np.maximum(1 - height * height, 0))
+    ball = np.stack([wide * np.cos(around), wide * np.sin(around), height], axis=1).astype(np.float32)
+    ways = normals + ball * np.float32(0.999)
+    ways /= np.maximum(norm(ways)[:, None], 1e-6)
+    hits = tracer.cast(lifted, ways)
+    out = sky(world, ways) if not world.indoor else np.zeros_like(ways)
+    met = np.flatnonzero(hits.face >= 0)
+    reach = np.float32(0.5 if world.indoor else 2.0)
+    near = hits.far[met] / (hits.far[met] + reach)
+    mean = table["mean"][mesh["material"][hits.face[met]]]
+    out[met] = (0.25 + mean) * world.ambient.astype(np.float32) * (0.1 + 0.9 * near)[:, None]
+    return out
+
+
+def smooth(value: Array, points: Array, normals: Array, depth: Array, steps: tuple[int, ...]) -> Array:
+    """Average (H, W, 3) over neighbours on the same plane, near ones first."""
+    high, wide = depth.shape
+    for step in steps:
+        padded = [
+            np.pad(a, [(step, step), (step, step)] + [(0, 0)] * (a.ndim - 2), mode="edge")
+            for a in (value, points, normals)
+        ]
+        total, weight = value.copy(), np.ones((high, wide, 1), np.float32)
+        for dy in (-step, 0, step):
+            for dx in (-step, 0, step):
+                if not dx and not dy:
+                    continue
+                there = (slice(step + dy, step + dy + high), slice(step + dx, step + dx + wide))
+                other, at, way = (a[there] for a in padded)
+                bend = dot(way, normals)
+                off = np.abs(dot(at - points, normals)) / depth
+                part = ((bend > 0.85) & (off < 0.01 * step)).astype(np.float32)[..., None]
+                total += part * other
+                weight += part
+        value = total / weight
+    return value
