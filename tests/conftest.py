@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import signal
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -46,7 +47,21 @@ NEEDS = {
 }
 
 
+SHAPED = ("models", "diffusion", "ops")  # rooms whose signatures have shapes
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shapes", action="store_true", help="check the shapes and dtypes of signatures at every call")
+
+
 def pytest_configure(config):
+    if config.getoption("--shapes"):
+        from jaxtyping import install_import_hook
+
+        rooms = [f"scaling_perception.{room}" for room in SHAPED]
+        early = [name for name in sys.modules if name.startswith(tuple(rooms))]
+        assert not early, f"imported before their signatures could be checked: {early}"
+        install_import_hook(rooms, "shape_checks.check")
     if "SCALING_PERCEPTION_SHARED" in os.environ and not NEEDS["shared"][1]:
         raise pytest.UsageError(f"SCALING_PERCEPTION_SHARED={SHARED} has no folder golden: correct or unset it")
 

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from scaling_perception.models.dit import guide
+from scaling_perception.support.shapes import AnyArray, Array, Float
 
 Denoise = Callable[[jax.Array, Any], jax.Array]
 
 
-def guided(denoise_pair: Denoise, scale: Any, channels: int = 3) -> Denoise:
+def guided(denoise_pair: Denoise, scale: Float[AnyArray, ""] | float, channels: int = 3) -> Denoise:
     """A denoising function that runs a conditional and an unconditional half in one batch and mixes their outputs.
 
     Guidance mixes with weights that add up to 1, so it is the same in noise, velocity and clean estimate.
@@ -26,7 +27,7 @@ def guided(denoise_pair: Denoise, scale: Any, channels: int = 3) -> Denoise:
         (x (B, h, w, C), row) -> (B, h, w, C), for `sampler.sample`.
     """
 
-    def denoise(x: jax.Array, row: Any) -> jax.Array:
+    def denoise(x: Float[AnyArray, "B h w C"], row: Any) -> Float[Array, "B h w C"]:
         conditional, unconditional = jnp.split(denoise_pair(jnp.concatenate([x, x]), row), 2)
         return guide(conditional, unconditional, scale, channels)
 

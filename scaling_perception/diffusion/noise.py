@@ -14,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.shapes import AnyArray, Array, Float, RandomKey, Real
 
 STRATEGIES = ("original", "every_layer", "power_of_two", "random_step")
 _MOST_LEVELS = 10
 
 
-def annealed_strength(t: Any, strength: float = 0.9, train_steps: int = 1000) -> Any:
+def annealed_strength(
+    t: Real[AnyArray, "*B"] | float, strength: float = 0.9, train_steps: int = 1000
+) -> Real[AnyArray, "*B"] | float:
     """strength * t / train_steps per sample: plain noise at t = 0, the full pyramid at the end.
 
     (Plain with `pyramid_noise` and the ladders ``original`` and ``power_of_two``, whose first level has full size; the
@@ -93,7 +96,9 @@ def _sum_levels(xp: Any, draws: Sequence[Any], strength: Any, first_power: int =
     return total
 
 
-def combine_levels(draws: Sequence[np.ndarray], strength: float | np.ndarray, per_sample: bool = False) -> np.ndarray:
+def combine_levels(
+    draws: Sequence[Float[np.ndarray, "B _ _ C"]], strength: float | Float[np.ndarray, " B"], per_sample: bool = False
+) -> Float[np.ndarray, "B h w C"]:
     """Add drawn levels into multi-resolution noise, on the host.
 
     Args:
@@ -113,10 +118,10 @@ def combine_levels(draws: Sequence[np.ndarray], strength: float | np.ndarray, pe
 def host_noise(
     rng: np.random.Generator,
     shape: tuple[int, int, int, int],
-    strength: float | np.ndarray = 0.9,
+    strength: float | Float[np.ndarray, " B"] = 0.9,
     strategy: str = "original",
     per_sample: bool = True,
-) -> np.ndarray:
+) -> Float[np.ndarray, "B h w C"]:
     """Multi-resolution noise drawn on the host, for data paths that need the published random ladder.
 
     Args:
@@ -133,7 +138,11 @@ def host_noise(
     return combine_levels(draws, strength, per_sample)
 
 
-def pyramid_noise(key: jax.Array, shape: tuple[int, int, int, int], strength: float | jax.Array = 0.9) -> jax.Array:
+def pyramid_noise(
+    key: RandomKey,
+    shape: tuple[int, int, int, int],
+    strength: float | Float[AnyArray, ""] | Float[AnyArray, " B"] = 0.9,
+) -> Float[Array, "B h w C"]:
     """Multi-resolution noise with the fixed ``every_layer`` ladder, jit-able; unit standard deviation per sample.
 
     The level halved l times has weight strength^l, so strength 0 is plain Gaussian noise.

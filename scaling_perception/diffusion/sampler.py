@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling_perception.diffusion.solvers import SamplerTables, sampler_tables
+from scaling_perception.support.shapes import AnyArray, Array, Float, Int
 
 __all__ = ["SamplerTables", "State", "advance", "ddim_sample", "sample", "sampler_tables", "start_state"]
 
-Denoise = Callable[[jax.Array, SamplerTables], jax.Array]
-Noise = jax.Array | Callable[[SamplerTables], jax.Array] | None
+Denoise = Callable[[Array, SamplerTables], Array]
+Noise = Float[AnyArray, "S ..."] | Callable[[SamplerTables], Array] | None
 
 
 class State(NamedTuple):
@@ -30,31 +31,31 @@ class State(NamedTuple):
         older, start: x0 of the step before, and what the last step started from; None for tables without history.
     """
 
-    x: jax.Array
-    x0: jax.Array
-    older: jax.Array | None = None
-    start: jax.Array | None = None
+    x: Float[Array, "*shape"]
+    x0: Float[Array, "*shape"]
+    older: Float[Array, "*shape"] | None = None
+    start: Float[Array, "*shape"] | None = None
 
 
 @overload
 def sample(
-    denoise: Denoise, tables: SamplerTables, x_T: jax.Array, noise: Noise = None, keep: None = None
-) -> jax.Array: ...
+    denoise: Denoise, tables: SamplerTables, x_T: Float[AnyArray, "*shape"], noise: Noise = None, keep: None = None
+) -> Float[Array, "*shape"]: ...
 
 
 @overload
 def sample(
-    denoise: Denoise, tables: SamplerTables, x_T: jax.Array, noise: Noise = None, *, keep: Sequence[int]
-) -> tuple[jax.Array, jax.Array]: ...
+    denoise: Denoise, tables: SamplerTables, x_T: Float[AnyArray, "*shape"], noise: Noise = None, *, keep: Sequence[int]
+) -> tuple[Float[Array, "*shape"], Float[Array, " K *shape"]]: ...
 
 
 def sample(
     denoise: Denoise,
     tables: SamplerTables,
-    x_T: jax.Array,
+    x_T: Float[AnyArray, "*shape"],
     noise: Noise = None,
     keep: Sequence[int] | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Float[Array, "*shape"] | tuple[Float[Array, "*shape"], Float[Array, " K *shape"]]:
     """Sample with one ``lax.scan`` over the tables.
 
     Use it inside ``jax.jit`` with tables, weights, images and keys as arguments (``denoise`` closing over the traced
@@ -94,14 +95,19 @@ def sample(
     return state.x, kept
 
 
-def start_state(tables: SamplerTables, x_T: jax.Array) -> State:
+def start_state(tables: SamplerTables, x_T: Float[AnyArray, "*shape"]) -> State:
     """The state before the first step, from noise (...); ``tables`` only decide whether it has a history."""
     x = jnp.asarray(x_T, jnp.result_type(x_T, jnp.float32))
     return State(x, x) if tables.history is None else State(x, x, x, x)
 
 
 def advance(
-    denoise: Denoise, tables: SamplerTables, state: State, first: int | jax.Array, count: int, noise: Noise = None
+    denoise: Denoise,
+    tables: SamplerTables,
+    state: State,
+    first: int | Int[AnyArray, ""],
+    count: int,
+    noise: Noise = None,
 ) -> State:
     """Run steps ``first`` to ``first + count - 1``, so that a caller can look at the clean estimates in between.
 
@@ -128,10 +134,10 @@ def advance(
 def ddim_sample(
     denoise: Callable[[jax.Array, jax.Array], jax.Array],
     tables: SamplerTables,
-    x_T: jax.Array,
+    x_T: Float[AnyArray, "*shape"],
     noise: Noise = None,
     return_trajectory: bool = False,
-) -> Any:
+) -> Float[Array, "*shape"] | tuple[Float[Array, "*shape"], Float[Array, " S *shape"]]:
     """`sample` for a network that wants the timestep alone: denoise (x, t int32 ()).
 
     Returns:

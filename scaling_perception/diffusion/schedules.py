@@ -24,6 +24,7 @@ from collections.abc import Collection
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from scaling_perception.support.errors import UserError, did_you_mean
 
@@ -51,7 +52,7 @@ def choose_name(kind: str, word: Any, options: Collection[str], aliases: dict[st
     return found
 
 
-def betas(name: str) -> np.ndarray:
+def betas(name: str) -> Float[np.ndarray, "1000"]:
     """The noise variances added at each training step.
 
     Args:
@@ -79,7 +80,7 @@ def betas(name: str) -> np.ndarray:
     return np.minimum(1 - signal[1:] / signal[:-1], 0.999)
 
 
-def alphas_cumprod(name: str) -> np.ndarray:
+def alphas_cumprod(name: str) -> Float[np.ndarray, "1000"]:
     """alpha_bar of a named schedule, float64 (1000,), falling with t.
 
     Raises:
@@ -88,13 +89,13 @@ def alphas_cumprod(name: str) -> np.ndarray:
     return np.cumprod(1 - betas(name))
 
 
-def rectified_flow() -> tuple[np.ndarray, np.ndarray]:
+def rectified_flow() -> tuple[Float[np.ndarray, "1000"], Float[np.ndarray, "1000"]]:
     """Signal 1 - sigma and noise sigma = (t + 1) / 1000 of the straight path, float64 (1000,) each; sigma ends at 1."""
     noise = np.arange(1, TRAIN_STEPS + 1) / TRAIN_STEPS
     return 1 - noise, noise
 
 
-def zero_snr(alpha_bar: np.ndarray) -> np.ndarray:
+def zero_snr(alpha_bar: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
     """Shift and scale sqrt(alpha_bar) so that the last timestep carries no signal (Lin et al. 2024, algorithm 1).
 
     Args:
@@ -107,7 +108,9 @@ def zero_snr(alpha_bar: np.ndarray) -> np.ndarray:
     return np.square((root - root[-1]) * (root[0] / (root[0] - root[-1])))
 
 
-def timestep_grid(spacing: str, steps: int, steps_offset: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def timestep_grid(
+    spacing: str, steps: int, steps_offset: int = 0
+) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
     """The timesteps that a sampler of ``steps`` steps visits, and where each step goes.
 
     ``leading``: {i * (1000 // steps) + steps_offset}, from the top. ``trailing``: round(1000 - i * 1000 / steps) - 1,
@@ -186,7 +189,7 @@ class DiffusionPreset:
             if self.prediction in ("epsilon", "v"):
                 raise UserError(f"prediction '{self.prediction}' does not go with schedule 'rectified': use 'velocity'")
 
-    def levels(self) -> tuple[np.ndarray, np.ndarray]:
+    def levels(self) -> tuple[Float[np.ndarray, "1000"], Float[np.ndarray, "1000"]]:
         """(alpha, sigma) by timestep, ``zero_snr`` applied, float64 (1000,) each; see the module."""
         if self.schedule == "rectified":
             return rectified_flow()
@@ -194,7 +197,7 @@ class DiffusionPreset:
         table = zero_snr(table) if self.zero_snr else table
         return np.sqrt(table), np.sqrt(1 - table)
 
-    def alphas_cumprod(self) -> np.ndarray:
+    def alphas_cumprod(self) -> Float[np.ndarray, "1000"]:
         """alpha_bar with ``zero_snr`` applied, float64 (1000,).
 
         Raises:

@@ -34,12 +34,16 @@ On a trailing grid, whose noise falls by 3:2 and 2:1 at its end, that ratio is l
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from scaling_perception.diffusion.schedules import TRAIN_STEPS, DiffusionPreset, choose_name, timestep_grid
 from scaling_perception.support.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
 
 VARIANCES = ("small", "large")
 
@@ -48,7 +52,7 @@ _FEW_STEPS = 15  # below it, a last step of second order does harm
 _TOO_FAR = 1.75  # rise over the one before it, above which the step to t = 0 stays of first order
 _AMPLIFIED = 10.0  # a clean estimate that is the network's error times more than this is noise
 
-Column = Any  # a numpy array on the host, a jax array inside jit
+Column: TypeAlias = "np.ndarray | jax.Array"  # on the host, or inside jit, where one of a row is a scalar
 
 
 class History(NamedTuple):
@@ -163,22 +167,22 @@ def sampler_tables(
 class Path(NamedTuple):
     """A grid's steps: timesteps before and after each, and (alpha, sigma) there, float64 (T,)."""
 
-    t: np.ndarray
-    t_next: np.ndarray
-    signal: np.ndarray
-    noise: np.ndarray
-    signal_next: np.ndarray
-    noise_next: np.ndarray
+    t: Int[np.ndarray, " S"]
+    t_next: Int[np.ndarray, " S"]
+    signal: Float[np.ndarray, " S"]
+    noise: Float[np.ndarray, " S"]
+    signal_next: Float[np.ndarray, " S"]
+    noise_next: Float[np.ndarray, " S"]
 
 
 class Rows(NamedTuple):
     """Columns of `SamplerTables` that depend on the solver, one row an evaluation."""
 
-    t: np.ndarray
-    t_next: np.ndarray
-    next_x: np.ndarray
-    next_x0: np.ndarray
-    sigma: np.ndarray
+    t: Int[np.ndarray, " R"]
+    t_next: Int[np.ndarray, " R"]
+    next_x: Float[np.ndarray, " R"]
+    next_x0: Float[np.ndarray, " R"]
+    sigma: Float[np.ndarray, " R"]
     history: History | None
 
 
@@ -263,7 +267,7 @@ def heun_rows(path: Path, options: Options) -> Rows:
     first, second = slice(0, count, 2), slice(1, count, 2)
     rise, fall = (signal_next - signal) / 2, (noise_next - noise) / 2
 
-    def columns(of_first: Any, of_second: Any) -> np.ndarray:
+    def columns(of_first: np.ndarray | float, of_second: np.ndarray | float) -> np.ndarray:
         column = np.zeros(count, np.result_type(of_first, of_second))
         column[first], column[second] = of_first, of_second
         return column

@@ -1,18 +1,13 @@
 """What the network is trained to return, and the masked loss. Pure functions of arrays, jit-able, any batch shape."""
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from scaling_perception.diffusion.schedules import PREDICTIONS
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.shapes import AnyArray, Array, Bool, Float, Level
 
-Level = jax.Array | np.ndarray | float  # () or (B,)
 
-
-def _facing(level: Level, like: jax.Array) -> jax.Array:
+def _facing(level: Level, like: Float[AnyArray, "..."]) -> Float[Array, "..."]:
     """``level`` in the dtype of ``like``, with trailing axes added to meet it."""
     level = jnp.asarray(level, like.dtype)
     return level.reshape(level.shape + (1,) * (like.ndim - level.ndim))
@@ -22,7 +17,9 @@ def _unknown(prediction: str) -> UserError:
     return UserError(f"unknown prediction '{prediction}'{did_you_mean(prediction, PREDICTIONS)}")
 
 
-def add_noise(x0: jax.Array, eps: jax.Array, alpha: Level, sigma: Level) -> jax.Array:
+def add_noise(
+    x0: Float[AnyArray, " B *shape"], eps: Float[AnyArray, " B *shape"], alpha: Level, sigma: Level
+) -> Float[Array, " B *shape"]:
     """x_t = alpha x0 + sigma eps (Ho et al. 2020, equation 4; Kingma et al. 2021, equation 1).
 
     Args:
@@ -32,7 +29,9 @@ def add_noise(x0: jax.Array, eps: jax.Array, alpha: Level, sigma: Level) -> jax.
     return _facing(alpha, x0) * x0 + _facing(sigma, x0) * eps
 
 
-def training_target(prediction: str, x0: jax.Array, eps: jax.Array, alpha: Level, sigma: Level) -> jax.Array:
+def training_target(
+    prediction: str, x0: Float[AnyArray, " B *shape"], eps: Float[AnyArray, " B *shape"], alpha: Level, sigma: Level
+) -> Float[AnyArray, " B *shape"]:
     """What the network should return.
 
     eps; x0; v = alpha eps - sigma x0 (Salimans & Ho 2022, section 4); or the velocity eps - x0 of the straight path
@@ -55,8 +54,8 @@ def training_target(prediction: str, x0: jax.Array, eps: jax.Array, alpha: Level
 
 
 def to_x0_eps(
-    prediction: str, out: jax.Array, x_t: jax.Array, alpha: Level, sigma: Level
-) -> tuple[jax.Array, jax.Array]:
+    prediction: str, out: Float[AnyArray, " B *shape"], x_t: Float[AnyArray, " B *shape"], alpha: Level, sigma: Level
+) -> tuple[Float[AnyArray, " B *shape"], Float[AnyArray, " B *shape"]]:
     """The clean estimate and the noise estimate that a network output stands for.
 
     For epsilon x0 is divided by alpha: at the end of the cosine schedule (4.9e-5) float32 rounding of ``x_t`` alone
@@ -85,7 +84,9 @@ def to_x0_eps(
     raise _unknown(prediction)
 
 
-def masked_mse(pred: jax.Array, target: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+def masked_mse(
+    pred: Float[AnyArray, "B *cells C"], target: Float[AnyArray, "..."], valid: Bool[AnyArray, "..."] | None = None
+) -> Float[Array, ""]:
     """Mean squared error over the valid cells, in float32.
 
     Values under invalid cells may be NaN; they reach neither the loss nor its gradient. If no cell of the whole batch
@@ -108,7 +109,9 @@ def masked_mse(pred: jax.Array, target: jax.Array, valid: jax.Array | None = Non
     return mean_of_cells(squares, cells, pred.shape[-1])
 
 
-def masked_squares(pred: jax.Array, target: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+def masked_squares(
+    pred: Float[AnyArray, "B *cells C"], target: Float[AnyArray, "..."], valid: Bool[AnyArray, "..."]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The two sums of `masked_mse`, float32 (): squared errors over valid cells and channels, and valid cells.
 
     Raises:
@@ -123,12 +126,12 @@ def masked_squares(pred: jax.Array, target: jax.Array, valid: jax.Array) -> tupl
     return jnp.sum(jnp.square(error)), jnp.sum(mask, dtype=jnp.float32)
 
 
-def mean_of_cells(squares: jax.Array, cells: jax.Array, channels: int) -> jax.Array:
+def mean_of_cells(squares: Float[AnyArray, ""], cells: Float[AnyArray, ""], channels: int) -> Float[Array, ""]:
     """squares / (cells x channels); 0 where there is no cell (``squares`` is 0 then)."""
     return squares / (jnp.where(cells > 0, cells, 1.0) * channels)
 
 
-def latent_mask(valid: Any, factor: int = 8) -> Any:
+def latent_mask(valid: Bool[AnyArray, "*B H W"], factor: int = 8) -> Bool[AnyArray, "*B h w"]:
     """A pixel mask at latent resolution: a cell is valid only if all its factor x factor pixels are.
 
     The same as max-pooling the invalid mask, as Marigold's trainer does. numpy in, numpy out; jax in, jax out.

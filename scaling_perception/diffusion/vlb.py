@@ -28,6 +28,7 @@ import numpy as np
 from scaling_perception.diffusion.schedules import DiffusionPreset
 from scaling_perception.diffusion.targets import to_x0_eps
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.shapes import AnyArray, Array, Float, Int
 
 BIN = 1.0 / 255.0  # half a bin
 EDGE = 0.999
@@ -37,11 +38,11 @@ _SMALLEST = 1e-12  # of a probability whose logarithm is taken
 class VarianceTables(NamedTuple):
     """float32 (1000,) by timestep: alpha, sigma, the weight of x_0 in mu~, and the two bounds of the log-variance."""
 
-    alpha: np.ndarray
-    sigma: np.ndarray
-    x0_weight: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    alpha: Float[np.ndarray, "1000"]
+    sigma: Float[np.ndarray, "1000"]
+    x0_weight: Float[np.ndarray, "1000"]
+    low: Float[np.ndarray, "1000"]
+    high: Float[np.ndarray, "1000"]
 
 
 def variance_tables(preset: DiffusionPreset) -> VarianceTables:
@@ -65,7 +66,9 @@ def variance_tables(preset: DiffusionPreset) -> VarianceTables:
     return VarianceTables(*(np.asarray(table, np.float32) for table in found))
 
 
-def log_variance(tables: VarianceTables, v: jax.Array, t: jax.Array) -> jax.Array:
+def log_variance(
+    tables: VarianceTables, v: Float[AnyArray, "B h w C"], t: Int[AnyArray, " B"]
+) -> Float[Array, "B h w C"]:
     """log sigma^2 (B, h, w, C) of the network's variance channels v (B, h, w, C) at timesteps t (B,)."""
     low, high = _at(tables.low, t, v), _at(tables.high, t, v)
     share = (v + 1) / 2
@@ -75,12 +78,12 @@ def log_variance(tables: VarianceTables, v: jax.Array, t: jax.Array) -> jax.Arra
 def learned_range_bits(
     tables: VarianceTables,
     prediction: str,
-    out: jax.Array,
-    v: jax.Array,
-    x0: jax.Array,
-    x_t: jax.Array,
-    t: jax.Array,
-) -> jax.Array:
+    out: Float[AnyArray, "B h w C"],
+    v: Float[AnyArray, "B h w C"],
+    x0: Float[AnyArray, "B h w C"],
+    x_t: Float[AnyArray, "B h w C"],
+    t: Int[AnyArray, " B"],
+) -> Float[Array, " B"]:
     """The bound's term of each sample, float32 (B,), in bits a latent value.
 
     It trains the variance alone: no gradient goes through ``out``.
@@ -106,7 +109,9 @@ def learned_range_bits(
     return nats.mean(axis=(1, 2, 3)) / math.log(2)
 
 
-def discretised_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
+def discretised_log_likelihood(
+    x: Float[AnyArray, "*shape"], mean: Float[AnyArray, "*shape"], log_scale: Float[AnyArray, "*shape"]
+) -> Float[Array, "*shape"]:
     """Log of the normal's mass within 1/255 of x; the bins beyond +-0.999 have no end. Shapes alike."""
     inverse, away = jnp.exp(-log_scale), x - mean
     # masses of the lower tail, where float32 keeps small numbers apart that lie beside 1 in the upper one
@@ -121,5 +126,7 @@ def _cdf(x: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
 
 
-def _at(table: np.ndarray, t: jax.Array, like: jax.Array) -> jax.Array:
+def _at(
+    table: Float[np.ndarray, "1000"] | Float[Array, "1000"], t: Int[AnyArray, " B"], like: Float[AnyArray, "B ..."]
+) -> Float[Array, "B ..."]:
     return jnp.asarray(table)[t].reshape(t.shape + (1,) * (like.ndim - 1))

@@ -17,6 +17,7 @@ from scaling_perception.models.vae_torch import CLASS, vae_config_from_json, vae
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path, read_json
 from scaling_perception.support.hub import fetch
+from scaling_perception.support.shapes import AnyArray, Array, Float
 
 PARTS = ("encoder", "decoder")
 TINY_FOLDER = Path(__file__).resolve().parent.parent / "weights" / "tiny_vae"
@@ -57,7 +58,7 @@ class Autoencoder:
 def make_tiny(name: str, config: tiny_vae.TinyVAEConfig, params: Mapping[str, Any]) -> Autoencoder:
     """An :class:`Autoencoder` of TAESD's family from its two parameter trees."""
 
-    def encode(params: Any, images: jax.Array) -> tuple[jax.Array, None]:
+    def encode(params: Any, images: Float[AnyArray, "B H W 3"]) -> tuple[Float[Array, "B h w C"], None]:
         if images.shape[1] % config.factor or images.shape[2] % config.factor:
             raise UserError(
                 f"image size {images.shape[2]}x{images.shape[1]} is no multiple of {config.factor}, which the "
@@ -65,7 +66,7 @@ def make_tiny(name: str, config: tiny_vae.TinyVAEConfig, params: Mapping[str, An
             )
         return tiny_vae.Encoder(config).apply({"params": params["encoder"]}, images), None  # type: ignore[return-value]
 
-    def decode(params: Any, latents: jax.Array) -> jax.Array:
+    def decode(params: Any, latents: Float[AnyArray, "B h w C"]) -> Float[Array, "B H W 3"]:
         return tiny_vae.Decoder(config).apply({"params": params["decoder"]}, latents)  # type: ignore[return-value]
 
     return Autoencoder(
@@ -96,10 +97,12 @@ def make_kl(
     """
     limits = limits or VAELimits()
 
-    def encode(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode(
+        params: Any, images: Float[AnyArray, "B H W 3"]
+    ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
         return vae.scale_moments(config, *tiled_encode(params, config, images, limits, dtype))
 
-    def decode(params: Any, latents: jax.Array) -> jax.Array:
+    def decode(params: Any, latents: Float[AnyArray, "B h w C"]) -> Float[Array, "B H W 3"]:
         return tiled_decode(params, config, latents / config.scaling_factor, limits, dtype)
 
     return Autoencoder(

@@ -18,6 +18,7 @@ import numpy as np
 from flax import linen as nn
 
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.shapes import AnyArray, Array, Bool, Float, Int, RandomKey, Shaped
 
 Params = dict[str, Any]  # nested dict of arrays
 
@@ -86,10 +87,10 @@ class TextOutput(NamedTuple):
         text_embeds: (B, P), the projection of ``pooled``, not normalised; None without a projection.
     """
 
-    last_hidden_state: jax.Array
-    penultimate_hidden_state: jax.Array
-    pooled: jax.Array
-    text_embeds: jax.Array | None
+    last_hidden_state: Float[Array, "B T D"]
+    penultimate_hidden_state: Float[Array, "B T D"]
+    pooled: Float[Array, "B D"]
+    text_embeds: Float[Array, "B P"] | None
 
 
 def _norm(config: CLIPTextConfig, name: str) -> nn.LayerNorm:
@@ -103,7 +104,7 @@ class SelfAttention(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, allowed: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[AnyArray, "B T D"], allowed: Bool[AnyArray, "_ 1 T T"]) -> Float[Array, "B T D"]:
         batch, tokens, dim = x.shape
         split = (batch, tokens, self.heads, dim // self.heads)
         query, key, value = (
@@ -122,7 +123,9 @@ class Block(nn.Module):
     config: CLIPTextConfig
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, jax.Array], allowed: jax.Array) -> tuple[Any, None]:
+    def __call__(
+        self, carry: tuple[Float[AnyArray, "B T D"], Float[AnyArray, "B T D"]], allowed: Bool[AnyArray, "_ 1 T T"]
+    ) -> tuple[tuple[Float[Array, "B T D"], Float[Array, "B T D"]], None]:
         config, x = self.config, carry[0]
         attended = x + SelfAttention(config.heads, name="attn")(_norm(config, "norm1")(x), allowed)
         hidden = nn.Dense(config.hidden, kernel_init=_normal, name="fc1")(_norm(config, "norm2")(attended))
@@ -143,7 +146,7 @@ class CLIPText(nn.Module):
     config: CLIPTextConfig
 
     @nn.compact
-    def __call__(self, ids: jax.Array, attention_mask: jax.Array | None = None) -> TextOutput:
+    def __call__(self, ids: Int[AnyArray, "B T"], attention_mask: Shaped[AnyArray, "B T"] | None = None) -> TextOutput:
         config = self.config
         ids = jnp.asarray(ids)
         batch, tokens = ids.shape
@@ -177,7 +180,7 @@ def _too_long(config: CLIPTextConfig, tokens: int) -> UserError:
     return UserError(f"texts of {tokens} tokens are too long, the text encoder takes {most} at most: truncate them")
 
 
-def check_ids(config: CLIPTextConfig, ids: Any) -> np.ndarray:
+def check_ids(config: CLIPTextConfig, ids: Any) -> Int[np.ndarray, "B T"]:
     """``ids`` as int32 (B, T), after a look at every one: on a device an id out of range would go unnoticed.
 
     Raises:
@@ -199,7 +202,10 @@ def check_ids(config: CLIPTextConfig, ids: Any) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=0)
 def encode_text(
-    config: CLIPTextConfig, params: Params, ids: jax.Array, attention_mask: jax.Array | None = None
+    config: CLIPTextConfig,
+    params: Params,
+    ids: Int[AnyArray, "B T"],
+    attention_mask: Shaped[AnyArray, "B T"] | None = None,
 ) -> TextOutput:
     """The tower's outputs, see :class:`CLIPText`. On an accelerator matmuls round their inputs unless
     ``jax.default_matmul_precision("highest")`` says otherwise."""
@@ -207,7 +213,7 @@ def encode_text(
 
 
 @partial(jax.jit, static_argnums=0)  # compiled, the forward pass that flax traces for the shapes is dropped
-def init_params(config: CLIPTextConfig, key: jax.Array) -> Params:
+def init_params(config: CLIPTextConfig, key: RandomKey) -> Params:
     """Fresh float32 parameters, normal(0.02)."""
     variables: Any = CLIPText(config).init(key, jnp.zeros((1, 1), jnp.int32))
     return variables["params"]

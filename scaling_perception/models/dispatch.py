@@ -20,19 +20,20 @@ from scaling_perception.ops.grouped_matmul import block_rows
 from scaling_perception.ops.grouped_mlp import LAYERS, Rows, mlp_backward, mlp_forward
 from scaling_perception.parallel.mesh import BATCH_AXES
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.shapes import AnyArray, Array, Float, Int
 
 DISPATCHES = ("auto", "dense", "ragged", "ring")
 
 
 def expert_mlp(
-    x: jax.Array,
-    index: jax.Array,
-    weight: jax.Array,
+    x: Float[AnyArray, "N D"],
+    index: Int[AnyArray, "N K"],
+    weight: Float[AnyArray, "N K"],
     experts: Mapping[str, Any],
     kind: str,
     dispatch: str = "auto",
     mesh: Any = None,
-) -> jax.Array:
+) -> Float[Array, "N D"]:
     """The weighted sum of each token's experts.
 
     The forward pass names what is worth keeping for the backward pass (``checkpoint_name``): ``moe_hidden``, the rows

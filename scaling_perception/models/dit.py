@@ -24,8 +24,9 @@ from scaling_perception.models.moe import MoE
 from scaling_perception.ops.attention import attention, split_heads
 from scaling_perception.parallel.mesh import split_batch
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.shapes import AnyArray, Array, Float, Int, RandomKey, Real
 
-Params = dict[str, Any]  # nested dict of arrays
+Params = dict[str, Any]  # nested dicts of arrays, or of their shapes
 
 NORM_EPSILON = 1e-6
 
@@ -34,7 +35,7 @@ _normal = nn.initializers.normal(0.02)
 _zeros = nn.initializers.zeros_init()
 
 
-def position_table(dim: int, grid: int) -> np.ndarray:
+def position_table(dim: int, grid: int) -> Float[np.ndarray, "T D"]:
     """Fixed 2-D sin-cos table, (grid * grid, dim) float32, rows in row-major token order (facts 1.1).
 
     The first half of the width encodes the column, the second half the row; each half is [sin, cos] of the raw integer
@@ -48,7 +49,7 @@ def position_table(dim: int, grid: int) -> np.ndarray:
     return np.concatenate([column, row], axis=2).reshape(grid * grid, dim).astype(np.float32)
 
 
-def timestep_features(t: jax.Array) -> jax.Array:
+def timestep_features(t: Real[AnyArray, " B"]) -> Float[Array, "B 256"]:
     """Sinusoids [cos, sin] of the raw timestep, (B,) -> (B, 256) float32; t in 0..999, fractions allowed."""
     # exponents in float32 as the reference has them, then rounded once: at t = 999 one unit in the last place is 6e-5
     exponents = np.float32(-math.log(10000.0)) * np.arange(TIME_FREQUENCIES, dtype=np.float32) / TIME_FREQUENCIES
@@ -57,7 +58,7 @@ def timestep_features(t: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def layer_norm(x: jax.Array) -> jax.Array:
+def layer_norm(x: Float[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
     """Normalise the last axis in float32, without affine parameters; returns float32."""
     x = x.astype(jnp.float32)
     centred = x - x.mean(axis=-1, keepdims=True)
@@ -65,12 +66,14 @@ def layer_norm(x: jax.Array) -> jax.Array:
     return centred * jax.lax.rsqrt(variance + NORM_EPSILON)
 
 
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+def modulate(
+    x: Float[AnyArray, "B T D"], shift: Float[AnyArray, "B D"], scale: Float[AnyArray, "B D"]
+) -> Float[Array, "B T D"]:
     """``x (1 + scale) + shift`` with x (B, T, D) and one shift and scale (B, D) per sample."""
     return x * (1.0 + scale[:, None, :]) + shift[:, None, :]
 
 
-def patchify(x: jax.Array, patch: int) -> jax.Array:
+def patchify(x: Float[AnyArray, "B h w C"], patch: int) -> Float[AnyArray, "B T _"]:
     """(B, h, w, C) -> (B, T, p * p * C): tokens row-major, inside a patch (row, column, channel)."""
     batch, height, width, channels = x.shape
     rows, columns = height // patch, width // patch
@@ -78,7 +81,7 @@ def patchify(x: jax.Array, patch: int) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, patch * patch * channels)
 
 
-def unpatchify(x: jax.Array, patch: int, grid: int) -> jax.Array:
+def unpatchify(x: Float[AnyArray, "B T _"], patch: int, grid: int) -> Float[AnyArray, "B h w C"]:
     """(B, T, p * p * C) -> (B, h, w, C), the inverse of ``patchify`` for a square picture."""
     batch = x.shape[0]
     x = x.reshape(batch, grid, grid, patch, patch, -1)
@@ -107,7 +110,9 @@ class PatchEmbed(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, label: jax.Array, part: str = "all") -> jax.Array:
+    def __call__(
+        self, x: Float[AnyArray, "B h w C"], label: Int[AnyArray, " B"], part: str = "all"
+    ) -> Float[Array, "B T D"]:
         config = self.config
         tasks = (config.task_labels,) if config.routed else ()
         patch, width = config.patch_size, config.dim
@@ -137,7 +142,7 @@ class TimeEmbed(nn.Module):
     dim: int
 
     @nn.compact
-    def __call__(self, t: jax.Array) -> jax.Array:
+    def __call__(self, t: Real[AnyArray, " B"]) -> Float[Array, "B D"]:
         hidden = nn.Dense(self.dim, kernel_init=_normal, name="fc1")(timestep_features(t))
         return nn.Dense(self.dim, kernel_init=_normal, name="fc2")(nn.silu(hidden))
 
@@ -151,7 +156,7 @@ class TaskContext(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, label: jax.Array) -> jax.Array:
+    def __call__(self, label: Int[AnyArray, " B"]) -> Float[Array, "B D"]:
         config = self.config
         rows = max(config.task_labels, 1)
         table = self.param("table", _zeros, (rows, config.context_dim))
@@ -169,7 +174,7 @@ class Attention(nn.Module):
     mesh: Any = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[AnyArray, "B T D"]) -> Float[Array, "B T D"]:
         batch, tokens, dim = x.shape
         flat = x.reshape(-1, dim)  # on a CPU the gradient of a (B, T, D) matmul is far slower than of a (B T, D) one
         qkv = nn.Dense(3 * dim, kernel_init=_xavier, dtype=self.dtype, name="qkv")(flat)
@@ -188,7 +193,7 @@ class Mlp(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[AnyArray, "B T D"]) -> Float[Array, "B T D"]:
         flat = x.reshape(-1, x.shape[-1])  # flat for the same reason as in Attention
         hidden = nn.Dense(self.hidden, kernel_init=_xavier, dtype=self.dtype, name="fc1")(flat)
         out = nn.Dense(x.shape[-1], kernel_init=_xavier, dtype=self.dtype, name="fc2")(nn.gelu(hidden))
@@ -211,13 +216,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, condition: jax.Array | None, modulation: Any
-    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        self,
+        x: Float[AnyArray, "B T D"],
+        condition: Float[AnyArray, "_ D"] | None,
+        modulation: Float[AnyArray, "B _"] | None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "..."]] | None]:
         config, dtype, stream = self.config, self.dtype, self.stream or self.dtype
         if modulation is None:
-            modulation = nn.Dense(6 * config.dim, kernel_init=_zeros, name="modulation")(condition)
-        x, modulation = split_batch(x, self.mesh), split_batch(modulation, self.mesh)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+            wide = nn.Dense(6 * config.dim, kernel_init=_zeros, name="modulation")(condition)
+        else:
+            wide = modulation
+        x, wide = split_batch(x, self.mesh), split_batch(wide, self.mesh)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(wide, 6, axis=-1)
         attend = Attention(config.heads, dtype, config.qk_norm, self.mesh, name="attn")
         mixed = attend(modulate(layer_norm(x), shift_a, scale_a))
         x = (x + gate_a[:, None, :] * mixed).astype(stream)
@@ -235,11 +245,18 @@ class Final(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, condition: jax.Array | None, modulation: Any) -> jax.Array:
+    def __call__(
+        self,
+        x: Float[AnyArray, "B T D"],
+        condition: Float[AnyArray, "_ D"] | None,
+        modulation: Float[AnyArray, "B _"] | None,
+    ) -> Float[Array, "B T _"]:
         config = self.config
         if modulation is None:
-            modulation = nn.Dense(2 * config.dim, kernel_init=_zeros, name="modulation")(condition)
-        shift, scale = jnp.split(modulation, 2, axis=-1)
+            wide = nn.Dense(2 * config.dim, kernel_init=_zeros, name="modulation")(condition)
+        else:
+            wide = modulation
+        shift, scale = jnp.split(wide, 2, axis=-1)
         width = config.patch_size**2 * config.out_channels
         return nn.Dense(width, kernel_init=_zeros, name="linear")(modulate(layer_norm(x), shift, scale))
 
@@ -253,9 +270,9 @@ class Fixed(NamedTuple):
         final: (B, 2 D) float32, that of the final layer.
     """
 
-    tokens: jax.Array
-    blocks: jax.Array
-    final: jax.Array
+    tokens: Float[Array, "B T D"]
+    blocks: Float[Array, "L B _"]
+    final: Float[Array, "B _"]
 
 
 class DiT(nn.Module):
@@ -291,8 +308,13 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, t: jax.Array, label: jax.Array, with_stats: bool = False, fixed: Fixed | None = None
-    ) -> Any:
+        self,
+        x: Float[AnyArray, "B h w _"],
+        t: Real[AnyArray, " _"],
+        label: Int[AnyArray, " B"],
+        with_stats: bool = False,
+        fixed: Fixed | None = None,
+    ) -> Float[Array, "B h w C"] | tuple[Float[Array, "B h w C"], dict[str, Float[Array, "L ..."]]]:
         config = self.config
         x, t, label = (split_batch(jnp.asarray(array), self.mesh) for array in (x, t, label))
         channels = config.in_channels if fixed else config.input_channels
@@ -335,7 +357,9 @@ class DiT(nn.Module):
         return (out, stats or {}) if with_stats else out
 
 
-def modulations(config: DiTConfig, params: Params, t: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+def modulations(
+    config: DiTConfig, params: Params, t: Real[AnyArray, " S"], label: Int[AnyArray, " P"]
+) -> tuple[Float[Array, "S L P _"], Float[Array, "S P _"]]:
     """All modulations of a run of the sampler, which depend on its timesteps and labels alone.
 
     Args:
@@ -355,8 +379,12 @@ def modulations(config: DiTConfig, params: Params, t: jax.Array, label: jax.Arra
 
 
 def embed_conditions(
-    config: DiTConfig, params: Params, latents: jax.Array, label: jax.Array, dtype: Any = jnp.float32
-) -> jax.Array:
+    config: DiTConfig,
+    params: Params,
+    latents: Float[AnyArray, "B h w C"],
+    label: Int[AnyArray, " B"],
+    dtype: Any = jnp.float32,
+) -> Float[Array, "B T D"]:
     """The part of the tokens that stays the same while sampling: latents (B, h, w, cond_channels), label (B,), to
     (B, T, D) in ``dtype``, with bias and positions."""
     model = PatchEmbed(config, dtype)
@@ -364,7 +392,12 @@ def embed_conditions(
     return tokens + jnp.asarray(params["pos_embed"], dtype)[None]
 
 
-def guide(conditional: jax.Array, unconditional: jax.Array, scale: float, channels: int = 3) -> jax.Array:
+def guide(
+    conditional: Float[AnyArray, "B h w C"],
+    unconditional: Float[AnyArray, "B h w C"],
+    scale: Float[AnyArray, ""] | float,
+    channels: int = 3,
+) -> Float[Array, "B h w C"]:
     """Classifier-free guidance of two outputs (B, h, w, C): ``unconditional + scale (conditional - unconditional)`` in
     the first ``channels`` channels, ``conditional`` in the others.
 
@@ -386,7 +419,7 @@ def _example(config: DiTConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 @partial(jax.jit, static_argnums=0)  # compiled, the forward pass that flax traces for the shapes is dropped
-def init_params(config: DiTConfig, key: jax.Array) -> Params:
+def init_params(config: DiTConfig, key: RandomKey) -> Params:
     """Fresh float32 parameters (pure; may run under jit). The network's output is exactly 0 (adaLN-Zero, facts 1.1)."""
     variables: Any = DiT(config).init(key, *_example(config))
     return variables["params"]

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from scaling_perception.models.config import DiTConfig
 from scaling_perception.models.dispatch import expert_mlp
+from scaling_perception.support.shapes import AnyArray, Array, Float, Int
 
 _zeros = nn.initializers.zeros_init()
 _expert_init = nn.initializers.xavier_uniform(batch_axis=(0,))
@@ -26,12 +27,12 @@ class Routing(NamedTuple):
         scores: (N, E) float32, softmax over all experts.
     """
 
-    index: jax.Array
-    weight: jax.Array
-    scores: jax.Array
+    index: Int[Array, "N K"]
+    weight: Float[Array, "N K"]
+    scores: Float[Array, "N E"]
 
 
-def route(x: jax.Array, kernel: jax.Array, active: int, gating: str) -> Routing:
+def route(x: Float[AnyArray, "N D"], kernel: Float[AnyArray, "D E"], active: int, gating: str) -> Routing:
     """The K = ``active`` best experts of each token x (N, D) under the router ``kernel`` (D, E), all in float32.
 
     ``gating``: ``paper`` leaves the softmax weights as they are, so that they sum to less than 1 (facts 3.1);
@@ -61,7 +62,7 @@ def _largest(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     return jnp.stack(values, axis=-1), jnp.stack(places, axis=-1).astype(jnp.int32)
 
 
-def routing_stats(routing: Routing) -> dict[str, jax.Array]:
+def routing_stats(routing: Routing) -> dict[str, Float[Array, "..."]]:
     """Statistics of one layer's routing over the whole batch, on every device together.
 
     Returns:
@@ -123,7 +124,7 @@ class SwiGLU(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[AnyArray, "N D"]) -> Float[Array, "N D"]:
         def dense(features: int, name: str) -> nn.Dense:
             init = nn.initializers.xavier_uniform()
             return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
@@ -146,7 +147,7 @@ class MoE(nn.Module):
     mesh: Any = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x: Float[AnyArray, "B T D"]) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "..."]]]:
         config = self.config
         flat = x.reshape(-1, config.dim)
         router = Weights({"kernel": ((config.dim, config.experts), _router_init)}, name="router")()["kernel"]

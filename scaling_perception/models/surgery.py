@@ -19,6 +19,7 @@ from scaling_perception.models.config import DiTConfig
 from scaling_perception.models.dit import Params, position_table
 from scaling_perception.models.presets import LATENT_FACTOR, at_resolution, get_preset, preset_names
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.shapes import AnyArray, Float
 
 GAINS = ("exact", "released")
 _SIZES = ("dim", "depth", "heads", "mlp_ratio", "patch_size", "in_channels")  # that no surgery changes
@@ -133,7 +134,9 @@ def drop_variance(params: Params, config: DiTConfig) -> tuple[Params, DiTConfig]
     return {**params, "final": final}, new
 
 
-def add_context(params: Params, config: DiTConfig, context_dim: int, table: Any = None) -> tuple[Params, DiTConfig]:
+def add_context(
+    params: Params, config: DiTConfig, context_dim: int, table: Float[AnyArray, "..."] | None = None
+) -> tuple[Params, DiTConfig]:
     """A fixed embedding of the task beside the label (facts 5.3), which says nothing before its projection has learned.
 
     Args:
@@ -146,10 +149,10 @@ def add_context(params: Params, config: DiTConfig, context_dim: int, table: Any 
         raise UserError(f"model {config.name} has context_dim={config.context_dim} already: keep it")
     new = dataclasses.replace(config, context_dim=context_dim)
     shape = (max(config.task_labels, 1), context_dim)
-    table = np.zeros(shape, np.float32) if table is None else np.asarray(table, np.float32)
-    if table.shape != shape or not context_dim:
-        raise UserError(f"context table {table.shape}: model {config.name} needs {shape}, a row for each task")
-    return {**params, "context": {"table": table, "kernel": np.zeros((context_dim, config.dim), np.float32)}}, new
+    rows = np.zeros(shape, np.float32) if table is None else np.asarray(table, np.float32)
+    if rows.shape != shape or not context_dim:
+        raise UserError(f"context table {rows.shape}: model {config.name} needs {shape}, a row for each task")
+    return {**params, "context": {"table": rows, "kernel": np.zeros((context_dim, config.dim), np.float32)}}, new
 
 
 def upcycle(

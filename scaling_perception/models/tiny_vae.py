@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.shapes import AnyArray, Array, Float, RandomKey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,21 +67,21 @@ SMALL = TinyVAEConfig(
 )
 
 
-def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
+def space_to_depth(x: Float[AnyArray, "B H W _"], patch: int) -> Float[AnyArray, "B _ _ _"]:
     """(B, H, W, C) -> (B, H/patch, W/patch, patch*patch*C): each patch becomes one pixel."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // patch, patch, w // patch, patch, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // patch, w // patch, patch * patch * c)
 
 
-def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
+def depth_to_space(x: Float[AnyArray, "B _ _ _"], patch: int) -> Float[AnyArray, "B H W _"]:
     """The inverse of :func:`space_to_depth`."""
     b, h, w, c = x.shape
     x = x.reshape(b, h, w, patch, patch, c // (patch * patch))
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * patch, w * patch, c // (patch * patch))
 
 
-def upsample(x: jax.Array) -> jax.Array:
+def upsample(x: Float[AnyArray, "B h w C"]) -> Float[Array, "B 2*h 2*w C"]:
     """Nearest-neighbour doubling, (B, H, W, C) -> (B, 2H, 2W, C)."""
     b, h, w, c = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
@@ -106,7 +107,7 @@ class Block(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[AnyArray, "B h w _"]) -> Float[Array, "B h w _"]:
         y = nn.relu(_conv(self.width, "conv0")(x))
         y = nn.relu(_conv(self.width, "conv1")(y))
         return nn.relu(x + _conv(self.width, "conv2", gain=0.1)(y))
@@ -118,7 +119,7 @@ class Encoder(nn.Module):
     config: TinyVAEConfig
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Float[AnyArray, "B H W 3"]) -> Float[Array, "B h w C"]:
         config = self.config
         x = space_to_depth((images + 1) / 2, config.patch)
         for level, (width, blocks) in enumerate(zip(config.encoder_widths, config.encoder_blocks, strict=True)):
@@ -141,7 +142,7 @@ class Decoder(nn.Module):
     config: TinyVAEConfig
 
     @nn.compact
-    def __call__(self, latents: jax.Array) -> jax.Array:
+    def __call__(self, latents: Float[AnyArray, "B h w C"]) -> Float[Array, "B H W 3"]:
         config = self.config
         x = jnp.tanh(latents / 3) * 3
         for level, (width, blocks) in enumerate(zip(config.decoder_widths, config.decoder_blocks, strict=True)):
@@ -155,7 +156,7 @@ class Decoder(nn.Module):
         return depth_to_space(x, config.patch) * 2 - 1
 
 
-def init_part(part: str, config: TinyVAEConfig, key: jax.Array) -> dict[str, Any]:
+def init_part(part: str, config: TinyVAEConfig, key: RandomKey) -> dict[str, Any]:
     """Fresh float32 parameters of the ``"encoder"`` or the ``"decoder"``."""
     side = config.factor * 2
     if part == "encoder":

@@ -22,6 +22,7 @@ import numpy as np
 from scaling_perception.models.tiny_vae import flatten, upsample
 from scaling_perception.ops.attention import attention
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.shapes import AnyArray, Array, Float, RandomKey, Shaped
 
 PARTS = ("encoder", "decoder")
 NORM_EPSILON = 1e-6
@@ -90,12 +91,14 @@ class GroupNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[AnyArray, "B h w C"]) -> Float[Array, "B h w C"]:
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones_init(), (channels,))
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
 
-        def pooled(wide: jax.Array) -> jax.Array:  # channels stay the last axis throughout: no relayout of the picture
+        def pooled(
+            wide: Float[AnyArray, "B h w C"],
+        ) -> Float[AnyArray, "B 1 1 C"]:  # channels stay the last axis throughout: no relayout of the picture
             means = wide.mean(axis=2).mean(axis=1).reshape(-1, self.groups, channels // self.groups).mean(axis=-1)
             return jnp.repeat(means, channels // self.groups, axis=-1)[:, None, None, :]
 
@@ -117,7 +120,7 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[AnyArray, "B h w _"]) -> Float[Array, "B h w _"]:
         y = _conv(self.width, "conv1", self.dtype)(nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x)))
         y = _conv(self.width, "conv2", self.dtype)(nn.silu(GroupNorm(self.groups, self.dtype, name="norm2")(y)))
         return y + (x if x.shape[-1] == self.width else _conv(self.width, "shortcut", self.dtype, side=1)(x))
@@ -130,7 +133,7 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[AnyArray, "B h w C"]) -> Float[Array, "B h w C"]:
         batch, height, width, channels = x.shape
         tokens = GroupNorm(self.groups, self.dtype, name="norm")(x).reshape(batch, height * width, channels)
         names = ("query", "key", "value")
@@ -140,8 +143,11 @@ class Attention(nn.Module):
 
 
 def blockwise_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, logits: int = ATTENTION_LOGITS
-) -> jax.Array:
+    query: Float[AnyArray, "B T C"],
+    key: Float[AnyArray, "B T C"],
+    value: Float[AnyArray, "B T C"],
+    logits: int = ATTENTION_LOGITS,
+) -> Float[Array, "B T C"]:
     """Single-head attention, all (B, T, C), of which at most ``logits`` logits a picture exist at once."""
     tokens = query.shape[1]
     if tokens**2 <= logits:
@@ -167,7 +173,7 @@ class Encoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Float[AnyArray, "B H W C"]) -> Float[Array, "B h w _"]:
         config, groups = self.config, self.config.norm_num_groups
         x = _conv(config.block_out_channels[0], "conv_in", self.dtype)(images)
         for level, width in enumerate(config.block_out_channels):
@@ -194,7 +200,7 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, latents: jax.Array) -> jax.Array:
+    def __call__(self, latents: Float[AnyArray, "B h w _"]) -> Float[Array, "B H W C"]:
         config, groups = self.config, self.config.norm_num_groups
         x = latents
         if config.use_post_quant_conv:
@@ -210,7 +216,7 @@ class Decoder(nn.Module):
         return _conv(config.out_channels, "conv_out", self.dtype)(x).astype(jnp.float32)
 
 
-def check_sides(config: VAEConfig, images: jax.Array) -> None:
+def check_sides(config: VAEConfig, images: Shaped[AnyArray, "B H W C"]) -> None:
     """Refuse images (B, H, W, C) whose sides are no multiples of the factor."""
     height, width = images.shape[1:3]
     if height % config.factor or width % config.factor:
@@ -220,7 +226,9 @@ def check_sides(config: VAEConfig, images: jax.Array) -> None:
         )
 
 
-def moments(params: Mapping[str, Any], config: VAEConfig, images: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+def moments(
+    params: Mapping[str, Any], config: VAEConfig, images: Float[AnyArray, "B H W C"], dtype: Any = jnp.float32
+) -> Float[Array, "B h w _"]:
     """Images (B, H, W, 3) in [-1, 1] -> (B, h, w, 2 * 4) float32: mean and log-variance as the network gives them.
 
     Raises:
@@ -230,15 +238,15 @@ def moments(params: Mapping[str, Any], config: VAEConfig, images: jax.Array, dty
     return Encoder(config, dtype).apply({"params": params["encoder"]}, images)  # type: ignore[return-value]
 
 
-def split_moments(both: jax.Array) -> tuple[jax.Array, jax.Array]:
+def split_moments(both: Float[AnyArray, "*B _"]) -> tuple[Float[Array, "*B C"], Float[Array, "*B C"]]:
     """(..., 2 * 4) -> (mean, log-variance clamped to [-30, 20])."""
     mean, logvar = jnp.split(both, 2, axis=-1)
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
 
 def encode_moments(
-    params: Mapping[str, Any], config: VAEConfig, images: jax.Array, dtype: Any = jnp.float32
-) -> tuple[jax.Array, jax.Array]:
+    params: Mapping[str, Any], config: VAEConfig, images: Float[AnyArray, "B H W _"], dtype: Any = jnp.float32
+) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
     """The Gaussian of each picture's unscaled latent: (mean, log-variance), both (B, h, w, 4) float32.
 
     Args:
@@ -250,22 +258,28 @@ def encode_moments(
     return split_moments(moments(params, config, images, dtype))
 
 
-def sample(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
+def sample(
+    mean: Float[AnyArray, "*shape"], logvar: Float[AnyArray, "*shape"], key: RandomKey
+) -> Float[Array, "*shape"]:
     """A draw from the Gaussian, in the units of ``mean``; scaled or not, as long as both are."""
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
 
 
-def scale_moments(config: VAEConfig, mean: jax.Array, logvar: jax.Array) -> tuple[jax.Array, jax.Array]:
+def scale_moments(
+    config: VAEConfig, mean: Float[AnyArray, "*shape"], logvar: Float[AnyArray, "*shape"]
+) -> tuple[Float[AnyArray, "*shape"], Float[AnyArray, "*shape"]]:
     """Mean and log-variance of ``scaling_factor * z``, of which :func:`sample` draws scaled latents."""
     return mean * config.scaling_factor, logvar + 2 * math.log(config.scaling_factor)
 
 
-def decode(params: Mapping[str, Any], config: VAEConfig, latents: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+def decode(
+    params: Mapping[str, Any], config: VAEConfig, latents: Float[AnyArray, "B h w _"], dtype: Any = jnp.float32
+) -> Float[Array, "B H W C"]:
     """Unscaled latents (B, h, w, 4) -> images (B, 8h, 8w, 3) float32, about [-1, 1], not clipped."""
     return Decoder(config, dtype).apply({"params": params["decoder"]}, latents)  # type: ignore[return-value]
 
 
-def init_part(part: str, config: VAEConfig, key: jax.Array) -> dict[str, Any]:
+def init_part(part: str, config: VAEConfig, key: RandomKey) -> dict[str, Any]:
     """Fresh float32 parameters of the ``"encoder"`` or the ``"decoder"``."""
     if part == "encoder":
         picture = jnp.zeros((1, 2 * config.factor, 2 * config.factor, config.in_channels))

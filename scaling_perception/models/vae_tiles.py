@@ -14,6 +14,7 @@ import numpy as np
 
 from scaling_perception.models import vae
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.shapes import AnyArray, Array, Float
 
 Network = Callable[[jax.Array], jax.Array]
 
@@ -56,17 +57,17 @@ TILED = VAELimits(tile=64)  # pictures above 512 in tiles of 512, faded over at 
 def tiled_decode(
     params: Mapping[str, Any],
     config: vae.VAEConfig,
-    latents: jax.Array,
+    latents: Float[AnyArray, "B h w _"],
     limits: VAELimits = TILED,
     dtype: Any = jnp.float32,
-) -> jax.Array:
+) -> Float[Array, "B H W C"]:
     """:func:`vae.decode` within ``limits``: (B, h, w, 4) -> (B, 8h, 8w, 3) float32.
 
     At most ``max(limits.decode_pixels, one tile)`` latent pixels are in the network at once. Where no side is longer
     than the tile the result is that of the whole picture.
     """
 
-    def network(x: jax.Array) -> jax.Array:
+    def network(x: Float[AnyArray, "B _ _ C"]) -> Float[Array, "B _ _ _"]:
         return sliced(lambda part: vae.decode(params, config, part, dtype), x, limits.decode_pixels, 1)
 
     return blended(network, latents, limits, 1, config.factor)
@@ -75,10 +76,10 @@ def tiled_decode(
 def tiled_encode(
     params: Mapping[str, Any],
     config: vae.VAEConfig,
-    images: jax.Array,
+    images: Float[AnyArray, "B H W _"],
     limits: VAELimits = TILED,
     dtype: Any = jnp.float32,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
     """:func:`vae.encode_moments` within ``limits``: (B, H, W, 3) -> mean and log-variance (B, H/8, W/8, 4) float32.
 
     Means and log-variances (before the clamp) are what fades from tile to tile.
@@ -88,13 +89,13 @@ def tiled_encode(
     """
     vae.check_sides(config, images)
 
-    def network(x: jax.Array) -> jax.Array:
+    def network(x: Float[AnyArray, "B _ _ C"]) -> Float[Array, "B _ _ _"]:
         return sliced(lambda part: vae.moments(params, config, part, dtype), x, limits.encode_pixels, config.factor)
 
     return vae.split_moments(blended(network, images, limits, config.factor, 1))
 
 
-def sliced(network: Network, x: jax.Array, pixels: int, side: int) -> jax.Array:
+def sliced(network: Network, x: Float[AnyArray, "B H W C"], pixels: int, side: int) -> Float[Array, "B _ _ _"]:
     """``network(x)``, few samples of x (B, H, W, C) at a time.
 
     Args:
@@ -111,7 +112,9 @@ def sliced(network: Network, x: jax.Array, pixels: int, side: int) -> jax.Array:
     return made.reshape(batch, *made.shape[2:])
 
 
-def blended(network: Network, x: jax.Array, limits: VAELimits, side_in: int, side_out: int) -> jax.Array:
+def blended(
+    network: Network, x: Float[AnyArray, "B H W C"], limits: VAELimits, side_in: int, side_out: int
+) -> Float[Array, "B _ _ _"]:
     """``network(x)`` as a weighted sum over tiles of x (B, H, W, C), one tile of the whole batch at a time.
 
     Args:
@@ -149,7 +152,7 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     return [round(step * (length - tile) / steps) for step in range(steps + 1)]
 
 
-def fade(starts: Sequence[int], tile: int, side: int) -> np.ndarray:
+def fade(starts: Sequence[int], tile: int, side: int) -> Float[np.ndarray, "tiles length"]:
     """Weights (tiles, tile * side) float32 along one axis; over the tiles they sum to 1 at every pixel.
 
     A tile rises linearly over what it shares with the one before it and falls over what it shares with the next.

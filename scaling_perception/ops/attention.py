@@ -11,9 +11,15 @@ from jax.sharding import Mesh
 
 from scaling_perception.ops.by_head import attention_by_head
 from scaling_perception.ops.flash import LANES, LARGE, LEAST_TOKENS, flash_attention, local_plan, plan
+from scaling_perception.support.shapes import AnyArray, Array, Float
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, mesh: Any = None) -> jax.Array:
+def attention(
+    query: Float[AnyArray, "B T heads d"],
+    key: Float[AnyArray, "B Tk heads d"],
+    value: Float[AnyArray, "B Tk heads d"],
+    mesh: Any = None,
+) -> Float[Array, "B T heads d"]:
     """Softmax attention of every token to every token, scaled by head_dim ** -0.5 (facts 1.1; no mask).
 
     On a TPU the kernel of ``ops/flash.py``, on an NVIDIA GPU cuDNN's, where they are for such arrays (docs/kernels.md);
@@ -36,7 +42,9 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mesh: Any = No
     return jax.lax.platform_dependent(query, key, value, cpu=attention_by_head, default=whole, **fused)
 
 
-def split_heads(qkv: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def split_heads(
+    qkv: Float[AnyArray, "B T width"], heads: int
+) -> tuple[Float[Array, "B T heads d"], Float[Array, "B T heads d"], Float[Array, "B T heads d"]]:
     """Query, key and value (B, T, heads, head_dim) of a fused projection (B, T, 3 * heads * head_dim), laid out
     (3, heads, head_dim)."""
     batch, tokens, width = qkv.shape
@@ -95,7 +103,9 @@ def _warn(chip: str, needs: str, dtype: str, shape: tuple[int, ...]) -> None:
     warnings.warn(text, stacklevel=2)
 
 
-def attention_einsum(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def attention_einsum(
+    query: Float[AnyArray, "B T heads d"], key: Float[AnyArray, "B Tk heads d"], value: Float[AnyArray, "B Tk heads d"]
+) -> Float[Array, "B T heads d"]:
     """The oracle: two einsums and a softmax. See ``attention``."""
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, preferred_element_type=jnp.float32)

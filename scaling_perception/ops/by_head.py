@@ -8,9 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from scaling_perception.support.shapes import AnyArray, Array, Float
+
 
 @jax.custom_vjp
-def attention_by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def attention_by_head(
+    query: Float[AnyArray, "B T heads d"], key: Float[AnyArray, "B Tk heads d"], value: Float[AnyArray, "B Tk heads d"]
+) -> Float[Array, "B T heads d"]:
     """See ``attention``: (B, T, heads, head_dim) each, to the same.
 
     At (B, T, heads, head_dim) = (8, 256, 16, 16) this took a tenth of the oracle's time forward (two AMD cores,

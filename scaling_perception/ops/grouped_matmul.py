@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from scaling_perception.ops.by_platform import by_platform
+from scaling_perception.support.shapes import AnyArray, Array, Bool, Float, Int, Shaped
 
 LARGEST_BLOCK = 512
 _CPU_BLOCK = 256  # measured: the hidden rows of a block stay in the caches, and a matmul still fills both cores
@@ -25,7 +26,12 @@ def block_rows(rows: int, experts: int) -> int:
     return min(max(1 << (mean.bit_length() - 1), 16), LARGEST_BLOCK)
 
 
-def grouped_matmul_oracle(x: jax.Array, kernel: jax.Array, sizes: jax.Array, bias: Any = None) -> jax.Array:
+def grouped_matmul_oracle(
+    x: Float[AnyArray, "R D"],
+    kernel: Float[AnyArray, "E D F"],
+    sizes: Int[AnyArray, " E"],
+    bias: Float[AnyArray, "E F"] | None = None,
+) -> Float[Array, "R F"]:
     """Every row times every expert's matrix, of which one is kept. See ``grouped_matmul``."""
     owner = jax.nn.one_hot(row_expert(sizes, x.shape[0]), kernel.shape[0], dtype=jnp.float32)
     every = jnp.einsum("md,edf->emf", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
@@ -34,7 +40,12 @@ def grouped_matmul_oracle(x: jax.Array, kernel: jax.Array, sizes: jax.Array, bia
     return jnp.einsum("me,emf->mf", owner, every).astype(x.dtype)
 
 
-def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, bias: Any = None) -> jax.Array:
+def grouped_matmul(
+    x: Float[AnyArray, "R D"],
+    kernel: Float[AnyArray, "E D F"],
+    sizes: Int[AnyArray, " E"],
+    bias: Float[AnyArray, "E F"] | None = None,
+) -> Float[Array, "R F"]:
     """The rows of expert e times ``kernel[e]``, plus ``bias[e]``, with gradients to x, kernel and bias.
 
     On a TPU the megablox kernel, on a GPU tokamax's where it is installed (else a dense lowering, with one warning),
@@ -74,18 +85,18 @@ def _matmul_backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Arr
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def row_expert(sizes: jax.Array, rows: int) -> jax.Array:
+def row_expert(sizes: Int[AnyArray, " E"], rows: int) -> Int[Array, " R"]:
     """(rows,) int32: whose row it is; E for rows past the last."""
     found = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows), side="right", method="compare_all")
     return found.astype(jnp.int32)
 
 
-def rows_of(table: jax.Array, sizes: jax.Array, rows: int) -> jax.Array:
+def rows_of(table: Float[AnyArray, "E F"], sizes: Int[AnyArray, " E"], rows: int) -> Float[Array, "R F"]:
     """(E, F) to (rows, F): for each row the line of its expert, 0 for rows past the last."""
     return table.at[row_expert(sizes, rows)].get(mode="fill", fill_value=0)
 
 
-def mask_rows(x: jax.Array, sizes: jax.Array) -> jax.Array:
+def mask_rows(x: Float[AnyArray, "R F"], sizes: Int[AnyArray, " E"]) -> Float[Array, "R F"]:
     """x (M, F) with 0 in the rows past the last, whatever they hold: kernels leave garbage there."""
     return jnp.where(jnp.arange(x.shape[0])[:, None] < sizes.sum(), x, 0)
 
@@ -94,7 +105,7 @@ def mask_rows(x: jax.Array, sizes: jax.Array) -> jax.Array:
 
 
 def over_blocks(
-    sizes: jax.Array, weights: Any, carry: Any, total: Any, block: int, body: Callable[..., tuple[Any, Any]]
+    sizes: Int[AnyArray, " E"], weights: Any, carry: Any, total: Any, block: int, body: Callable[..., tuple[Any, Any]]
 ) -> tuple[Any, Any]:
     """Visit the rows block by block, expert by expert, in order; blocks that nobody needs are not visited.
 
@@ -133,17 +144,23 @@ def over_blocks(
     return jax.lax.scan(expert, carry, (weights, starts, sizes))
 
 
-def block_of(x: jax.Array, at: jax.Array, mine: jax.Array) -> jax.Array:
+def block_of(
+    x: Shaped[AnyArray, " R *more"], at: Int[AnyArray, ""], mine: Bool[AnyArray, " block"]
+) -> Shaped[Array, " block *more"]:
     """The rows of x (M, …) that a block covers."""
     return jax.lax.dynamic_slice_in_dim(x, at, mine.shape[0])
 
 
-def put_block(x: jax.Array, rows: jax.Array, at: jax.Array) -> jax.Array:
+def put_block(
+    x: Float[AnyArray, " R *more"], rows: Float[AnyArray, " block *more"], at: Int[AnyArray, ""]
+) -> Float[Array, " R *more"]:
     """x (M, …) with the rows of a block in their place, in the dtype of x."""
     return jax.lax.dynamic_update_slice_in_dim(x, rows.astype(x.dtype), at, 0)
 
 
-def matmul(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+def matmul(
+    x: Float[AnyArray, "_ _"], y: Float[AnyArray, "_ _"], contract: tuple[int, int] = (1, 0)
+) -> Float[Array, "_ _"]:
     """Product of two matrices over axis ``contract[0]`` of x and ``contract[1]`` of y, float32."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
@@ -197,8 +214,12 @@ def _padded(x: jax.Array, multiple: int) -> jax.Array:
 
 
 def times_megablox(
-    x: jax.Array, kernel: jax.Array, sizes: jax.Array, transpose: bool, interpret: bool = False
-) -> jax.Array:
+    x: Float[AnyArray, "R _"],
+    kernel: Float[AnyArray, "E D F"],
+    sizes: Int[AnyArray, " E"],
+    transpose: bool,
+    interpret: bool = False,
+) -> Float[Array, "R _"]:
     """``times`` with the TPU's kernel; ``interpret`` runs it anywhere, slowly."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # only where it is used: a slow import
 
@@ -210,7 +231,9 @@ def times_megablox(
     return mask_rows(out[: x.shape[0]], sizes)
 
 
-def outer_megablox(x: jax.Array, y: jax.Array, sizes: jax.Array, interpret: bool = False) -> jax.Array:
+def outer_megablox(
+    x: Float[AnyArray, "R D"], y: Float[AnyArray, "R F"], sizes: Int[AnyArray, " E"], interpret: bool = False
+) -> Float[Array, "E D F"]:
     """``outer`` with the TPU's kernel; ``interpret`` runs it anywhere, slowly."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
@@ -260,11 +283,11 @@ def _outer_gpu(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
     return _outer_ragged(_ragged_dot_gpu(), x, y, sizes)
 
 
-def _times_shape(x: jax.Array, kernel: jax.Array, sizes: jax.Array, transpose: bool) -> jax.ShapeDtypeStruct:
+def _times_shape(x: Any, kernel: Any, sizes: Any, transpose: bool) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((x.shape[0], kernel.shape[1 if transpose else 2]), x.dtype)
 
 
-def _outer_shape(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.ShapeDtypeStruct:
+def _outer_shape(x: Any, y: Any, sizes: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((sizes.shape[0], x.shape[1], y.shape[1]), jnp.float32)
 
 
@@ -288,12 +311,14 @@ _outer = by_platform(
 )
 
 
-def times(x: jax.Array, kernel: jax.Array, sizes: jax.Array, transpose: bool = False) -> jax.Array:
+def times(
+    x: Float[AnyArray, "R _"], kernel: Float[AnyArray, "E D F"], sizes: Int[AnyArray, " E"], transpose: bool = False
+) -> Float[Array, "R _"]:
     """Rows (M, D) times their expert's matrix of kernel (E, D, F), or with ``transpose`` rows (M, F) times its
     transpose; x and kernel of one dtype, which the result has. No gradient: see ``grouped_matmul``."""
     return _times(x, kernel, sizes, transpose=transpose)
 
 
-def outer(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
+def outer(x: Float[AnyArray, "R D"], y: Float[AnyArray, "R F"], sizes: Int[AnyArray, " E"]) -> Float[Array, "E D F"]:
     """x (M, D) and y (M, F) to (E, D, F) float32: for each expert ``x^T y`` over its rows. No gradient."""
     return _outer(x, y, sizes)

@@ -22,10 +22,11 @@ from scaling_perception.ops.grouped_matmul import (
     rows_of,
     times,
 )
+from scaling_perception.support.shapes import AnyArray, Array, Float, Int
 
 # kind: names of the layers that widen, in the order that the activation takes them, and of the one that narrows
 LAYERS = {"gelu": (("fc1",), "fc2"), "swiglu": (("gate", "up"), "down")}
-Layer = Mapping[str, jax.Array]  # kernel and, if it has one, bias
+Layer = Mapping[str, Float[AnyArray, "..."]]  # kernel and, if it has one, bias
 
 
 def _gelu(hidden: jax.Array) -> jax.Array:
@@ -47,9 +48,9 @@ class Rows(NamedTuple):
         sizes: (E,) int32, rows of each expert; rows past their sum are nobody's.
     """
 
-    token: jax.Array
-    scale: jax.Array
-    sizes: jax.Array
+    token: Int[Array, " R"]
+    scale: Float[Array, " R"]
+    sizes: Int[Array, " E"]
 
 
 class _Matmuls(NamedTuple):
@@ -166,14 +167,22 @@ def _whole(rows: Rows) -> _Matmuls:
     )
 
 
-def forward_whole(x: jax.Array, rows: Rows, experts: Any, kind: str, block: int, keep: bool) -> Any:
+def forward_whole(
+    x: Float[AnyArray, "N D"], rows: Rows, experts: Any, kind: str, block: int, keep: bool
+) -> tuple[Float[Array, "R D"], tuple[Float[Array, "R F"], ...]]:
     """``mlp_forward`` as a chain of grouped matmuls."""
     out, hidden = _forward(_whole(rows), x[rows.token], rows.scale, experts, kind)
     return out.astype(x.dtype), tuple(part.astype(x.dtype) for part in hidden) if keep else ()
 
 
 def backward_whole(
-    x: jax.Array, rows: Rows, experts: Any, hidden: Any, gradient: jax.Array, kind: str, block: int
+    x: Float[AnyArray, "N D"],
+    rows: Rows,
+    experts: Any,
+    hidden: Any,
+    gradient: Float[AnyArray, "N D"],
+    kind: str,
+    block: int,
 ) -> Any:
     """``mlp_backward`` as a chain of grouped matmuls."""
     token = rows.token
@@ -198,8 +207,8 @@ _mlp_backward = by_platform("grouped_mlp_backward", _backward_shape, backward_wh
 
 
 def mlp_forward(
-    x: jax.Array, rows: Rows, experts: Mapping[str, Layer], kind: str, block: int, keep: bool
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    x: Float[AnyArray, "N D"], rows: Rows, experts: Mapping[str, Layer], kind: str, block: int, keep: bool
+) -> tuple[Float[Array, "R D"], tuple[Float[Array, "R F"], ...]]:
     """Each row's token through its expert, times the row's scale. No derivative: ``mlp_backward`` is the other half.
 
     Args:
@@ -217,14 +226,14 @@ def mlp_forward(
 
 
 def mlp_backward(
-    x: jax.Array,
+    x: Float[AnyArray, "N D"],
     rows: Rows,
     experts: Mapping[str, Layer],
-    hidden: tuple[jax.Array, ...],
-    gradient: jax.Array,
+    hidden: tuple[Float[AnyArray, "R F"], ...],
+    gradient: Float[AnyArray, "N D"],
     kind: str,
     block: int,
-) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+) -> tuple[Float[Array, "R D"], Float[Array, " R"], dict[str, dict[str, Float[Array, "E ..."]]]]:
     """Gradients of ``mlp_forward`` where each row's output was added to its token's, whose gradient is (N, D).
 
     Returns:
