@@ -217,7 +217,7 @@ class Engine:
         def denoise(x: jax.Array, row: SamplerTables) -> jax.Array:
             if ahead is None:
                 blocks, final = (
-                    m[0] for m in modulations(self.config, params, jnp.asarray(row.t, jnp.float32)[None], labels)
+                    m[0] for m in modulations(self.config, params, row.t[None].astype(jnp.float32), labels)
                 )
             else:
                 blocks, final = (jax.lax.dynamic_index_in_dim(m, row.index, keepdims=False) for m in ahead)

@@ -358,7 +358,7 @@ class DiT(nn.Module):
 
 
 def modulations(
-    config: DiTConfig, params: Params, t: Real[AnyArray, " S"], label: Int[AnyArray, " P"]
+    config: DiTConfig, params: Params, t: Real[Array, " S"] | Real[np.ndarray, " S"], label: Int[AnyArray, " P"]
 ) -> tuple[Float[Array, "S L P _"], Float[Array, "S P _"]]:
     """All modulations of a run of the sampler, which depend on its timesteps and labels alone.
 
