@@ -50,10 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from scaling_perception.interop import exchange, layouts, outputs
+    from scaling_perception.interop import checkpoint as reading
+    from scaling_perception.interop import export, layouts
 
     source, target = Path(args.source), Path(args.target)
-    to = args.to or ("torch" if target.suffix in outputs.TORCH_SUFFIXES else "ours")
+    to = args.to or ("torch" if target.suffix in export.TORCH_SUFFIXES else "ours")
     shard_bytes = size_of(args.shard_size)
     for name in ("heads", "active"):
         value = getattr(args, name)
@@ -61,12 +62,12 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name} {value}: give a whole number above 0")
     settings = settings_of(args, ("target", "table", "dry_run"))
     settings |= {"source": source.name, "to": to}  # its name alone: the record goes along with the model
-    outputs.check_target(source, target, to, settings, args.overwrite or args.dry_run)
+    export.check_target(source, target, to, settings, args.overwrite or args.dry_run)
     begin = time.monotonic()
     for line in layouts.left_aside(source):
         print(f"warning: {line}", file=sys.stderr)
     try:
-        checkpoint = exchange.open_checkpoint(source, args.layout, args.heads, args.active, args.gating)
+        checkpoint = reading.open_checkpoint(source, args.layout, args.heads, args.active, args.gating)
     except UserError as error:
         raise UserError(str(error).replace(f"heads={args.heads}", f"--heads {args.heads}")) from None
     if checkpoint.family != "dit" and (args.heads or args.active or args.gating):
@@ -74,16 +75,16 @@ def run(args: argparse.Namespace) -> int:
     if args.active and checkpoint.family == "dit" and not checkpoint.config.experts:
         raise UserError(f"--active {args.active}: {source} has no experts; leave it out")
     partial: dict[str, list[str]] = {}
-    problems = exchange.check(checkpoint)
+    problems = reading.check(checkpoint)
     if problems.lines():
         checkpoint, partial = _mend(checkpoint, problems, args.allow_partial)
-    plan = outputs.plan(checkpoint, to, args.dtype, partial)
-    print(_table(exchange.rows(checkpoint), args.table))
+    plan = export.plan(checkpoint, to, args.dtype, partial)
+    print(_table(reading.rows(checkpoint), args.table))
     print(_summary(checkpoint, plan))
     if args.dry_run:
         print("dry run: nothing was written")
         return 0
-    written = outputs.write(checkpoint, plan, target, shard_bytes, settings, args.overwrite)
+    written = export.write(checkpoint, plan, target, shard_bytes, settings, args.overwrite)
     print(f"{target}: {written / 1e6:.1f} MB in {time.monotonic() - begin:.1f} s")
     return 0
 
@@ -108,7 +109,7 @@ def _mend(checkpoint: Any, problems: Any, allowed: bool) -> tuple[Any, dict[str,
     Raises:
         UserError: it may not be, or a tensor has another shape; every problem is printed first.
     """
-    from scaling_perception.interop import exchange
+    from scaling_perception.interop import checkpoint as reading
 
     lines = problems.lines()
     for line in lines[:_SHOWN]:
@@ -126,7 +127,7 @@ def _mend(checkpoint: Any, problems: Any, allowed: bool) -> tuple[Any, dict[str,
         raise UserError(f"{origin} does not fit ({counts}): give the whole file, or pass --allow-partial")
     print("--allow-partial: unexpected tensors are left out, missing ones are those of a fresh model (key 0)")
     partial = {"made_up": sorted(problems.missing), "left_out": sorted(problems.unexpected)}
-    return exchange.mended(checkpoint, problems), partial
+    return reading.mended(checkpoint, problems), partial
 
 
 def _table(rows: list[Any], whole: bool) -> str:

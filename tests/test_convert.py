@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from scaling_perception.cli import main
 from scaling_perception.convert import size_of
-from scaling_perception.interop import exchange, outputs, torch_dit
+from scaling_perception.interop import checkpoint as reading
+from scaling_perception.interop import export, torch_dit
 from scaling_perception.interop.hf_clip import load_clip
 from scaling_perception.interop.model_folder import load_model, save_model
 from scaling_perception.interop.released import RELEASED, describe
@@ -155,9 +156,9 @@ def test_a_table_is_shortened_unless_asked_for(file, tmp_path, routed, capsys):
 
 def test_presets_are_recognised_at_any_resolution():
     for name, pixels in (("XL/2", 512), ("XL-8E2A", 512), ("L/2-8E2A", 256), ("a4-16E2A", 256)):
-        assert outputs._preset(dataclasses.replace(at_resolution(get_preset(name), pixels), name="x")) == name
-    assert outputs._preset(get_preset("a2-8E4A", gating="paper")) == "a2-8E4A"
-    assert outputs._preset(get_preset("a2", depth=3)) is None
+        assert export._preset(dataclasses.replace(at_resolution(get_preset(name), pixels), name="x")) == name
+    assert export._preset(get_preset("a2-8E4A", gating="paper")) == "a2-8E4A"
+    assert export._preset(get_preset("a2", depth=3)) is None
 
 
 def test_every_tensor_that_does_not_fit_is_named_and_nothing_is_written(tmp_path, routed, capsys):
@@ -288,7 +289,7 @@ def test_half_precision_keeps_the_router_and_comes_back(file, tmp_path, routed):
 def test_taesd_as_two_files_one_file_and_ours(tmp_path, dtype, torch):
     rng, pair = np.random.default_rng(3), tmp_path / "pair"
     pair.mkdir()
-    for part in exchange.PARTS:
+    for part in reading.PARTS:
         shapes = tiny_vae.part_shapes(part, tiny_vae.TAESD)
         names = tiny_vae.torch_names(part, tiny_vae.TAESD)
         state = {names[leaf]: rng.normal(0, 0.1, shape[::-1]).astype(dtype) for leaf, shape in shapes.items()}
@@ -297,7 +298,7 @@ def test_taesd_as_two_files_one_file_and_ours(tmp_path, dtype, torch):
     convert(tmp_path / "ours", tmp_path / "one.pt")
     convert(tmp_path / "one.pt", tmp_path / "again")
     convert(tmp_path / "again", tmp_path / "pair2", "--to", "safetensors")
-    for part in exchange.PARTS:
+    for part in reading.PARTS:
         published, back = (load_file(folder / f"taesd_{part}.safetensors") for folder in (pair, tmp_path / "pair2"))
         assert_same(published, back)
         assert load_part(tmp_path / "ours", part)[0] == tiny_vae.TAESD
@@ -341,7 +342,7 @@ def test_a_full_disk_is_told_before_anything_is_written(file, tmp_path, monkeypa
 def test_interrupted_it_leaves_nothing(file, tmp_path, monkeypatch, to):
     target = tmp_path / ("out.pt" if to == "torch" else "out")
     name = "to_ours" if to == "ours" else "to_published"
-    real = getattr(exchange, name)
+    real = getattr(reading, name)
 
     def stop(checkpoint):
         for number, piece in enumerate(real(checkpoint)):
@@ -349,7 +350,7 @@ def test_interrupted_it_leaves_nothing(file, tmp_path, monkeypatch, to):
                 raise KeyboardInterrupt
             yield piece
 
-    monkeypatch.setattr(exchange, name, stop)
+    monkeypatch.setattr(reading, name, stop)
     convert(file, target, "--to", to, code=130)
     assert os.listdir(tmp_path) == ["in.safetensors"]
 
@@ -357,16 +358,15 @@ def test_interrupted_it_leaves_nothing(file, tmp_path, monkeypatch, to):
 CHILD = """
 import os, resource, sys
 from scaling_perception.cli import main
-from scaling_perception.interop import exchange
 source, target, what = sys.argv[1:]
 if what == "killed":
-    real = exchange.to_ours
+    real = reading.to_ours
     def stop(checkpoint):
         for number, piece in enumerate(real(checkpoint)):
             if number == 40:
                 os._exit(9)
             yield piece
-    exchange.to_ours = stop
+    reading.to_ours = stop
     main(["convert", source, target])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 assert main(["convert", source, target, "--dry-run"]) == 0
@@ -394,7 +394,7 @@ def test_memory_stays_far_below_the_size_of_the_file(file, tmp_path):
     """150 MB of experts take less than a third of that above what the program needs to check them."""
     rng = np.random.default_rng(0)
     config = get_preset("nano", depth=4, dim=256, heads=4, experts=16, num_classes=1000)
-    plans = exchange.leaf_pieces(config)
+    plans = reading.leaf_pieces(config)
     state = {p.tensor: rng.standard_normal(p.shape, np.float32) for plan in plans.values() for p in plan.pieces}
     save_file(state, tmp_path / "big.safetensors")
     size = (tmp_path / "big.safetensors").stat().st_size
@@ -415,13 +415,13 @@ def test_an_unusual_width_asks_for_the_heads():
 def test_a_tiny_autoencoder_of_other_widths(tmp_path):
     sizes = {"encoder_block_out_channels": [8, 16, 24], "num_encoder_blocks": [1, 1, 2]}
     sizes |= {"decoder_block_out_channels": [24, 16, 8], "num_decoder_blocks": [2, 1, 1], "latent_channels": 4}
-    config = exchange._tiny_config(sizes, "here")
+    config = reading._tiny_config(sizes, "here")
     state = {}
     for part in ("encoder", "decoder"):
         shapes = tiny_vae.part_shapes(part, config)
         for leaf, name in tiny_vae.torch_names(part, config).items():
-            shape = exchange._turn(shapes[leaf])[0]
-            state[exchange._joined_name(part, name)] = np.random.default_rng(len(state)).normal(size=shape).astype("f4")
+            shape = reading._turn(shapes[leaf])[0]
+            state[reading._joined_name(part, name)] = np.random.default_rng(len(state)).normal(size=shape).astype("f4")
     folder = tmp_path / "vae"
     folder.mkdir()
     save_file(state, folder / "diffusion_pytorch_model.safetensors")
@@ -430,7 +430,7 @@ def test_a_tiny_autoencoder_of_other_widths(tmp_path):
     for part in ("encoder", "decoder"):
         found, params = load_part(tmp_path / "out", part)
         want = tiny_vae.from_torch(
-            part, config, {exchange.half_name(part, n): v for n, v in state.items() if n.startswith(part)}, ""
+            part, config, {reading.half_name(part, n): v for n, v in state.items() if n.startswith(part)}, ""
         )
         assert found == config
         jax.tree.map(np.testing.assert_array_equal, params, want)

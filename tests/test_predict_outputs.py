@@ -41,7 +41,7 @@ def test_every_setting_has_a_flag():
     parser = make_parser("predict")
     args = parser.parse_args(["--out", "o", "--step-tolerance", "0.1", "--antithetic", "--first", "3", "x.png"])
     assert (args.step_tolerance, args.antithetic, args.first, args.eta) == (0.1, True, 3, None)
-    assert all(text for _, _, text in SETTINGS.values())
+    assert all(one["text"] for one in SETTINGS.values())
     text = parser.format_help()
     assert all(f"\n{group}:" in text for group in ("inputs", "model", "compute", "budget", "outputs", "throughput"))
 

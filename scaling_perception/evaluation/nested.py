@@ -15,7 +15,7 @@ import numpy as np
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.evaluation.protocols import measure
 from scaling_perception.inference.adaptive import estimate_change, rests, settled
-from scaling_perception.inference.batches import Plan
+from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.engine import draw_members
 from scaling_perception.inference.model import prompt_of
 from scaling_perception.inference.predictor import Predictor
@@ -41,7 +41,7 @@ CONSTANT = "constant_prediction"
 """Key in an image's row where the model's answer is the same at every pixel, which a fit turns into the mean."""
 
 
-class Way(NamedTuple):
+class SweepContext(NamedTuple):
     """What is the same for all images: ``most`` members, merged by ``mode``; noise of ``key``; batches of ``plan``."""
 
     predictor: Predictor
@@ -51,7 +51,7 @@ class Way(NamedTuple):
     most: int
     adaptive: Adaptive
     key: int
-    plan: Plan
+    plan: BatchPlan
 
     def measure(self, estimate: Estimate, raw: Mapping[str, Any]) -> dict[str, float]:
         """The metrics of one image, and ``CONSTANT`` where the prediction is the same everywhere.
@@ -91,13 +91,13 @@ class Sampled(NamedTuple):
     change: tuple[np.ndarray, ...] = ()
 
 
-def sample_all(way: Way, tables: SamplerTables, latents: Any, group: list[dict[str, Any]]) -> Sampled:
+def sample_all(way: SweepContext, tables: SamplerTables, latents: Any, group: list[dict[str, Any]]) -> Sampled:
     """All members of the group in one piece: nothing can be said of early exits."""
     arguments = (latents, group, way.task, way.most, tables, way.key, way.plan)
     return Sampled(*way.timed(lambda: way.predictor.sample(*arguments)))
 
 
-def sample_with_looks(way: Way, tables: SamplerTables, latents: Any, group: list[dict[str, Any]]) -> Sampled:
+def sample_with_looks(way: SweepContext, tables: SamplerTables, latents: Any, group: list[dict[str, Any]]) -> Sampled:
     """The same in chunks of ``step_chunk`` steps, with a look after each."""
     engine, passes, (params, vae) = way.predictor.engine, way.predictor.passes(way.task), way.predictor.weights
     ids, total, chunk = way.predictor.image_ids(group, way.plan.images), len(tables.t), way.adaptive.step_chunk
@@ -105,16 +105,16 @@ def sample_with_looks(way: Way, tables: SamplerTables, latents: Any, group: list
 
     def steps(first: int) -> tuple[np.ndarray, list[np.ndarray]]:
         draw = draw_members(jax.random.key(way.key), ids, first, way.plan.members, False)
-        known, ahead, state = engine.begin(params, latents, draw, passes, tables)
+        cond_tokens, modulation_table, state = engine.init_state(params, latents, draw, passes, tables)
         clean = []
         for done in range(0, total, chunk):
             count = min(chunk, total - done)
-            state = engine.go_on(params, known, ahead, state, passes.labels, tables, done, count)
+            state = engine.run_steps(params, cond_tokens, modulation_table, state, passes.labels, tables, done, count)
             clean.append(np.asarray(state.x0))
         return np.asarray(state.x), clean[: len(looks)]
 
     parts, sampling = way.timed(lambda: [steps(first) for first in range(0, way.most, way.plan.members)])
-    pixels, decoding = way.timed(lambda: [np.asarray(engine.finish(vae, x, passes)) for x, _ in parts])
+    pixels, decoding = way.timed(lambda: [np.asarray(engine.decode(vae, x, passes)) for x, _ in parts])
     pixels = np.concatenate(pixels, axis=2)[: len(group), :, : way.most]
     clean = [
         np.concatenate(look, axis=1)[: len(group), : way.most] for look in zip(*[p[1] for p in parts], strict=True)
@@ -127,7 +127,14 @@ class Nested:
     """What every cell makes of one image's members. Nothing is merged twice."""
 
     def __init__(
-        self, way: Way, raw: dict[str, Any], sampled: Sampled, index: int, total: int, images: int, encoding: float
+        self,
+        way: SweepContext,
+        raw: dict[str, Any],
+        sampled: Sampled,
+        index: int,
+        total: int,
+        images: int,
+        encoding: float,
     ) -> None:
         """Args: image ``index`` of the ``images`` in ``sampled``; steps in ``total``; seconds of encoding the group."""
         self.way, self.raw, self.sampled, self.index, self.total = way, raw, sampled, index, total
@@ -218,6 +225,6 @@ class Nested:
             way = self.way
             clean = self.sampled.clean[stop][self.index, first : first + way.plan.members]
             filled = np.concatenate([clean, np.repeat(clean[:1], way.plan.members - len(clean), axis=0)])[None]
-            pixels = way.predictor.engine.finish(way.predictor.weights[1], filled, way.predictor.passes(way.task))
+            pixels = way.predictor.engine.decode(way.predictor.weights[1], filled, way.predictor.passes(way.task))
             self._early[stop, first] = way.predictor.decode_members(np.asarray(pixels)[0, :, : len(clean)], way.task)
         return self._early[stop, first]

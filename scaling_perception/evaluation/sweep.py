@@ -27,9 +27,9 @@ from scaling_perception.evaluation.comparisons import evaluations_of
 from scaling_perception.evaluation.controls import control_inputs, control_results
 from scaling_perception.evaluation.intervals import summarise
 from scaling_perception.evaluation.journal import Journal
-from scaling_perception.evaluation.nested import CONSTANT, Adaptive, Nested, Way, sample_all, sample_with_looks
+from scaling_perception.evaluation.nested import CONSTANT, Adaptive, Nested, SweepContext, sample_all, sample_with_looks
 from scaling_perception.evaluation.protocols import baseline_rows, prepare_raw, unmeasurable
-from scaling_perception.inference.batches import Plan
+from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.budgets import OWN
 from scaling_perception.inference.model import prompt_of
 from scaling_perception.inference.predictor import Predictor
@@ -128,14 +128,14 @@ def sweep(
     forward = predictor.macs_per_forward if macs_per_forward is None else macs_per_forward
     largest = max(points, key=lambda point: point.settings.evaluations).tables
     plan = predictor.plan(task, sizes[-1], len(source), batch_size, largest if batch_size is None else None)
-    way = Way(predictor, task, protocol, mode, sizes[-1], adaptive, key, plan)
+    way = SweepContext(predictor, task, protocol, mode, sizes[-1], adaptive, key, plan)
     run = _Run(way, source, points, sizes, panels, show, controls)
     if journal is None:
         run.go(progress)
     else:
         files = contents_of(source)
         with Journal(journal, run.identity(files), plan._asdict(), files) as kept:
-            run.way, run.groups = way._replace(plan=Plan(**kept.plan)), list(kept.groups)
+            run.way, run.groups = way._replace(plan=BatchPlan(**kept.plan)), list(kept.groups)
             run.go(progress, kept.append)
     return run.result(forward), run.shown
 
@@ -202,7 +202,7 @@ class _Run:
 
     def __init__(
         self,
-        way: Way,
+        way: SweepContext,
         source: Samples,
         points: list[Point],
         sizes: list[int],

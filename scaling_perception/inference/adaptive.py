@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from scaling_perception.diffusion.sampler import SamplerTables, State
-from scaling_perception.inference.batches import Plan
+from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.engine import draw_members
 from scaling_perception.inference.model import Model, prompt_of
 from scaling_perception.inference.settings import Settings
@@ -56,7 +56,7 @@ def adaptive_stream(
     tables: SamplerTables,
     key: jax.Array,
     mode: str,
-    plan: Plan,
+    plan: BatchPlan,
 ) -> Iterator[Estimate]:
     """One estimate for each raw sample, in order. See the module."""
     samples = iter(raws)
@@ -126,7 +126,7 @@ def _sample(
     key: jax.Array,
     first: int,
     count: int,
-    plan: Plan,
+    plan: BatchPlan,
 ) -> tuple[np.ndarray, list[int]]:
     """Pixels (images of the group, P, M, R, R, 3) of members ``first`` …, and the steps that each image took."""
     padded = np.stack([*latents, *[latents[0]] * (plan.images - len(latents))])
@@ -149,15 +149,15 @@ def _until_settled(
     wanted: int,
 ) -> tuple[np.ndarray, list[int]]:
     engine, passes, params = model.engine, model.passes(task), model.params
-    known, ahead, state = engine.begin(params, latents, draw, passes, tables)
+    cond_tokens, modulation_table, state = engine.init_state(params, latents, draw, passes, tables)
     images = list(range(real))  # which image each row of the state is
-    known, state = _rows(known, state, images)
+    cond_tokens, state = _rows(cond_tokens, state, images)
     clean: dict[int, np.ndarray] = {}
     taken = [0] * real
     first, last = 0, None
     while images:
         count = min(settings.step_chunk, settings.steps - first)
-        state = engine.go_on(params, known, ahead, state, passes.labels, tables, first, count)
+        state = engine.run_steps(params, cond_tokens, modulation_table, state, passes.labels, tables, first, count)
         first += count
         now = np.asarray(state.x0)
         at_end = first >= settings.steps
@@ -171,19 +171,19 @@ def _until_settled(
         going = [row for row in range(len(images)) if not stops[row]]
         images = [images[row] for row in going]
         if images and len(going) < len(stops):
-            known, state = _rows(known, state, going)
+            cond_tokens, state = _rows(cond_tokens, state, going)
         last = now[going] if images else None
         if last is not None and len(state.x) > len(last):  # rows that only fill the bucket
             last = np.concatenate([last, np.repeat(last[:1], len(state.x) - len(last), axis=0)])
     z = np.stack([clean[i] for i in range(real)])
     whole = np.concatenate([z, np.repeat(z[:1], len(latents) - real, axis=0)])
-    return np.asarray(engine.finish(model.weights[1], whole, passes))[:real], taken
+    return np.asarray(engine.decode(model.weights[1], whole, passes))[:real], taken
 
 
-def _rows(known: jax.Array, state: State, rows: list[int]) -> tuple[jax.Array, State]:
+def _rows(cond_tokens: jax.Array, state: State, rows: list[int]) -> tuple[jax.Array, State]:
     """The chosen images of a batch, repeated to a power of two (or to the batch's own size, if that is less)."""
-    size = min(1 << (len(rows) - 1).bit_length(), known.shape[0])
+    size = min(1 << (len(rows) - 1).bit_length(), cond_tokens.shape[0])
     index = np.asarray([*rows, *[rows[0]] * (size - len(rows))])
-    if len(index) == known.shape[0] and (index == np.arange(len(index))).all():
-        return known, state
-    return known[index], jax.tree.map(lambda array: array[index], state)
+    if len(index) == cond_tokens.shape[0] and (index == np.arange(len(index))).all():
+        return cond_tokens, state
+    return cond_tokens[index], jax.tree.map(lambda array: array[index], state)

@@ -6,19 +6,19 @@ from typing import NamedTuple
 import jax
 
 
-class Plan(NamedTuple):
+class BatchPlan(NamedTuple):
     """Shape of the sampling batch: ``images`` × ``members`` at a time (times the task's passes)."""
 
     images: int
     members: int
 
 
-def split(ensemble: int, rows: int, images: int, devices: int) -> Plan:
+def split(ensemble: int, rows: int, images: int, devices: int) -> BatchPlan:
     """Images and members of a batch of at most about ``rows``; on several devices filled up to a multiple of them."""
     if ensemble > rows:
-        plan = Plan(1, math.ceil(ensemble / math.ceil(ensemble / rows)))
+        plan = BatchPlan(1, math.ceil(ensemble / math.ceil(ensemble / rows)))
     else:
-        plan = Plan(max(1, min(images, rows // ensemble)), ensemble)
+        plan = BatchPlan(max(1, min(images, rows // ensemble)), ensemble)
     if plan.images * plan.members % devices == 0:
         return plan
     if plan.images > 1:  # images that only fill the batch are dropped, and so are members beyond the ensemble

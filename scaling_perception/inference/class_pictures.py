@@ -150,7 +150,7 @@ def sheet(pictures: np.ndarray, gap: int = 2) -> np.ndarray:
 
 
 def write_classes(path: str | Path, params: Any, meta: Mapping[str, Any], labels: Sequence[int], **how: Any) -> Any:
-    """Draw classes and write them as one sheet; returns the pictures. ``how`` as for `draw_classes`."""
+    """NoiseKeys classes and write them as one sheet; returns the pictures. ``how`` as for `draw_classes`."""
     pictures = draw_classes(params, meta, labels, **how)
     write_image(path, sheet(pictures))
     return pictures

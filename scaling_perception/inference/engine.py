@@ -31,7 +31,7 @@ _ENDS = ("in_shardings", "out_shardings")
 _AHEAD = 2**30  # bytes of modulation that are kept for all steps together; beyond, each step computes its own
 
 
-class Draw(NamedTuple):
+class NoiseKeys(NamedTuple):
     """What decides the noise of every row.
 
     Attributes:
@@ -52,12 +52,12 @@ class Passes(NamedTuple):
     scale: Any
 
 
-def draw_members(key: jax.Array, ids: np.ndarray, first: int, count: int, antithetic: bool) -> Draw:
+def draw_members(key: jax.Array, ids: np.ndarray, first: int, count: int, antithetic: bool) -> NoiseKeys:
     """The noise of members ``first`` to ``first + count - 1``; antithetic ones are pairs that differ in sign alone."""
     numbers = np.arange(first, first + count)
     signs = np.where(numbers % 2, -1.0, 1.0) if antithetic else np.ones(count)
     members = numbers // 2 if antithetic else numbers
-    return Draw(key, ids, members.astype(np.uint32), signs.astype(np.float32))
+    return NoiseKeys(key, ids, members.astype(np.uint32), signs.astype(np.float32))
 
 
 class Engine:
@@ -98,7 +98,7 @@ class Engine:
         params: Any,
         vae: Any,
         latents: Any,
-        draw: Draw,
+        draw: NoiseKeys,
         passes: Passes,
         tables: SamplerTables,
         keep: tuple[int, ...] | None = None,
@@ -108,7 +108,14 @@ class Engine:
         return self.run(name, function, *arguments)
 
     def _sampling(
-        self, params: Any, vae: Any, latents: Any, draw: Draw, passes: Passes, tables: SamplerTables, keep: Any = None
+        self,
+        params: Any,
+        vae: Any,
+        latents: Any,
+        draw: NoiseKeys,
+        passes: Passes,
+        tables: SamplerTables,
+        keep: Any = None,
     ) -> tuple[str, Callable[..., jax.Array], tuple[Any, ...]]:
         noisy = bool(np.asarray(tables.sigma).any())  # the graph draws noise, or does not
         name = "sample" + (" with noise" if noisy else "") + (f" keeping {keep}" if keep else "")
@@ -121,17 +128,17 @@ class Engine:
         analysis = self.compiled(name, function, *given).memory_analysis()
         return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
 
-    def begin(
-        self, params: Any, latents: Any, draw: Draw, passes: Passes, tables: SamplerTables
+    def init_state(
+        self, params: Any, latents: Any, draw: NoiseKeys, passes: Passes, tables: SamplerTables
     ) -> tuple[Any, Any, State]:
         """What `go_on` needs: conditions (I, P, T, D), modulations of all steps, a state of arrays (I, M, P, ...)."""
-        return self.run("begin", self._begin, params, latents, draw, passes, tables)
+        return self.run("begin", self._init_state, params, latents, draw, passes, tables)
 
-    def go_on(
+    def run_steps(
         self,
         params: Any,
-        known: Any,
-        ahead: Any,
+        cond_tokens: Any,
+        modulation_table: Any,
         state: State,
         labels: Any,
         tables: SamplerTables,
@@ -139,10 +146,12 @@ class Engine:
         count: int,
     ) -> State:
         """Steps ``first`` to ``first + count - 1`` of a table without noise."""
-        function = partial(self._go_on, count=count)
-        return self.run(f"{count} steps", function, params, known, ahead, state, labels, tables, np.int32(first))
+        function = partial(self._run_steps, count=count)
+        return self.run(
+            f"{count} steps", function, params, cond_tokens, modulation_table, state, labels, tables, np.int32(first)
+        )
 
-    def finish(self, vae: Any, z: Any, passes: Passes) -> jax.Array:
+    def decode(self, vae: Any, z: Any, passes: Passes) -> jax.Array:
         """Clean latents (I, M, P, h, w, C) to pixels (I, P, M, R, R, 3)."""
         return self.run("finish", self._decode, vae, z, passes)
 
@@ -158,7 +167,7 @@ class Engine:
         mean = mean.astype(jnp.float32).reshape(fields, images, *mean.shape[1:])
         return jnp.concatenate(list(mean), axis=-1)
 
-    def _noise(self, draw: Draw, shape: tuple[int, ...], step: jax.Array | None = None) -> jax.Array:
+    def _noise(self, draw: NoiseKeys, shape: tuple[int, ...], step: jax.Array | None = None) -> jax.Array:
         """(I, M, *shape): a member's noise depends on key, image and member alone; step None is the start's."""
 
         def one(image: jax.Array, member: jax.Array, sign: jax.Array) -> jax.Array:
@@ -183,7 +192,7 @@ class Engine:
         takes = (PartitionSpec(), split)
         return jax.shard_map(function, mesh=self.mesh, in_specs=takes, out_specs=split, check_vma=False)(vae, rows)
 
-    def _known(self, params: Any, latents: jax.Array, labels: jax.Array) -> jax.Array:
+    def _cond_tokens(self, params: Any, latents: jax.Array, labels: jax.Array) -> jax.Array:
         """Tokens of the conditions, (I, P, T, D)."""
         images, passes = latents.shape[0], labels.shape[0]
         each = jnp.broadcast_to(latents[:, None], (images, passes, *latents.shape[1:]))
@@ -192,7 +201,7 @@ class Engine:
         tokens = embed_conditions(self.config, params, flat, label, self.model.dtype)
         return tokens.reshape(images, passes, *tokens.shape[1:])
 
-    def _ahead(self, params: Any, labels: jax.Array, tables: SamplerTables) -> Any:
+    def _modulation_table(self, params: Any, labels: jax.Array, tables: SamplerTables) -> Any:
         """Modulations of all steps, or None where they would take too much."""
         per_step = 4 * labels.shape[0] * self.config.dim * (6 * self.config.depth + 2)
         if per_step * len(tables.t) > _AHEAD:
@@ -200,11 +209,13 @@ class Engine:
         return modulations(self.config, params, jnp.asarray(tables.t, jnp.float32), labels)
 
     def _denoise(
-        self, params: Any, known: jax.Array, ahead: Any, labels: jax.Array, members: int
+        self, params: Any, cond_tokens: jax.Array, modulation_table: Any, labels: jax.Array, members: int
     ) -> Callable[[jax.Array, SamplerTables], jax.Array]:
-        images, passes = known.shape[:2]
+        images, passes = cond_tokens.shape[:2]
         rows = (images, members, passes)
-        tokens = jnp.broadcast_to(known[:, None], (*rows, *known.shape[2:])).reshape(-1, *known.shape[2:])
+        tokens = jnp.broadcast_to(cond_tokens[:, None], (*rows, *cond_tokens.shape[2:])).reshape(
+            -1, *cond_tokens.shape[2:]
+        )
         tokens = self._spread(tokens)
         label = jnp.broadcast_to(labels[None, None], rows).reshape(-1)
 
@@ -215,19 +226,21 @@ class Engine:
             return whole.reshape(*lead, -1, width)
 
         def denoise(x: jax.Array, row: SamplerTables) -> jax.Array:
-            if ahead is None:
+            if modulation_table is None:
                 blocks, final = (
                     m[0] for m in modulations(self.config, params, row.t[None].astype(jnp.float32), labels)
                 )
             else:
-                blocks, final = (jax.lax.dynamic_index_in_dim(m, row.index, keepdims=False) for m in ahead)
+                blocks, final = (jax.lax.dynamic_index_in_dim(m, row.index, keepdims=False) for m in modulation_table)
             fixed = Fixed(tokens, each_row(blocks), each_row(final))
             out: Any = self.model.apply({"params": params}, self._spread(x), row.t[None], label, fixed=fixed)
             return out[..., : self.config.in_channels]  # what follows is the learned variance
 
         return denoise
 
-    def _shapes(self, latents: jax.Array, draw: Draw, passes: Passes) -> tuple[tuple[int, int, int], tuple[int, ...]]:
+    def _shapes(
+        self, latents: jax.Array, draw: NoiseKeys, passes: Passes
+    ) -> tuple[tuple[int, int, int], tuple[int, ...]]:
         rows = (latents.shape[0], draw.members.shape[0], passes.labels.shape[0])
         return rows, (*latents.shape[1:3], self.config.in_channels)
 
@@ -236,7 +249,7 @@ class Engine:
         params: Any,
         vae: Any,
         latents: jax.Array,
-        draw: Draw,
+        draw: NoiseKeys,
         passes: Passes,
         tables: SamplerTables,
         noisy: bool,
@@ -247,8 +260,11 @@ class Engine:
         def every_pass(noise: jax.Array) -> jax.Array:  # passes share their noise
             return self._spread(jnp.broadcast_to(noise[:, :, None], (*rows, *latent)).reshape(-1, *latent))
 
-        known, ahead = self._known(params, latents, passes.labels), self._ahead(params, passes.labels, tables)
-        denoise = self._denoise(params, known, ahead, passes.labels, rows[1])
+        cond_tokens, modulation_table = (
+            self._cond_tokens(params, latents, passes.labels),
+            self._modulation_table(params, passes.labels, tables),
+        )
+        denoise = self._denoise(params, cond_tokens, modulation_table, passes.labels, rows[1])
         fresh = (lambda row: every_pass(self._noise(draw, latent, row.index))) if noisy else None
         x = every_pass(self._noise(draw, latent))
         if keep:
@@ -257,19 +273,19 @@ class Engine:
         z = sample(denoise, tables, x, fresh)
         return self._decode(vae, z.reshape(*rows, *latent), passes)
 
-    def _begin(
-        self, params: Any, latents: jax.Array, draw: Draw, passes: Passes, tables: SamplerTables
+    def _init_state(
+        self, params: Any, latents: jax.Array, draw: NoiseKeys, passes: Passes, tables: SamplerTables
     ) -> tuple[Any, Any, State]:
         rows, latent = self._shapes(latents, draw, passes)
         noise = jnp.broadcast_to(self._noise(draw, latent)[:, :, None], (*rows, *latent))
-        known = self._known(params, latents, passes.labels)
-        return known, self._ahead(params, passes.labels, tables), start_state(tables, noise)
+        cond_tokens = self._cond_tokens(params, latents, passes.labels)
+        return cond_tokens, self._modulation_table(params, passes.labels, tables), start_state(tables, noise)
 
-    def _go_on(
+    def _run_steps(
         self,
         params: Any,
-        known: Any,
-        ahead: Any,
+        cond_tokens: Any,
+        modulation_table: Any,
         state: State,
         labels: Any,
         tables: SamplerTables,
@@ -277,7 +293,7 @@ class Engine:
         count: int,
     ) -> State:
         shape = state.x.shape
-        denoise = self._denoise(params, known, ahead, labels, shape[1])
+        denoise = self._denoise(params, cond_tokens, modulation_table, labels, shape[1])
         flat = jax.tree.map(lambda array: self._spread(array.reshape(-1, *shape[3:])), state)
         return jax.tree.map(lambda array: array.reshape(shape), advance(denoise, tables, flat, first, count))
 

@@ -170,7 +170,7 @@ def run_job(
                 check_inside(own, (raw["image"].shape[0], raw["image"].shape[1]))
             return _Ready(item, raw, described(item.inputs, [digest_of(p.path) for p in item.inputs]))
         except UserError as error:
-            return _told(item, error)
+            return _failure_text(item, error)
 
     def finish(ready: _Ready, estimate: Estimate) -> None:
         try:
@@ -179,7 +179,7 @@ def run_job(
             if full_or_read_only(error):
                 raise
             text = explain_os(error) if isinstance(error, OSError) else str(error)
-            results[ready.item.name] = {"status": "failed", "error": _told(ready.item, text)}
+            results[ready.item.name] = {"status": "failed", "error": _failure_text(ready.item, text)}
 
     def put(ready: _Ready, estimate: Estimate) -> None:
         item, (own, choice) = ready.item, known[ready.item.name]
@@ -292,7 +292,7 @@ def _compute(
             write(finish, waiting.popleft(), estimate)
 
 
-def _told(item: Item, error: UserError | str) -> str:
+def _failure_text(item: Item, error: UserError | str) -> str:
     """A reason that names its picture."""
     name = str(item.inputs[0].path)
     return str(error) if name in str(error) or len(item.inputs) > 1 else f"{name}: {error}"

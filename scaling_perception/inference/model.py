@@ -18,7 +18,7 @@ import numpy as np
 
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion
-from scaling_perception.inference.batches import Plan, free_bytes, shrink, split
+from scaling_perception.inference.batches import BatchPlan, free_bytes, shrink, split
 from scaling_perception.inference.engine import Engine, Passes, draw_members
 from scaling_perception.inference.inputs import raw_samples
 from scaling_perception.interop.find import find_model
@@ -182,7 +182,7 @@ class Model:
         images: int,
         batch_size: int | None = None,
         tables: SamplerTables | None = None,
-    ) -> Plan:
+    ) -> BatchPlan:
         """How many images and members go into one batch, so that no batch is mostly padding and memory is enough.
 
         Without ``batch_size`` the largest batch that is any faster is tried, and with ``tables`` made smaller until the
@@ -207,13 +207,13 @@ class Model:
             plan = split(ensemble, rows, images, self.engine.devices)
         return plan
 
-    def _sampling_bytes(self, task: str, plan: Plan, tables: SamplerTables) -> int:
+    def _sampling_bytes(self, task: str, plan: BatchPlan, tables: SamplerTables) -> int:
         size = self.config.input_size
         latents = jax.ShapeDtypeStruct((plan.images, size, size, self.config.cond_channels), np.float32)
         draw = draw_members(jax.random.key(0), np.zeros(plan.images, np.uint32), 0, plan.members, False)
         return self.engine.sampling_bytes(*self.weights, latents, draw, self.passes(task), tables)
 
-    def encode(self, group: Sequence[dict[str, Any]], task: str, plan: Plan) -> jax.Array:
+    def encode(self, group: Sequence[dict[str, Any]], task: str, plan: BatchPlan) -> jax.Array:
         """Latents (plan.images, h, w, cond_channels) of a group of raw samples; missing ones repeat the first."""
         conditions = [get_task(task).conditions(raw, self.resolution, self.options) for raw in group]
         conditions += [conditions[0]] * (plan.images - len(group))
@@ -229,7 +229,7 @@ class Model:
         ensemble: int,
         tables: SamplerTables,
         key: int | jax.Array,
-        plan: Plan,
+        plan: BatchPlan,
         antithetic: bool = False,
     ) -> np.ndarray:
         """Decoded pixels (images of the group, passes, members, R, R, 3), about [-1, 1]."""

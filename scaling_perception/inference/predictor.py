@@ -13,7 +13,7 @@ from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.solvers import evaluations
 from scaling_perception.inference.adaptive import adaptive_stream
 from scaling_perception.inference.aspect import with_aspect
-from scaling_perception.inference.batches import Plan
+from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.engine import draw_members
 from scaling_perception.inference.model import Model, key_of, prompt_of
 from scaling_perception.inference.prediction import Prediction
@@ -95,7 +95,7 @@ class Predictor(Model):
         diffusion = self.choose_diffusion(chosen.preset, chosen.spacing)
         mode = get_task(task).reduce_mode(chosen.reduce)
         tables = chosen.tables(diffusion)
-        plan = Plan(1, chosen.ensemble)
+        plan = BatchPlan(1, chosen.ensemble)
         draw = draw_members(key_of(key), self.image_ids(raws, 1), 0, chosen.ensemble, chosen.antithetic)
         latents = self.encode(raws, task, plan)
         rows = tuple(evaluations(chosen.solver, step + 1) - 1 for step in steps)
@@ -144,7 +144,7 @@ class Predictor(Model):
         tables: SamplerTables,
         key: int | jax.Array,
         mode: str,
-        plan: Plan,
+        plan: BatchPlan,
     ) -> Iterator[Estimate]:
         """One result for each raw sample, squashed and with constant compute, in the batches of ``plan``."""
         key = key_of(key)

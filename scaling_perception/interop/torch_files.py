@@ -239,7 +239,7 @@ def _to_torch(torch: Any, array: np.ndarray) -> Any:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _as_user_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
@@ -267,11 +267,11 @@ def write_torch(
         places = []
         for name, array in tensors.items() if isinstance(tensors, Mapping) else tensors:
             array = np.asarray(array, order="C")
-            with _told(path):
+            with _as_user_error(path):
                 scratch.write(b"\0" * (-scratch.tell() % _ALIGN))
                 places.append((name, array.dtype, array.shape, scratch.tell()))
                 scratch.write(array.reshape(-1).view(np.uint8).data)
-        with _told(path):
+        with _as_user_error(path):
             scratch.flush()
             state = {}
             for name, dtype, shape, offset in places:

@@ -29,7 +29,7 @@ MEMORY |= dict.fromkeys(("TPU7", "TPU7x"), LARGE)
 _NT, _NN, _TN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
-class Plan(NamedTuple):
+class TilePlan(NamedTuple):
     """How one device's (B, T, heads, head_dim) is computed; static.
 
     Attributes:
@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     queries: int
 
 
-def plan(tokens: int, heads: int, head_dim: int, dtype: Any, memory: int) -> Plan | None:
+def plan(tokens: int, heads: int, head_dim: int, dtype: Any, memory: int) -> TilePlan | None:
     """How to compute it in ``memory`` bytes on the chip, or None where the kernel is not for these arrays."""
     size = jnp.dtype(dtype).itemsize
     if heads < 2 or head_dim > LANES or head_dim % 8 or tokens < LEAST_TOKENS:
@@ -58,7 +58,9 @@ def plan(tokens: int, heads: int, head_dim: int, dtype: Any, memory: int) -> Pla
         # backward: q, k, v, the gradient, and theirs
         fit = [count for count in counts if _taken(7, padded, count * wide, queries, size) <= memory]
         if fit:
-            return Plan(wide, min((count for count in fit if count >= HEADS), default=fit[-1]) * wide, padded, queries)
+            return TilePlan(
+                wide, min((count for count in fit if count >= HEADS), default=fit[-1]) * wide, padded, queries
+            )
     return None
 
 
@@ -101,7 +103,9 @@ def _over_queries(tokens: int, queries: int, body: Any, carry: Any) -> Any:
     return jax.lax.fori_loop(0, tokens // queries, step, carry)
 
 
-def _forward_visit(q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, *, plan: Plan, scale: float, keys: int) -> None:
+def _forward_visit(
+    q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, *, plan: TilePlan, scale: float, keys: int
+) -> None:
     for start in range(0, plan.lanes, plan.size):
         head = slice(start, start + plan.size)
         k, v = k_ref[0, :, head], v_ref[0, :, head]
@@ -114,8 +118,8 @@ def _forward_visit(q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, *, plan: Pl
 
 
 def _backward_visit(
-    q_ref: Any, k_ref: Any, v_ref: Any, g_ref: Any, dq_ref: Any, dk_ref: Any, dv_ref: Any, *, plan: Plan, scale: float,
-    keys: int,
+    q_ref: Any, k_ref: Any, v_ref: Any, g_ref: Any, dq_ref: Any, dk_ref: Any, dv_ref: Any,
+    *, plan: TilePlan, scale: float, keys: int,
 ) -> None:  # fmt: skip
     for start in range(0, plan.lanes, plan.size):
         head = slice(start, start + plan.size)
@@ -141,7 +145,7 @@ def _backward_visit(
 
 
 def _visits(
-    kernel: Any, name: str, results: int, products: int, arrays: tuple[jax.Array, ...], how: Plan, memory: int,
+    kernel: Any, name: str, results: int, products: int, arrays: tuple[jax.Array, ...], how: TilePlan, memory: int,
     interpret: bool,
 ) -> Any:  # fmt: skip
     from jax.experimental import pallas as pl  # only where it is used: a slow import
@@ -194,7 +198,7 @@ def mesh_spec(mesh: Any, shape: tuple[int, ...]) -> PartitionSpec:
     return PartitionSpec(axes if shape[0] % parts == 0 else None, None, "tensor" if shape[2] % tensor == 0 else None)
 
 
-def local_plan(mesh: Any, shape: tuple[int, ...], dtype: Any) -> Plan | None:
+def local_plan(mesh: Any, shape: tuple[int, ...], dtype: Any) -> TilePlan | None:
     """``plan`` for what one device of the mesh (None: the only one) has of (B, T, heads, head_dim)."""
     _, tokens, heads, head_dim = shape
     tensor = 1 if mesh is None else mesh.shape.get("tensor", 1)

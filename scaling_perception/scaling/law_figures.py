@@ -30,7 +30,7 @@ def check_name(path: str, flag: str = "--figure") -> None:
 
 
 def write_figure(path: str | Path, law: Law, points: Points) -> None:
-    """Draw a law over its points.
+    """NoiseKeys a law over its points.
 
     Raises:
         UserError: the name's suffix or the place.

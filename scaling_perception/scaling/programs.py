@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from scaling_perception.diffusion.schedules import get_diffusion
-from scaling_perception.inference.engine import Draw, Engine, Passes
+from scaling_perception.inference.engine import Engine, NoiseKeys, Passes
 from scaling_perception.inference.settings import Settings
 from scaling_perception.models import vae
 from scaling_perception.models.autoencoders import Autoencoder, load_autoencoder, make_kl, part_size
@@ -62,7 +62,7 @@ class Program(NamedTuple):
     head: int
 
 
-class _Stand:
+class AbstractBatches:
     """Batches that say what they would look like. Their arrays are one zero, seen many times."""
 
     fingerprint: Mapping[str, Any] = {}
@@ -146,7 +146,7 @@ def train_program(config: Config, mesh: Mesh) -> Program:
     plain, tasks = _without_files(config), tasks_of(config)
     latents = bool(config.data.cache)
     side, channels = (config.resolution // LATENT_FACTOR, LATENT) if latents else (config.resolution, 3)
-    stand = _Stand(batch, side, channels, not all(get_task(task).conditioned for task in tasks))
+    stand = AbstractBatches(batch, side, channels, not all(get_task(task).conditioned for task in tasks))
     objective = diffusion_objective(plain, stand, mesh)
     flops = 2.0 * TRAINING_FACTOR * forward_macs(objective.model) * batch
     if not latents:
@@ -212,7 +212,7 @@ def sample_program(config: Config, mesh: Mesh, images: int, steps: int, members:
 
     def compile_it() -> Any:
         key = jax.eval_shape(lambda: jax.random.key(0))
-        draw = Draw(key, shape(images, dtype=jnp.uint32), shape(members, dtype=jnp.uint32), shape(members))
+        draw = NoiseKeys(key, shape(images, dtype=jnp.uint32), shape(members, dtype=jnp.uint32), shape(members))
         labels = Passes(shape(passes, dtype=jnp.int32), shape(passes, LATENT), shape(passes, LATENT))
         latents = shape(images, dit.input_size, dit.input_size, dit.cond_channels)
         tables = Settings(steps=steps, ensemble=members).tables(diffusion)

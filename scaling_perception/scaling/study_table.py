@@ -237,7 +237,7 @@ def differences(first: Path, second: Path, settings: tuple[Setting, Setting] | N
                 name = (*(setting if settings is None else ()), line["metric"])
                 values.setdefault(name, {})[line["key"]] = line["value"]
         if settings is not None and not values:
-            raise UserError(f"{folder} has no figures of {_told(settings[number])}")
+            raise UserError(f"{folder} has no figures of {_settings_text(settings[number])}")
         tables.append(values)
     before, after = tables
     shared = [one for one in before if one in after and before[one].keys() & after[one].keys()]
@@ -246,9 +246,9 @@ def differences(first: Path, second: Path, settings: tuple[Setting, Setting] | N
     for one in shared:
         keys = before[one].keys() & after[one].keys()
         found = [sum(table[one][key] for key in keys) / len(keys) for table in (before, after)]
-        head = _told(one[:3]) if settings is None else " to ".join(map(_told, settings))
+        head = _settings_text(one[:3]) if settings is None else " to ".join(map(_settings_text, settings))
         yield f"{head}: {one[-1]} {found[0]:.4f} to {found[1]:.4f}, paired {change(before[one], after[one])}"
 
 
-def _told(setting: tuple[Any, ...]) -> str:
+def _settings_text(setting: tuple[Any, ...]) -> str:
     return "{}, {} step(s), {} member(s)".format(*setting)

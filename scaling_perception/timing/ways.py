@@ -141,17 +141,17 @@ class Parts(NamedTuple):
 def one_picture(case: Case, picture: np.ndarray) -> Parts:
     import jax
 
-    from scaling_perception.inference.batches import Plan
+    from scaling_perception.inference.batches import BatchPlan
     from scaling_perception.inference.engine import draw_members
     from scaling_perception.tasks import get_task
 
     predictor = case.predictor
     raws = predictor.raw_inputs([picture], "depth")
     plain = get_task("depth").conditions(raws[0], predictor.resolution, predictor.options)["image"]
-    latents = predictor.encode(raws, "depth", Plan(1, case.settings.ensemble))
+    latents = predictor.encode(raws, "depth", BatchPlan(1, case.settings.ensemble))
     draw = draw_members(jax.random.key(0), predictor.image_ids(raws, 1), 0, case.settings.ensemble, False)
     passes = predictor.passes("depth")
-    _, _, state = predictor.engine.begin(predictor.params, latents, draw, passes, case.tables)
+    _, _, state = predictor.engine.init_state(predictor.params, latents, draw, passes, case.tables)
     return Parts(np.asarray(plain, np.float32)[None], latents, draw, np.asarray(state.x[0, :, 0]))
 
 
@@ -291,11 +291,13 @@ def agreement(case: Case, parts: Parts, sampler: Any) -> dict[str, float]:
     engine, passes, tables = predictor.engine, predictor.passes("depth"), case.tables
     estimates: list[np.ndarray] = []
     theirs = sampler(parts.picture[0], parts.noise, estimates).mean(axis=-1)
-    known, ahead, state = engine.begin(predictor.params, parts.latents, parts.draw, passes, tables)
+    cond_tokens, modulation_table, state = engine.init_state(
+        predictor.params, parts.latents, parts.draw, passes, tables
+    )
     found = {"pixels": difference(pixels_of(case, parts).mean(axis=-1), theirs), "estimates": 0.0}
     expected = np.stack(estimates).reshape(case.settings.ensemble, steps, *parts.noise.shape[1:])
     for i in range(steps):
-        state = engine.go_on(predictor.params, known, ahead, state, passes.labels, tables, i, 1)
+        state = engine.run_steps(predictor.params, cond_tokens, modulation_table, state, passes.labels, tables, i, 1)
         found["estimates"] = max(found["estimates"], difference(state.x0[0, :, 0], expected[:, i]))
     exact = engine.model.dtype == np.float32
     if exact and not (found["pixels"] <= LARGEST_PIXEL and found["estimates"] <= LARGEST_ESTIMATE):

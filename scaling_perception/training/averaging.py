@@ -21,7 +21,7 @@ With decay d, an average that takes in the weights every k steps alone moves by 
 which forgets as fast as the one of every step, and sees every k-th of its weights. Of the last 1 / (1 - d) steps, which
 are what it averages, that is enough while k is far below their number (10 of 10,000 at 0.9999).
 
-bfloat16 keeps 8 bits: neighbours lie u apart, 2^-8 to 2^-7 of a value. At d = 0.9999 equation (1) moves e by less than
+bfloat16 keeps 8 bits: neighbours lie u ema, 2^-8 to 2^-7 of a value. At d = 0.9999 equation (1) moves e by less than
 u/2 as soon as p is within 5,000 u of it (500 u for k = 10), which is always: rounded to the nearest, e never moves.
 So the result is rounded up or down at random, with odds that make its mean exact. The error is then a random walk that
 (1) itself pulls back: with a gap |p - e| of g, one rounding adds at most u (1 - d^k) g to its variance and one update
@@ -55,7 +55,7 @@ MOST_LEFT = 0.05  # of the starting weights in what is exported, before a warnin
 HOST = "pinned_host"  # the kind of memory that TPU, GPU and CPU backends all know
 
 
-class Apart(NamedTuple):
+class EmaConfig(NamedTuple):
     """How an average that is not the step's own is kept; see the fields ``optim.ema*``."""
 
     decay: float
@@ -65,11 +65,11 @@ class Apart(NamedTuple):
     warmup: bool = False
 
 
-def kept_apart(optim: Config) -> Apart | None:
+def ema_config(optim: Config) -> EmaConfig | None:
     """What ``config.optim`` says of the average; None: float32, on the devices, at every step, as in ``step.py``."""
     if (optim.ema_every, optim.ema_dtype, optim.ema_place) == (1, "float32", "device"):
         return None
-    return Apart(
+    return EmaConfig(
         float(optim.ema),
         int(optim.ema_every),
         DTYPES[optim.ema_dtype],
@@ -101,19 +101,19 @@ def start_warning(optim: Config, steps: int) -> str:
     )
 
 
-def first_average(params: Any, apart: Apart | None, frozen: tuple[str, ...] = ()) -> Any:
+def first_average(params: Any, ema: EmaConfig | None, frozen: tuple[str, ...] = ()) -> Any:
     """The average before the first step: a copy of the weights, of the kept dtype; frozen leaves stay as they are."""
 
     def copy(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        dtype = apart.dtype if apart is not None and not is_frozen(path_name(path), frozen) else leaf.dtype
+        dtype = ema.dtype if ema is not None and not is_frozen(path_name(path), frozen) else leaf.dtype
         return jnp.array(leaf, dtype=dtype, copy=True)  # the state gives its buffers away
 
     return jax.tree_util.tree_map_with_path(copy, params)
 
 
-def placed(places: Any, apart: Apart | None) -> Any:
+def placed(places: Any, ema: EmaConfig | None) -> Any:
     """Shardings of the state (a TrainState) with the average where it is kept."""
-    if apart is None or not apart.host:
+    if ema is None or not ema.host:
         return places
     return places._replace(ema=jax.tree.map(lambda place: place.with_memory_kind(HOST), places.ema))
 
@@ -127,30 +127,30 @@ def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def leaf_program(apart: Apart, place: NamedSharding) -> Any:
+def leaf_program(ema: EmaConfig, place: NamedSharding) -> Any:
     """(old average, weights, key, rate) -> new average of one leaf, compiled; ``place``: where the average is kept."""
     device = place.with_memory_kind(next(iter(place.device_set)).default_memory().kind)
 
     def one(old: jax.Array, new: jax.Array, key: jax.Array, rate: jax.Array) -> jax.Array:
-        before = (jax.device_put(old, device) if apart.host else old).astype(jnp.float32)
+        before = (jax.device_put(old, device) if ema.host else old).astype(jnp.float32)
         after = before + rate * (new.astype(jnp.float32) - before)
         return round_at_random(after, key) if old.dtype == jnp.bfloat16 else after.astype(old.dtype)
 
-    return jax.jit(one, donate_argnums=() if apart.host else 0, out_shardings=place)
+    return jax.jit(one, donate_argnums=() if ema.host else 0, out_shardings=place)
 
 
-def _rate_of(apart: Apart, step: jax.Array, since: int) -> jax.Array:
+def _rate_of(ema: EmaConfig, step: jax.Array, since: int) -> jax.Array:
     """1 - the product of the decays of the ``since`` steps before ``step`` (finished steps), without cancellation."""
-    if not apart.warmup:
-        return jnp.float32(1.0 - apart.decay**since)
-    rates = average_rate(apart.decay, True, step - since + jnp.arange(since))
+    if not ema.warmup:
+        return jnp.float32(1.0 - ema.decay**since)
+    rates = average_rate(ema.decay, True, step - since + jnp.arange(since))
     return rates[0] if since == 1 else -jnp.expm1(jnp.sum(jnp.log1p(-rates)))
 
 
-def make_update(apart: Apart, total: int, places: Any) -> Callable[[Any, Any, jax.Array, jax.Array, int], Any]:
+def make_update(ema: EmaConfig, total: int, places: Any) -> Callable[[Any, Any, jax.Array, jax.Array, int], Any]:
     """update(ema, params, key, step, number) -> ema after ``number`` finished steps; the old one is given away.
 
-    It changes nothing but at multiples of ``apart.every`` and at the last step ``total``, so that what is exported is
+    It changes nothing but at multiples of ``ema.every`` and at the last step ``total``, so that what is exported is
     no older than the weights. ``step`` is ``number`` as it is in the state. Nothing waits for the host.
 
     Args:
@@ -162,30 +162,30 @@ def make_update(apart: Apart, total: int, places: Any) -> Callable[[Any, Any, ja
     def draws(key: jax.Array, step: jax.Array, since: int) -> tuple[list[jax.Array], jax.Array]:
         """A key for each leaf, and the rate of the last ``since`` steps together, float32 ()."""
         own = stream_key(key, "average", step)
-        return list(jax.random.split(own, len(spread))), _rate_of(apart, step, since)
+        return list(jax.random.split(own, len(spread))), _rate_of(ema, step, since)
 
     def update(ema: Any, params: Any, key: jax.Array, step: jax.Array, number: int) -> Any:
-        if number % apart.every and number != total:
+        if number % ema.every and number != total:
             return ema
         leaves, tree = jax.tree.flatten(ema)
-        keys, rate = draws(key, step, (number - 1) % apart.every + 1)
+        keys, rate = draws(key, step, (number - 1) % ema.every + 1)
         several = zip(spread, leaves, jax.tree.leaves(params), keys, strict=True)
         return jax.tree.unflatten(
-            tree, [leaf_program(apart, place)(old, new, own, rate) for place, old, new, own in several]
+            tree, [leaf_program(ema, place)(old, new, own, rate) for place, old, new, own in several]
         )
 
     return update
 
 
-def around(step: Callable[..., Any], apart: Apart | None, total: int, places: Any) -> Callable[..., Any]:
+def with_ema_update(step: Callable[..., Any], ema: EmaConfig | None, total: int, places: Any) -> Callable[..., Any]:
     """``step(state, batch, key, constants)`` as advance(number, …), which keeps the average after that many steps, too.
 
     Args:
         step: compiled for a state whose average is (), unless ``apart`` is None. places: as for ``make_update``.
     """
-    if apart is None:
+    if ema is None:
         return lambda number, *given: step(*given)
-    update = make_update(apart, total, places)
+    update = make_update(ema, total, places)
 
     def advance(number: int, state: Any, batch: Any, key: jax.Array, constants: Any) -> tuple[Any, Any]:
         new, metrics = step(state._replace(ema=()), batch, key, constants)

@@ -117,7 +117,7 @@ def went_wrong(
     """
     listed = _of_all(keys)
     if is_first():
-        write_json(workdir / "bad_batch.json", {"step": step, "keys": listed, "metrics": _told(values)})
+        write_json(workdir / "bad_batch.json", {"step": step, "keys": listed, "metrics": _json_values(values)})
     last = f"the last good checkpoint is step {good[-1]}" if good else "no checkpoint was saved before"
     spike = is_finite(values)
     what = f"{'a spike: ' if spike else ''}loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}"
@@ -139,7 +139,7 @@ def note_skipped(step: int, values: Mapping[str, float], keys: Mapping[int, str]
         return
     why = "spike" if is_finite(values) else "not finite"
     with open(workdir / "skipped.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "why": why, "keys": listed, "metrics": _told(values)}) + "\n")
+        file.write(json.dumps({"step": step, "why": why, "keys": listed, "metrics": _json_values(values)}) + "\n")
     told = f"step {step} skipped ({why}): loss {values['loss']}, gradient norm {values['grad_norm']}"
     print(f"{told}; keys in skipped.jsonl", file=sys.stderr, flush=True)
 
@@ -162,7 +162,7 @@ def replicas_differ(step: int, what: str, good: Sequence[int]) -> UserError:
     )
 
 
-def _told(values: Mapping[str, float]) -> dict[str, str]:
+def _json_values(values: Mapping[str, float]) -> dict[str, str]:
     return {name: repr(value) for name, value in values.items()}
 
 

@@ -71,11 +71,11 @@ def differing(table: Table) -> str:
             for group in groups:
                 found = {place: tuple(values[place, at].tolist()) for place in group}
                 if len(set(found.values())) > 1:
-                    return _told(name, found, table.mesh)
+                    return _difference_text(name, found, table.mesh)
     return ""
 
 
-def _told(name: str, found: dict[int, tuple[int, ...]], mesh: Any) -> str:
+def _difference_text(name: str, found: dict[int, tuple[int, ...]], mesh: Any) -> str:
     counts = Counter(found.values()).most_common()
     devices = mesh.devices.flat
 

@@ -62,7 +62,7 @@ class Run:
     readers: int
     key: jax.Array
     constants: Any
-    ema: averaging.Apart | None
+    ema: averaging.EmaConfig | None
     shapes: TrainState
     shardings: TrainState
     identity: dict[str, Any]
@@ -121,7 +121,7 @@ def make_run(config: Config, workdir: Path, command: str, objective: Objective, 
     identity = as_json({"config": config.to_dict(), "data": data, "meta": objective.meta})
     same_everywhere(identity)
     whole, split = replicated(mesh), batch_sharding(mesh)
-    size, ema = config.train.batch_size, averaging.kept_apart(config.optim)
+    size, ema = config.train.batch_size, averaging.ema_config(config.optim)
     # shapes alone: a large model must not be made whole on one device only to learn them
     shapes = jax.eval_shape(lambda key: first(config, objective, tx, objective.init(key)), jax.random.key(0))
     return Run(
@@ -148,7 +148,7 @@ def make_run(config: Config, workdir: Path, command: str, objective: Objective, 
 
 def first(config: Config, objective: Objective, tx: optax.GradientTransformation, params: Any) -> TrainState:
     """The state before the first step, of these parameters; pure."""
-    average = averaging.first_average(params, averaging.kept_apart(config.optim), objective.frozen)
+    average = averaging.first_average(params, averaging.ema_config(config.optim), objective.frozen)
     return new_state(params, tx)._replace(ema=average, guard=new_guard(spike_window(config.train)))
 
 
@@ -189,4 +189,4 @@ def compile_step(run: Run, state: TrainState, batch: Mapping[str, jax.Array]) ->
     # donated: the old state's memory holds the new one
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, run.whole))
     compiled = jitted.lower(given, batch, run.key, run.constants).compile()
-    return averaging.around(compiled, run.ema, run.total, run.shardings.ema)
+    return averaging.with_ema_update(compiled, run.ema, run.total, run.shardings.ema)

@@ -24,7 +24,7 @@ def new_guard(window: int) -> Any:
     return {name: jnp.full(window, jnp.nan, jnp.float32) for name in ("loss", "grad_norm")} if window else ()
 
 
-def look(guard: Any, loss: jax.Array, norm: jax.Array, factor: float) -> tuple[jax.Array, Any]:
+def detect_spike(history: Any, loss: jax.Array, norm: jax.Array, factor: float) -> tuple[jax.Array, Any]:
     """Whether this step is a spike, and the memory with this step in it.
 
     A spike: loss or gradient norm above ``factor`` times the median of what is remembered. Nothing is one before
@@ -32,13 +32,13 @@ def look(guard: Any, loss: jax.Array, norm: jax.Array, factor: float) -> tuple[j
     no spikes, and are not remembered; spikes are.
 
     Args:
-        guard: of ``new_guard``. loss, norm: float32 scalars.
+        history: of ``new_guard``. loss, norm: float32 scalars.
     """
     now = {"loss": loss.astype(jnp.float32), "grad_norm": norm.astype(jnp.float32)}
     finite = jnp.isfinite(now["loss"]) & jnp.isfinite(now["grad_norm"])
     spike = jnp.zeros((), jnp.bool_)
     for name, value in now.items():
-        known, middle = jnp.sum(jnp.isfinite(guard[name])), jnp.nanmedian(guard[name])
-        spike |= (2 * known >= guard[name].size) & (middle > 0) & (value > factor * middle)
-    later = {name: jnp.concatenate([guard[name][1:], now[name][None]]) for name in now}
-    return spike & finite, jax.tree.map(lambda new, old: jnp.where(finite, new, old), later, guard)
+        known, middle = jnp.sum(jnp.isfinite(history[name])), jnp.nanmedian(history[name])
+        spike |= (2 * known >= history[name].size) & (middle > 0) & (value > factor * middle)
+    later = {name: jnp.concatenate([history[name][1:], now[name][None]]) for name in now}
+    return spike & finite, jax.tree.map(lambda new, old: jnp.where(finite, new, old), later, history)

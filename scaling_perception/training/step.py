@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from scaling_perception.training.objective import Batch, Metrics, Objective, Parts
-from scaling_perception.training.spikes import look
+from scaling_perception.training.spikes import detect_spike
 from scaling_perception.training.state import TrainState, path_name
 from scaling_perception.training.streams import step_key
 
 Step = Callable[[TrainState, Batch, jax.Array, Any], tuple[TrainState, Metrics]]
 
 
-def hold(params: Any, frozen: tuple[str, ...]) -> Any:
+def stop_frozen_gradients(params: Any, frozen: tuple[str, ...]) -> Any:
     """``params`` with a gradient of exactly zero for the leaves named in ``frozen`` (and for all below such a name)."""
 
     def visit(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
@@ -78,7 +78,8 @@ def make_step(
             rate follows (the moments' own counters do not, for they count updates); ``skipped`` tells.
         shardings: where the state lives. Gradients are kept so, too, which makes the reduction over the batch a
             reduce-scatter for leaves that are split.
-        spike_factor: above 0, ``spike`` tells whether this step is a loss spike (``spikes.look``), by ``state.guard``.
+        spike_factor: above 0, ``spike`` says whether this step is a loss spike (``spikes.detect_spike``), by
+            ``state.guard``.
         skip_spikes: a step that is one changes nothing but the step's number and the guard; ``skipped`` tells.
 
     Returns:
@@ -95,7 +96,7 @@ def make_step(
             def of(params: Any, part: Batch, index: jax.Array) -> Any:
                 fields = {**part, "index": index}
                 fields = fields if constants is None else {**fields, "constants": constants}
-                return function(hold(params, objective.frozen), fields, own_key)
+                return function(stop_frozen_gradients(params, objective.frozen), fields, own_key)
 
             return of
 
@@ -121,7 +122,7 @@ def make_step(
         told = {**metrics, "loss": loss, "grad_norm": norm}
         sound = jnp.isfinite(loss) & jnp.isfinite(norm) if skip else jnp.ones((), jnp.bool_)
         if spike_factor:
-            spike, guard = look(state.guard, loss, norm, spike_factor)
+            spike, guard = detect_spike(state.guard, loss, norm, spike_factor)
             new, told["spike"] = new._replace(guard=guard), spike
             sound = sound & ~spike if skip_spikes else sound
         if skip or skip_spikes:

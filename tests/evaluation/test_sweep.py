@@ -8,7 +8,7 @@ import pytest
 
 from scaling_perception.evaluate import _report_constants
 from scaling_perception.evaluation.journal import Journal
-from scaling_perception.evaluation.nested import CONSTANT, Adaptive, Way
+from scaling_perception.evaluation.nested import CONSTANT, Adaptive, SweepContext
 from scaling_perception.evaluation.protocols import get_protocol, measure, prepare_raw
 from scaling_perception.evaluation.sweep import fill_invalid, sweep
 from scaling_perception.support import locks
@@ -69,7 +69,7 @@ def test_cells_equal_separate_predictions(predictor, source):
 
 def test_answers_that_are_one_value_everywhere_are_marked_and_named(make_raw, capsys):
     raw, protocol = make_raw(40, 56, 0), get_protocol("depth", "scenes")
-    way = Way(None, "depth", protocol, "lsq", 1, Adaptive(), 0, None)
+    way = SweepContext(None, "depth", protocol, "lsq", 1, Adaptive(), 0, None)
     prepared, ramp = prepare_raw(raw, protocol), np.linspace(0, 1, 40 * 56).reshape(40, 56)
     rows = [way.measure(SimpleNamespace(prediction=p, painted=None), prepared) for p in (ramp, np.full((40, 56), 0.3))]
     assert [CONSTANT in row for row in rows] == [False, True]

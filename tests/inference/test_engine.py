@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scaling_perception.inference import model as model_module
-from scaling_perception.inference.batches import Plan, shrink, split
+from scaling_perception.inference.batches import BatchPlan, shrink, split
 from scaling_perception.inference.engine import draw_members
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import Settings
@@ -55,12 +55,12 @@ def test_antithetic_members_are_pairs_of_opposite_noise():
 def test_antithetic_noise_cancels(make_predictor, make_image):
     """A network whose output is its noise's share alone: the two members of a pair lie on both sides of the middle."""
     predictor, image = make_predictor(), make_image()
-    engine, plan = predictor.engine, Plan(1, 4)
+    engine, plan = predictor.engine, BatchPlan(1, 4)
     raws = predictor.raw_inputs([image], "depth")
     draw = draw_members(jax.random.key(1), predictor.image_ids(raws, 1), 0, 4, antithetic=True)
     latents = predictor.encode(raws, "depth", plan)
     tables = Settings(steps=2).tables(predictor.diffusion)
-    _, _, state = engine.begin(predictor.params, latents, draw, predictor.passes("depth"), tables)
+    _, _, state = engine.init_state(predictor.params, latents, draw, predictor.passes("depth"), tables)
     x = np.asarray(state.x)
     np.testing.assert_array_equal(x[:, 0::2], -x[:, 1::2])
     assert np.abs(x[:, 0] - x[:, 2]).max() > 0.1
@@ -107,7 +107,7 @@ def test_batches_shrink_until_they_fit(make_predictor, make_image, monkeypatch):
     tables = Settings(steps=2).tables(predictor.diffusion)
     large = predictor.plan("depth", 16, 1, tables=tables)
     assert large == (1, 16)
-    half = predictor._sampling_bytes("depth", Plan(1, 8), tables)
+    half = predictor._sampling_bytes("depth", BatchPlan(1, 8), tables)
     assert half < predictor._sampling_bytes("depth", large, tables)
     monkeypatch.setattr(model_module, "free_bytes", lambda: half)
     small = predictor.plan("depth", 16, 1, tables=tables)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from scaling_perception.cli import main
 from scaling_perception.diffusion.sampler import ddim_sample, sampler_tables
-from scaling_perception.inference.batches import Plan
+from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.model import image_id
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.interop.model_folder import save_model
@@ -127,7 +127,7 @@ def test_sampling_equals_the_plain_loop_over_whole_inputs(make_predictor, make_i
     """What is computed ahead of the scan changes nothing: the whole network on [image, prompt, noisy] each time."""
     predictor = make_predictor(latent_norm={"shift": [[0.5] * 4] * 4, "scale": [[2.0] * 4] * 4})
     raws = predictor.raw_inputs([make_image()], task, None if task == "depth" else [make_image(seed=4)])
-    plan, key = Plan(1, 2), jax.random.key(3)
+    plan, key = BatchPlan(1, 2), jax.random.key(3)
     tables = sampler_tables(predictor.diffusion, 2)
     latents = predictor.encode(raws, task, plan)
     conditions = get_task(task).conditions(raws[0], predictor.resolution, predictor.options)

@@ -19,7 +19,7 @@ def test_chairs_size_is_plain_division(make_raw):
     x, y = flow.encode(raw, 32, OPTIONS)
     np.testing.assert_allclose(x["target"], -121 / 75, rtol=1e-6)  # beyond -1: not clipped
     np.testing.assert_allclose(y["target"], 0.5, rtol=1e-6)
-    assert (x["task"], y["task"]) == (2, 3)
+    assert (x["pass_id"], y["pass_id"]) == (2, 3)
 
 
 def test_values_are_pixels_of_a_512_wide_frame(make_raw):

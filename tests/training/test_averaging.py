@@ -14,8 +14,8 @@ from scaling_perception.support.errors import UserError
 from scaling_perception.training.averaging import (
     HOST,
     _rate_of,
+    ema_config,
     first_average,
-    kept_apart,
     left_of_start,
     make_update,
     round_at_random,
@@ -51,7 +51,7 @@ def test_bfloat16_follows_the_average_of_float32(every, moving):
     The bound is what the module says of the random walk: a deviation of sqrt(u g / 2), with g the mean gap between
     weights and average, plus half a unit for the last rounding. Rounding to the nearest fails it by far.
     """
-    apart = kept_apart(config_of(f"optim.ema={DECAY}", f"optim.ema_every={every}", "optim.ema_dtype=bfloat16").optim)
+    apart = ema_config(config_of(f"optim.ema={DECAY}", f"optim.ema_every={every}", "optim.ema_dtype=bfloat16").optim)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     assert apart.dtype == jnp.bfloat16 and place is not None
 
@@ -87,7 +87,7 @@ def test_bfloat16_follows_the_average_of_float32(every, moving):
 
 
 def settings(*fields):
-    return kept_apart(config_of("optim.ema=0.9", *fields).optim)
+    return ema_config(config_of("optim.ema=0.9", *fields).optim)
 
 
 @pytest.mark.parametrize("place", ["device", "host"])
@@ -200,7 +200,7 @@ def test_what_is_left_of_the_start_in_closed_form(steps, field, left):
 def test_the_average_of_a_recipe_of_4000_steps_weighs_step_t_by_t_to_the_8th(every):
     """The update of the run itself, of a counter per step: each step's weight in the average, and that of the start."""
     steps = 4000
-    apart = kept_apart(config_of("optim.ema=0.9999", "optim.ema_warmup=true", "optim.ema_place=host").optim)
+    apart = ema_config(config_of("optim.ema=0.9999", "optim.ema_warmup=true", "optim.ema_place=host").optim)
     apart = apart._replace(every=every)
     marks = np.linspace(0, steps, 9)[1:]  # by the closed form, weights up to step n add up to C(n + 9, 9) / C(N + 9, 9)
     moments = np.stack([np.arange(1, steps + 1) > mark for mark in marks], axis=1).astype(np.float32)

@@ -183,7 +183,7 @@ def pixel_batch():
     rng = np.random.default_rng(0)
     image, prompt, target = (rng.uniform(-1, 1, (BATCH, 64, 64, 3)).astype(np.float32) for _ in range(3))
     task = np.arange(BATCH, dtype=np.int32) % 4
-    return dict(image=image, prompt=prompt, target=target, valid=rng.random((BATCH, 64, 64)) > 0.01, task=task)
+    return dict(image=image, prompt=prompt, target=target, valid=rng.random((BATCH, 64, 64)) > 0.01, pass_id=task)
 
 
 def test_encoding_on_the_way_equals_cached_latents(monkeypatch):

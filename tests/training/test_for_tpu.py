@@ -40,7 +40,7 @@ def test_an_average_in_host_memory_takes_no_device_memory_and_no_exchange(dtype)
     mesh = mesh_of(data=1, fsdp=4)
     place = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
     kept, whole = place.with_memory_kind(averaging.HOST), NamedSharding(mesh, PartitionSpec())
-    apart, key = averaging.Apart(0.9999, 10, dtype, True), jax.eval_shape(lambda: jax.random.key(0))
+    apart, key = averaging.EmaConfig(0.9999, 10, dtype, True), jax.eval_shape(lambda: jax.random.key(0))
     given = ((SHAPE, dtype, kept), (SHAPE, jnp.float32, place), (key.shape, key.dtype, whole))
     arrays = [jax.ShapeDtypeStruct(shape, kind, sharding=where) for shape, kind, where in given]
     compiled = averaging.leaf_program(apart, kept, 0.999).lower(*arrays).compile()

@@ -80,7 +80,7 @@ def steps_of(workdir):
 
 @pytest.mark.parametrize("every", [3, 100])
 def test_a_diverged_state_stops_the_run_and_is_not_saved(monkeypatch, tmp_path, every):
-    around = averaging.around
+    around = averaging.with_ema_update
 
     def err(*given):
         advance = around(*given)

@@ -10,7 +10,7 @@ from scaling_perception import train as verb
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.errors import UserError
 from scaling_perception.training.optim import make_optimizer
-from scaling_perception.training.spikes import look, new_guard
+from scaling_perception.training.spikes import detect_spike, new_guard
 from scaling_perception.training.state import named_leaves, new_state
 from scaling_perception.training.step import make_step
 
@@ -45,7 +45,7 @@ def leaves_of(workdir, step):
 def seen(values, window=6, factor=3.0, norm=1.0):
     guard, told = new_guard(window), []
     for value in values:
-        spike, guard = look(guard, jnp.float32(value), jnp.float32(norm), factor)
+        spike, guard = detect_spike(guard, jnp.float32(value), jnp.float32(norm), factor)
         told.append(bool(spike))
     return told, guard
 
@@ -62,8 +62,8 @@ def test_a_spike_is_measured_by_the_median_of_what_is_remembered():
 def test_the_gradient_norm_is_looked_at_as_well():
     _, guard = seen([1.0] * 4)
     assert (
-        look(guard, jnp.float32(1), jnp.float32(3.1), 3.0)[0]
-        and not look(guard, jnp.float32(1), jnp.float32(2), 3.0)[0]
+        detect_spike(guard, jnp.float32(1), jnp.float32(3.1), 3.0)[0]
+        and not detect_spike(guard, jnp.float32(1), jnp.float32(2), 3.0)[0]
     )
 
 

@@ -7,7 +7,7 @@ from toys import LinearBatches, config_of, linear_objective
 
 from scaling_perception.training.optim import make_optimizer
 from scaling_perception.training.state import abstract_state, named_leaves, new_state
-from scaling_perception.training.step import average, hold, is_frozen, make_step
+from scaling_perception.training.step import average, is_frozen, make_step, stop_frozen_gradients
 
 DECAY = 0.9
 
@@ -81,7 +81,9 @@ def test_average_closed_form():
 
 def test_hold_stops_the_gradient_of_a_name_and_all_below_it():
     params = {"a": {"x": jnp.ones(2), "y": jnp.ones(2)}, "ab": jnp.ones(2)}
-    gradient = jax.grad(lambda p: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(hold(p, ("a",)))))(params)
+    gradient = jax.grad(lambda p: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(stop_frozen_gradients(p, ("a",)))))(
+        params
+    )
     assert [float(jnp.sum(leaf)) for leaf in jax.tree.leaves(gradient)] == [0.0, 0.0, 2.0]
     assert is_frozen("a/x", ("a",)) and not is_frozen("ab", ("a",))
 

@@ -89,7 +89,7 @@ class LatentBatches:
         keys = [f"latent{step}-{i}" for i in range(BATCH)]
         valid = rng.random(shape[:3]) > 0.2
         label = np.full(BATCH, -1, np.int32)
-        return dict(image=image, prompt=prompt, target=target, valid=valid, task=task, label=label, key=keys)
+        return dict(image=image, prompt=prompt, target=target, valid=valid, pass_id=task, label=label, key=keys)
 
     def iterate(self, start: int) -> Iterator[dict[str, Any]]:
         step = start

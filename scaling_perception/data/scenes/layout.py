@@ -63,7 +63,7 @@ class _Coarse:
 
 
 def compose(rng: np.random.Generator) -> Scene:
-    """Draw a scene; layouts whose target is lost (behind a wall, off the frame) are drawn again."""
+    """NoiseKeys a scene; layouts whose target is lost (behind a wall, off the frame) are drawn again."""
     scene, good = _draw(rng)
     for _ in range(8):
         if good:

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from scaling_perception.interop import exchange, hf_clip, torch_files
-from scaling_perception.interop.exchange import Checkpoint
+from scaling_perception.interop import checkpoint as reading
+from scaling_perception.interop import hf_clip, torch_files
+from scaling_perception.interop.checkpoint import Checkpoint
 from scaling_perception.interop.find import CONFIG
 from scaling_perception.interop.model_folder import CARD, SOURCE_LICENSE, model_card, save_streamed
 from scaling_perception.interop.released import describe
@@ -61,7 +62,7 @@ _TOKENIZER = (
 _FLOAT32 = ("blocks/moe/router/kernel", ".moe.gate.weight")  # a rounded router picks other experts
 
 
-class Plan(NamedTuple):
+class ExportPlan(NamedTuple):
     """What will be written.
 
     Attributes:
@@ -81,7 +82,7 @@ class Plan(NamedTuple):
     bytes: int
 
 
-def plan(checkpoint: Checkpoint, to: str, dtype: str, partial: dict[str, list[str]]) -> Plan:
+def plan(checkpoint: Checkpoint, to: str, dtype: str, partial: dict[str, list[str]]) -> ExportPlan:
     """What writing the checkpoint in the form ``to`` (ours, torch, safetensors) means.
 
     Args:
@@ -111,12 +112,12 @@ def plan(checkpoint: Checkpoint, to: str, dtype: str, partial: dict[str, list[st
     words = {"ours": "folder of ours", "torch": "one PyTorch file", "safetensors": "published names, safetensors"}
     if checkpoint.family in ("kl", "clip"):
         words["ours"] = "published folder, which is what this package reads"
-    return Plan(to, words[to], kept, meta, facts, size)
+    return ExportPlan(to, words[to], kept, meta, facts, size)
 
 
 def _specs(checkpoint: Checkpoint, to: str, dtype: Any) -> dict[str, Any]:
     ours = to == "ours" and checkpoint.family in ("dit", "tiny")
-    specs = (exchange.our_specs if ours else exchange.published_specs)(checkpoint, dtype)
+    specs = (reading.our_specs if ours else reading.published_specs)(checkpoint, dtype)
     if dtype is None:
         return specs
     return {n: jax.ShapeDtypeStruct(s.shape, np.float32) if n.endswith(_FLOAT32) else s for n, s in specs.items()}
@@ -248,7 +249,12 @@ def _replaceable(folder: Path) -> bool:
 
 
 def write(
-    checkpoint: Checkpoint, plan: Plan, target: Path, shard_bytes: int, settings: Mapping[str, Any], overwrite: bool
+    checkpoint: Checkpoint,
+    plan: ExportPlan,
+    target: Path,
+    shard_bytes: int,
+    settings: Mapping[str, Any],
+    overwrite: bool,
 ) -> int:
     """Write the checkpoint; returns the bytes of its tensors. ``settings`` and ``overwrite`` as for ``check_target``.
 
@@ -324,14 +330,14 @@ def _stage(target: Path, needed: int) -> Iterator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def _described(plan: Plan, digests: _Digests) -> dict[str, Any]:
+def _described(plan: ExportPlan, digests: _Digests) -> dict[str, Any]:
     return {**plan.meta, "source": {**plan.meta["source"], "sha256": digests.result()}}
 
 
-def _write_torch(checkpoint: Checkpoint, plan: Plan, path: Path, digests: _Digests) -> None:
+def _write_torch(checkpoint: Checkpoint, plan: ExportPlan, path: Path, digests: _Digests) -> None:
     """One plain state dict, and beside it as JSON what its tensors do not tell."""
     specs = _specs(checkpoint, "torch", plan.dtype)
-    pairs = ((name, np.asarray(array, specs[name].dtype)) for name, array in exchange.to_published(checkpoint))
+    pairs = ((name, np.asarray(array, specs[name].dtype)) for name, array in reading.to_published(checkpoint))
     torch_files.write_torch(path, progress(pairs, len(specs), "convert"))
     write_json(path.with_suffix(".json"), _published_meta(checkpoint, _described(plan, digests)))
 
@@ -347,14 +353,14 @@ def _dit_layout(config: Any) -> str:
     return "generalist" if config.routed else "dit_moe" if config.experts else "dit"
 
 
-def _write_dit(checkpoint: Checkpoint, plan: Plan, stage: Path, shard_bytes: int, digests: _Digests) -> None:
+def _write_dit(checkpoint: Checkpoint, plan: ExportPlan, stage: Path, shard_bytes: int, digests: _Digests) -> None:
     specs = _specs(checkpoint, plan.to, plan.dtype)
     if plan.to == "ours":
         pieces = sum(1 if checkpoint.ours else len(leaf.pieces) for leaf in checkpoint.plans.values())
-        slices = progress(exchange.to_ours(checkpoint), pieces, "convert")
+        slices = progress(reading.to_ours(checkpoint), pieces, "convert")
         save_streamed(stage, specs, slices, plan.meta, shard_bytes)
     else:
-        slices = ((name, (), array) for name, array in exchange.to_published(checkpoint))
+        slices = ((name, (), array) for name, array in reading.to_published(checkpoint))
         save_sharded(stage, specs, progress(slices, len(specs), "convert"), {"format": "pt"}, shard_bytes)
     meta = _described(plan, digests)
     if plan.to == "ours":
@@ -365,10 +371,10 @@ def _write_dit(checkpoint: Checkpoint, plan: Plan, stage: Path, shard_bytes: int
         write_text(stage / CARD, _plain_card(f"{checkpoint.config.name}, published names", "convert . DIR", meta))
 
 
-def _write_kl(checkpoint: Checkpoint, plan: Plan, stage: Path, shard_bytes: int, digests: _Digests) -> None:
+def _write_kl(checkpoint: Checkpoint, plan: ExportPlan, stage: Path, shard_bytes: int, digests: _Digests) -> None:
     """diffusers' folder, which is also what ``load_autoencoder`` reads."""
     specs = _specs(checkpoint, plan.to, plan.dtype)
-    slices = ((name, (), array) for name, array in exchange.to_published(checkpoint))
+    slices = ((name, (), array) for name, array in reading.to_published(checkpoint))
     save_sharded(stage, specs, progress(slices, len(specs), "convert"), {"format": "pt"}, plan.bytes + 1)
     os.replace(stage / SINGLE, stage / _KL_FILE)
     meta = _described(plan, digests)
@@ -376,18 +382,18 @@ def _write_kl(checkpoint: Checkpoint, plan: Plan, stage: Path, shard_bytes: int,
     write_text(stage / CARD, _plain_card("Autoencoder (AutoencoderKL)", "prepare … --latents --vae .", meta))
 
 
-def _write_tiny(checkpoint: Checkpoint, plan: Plan, stage: Path, shard_bytes: int, digests: _Digests) -> None:
+def _write_tiny(checkpoint: Checkpoint, plan: ExportPlan, stage: Path, shard_bytes: int, digests: _Digests) -> None:
     """Two files: ours (``encoder.safetensors``) or TAESD's own (``taesd_encoder.safetensors``)."""
     specs = _specs(checkpoint, plan.to, plan.dtype)
     ours = plan.to == "ours"
-    whole = exchange.to_ours(checkpoint) if ours else ((n, (), array) for n, array in exchange.to_published(checkpoint))
+    whole = reading.to_ours(checkpoint) if ours else ((n, (), array) for n, array in reading.to_published(checkpoint))
     tensors = {name: array for name, _, array in progress(whole, len(specs), "convert")}  # a few MB
-    for part in exchange.PARTS:
-        names = {exchange.half_name(part, n): n for n in tensors if n.startswith(part)}
+    for part in reading.PARTS:
+        names = {reading.half_name(part, n): n for n in tensors if n.startswith(part)}
         held = {short: specs[name] for short, name in names.items()}
         header = {"format": "pt"}
         if ours:
-            header = {"format": exchange.TINY_FORMAT, "part": part, "config": json.dumps(checkpoint.config.to_dict())}
+            header = {"format": reading.TINY_FORMAT, "part": part, "config": json.dumps(checkpoint.config.to_dict())}
         save_sharded(stage / part, held, [(short, (), tensors[name]) for short, name in names.items()], header, 2**40)
         os.replace(stage / part / SINGLE, stage / f"{'' if ours else 'taesd_'}{part}.safetensors")
         (stage / part).rmdir()
@@ -395,10 +401,10 @@ def _write_tiny(checkpoint: Checkpoint, plan: Plan, stage: Path, shard_bytes: in
     write_text(stage / CARD, _plain_card("Autoencoder (TAESD's family)", "prepare … --latents --vae .", meta))
 
 
-def _write_clip(checkpoint: Checkpoint, plan: Plan, stage: Path, shard_bytes: int, digests: _Digests) -> None:
+def _write_clip(checkpoint: Checkpoint, plan: ExportPlan, stage: Path, shard_bytes: int, digests: _Digests) -> None:
     """``text_encoder`` and ``tokenizer``, as in a Stable Diffusion repository; ``hf_clip.load_clip`` reads it."""
     specs = _specs(checkpoint, plan.to, plan.dtype)
-    slices = ((name, (), array) for name, array in exchange.to_published(checkpoint))
+    slices = ((name, (), array) for name, array in reading.to_published(checkpoint))
     save_sharded(stage / "text_encoder", specs, progress(slices, len(specs), "convert"), {"format": "pt"}, 2**40)
     write_json(stage / "text_encoder" / CONFIG, _published_meta(checkpoint, plan.meta))
     found = _tokenizer_of(checkpoint)
