@@ -242,7 +242,8 @@ def measure(
 ) -> dict[str, float]:
     """The protocol's metrics of an affine-invariant prediction (H, W); ``fitted``: it is in metres already."""
     metres = np.clip(prediction, *protocol["clip"]) if fitted else aligned(prediction, raw, protocol)
-    return depth_metrics(metres, raw["depth"], raw["valid"], protocol["metrics"])
+    wanted = [name for name in protocol["metrics"] if name in DEPTH_METRICS]
+    return depth_metrics(metres, raw["depth"], raw["valid"], wanted)
 
 
 def depth_baselines(gt: Any, valid: Any | None = None) -> dict[str, np.ndarray]:
