@@ -36,6 +36,7 @@ def test_ruff():
     _run(_tool("ruff"), "check", ".")
 
 
+@pytest.mark.slow  # a minute of one core; .ci/run asks the same after the README's command
 def test_types():
     _run(_tool("basedpyright"), "--pythonpath", sys.executable, "--level", "error")
 

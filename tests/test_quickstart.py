@@ -10,12 +10,17 @@ from scaling_perception.cli import main
 
 @pytest.fixture
 def small(monkeypatch):
+    """One step, one member; training in small batches, with a point of its curve every other step."""
+    stage, shorter = quickstart._stage, ("--config.train.batch_size=8", "--config.train.log_every=2")
     monkeypatch.setattr(quickstart, "STEPS", "1")
     monkeypatch.setattr(quickstart, "ENSEMBLE", "1")
+    monkeypatch.setattr(
+        quickstart, "_stage", lambda verb, *words: stage(verb, *words, *(shorter if verb == "train" else ()))
+    )
 
 
 def test_renders_trains_evaluates_and_reports(tmp_path, small, capfd):
-    words = ["quickstart", "--workdir", str(tmp_path), "--scenes", "4", "--train-steps", "20", "--images", "2"]
+    words = ["quickstart", "--workdir", str(tmp_path), "--scenes", "4", "--train-steps", "4", "--images", "2"]
     assert main(words) == 0
     said = capfd.readouterr().out
     for verb in ("prepare", "train", "evaluate", "report"):
