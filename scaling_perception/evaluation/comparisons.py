@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scaling_perception.diffusion.solvers import evaluations
-
 Cell = dict[str, Any]
 
 
@@ -37,6 +35,8 @@ def way(cell: Cell) -> tuple[str, str]:
 
 def evaluations_of(cell: Cell) -> int:
     """Network evaluations of one member of a cell of constant compute."""
+    from scaling_perception.diffusion.solvers import evaluations  # `report --help` need not wait for it
+
     return evaluations(cell.get("solver", "ddim"), cell["steps"])
 
 

@@ -298,11 +298,6 @@ def _shapes(part: str, config: VAEConfig) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in flatten(tree).items()}
 
 
-def parameter_count(part: str, config: VAEConfig) -> int:
-    """Parameters of the encoder (quant_conv included) or the decoder (post_quant_conv included)."""
-    return sum(math.prod(shape) for shape in part_shapes(part, config).values())
-
-
 def macs(part: str, config: VAEConfig, height: int, width: int) -> int:
     """Multiply-accumulates of one pass over one picture of ``height`` x ``width`` image pixels (facts 1.4).
 

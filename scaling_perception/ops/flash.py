@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from scaling_perception.ops.by_platform import by_platform
+from scaling_perception.support.shapes import AnyArray, Array, Float
 
 LANES = 128
 HEADS = 8  # of a visit, or more: while one waits for its sums, the next is multiplied
@@ -217,16 +218,25 @@ def _over_mesh(kernel: Any, name: str, results: int, products: int, arrays: Any,
 
 
 def flash_forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, mesh: Any = None, interpret: bool = False
-) -> jax.Array:
+    query: Float[AnyArray, "B T heads d"],
+    key: Float[AnyArray, "B T heads d"],
+    value: Float[AnyArray, "B T heads d"],
+    mesh: Any = None,
+    interpret: bool = False,
+) -> Float[Array, "B T heads d"]:
     """Attention of arrays (B, T, heads, head_dim) with the TPU's kernel, where ``local_plan`` is not None; no gradient.
     ``interpret`` runs it anywhere, slowly."""
     return _over_mesh(_forward_visit, "attention_forward", 1, 2, (query, key, value), mesh, interpret)
 
 
 def flash_backward(
-    query: jax.Array, key: jax.Array, value: jax.Array, gradient: jax.Array, mesh: Any = None, interpret: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    query: Float[AnyArray, "B T heads d"],
+    key: Float[AnyArray, "B T heads d"],
+    value: Float[AnyArray, "B T heads d"],
+    gradient: Float[AnyArray, "B T heads d"],
+    mesh: Any = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T heads d"], Float[Array, "B T heads d"], Float[Array, "B T heads d"]]:
     """Gradients of query, key and value for that of the result, all (B, T, heads, head_dim). See ``flash_forward``."""
     return _over_mesh(_backward_visit, "attention_backward", 3, 5, (query, key, value, gradient), mesh, interpret)
 
@@ -243,7 +253,12 @@ _backward = by_platform("attention_backward", lambda *arrays, mesh: arrays[:3], 
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, mesh: Any = None) -> jax.Array:
+def flash_attention(
+    query: Float[AnyArray, "B T heads d"],
+    key: Float[AnyArray, "B T heads d"],
+    value: Float[AnyArray, "B T heads d"],
+    mesh: Any = None,
+) -> Float[Array, "B T heads d"]:
     """Attention of arrays (B, T, heads, head_dim) on a TPU, where ``local_plan`` is not None. See ``ops.attention``."""
     return _forward(query, key, value, mesh=mesh)
 

@@ -11,7 +11,6 @@ import numpy as np
 from scaling_perception.scaling.laws import Law, predict, predict_interval
 from scaling_perception.scaling.points import Points
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.files import atomic_path
 
 FORMATS = (".svg", ".png", ".pdf")
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -27,17 +26,6 @@ def check_name(path: str, flag: str = "--figure") -> None:
     """
     if Path(path).suffix.lower() not in FORMATS:
         raise UserError(f"{flag} {path}: end the name in {', '.join(FORMATS)}")
-
-
-def write_figure(path: str | Path, law: Law, points: Points) -> None:
-    """NoiseKeys a law over its points.
-
-    Raises:
-        UserError: the name's suffix or the place.
-    """
-    check_name(str(path))
-    with atomic_path(path) as temporary:
-        save_figure(temporary, draw_law(law, points), Path(path).suffix)
 
 
 def save_figure(path: str | Path, figure, suffix: str) -> None:
