@@ -9,7 +9,7 @@
 #   START    folder in which the study has been begun, or nothing
 #   STUDY    config of the study (configs/scenes_study.py); JOBS cells at a time (one for each core but two);
 #            ONLY some of them, by patterns
-#   SIZE     of the part `model`: mini or small, trained on as many worlds as are rendered in a third of the time;
+#   SIZE     of the part `model`: mini or small, trained on as many worlds as are rendered in RENDER seconds (two fifths);
 #            RES their pixels (128), BATCH (256), LR; a second size in the same WORK uses the same worlds
 #   DEVICE   platforms of JAX (cuda,cpu); cpu rehearses it with the smallest model: BUDGET=120 DEVICE=cpu benchmarks/on_gpu.sh out
 #
@@ -106,21 +106,21 @@ study() {
 
 render() { # render NAME FIRST COUNT: worlds into a cache of latents; finished ones are only verified
   OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 within 400 "${verb[@]}" prepare worlds --out "$work/worlds/$1" --latents \
-    --vae tiny --resolution "$res" --flips none --start "$2" --count "$3" --workers "$jobs" >>"$out/render.log" 2>&1
+    --tasks depth,flow,amodal,normals --vae tiny --resolution "$res" --flips none --start "$2" --count "$3" --workers "$jobs" >>"$out/render.log" 2>&1
 }
 
 model() {
-  local size=${SIZE:-mini} res=${RES:-128} batch=${BATCH:-256} first=1024 tries=200 place begun rate count steps caches run
+  local size=${SIZE:-mini} res=${RES:-128} batch=${BATCH:-256} first=1024 tries=200 place begun spent count steps caches run
   local dim=128 depth=6
   [ "$size" = small ] && dim=256 depth=8
   [ "$device" = cpu ] && batch=${BATCH:-32} first=32 tries=20
   place=$work/$size-$res begun=$SECONDS
   mkdir -p "$work/worlds"
-  if [ ! -f "$work/worlds/count" ]; then # how many more fit into a third of the time, by the rate of the first ones
+  if [ ! -f "$work/worlds/count" ]; then # how many more fit into the time, by the rate of the first ones (8 s are the start)
     render a 0 "$first" || { tail -n 5 "$out/render.log"; return 1; }
-    rate=$((SECONDS - begun))
-    count=$(((budget / 3 - rate) * first / (rate + 1)))
-    echo $((count > first ? count / 64 * 64 : first)) >"$work/worlds/count"
+    spent=$((SECONDS - begun))
+    count=$(((${RENDER:-$((budget * 2 / 5))} - spent - 8) * first / (spent > 16 ? spent - 8 : 8)))
+    echo $((count > first ? count / 32 * 32 : first)) >"$work/worlds/count"
   fi
   count=$(cat "$work/worlds/count")
   note "rendering $first and $count worlds of $res pixels in $jobs processes"
@@ -150,7 +150,7 @@ print(max(int((int(sys.argv[2]) - 50) * 0.92 / seconds), 20))" "$place-speed/met
   cp "$place/metrics.jsonl" "$out/metrics-$size.jsonl"
   [ -d "$place/model" ] || { note "not finished: the same command with the same WORK goes on"; return 1; }
   rm -rf "${out:?}/$size" && cp -r "$place/model" "$out/$size"
-  for task in depth flow amodal; do
+  for task in depth flow amodal normals; do
     within 60 "${verb[@]}" evaluate --task $task --dataset worlds --split val --count 64 --model "$place/model" --steps 2 \
       --ensemble 5 --json "$out/eval-$size-$task.json" --overwrite 2>&1 | tee "$out/eval-$size-$task.log" | tail -n 3
   done
