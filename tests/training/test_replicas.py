@@ -94,7 +94,7 @@ def test_a_diverged_state_stops_the_run_and_is_not_saved(monkeypatch, tmp_path, 
 
         return run
 
-    monkeypatch.setattr(averaging, "around", err)
+    monkeypatch.setattr(averaging, "with_ema_update", err)
     found = 6 if every == 3 else 8  # between checks it is the save that looks
     words = (
         f"differ at step {found}: params/layer/kernel differs between device 2 .*; nothing of it is saved .step 4 is"
