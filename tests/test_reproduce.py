@@ -19,7 +19,7 @@ from scaling_perception.scaling.paper_laws import published_values
 from scaling_perception.scaling.study import study_cells
 from scaling_perception.scaling.topologies import CHIPS
 from scaling_perception.study import _chosen
-from scaling_perception.support.configs import declared
+from scaling_perception.support.configs import declared, load_config
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_json
 from scaling_perception.support.verbs import make_parser, run_verb
@@ -97,8 +97,8 @@ def test_the_counts_of_tables_1_and_2_are_the_published_ones(capsys):
 
 SLICED = {  # at trial size: one cell of each kind, two where a curve is drawn, and what later lines start from
     "Tab. 2": "L-2-8E2A-256",
-    "Fig. 2": "a1,a2",
-    "Fig. 3": "a1,a2,eval/a1,eval/a2",
+    "Fig. 2": "a2,a4",
+    "Fig. 3": "a2,a4,eval/a2,eval/a4",
     "Fig. 4": "*-60k,*-120k,eval/60k,eval/120k",
     "Fig. 5": "XL-2-256,L-2-8E2A-256,eval/XL-2-256,eval/L-2-8E2A-256",
     "Fig. 6": "a2-4E2A,eval/a2-dense,eval/a2-4E2A",
@@ -185,6 +185,25 @@ def test_pictures_are_put_on_one_page(tmp_path):
         assert page.shape[0] == 240 * high
 
 
+def trials() -> dict[str, list[str]]:
+    """The words of each line at trial size."""
+    sliced = {row: ["--only", SLICED[row]] if row in SLICED else [] for row in lines()}
+    return {row: [word.replace("data=DATA", "trial") for word in words] + sliced[row] for row, words in lines().items()}
+
+
+def test_the_trial_makes_what_later_lines_start_from():
+    made: set[str] = set()
+    for row, words in trials().items():
+        if words[0] != "study":
+            continue
+        args = make_parser("study").parse_args(words[1:])
+        for cell in _chosen(study_cells(args.config), args.only):
+            word = cell.words[list(cell.words).index("--config" if cell.verb == "train" else "--model") + 1]
+            start = load_config(word).init if cell.verb == "train" and "{" not in word else word
+            assert not start.startswith("runs/") or start in made, f"{row}, {cell.name}: nothing makes {start}"
+            made.add(f"{args.out}/{cell.name}")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_every_line_runs_at_trial_size_to_its_figure(tmp_path, monkeypatch):
@@ -192,10 +211,7 @@ def test_every_line_runs_at_trial_size_to_its_figure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cheap = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiling is most of it
     monkeypatch.setenv("XLA_FLAGS", cheap)
-    for row, words in lines().items():
-        words = [word.replace("data=DATA", "trial") for word in words]
-        if row in SLICED:
-            words += ["--only", SLICED[row]]
+    for row, words in trials().items():
         assert run_verb(words[0], words[1:]) == 0, row
     written = {path.name for path in tmp_path.rglob("runs/paper/*/*.*")}
     figures = {"fig2.svg", "fig3.svg", "fig4.svg", "fig5.svg", "fig6.svg", "fig8ab.svg", "fig8cd.svg", "fig8ef.svg"}
