@@ -125,7 +125,8 @@ model() {
   count=$(cat "$work/worlds/count")
   note "rendering $first and $count worlds of $res pixels in $jobs processes"
   caches=$work/worlds/a
-  if render a 0 "$first" && render b "$first" "$count"; then
+  render a 0 "$first" || { tail -n 5 "$out/render.log"; return 1; }
+  if render b "$first" "$count"; then
     caches=$caches:$work/worlds/b
   else
     note "not all was rendered in time: training on the first $first alone"
