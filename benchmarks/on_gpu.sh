@@ -141,18 +141,18 @@ model() {
 import json, sys
 rows = [json.loads(line) for line in open(sys.argv[1])]
 seconds = min(row['seconds_per_step'] for row in rows if 'seconds_per_step' in row)
-print(max(int((int(sys.argv[2]) - 50) * 0.92 / seconds), 20))" "$place-speed/metrics.jsonl" "$(left)" >"$place.steps"
+print(max(int((int(sys.argv[2]) - 100) * 0.92 / seconds), 20))  # 100 s: compiling, saving, evaluating" "$place-speed/metrics.jsonl" "$(left)" >"$place.steps"
   fi
   steps=$(cat "$place.steps")
   note "training $size for $steps steps"
-  timeout -s TERM -k 20 $(($(left) > 40 ? $(left) - 25 : 15)) "${run[@]}" --workdir "$place" --config.train.steps="$steps" \
+  timeout -s TERM -k 40 $(($(left) > 75 ? $(left) - 60 : 15)) "${run[@]}" --workdir "$place" --config.train.steps="$steps" \
     >"$out/train-$size.log" 2>&1
   tail -n 3 "$out/train-$size.log"
   cp "$place/metrics.jsonl" "$out/metrics-$size.jsonl"
   [ -d "$place/model" ] || { note "not finished: the same command with the same WORK goes on"; return 1; }
   rm -rf "${out:?}/$size" && cp -r "$place/model" "$out/$size"
   for task in depth flow amodal normals; do
-    within 60 "${verb[@]}" evaluate --task $task --dataset worlds --split val --count 64 --model "$place/model" --steps 2 \
+    within 60 "${verb[@]}" evaluate --task $task --dataset worlds --split val --count 32 --model "$place/model" --steps 2 \
       --ensemble 5 --json "$out/eval-$size-$task.json" --overwrite 2>&1 | tee "$out/eval-$size-$task.log" | tail -n 3
   done
   ls -l "$out" "$out/$size"
