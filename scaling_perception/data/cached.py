@@ -91,7 +91,8 @@ class Cached:
         h, w, c = self.readers[0].shape
         if self._held:
             plain = self._held[0]
-            rows = _Rows(*(column[indices] for column in plain[:4]), [plain.keys[i] for i in indices])
+            taken = (plain.latents[indices], plain.bits[indices], plain.pass_id[indices], plain.label[indices])
+            rows = _Rows(*taken, [plain.keys[i] for i in indices])
             for row in np.flatnonzero(flips):
                 for column, mirrored in zip(rows[:2], self._held[1][:2], strict=True):
                     column[row] = mirrored[indices[row]]

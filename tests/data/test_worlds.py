@@ -114,6 +114,12 @@ def test_flow_of_a_moving_camera_is_that_of_depth_and_pose():
     np.testing.assert_allclose(depth[0], there[1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("number", [175, 428])
+def test_no_flow_is_larger_than_the_picture(number):
+    """Their first motions took points to where the second camera stood."""
+    assert np.hypot(*render_world(number, SIZE)["flow"].transpose(2, 0, 1)).max() < SIZE
+
+
 def test_masks_agree(every):
     for world in every:
         assert world["visible_mask"].any()

@@ -17,7 +17,7 @@ from scaling_perception.support.errors import UserError, did_you_mean
 
 __all__ = ["CLASSES", "KINDS", "RENDERER", "WorldsSource", "render_world"]
 
-RENDERER = 1
+RENDERER = 2
 """Version of the pictures; bumped whenever an index gives other arrays, so that caches of old ones are refused."""
 
 _ROOM = 1_000_000_000

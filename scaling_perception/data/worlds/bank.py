@@ -201,7 +201,8 @@ def _poster(rng: np.random.Generator) -> Array:
         out = np.where(near[..., None], colour(rng), out)
     for _ in range(rng.integers(0, 4)):  # lines of writing
         top, size = rng.uniform(0.05, 0.85), int(rng.integers(3, 14))
-        marks = ndimage.zoom(rng.random((3, SIDE // 3)) > 0.45, (size / 3, max(size / 6, 1)), order=0)
+        cells = rng.random((3, SIDE // 3)) > 0.45
+        marks: Array = np.asarray(ndimage.zoom(cells, (size / 3, max(size / 6, 1)), order=0))
         left, row = int(rng.uniform(0, 40)), int(top * SIDE)
         marks = marks[: SIDE - row, : SIDE - left]
         out[row : row + marks.shape[0], left : left + marks.shape[1]][marks] = colour(rng, 0.02, 0.98)

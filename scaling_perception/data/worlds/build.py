@@ -248,7 +248,7 @@ class World:
         }
         self.bank.need(columns["texture"])
         self.bank.need(columns["stain"])
-        out = {k: v.astype(np.float32) if v.dtype.kind == "f" else v for k, v in columns.items()}
+        out: dict[str, Any] = {k: v.astype(np.float32) if v.dtype.kind == "f" else v for k, v in columns.items()}
         mean = self.bank.mean[out["texture"]] * out["tint"]
         gray = mean.mean(axis=1, keepdims=True)
         mean = gray + (mean - gray) * out["vivid"][:, None]

@@ -40,7 +40,7 @@ def choose(rng: np.random.Generator) -> Film:
         float(rng.uniform(0, 0.12) * (rng.random() < 0.4)),
         float(rng.choice([0.0, rng.uniform(0.002, 0.025)], p=[0.6, 0.4])),
         float(rng.choice([0.0, rng.uniform(0.002, 0.015)], p=[0.6, 0.4])),
-        int(rng.choice([0, rng.integers(40, 75), rng.integers(75, 97)], p=[0.35, 0.2, 0.45])),
+        int(rng.choice([0, int(rng.integers(40, 75)), int(rng.integers(75, 97))], p=[0.35, 0.2, 0.45])),
     )
 
 
@@ -66,7 +66,7 @@ def expose(film: Film, light: Array, gain: float, rng: np.random.Generator) -> A
     """Linear light (H, W, 3) to a photograph uint8 (H, W, 3)."""
     if film.halo:
         bright = np.minimum(light, 6 / max(gain, 1e-6))
-        light = light + (ndimage.uniform_filter(bright, (9, 9, 0)) - light) * np.float32(film.halo)
+        light = light + (ndimage.uniform_filter(bright, 9, axes=(0, 1)) - light) * np.float32(film.halo)
     if film.blur:
         light = ndimage.gaussian_filter(np.minimum(light, 4 / max(gain, 1e-6)), (film.blur, film.blur, 0), truncate=2.5)
     value = develop(film, light, gain)

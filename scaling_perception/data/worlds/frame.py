@@ -95,7 +95,7 @@ class Frame:
     def lighting(self) -> tuple[Array, Array]:
         """Light on the surfaces of the centre rays (N, 3), and mirrored light of the glossy ones (N, 3)."""
         seen, size = self.centre, self.resolution
-        sharp, soft = np.zeros((2, *seen.points.shape), np.float32)
+        sharp, soft = (np.zeros(seen.points.shape, np.float32) for _ in range(2))
         where = np.flatnonzero(seen.met)
         chance = dither(self.x, self.y, 5)[where]
         sharp[where], soft[where] = irradiance(

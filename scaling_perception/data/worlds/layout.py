@@ -300,7 +300,8 @@ def _furnish(world: World, half: Array, furnished: float) -> None:
     for _ in range(rng.poisson(many * area * 0.15)):  # left on the floor
         small = furniture.trinket(world, rng.uniform(0.15, 0.6))
         x, y = rng.uniform(-0.95, 0.95, 2) * half
-        if ground.free(x, y, *small.extent()[:2], 0.0):
+        wide, deep, _ = small.extent()
+        if ground.free(x, y, wide, deep, 0.0):
             world.put(small, (x, y, 0.02), rng.uniform(0, 6.3))
 
 

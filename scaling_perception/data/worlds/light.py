@@ -59,7 +59,7 @@ def irradiance(
     Returns:
         sharp, soft: (N, 3) of the suns, and of all else by one ray for the rectangles and one for the surroundings.
     """
-    sharp, soft = np.zeros((2, *points.shape), np.float32)
+    sharp, soft = (np.zeros(points.shape, np.float32) for _ in range(2))
     lifted = points + normals * np.float32(2e-3)
     clear = table["pane"] | (table["glow"].max(axis=1) > 0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from scaling_perception.data.worlds import furniture
@@ -213,8 +215,10 @@ def house(world: World, wide: float | None = None, high: float | None = None) ->
     return draft
 
 
-def fence(world: World, long: float) -> Draft:
+def fence(world: World, long: float = 0.0) -> Draft:
+    """Boards or posts, ``long`` metres or 1 to 6."""
     rng, draft = world.rng, Draft(world, "fence")
+    long = long or rng.uniform(1, 6)
     high, skin = rng.uniform(0.6, 1.8), world.material("wood", "plaster", "planks", "foliage", "bricks", size=1.0)
     if rng.random() < 0.5:
         draft.part("box", (0, 0, high / 2), (long, 0.15, high), skin)
@@ -280,9 +284,10 @@ def street(world: World) -> float:
                 world.put(car(world), (side * (half - 1.1), y, 0), np.pi / 2 * side + rng.normal(0, 0.03))
             y += rng.uniform(5, 8)
         for _ in range(rng.poisson(6)):
-            makers = (pole, pole, furniture.person, bin_, tree, bush, fence, furniture.trinket)
+            makers: tuple[Callable[..., Draft], ...] = (pole, pole, furniture.person, bin_, tree, bush, fence)
+            makers += (furniture.trinket,)
             maker = makers[rng.integers(len(makers))]
-            draft = maker(world, rng.uniform(1, 6)) if maker is fence else maker(world)
+            draft = maker(world)
             at = (side * (half + rng.uniform(0.4, max(walk, 0.5))), rng.uniform(1, 40) ** 1.0, 0.13)
             world.put(
                 draft, at, -side * np.pi / 2 + (rng.uniform(0, 6) if maker is not fence and rng.random() < 0.4 else 0)

@@ -105,7 +105,7 @@ def _render(
         "intrinsics": np.array([[focal, 0, middle], [0, focal, middle], [0, 0, 1]], np.float32),
     }
     if frames == 2:
-        camera2 = _move(world, camera, kind, seen, motion)
+        camera2 = _calm(world, first, _move(world, camera, kind, seen, motion))
         mesh2 = mesh
         if world.motion:
             corners = world.moved(mesh["corners"].reshape(-1, 3), np.repeat(mesh["owner"], 3))
@@ -267,6 +267,29 @@ def _move(world: World, camera: Camera, kind: str, seen: Surface, rng: np.random
     return Camera(camera.eye + step @ camera.axes, axes, camera.focal)
 
 
+def _calm(world: World, first: Frame, camera: Camera) -> Camera:
+    """Halve all motion until no point leaves by more than the picture's size, or gets behind the second camera."""
+    still, most = first.camera, 0.9 * first.resolution
+    for _ in range(12):
+        points = _destinations(world, first)
+        x, y, depth = camera.project(points, first.resolution)
+        if depth.min() > 0.02 and np.hypot(x - first.x, y - first.y).max() < most:
+            return camera
+        one = np.eye(3)
+        world.motion = {k: (one + (matrix - one) / 2, shift / 2) for k, (matrix, shift) in world.motion.items()}
+        left, _, right = np.linalg.svd(still.axes + camera.axes)
+        camera = Camera((still.eye + camera.eye) / 2, left @ right, still.focal)
+    world.motion = {}
+    return still
+
+
+def _destinations(world: World, first: Frame) -> Array:
+    """Where the points seen in the first frame are in the second, float32 (N, 3); of the sky, far away."""
+    seen = first.centre
+    far = np.where(seen.met[:, None], seen.points, first.camera.eye + seen.rays * np.float32(1e5))
+    return world.moved(far.astype(np.float32), np.maximum(seen.owner, -1))
+
+
 def _fly(world: World, camera: Camera, rng: np.random.Generator) -> None:
     """Affine motions parallel to the picture, as large and as varied as in FlyingChairs."""
 
@@ -290,9 +313,8 @@ def _fly(world: World, camera: Camera, rng: np.random.Generator) -> None:
 
 def _flow(world: World, first: Frame, second: Frame) -> tuple[Array, Array]:
     """Flow (N, 2) of the points seen in the first frame, and whether they are hidden or outside in the second."""
-    seen, camera, size = first.centre, second.camera, first.resolution
-    far = np.where(seen.met[:, None], seen.points, first.camera.eye + seen.rays * np.float32(1e5))
-    points = world.moved(far.astype(np.float32), np.maximum(seen.owner, -1))
+    camera, size = second.camera, first.resolution
+    points = _destinations(world, first)
     x, y, depth = camera.project(points, size)
     flow = np.stack([x - first.x, y - first.y], axis=1).astype(np.float32)
     edge = size - 0.5
