@@ -106,7 +106,7 @@ study() {
 
 render() { # render NAME FIRST COUNT: worlds into a cache of latents; finished ones are only verified
   OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 within 400 "${verb[@]}" prepare worlds --out "$work/worlds/$1" --latents \
-    --tasks depth,flow,amodal,normals --vae tiny --resolution "$res" --flips none --start "$2" --count "$3" --workers "$jobs" >>"$out/render.log" 2>&1
+    --tasks depth,flow,amodal,normals --vae tiny --resolution "$res" --flips none --skip-bad --start "$2" --count "$3" --workers "$jobs" >>"$out/render.log" 2>&1
 }
 
 model() {
