@@ -358,6 +358,7 @@ def test_interrupted_it_leaves_nothing(file, tmp_path, monkeypatch, to):
 CHILD = """
 import os, resource, sys
 from scaling_perception.cli import main
+from scaling_perception.interop import checkpoint as reading
 source, target, what = sys.argv[1:]
 if what == "killed":
     real = reading.to_ours

@@ -131,7 +131,7 @@ class Engine:
     def init_state(
         self, params: Any, latents: Any, draw: NoiseKeys, passes: Passes, tables: SamplerTables
     ) -> tuple[Any, Any, State]:
-        """What `go_on` needs: conditions (I, P, T, D), modulations of all steps, a state of arrays (I, M, P, ...)."""
+        """What `run_steps` needs: conditions (I, P, T, D), modulations of all steps, a state of arrays (I, M, P, ...)."""
         return self.run("begin", self._init_state, params, latents, draw, passes, tables)
 
     def run_steps(
@@ -153,7 +153,7 @@ class Engine:
 
     def decode(self, vae: Any, z: Any, passes: Passes) -> jax.Array:
         """Clean latents (I, M, P, h, w, C) to pixels (I, P, M, R, R, 3)."""
-        return self.run("finish", self._decode, vae, z, passes)
+        return self.run("decode", self._decode, vae, z, passes)
 
     def round_trip(self, vae: Any, pictures: Any) -> jax.Array:
         """Pictures (B, R, R, 3) through the autoencoder and back."""

@@ -146,7 +146,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     stages = {
         "encode": lambda: jax.block_until_ready(predictor.engine.encode(predictor.weights[1], every[0].picture[None])),
         "decode": lambda: jax.block_until_ready(
-            predictor.engine.finish(predictor.weights[1], every[0].noise.reshape(shape), passes)
+            predictor.engine.decode(predictor.weights[1], every[0].noise.reshape(shape), passes)
         ),
     }
     levers = make_levers(case, every[0]) if args.levers else {}

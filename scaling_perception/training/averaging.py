@@ -147,10 +147,10 @@ def _rate_of(ema: EmaConfig, step: jax.Array, since: int) -> jax.Array:
     return rates[0] if since == 1 else -jnp.expm1(jnp.sum(jnp.log1p(-rates)))
 
 
-def make_update(ema: EmaConfig, total: int, places: Any) -> Callable[[Any, Any, jax.Array, jax.Array, int], Any]:
+def make_update(kept: EmaConfig, total: int, places: Any) -> Callable[[Any, Any, jax.Array, jax.Array, int], Any]:
     """update(ema, params, key, step, number) -> ema after ``number`` finished steps; the old one is given away.
 
-    It changes nothing but at multiples of ``ema.every`` and at the last step ``total``, so that what is exported is
+    It changes nothing but at multiples of ``kept.every`` and at the last step ``total``, so that what is exported is
     no older than the weights. ``step`` is ``number`` as it is in the state. Nothing waits for the host.
 
     Args:
@@ -162,16 +162,16 @@ def make_update(ema: EmaConfig, total: int, places: Any) -> Callable[[Any, Any, 
     def draws(key: jax.Array, step: jax.Array, since: int) -> tuple[list[jax.Array], jax.Array]:
         """A key for each leaf, and the rate of the last ``since`` steps together, float32 ()."""
         own = stream_key(key, "average", step)
-        return list(jax.random.split(own, len(spread))), _rate_of(ema, step, since)
+        return list(jax.random.split(own, len(spread))), _rate_of(kept, step, since)
 
     def update(ema: Any, params: Any, key: jax.Array, step: jax.Array, number: int) -> Any:
-        if number % ema.every and number != total:
+        if number % kept.every and number != total:
             return ema
         leaves, tree = jax.tree.flatten(ema)
-        keys, rate = draws(key, step, (number - 1) % ema.every + 1)
+        keys, rate = draws(key, step, (number - 1) % kept.every + 1)
         several = zip(spread, leaves, jax.tree.leaves(params), keys, strict=True)
         return jax.tree.unflatten(
-            tree, [leaf_program(ema, place)(old, new, own, rate) for place, old, new, own in several]
+            tree, [leaf_program(kept, place)(old, new, own, rate) for place, old, new, own in several]
         )
 
     return update
@@ -181,7 +181,7 @@ def with_ema_update(step: Callable[..., Any], ema: EmaConfig | None, total: int,
     """``step(state, batch, key, constants)`` as advance(number, …), which keeps the average after that many steps, too.
 
     Args:
-        step: compiled for a state whose average is (), unless ``apart`` is None. places: as for ``make_update``.
+        step: compiled for a state whose average is (), unless ``ema`` is None. places: as for ``make_update``.
     """
     if ema is None:
         return lambda number, *given: step(*given)

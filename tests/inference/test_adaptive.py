@@ -88,15 +88,15 @@ class ScriptedEngine:
     def __init__(self, turns):
         self.turns = np.asarray(turns, np.float32)[..., None, None, None, None]  # (I, M)
 
-    def begin(self, params, latents, draw, passes, tables):
+    def init_state(self, params, latents, draw, passes, tables):
         index = np.arange(len(latents))
         return index, None, State(np.zeros(self.turns.shape, np.float32), np.zeros(self.turns.shape, np.float32))
 
-    def go_on(self, params, known, ahead, state, labels, tables, first, count):
-        x0 = np.minimum(first + count, self.turns[known])
+    def run_steps(self, params, cond_tokens, modulation_table, state, labels, tables, first, count):
+        x0 = np.minimum(first + count, self.turns[cond_tokens])
         return State(x0, x0)
 
-    def finish(self, vae, z, passes):
+    def decode(self, vae, z, passes):
         return np.swapaxes(z, 1, 2)
 
 
