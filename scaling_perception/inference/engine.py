@@ -131,7 +131,7 @@ class Engine:
     def init_state(
         self, params: Any, latents: Any, draw: NoiseKeys, passes: Passes, tables: SamplerTables
     ) -> tuple[Any, Any, State]:
-        """What `run_steps` needs: conditions (I, P, T, D), modulations of all steps, a state of arrays (I, M, P, ...)."""
+        """What `run_steps` needs: conditions (I, P, T, D), the modulations of all steps, a state of (I, M, P, ...)."""
         return self.run("begin", self._init_state, params, latents, draw, passes, tables)
 
     def run_steps(
