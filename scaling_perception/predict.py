@@ -126,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--json", action="store_true", default=None, help="a summary of the run on stdout, as JSON")
     group.add_argument(
-        "--repeat", metavar="JSON", help="make the prediction again that this file beside a result tells of"
+        "--repeat", metavar="JSON", help="make the prediction again that this record beside a result describes"
     )
     group = parser.add_argument_group("throughput")
     group.add_argument("--batch-size", type=COUNT, metavar="N", help="images × members at once (default: by memory)")

@@ -1,15 +1,15 @@
 """What a model's compute buys, as a table in its folder (``budgets.json``), and how a budget becomes steps and members.
 
 `evaluate --write-budgets FOLDER` writes the table (``evaluation.budget_table``): the error of every cell of an
-evaluation with its MACs and seconds. Choosing needs no dice and no fit. The **front** are the cells with less error
+evaluation with its MACs and seconds. Choosing needs no random numbers and no fit. The **front** are the cells with less error
 than every cheaper one. On it
 
 * ``best`` is the cheapest that cannot be told from the lowest error: the 95 % interval of the per-image difference
   reaches 0;
-* ``balanced`` is the cheapest that has gone nine tenths of the way from the cheapest cell's error to the lowest;
+* ``balanced`` is the cheapest whose error is at most a tenth of the way from the lowest error to the cheapest cell's;
 * ``fast`` is the cheapest that has gone half of the way from the strongest trivial answer's error to the lowest (from
   the cheapest cell's, where no cell beats that answer);
-* none of these is dearer than the next better one;
+* a worse one of these never costs more than a better one;
 * ``macs`` and ``seconds`` are limits: the lowest error of all cells within them.
 
 Errors fall as results get better: AbsRel, end-point error, 1 - IoU.

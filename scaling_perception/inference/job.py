@@ -355,7 +355,7 @@ def _options(request: Request, item: Item, points: Points | None) -> dict[str, A
 def _check_same(
     name: str, found: dict[str, Any], settings: dict[str, Any], options: dict[str, Any], model: str
 ) -> None:
-    """UserError when a repetition would not compute what the record tells of."""
+    """UserError when a repetition would not compute what the record describes."""
     what = {"weights": f"weights of model {model}", "autoencoder_weights": "weights of the autoencoder"}
     for other, was, now in difference(found["settings"], settings):
         changed = what.get(other, f"{other} of model {model}")

@@ -1,4 +1,4 @@
-"""Which run a work folder holds: what may change when it is resumed, and what the model's card tells of it."""
+"""Which run a work folder holds: what may change when it is resumed, and what the model's card says of it."""
 
 import contextlib
 import hashlib

@@ -173,7 +173,7 @@ def cost(content: Mapping[str, Any]) -> dict[str, float]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and a short hash of this host's name (its name itself is nobody's business)."""
+    """Versions, devices and a short hash of this host's name, which is private."""
     import jax
 
     devices = jax.devices()
