@@ -85,13 +85,12 @@ def loss_parts(
     noised = make_noising(preset, config)
     shift, scale = np.asarray(norm["shift"], np.float32), np.asarray(norm["scale"], np.float32)
     names = passes_of(config, dit)
-    table = row_table(names)
     trained = pass_names(tasks_of(config))
     told = {f"loss_{name}": names.index(name) for name in trained} if len(trained) > 1 else {}
 
     def tally(params: Any, batch: Mapping[str, Any], key: jax.Array) -> dict[str, jax.Array]:
         image, prompt, target, valid = latents_of(batch, encode, dit.cond_channels)
-        row = jnp.asarray(table)[batch["pass_id"]]
+        row = rows_of(batch["pass_id"], names)
         clean = (target - jnp.asarray(shift)[row][:, None, None]) / jnp.asarray(scale)[row][:, None, None]
         clean = jnp.where(valid[..., None], clean, 0.0)  # what hides under the mask may be anything, even NaN
         noisy, wanted, t = noised(clean, key, batch.get("index", jnp.arange(len(clean))))
@@ -190,12 +189,16 @@ def passes_of(config: Config, dit: DiTConfig) -> tuple[str, ...]:
     return needed if not conditioned(config) else PERCEPTION[: max(len(needed), dit.task_labels)]
 
 
-def row_table(names: Sequence[str]) -> np.ndarray:
-    """int32, from the stored id of a pass to its row among ``names``; ids of other passes give row 0."""
-    table = np.zeros(1 + max(one.id for one in ALL_PASSES), np.int32)
+def rows_of(pass_id: jax.Array, names: Sequence[str]) -> jax.Array:
+    """Stored ids of passes (B,) as rows among ``names``, int32 (B,).
+
+    No table that is indexed: ids and rows are the same but for passes that came later, and then the program is, too.
+    """
+    row = pass_id.astype(jnp.int32)
     for one in ALL_PASSES:
-        table[one.id] = names.index(one.name) if one.name in names else 0
-    return table
+        if one.name in names and names.index(one.name) != one.id:
+            row = jnp.where(pass_id == one.id, names.index(one.name), row)
+    return row
 
 
 def diffusion_objective(
