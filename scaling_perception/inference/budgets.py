@@ -1,8 +1,8 @@
 """What a model's compute buys, as a table in its folder (``budgets.json``), and how a budget becomes steps and members.
 
 `evaluate --write-budgets FOLDER` writes the table (``evaluation.budget_table``): the error of every cell of an
-evaluation with its MACs and seconds. Choosing needs no random numbers and no fit. The **front** are the cells with less error
-than every cheaper one. On it
+evaluation with its MACs and seconds. Choosing needs no random numbers and no fit. The **front** are the cells with less
+error than every cheaper one. On it
 
 * ``best`` is the cheapest that cannot be told from the lowest error: the 95 % interval of the per-image difference
   reaches 0;
