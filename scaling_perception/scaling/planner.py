@@ -5,7 +5,7 @@ there are two. What the options before it leave of the budget is trained with (t
 
     3 x forward MACs of the training  +  images to serve x passes x steps x members x forward MACs
 
-in the budget's unit. The option of lowest predicted error within all limits is the choice (``evaluation.choosing``,
+in the budget's unit. The option of lowest predicted error within all limits is the choice (``support.choosing``,
 the rule of `predict --budget`). Everything uncertain about it comes from the laws' bootstrapped parameters: each set
 predicts the choice, its rival and its own best option.
 """
