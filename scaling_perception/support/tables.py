@@ -59,13 +59,6 @@ class Table:
                 pass
         return np.array([self._number(name, at, word.strip(), decimal) for at, word in enumerate(words)])
 
-    def is_numeric(self, name: str) -> bool:
-        """Whether the column holds numbers and missing values alone, and at least one number."""
-        try:
-            return bool(np.isfinite(self.numbers(name)).any())
-        except UserError:
-            return False
-
     def _decimal_comma(self, name: str, words: Sequence[str]) -> bool:
         """Whether numbers of this column are written with decimal commas."""
         with_comma = [at for at, word in enumerate(words) if "," in word]

@@ -84,15 +84,18 @@ def in_flags(text: str, flags: Mapping[str, str]) -> str:
     return text
 
 
-def _as_typed(text: str, words: list[str]) -> str:
+def _as_typed(text: str, words: list[str], takes: Mapping[str, int] | None = None) -> str:
     """A message that names no flag, with the flag before the value or the field that it is about.
 
     ``law.json does not exist`` becomes ``--law law.json does not exist``, ``train.steps is 0`` where that was given
     ``--config.train.steps is 0``. Values count that look like a path, or with which the message begins.
+
+    Args:
+        takes: how many words each flag takes at most; what follows them is an input and no value of the flag.
     """
     if re.search(r"(?<![\w-])--\w", re.sub("`.*?`", "", text)):  # commands that mend it are no flags of this one
         return text
-    flag, pairs = "", []
+    flag, pairs, left = "", [], 0
     for word in words:
         if word.startswith("--config."):
             name, _, value = word.removeprefix("--config.").partition("=")
@@ -105,7 +108,9 @@ def _as_typed(text: str, words: list[str]) -> str:
         elif word.startswith("--"):
             flag, mark, value = word.partition("=")
             pairs += [(f"{flag}=", value)] if mark else []
-        elif flag:
+            left = 0 if mark else (takes or {}).get(flag, len(words))
+        elif left > 0:
+            left -= 1
             pairs.append((f"{flag} ", word))
             if flag == "--config" and ":" in word:
                 file, _, arguments = word.partition(":")
@@ -117,6 +122,16 @@ def _as_typed(text: str, words: list[str]) -> str:
             if value and place and (sure or place.start() == 0):
                 return text[: place.start()] + before + value + text[place.end() :]
     return text
+
+
+def _words_of_flags(parser: argparse.ArgumentParser, many: int) -> dict[str, int]:
+    """How many words each flag takes at most; ``many`` for those that take any number."""
+    counts: dict[Any, int] = {None: 1, "?": 1}
+    return {
+        flag: action.nargs if isinstance(action.nargs, int) else counts.get(action.nargs, many)
+        for action in parser._actions
+        for flag in action.option_strings
+    }
 
 
 def run_verb(verb: str, words: list[str]) -> int:
@@ -139,5 +154,6 @@ def run_verb(verb: str, words: list[str]) -> int:
     try:
         return module.run(args) or 0
     except UserError as error:
-        error.args = (_as_typed(in_flags(str(error), getattr(module, "FLAGS", {})), typed),)
+        named = in_flags(str(error), getattr(module, "FLAGS", {}))
+        error.args = (_as_typed(named, typed, _words_of_flags(parser, len(typed))),)
         raise

@@ -108,6 +108,9 @@ def test_a_message_gets_the_flag_that_was_typed():
     assert _as_typed("no macs", words) == "no macs"
     assert _as_typed("no folder m/n", ["--config.init=m/n"]) == "no folder --config.init=m/n"
     assert _as_typed("a.json: give --images", words) == "a.json: give --images"
+    inputs = ["--out", "o", "no.jpg", "--json", "more/no.jpg"]
+    for name in ("no.jpg", "more/no.jpg"):  # what follows the values of a flag is no value of it
+        assert _as_typed(f"{name} is no file", inputs, {"--out": 1, "--json": 0}) == f"{name} is no file"
     assert _as_typed("nothing in /data/x, make it", words) == "nothing in --config f.py:root=/data/x, make it"
 
 
