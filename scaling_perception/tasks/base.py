@@ -150,14 +150,14 @@ class Measure(Protocol):
     ) -> dict[str, float]: ...
 
 
+def prediction_of(estimate: Estimate) -> np.ndarray:
+    """What most files hold: the prediction itself."""
+    return estimate.prediction
+
+
 def plain_native(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A map (R, R[, C]) at native size (H, W): bilinear, values as they are."""
     return resize_bilinear(array, size)
-
-
-def plain_answer(merged: np.ndarray, size: tuple[int, int], options: Any, prompt: Any) -> Answer:
-    """The merged map itself, brought to native size."""
-    return Answer(plain_native(merged, size))
 
 
 def nothing_to_check(raw: Raw) -> None:
@@ -214,7 +214,7 @@ class Task:
         reduce_modes: ways of merging members; the first is the default.
         merge: (members (M, R, R[, C]), mode, options) -> (merged (R, R[, C]), uncertainty (R, R)).
         native: (map (R, R[, C]), (H, W)) -> the same at native size, in native units.
-        restore: (merged, (H, W), options, the prompt or None) -> ``Answer``.
+        restore: (merged, (H, W), options, the prompt or None) -> ``Answer``; None: the map itself by ``native``.
         relative: whether the answer is known up to scale and shift: parts of a picture are fitted to the whole, and
             a part of an answer is stretched to [0, 1] again.
         flags: those of ``predict`` that belong to this task.
@@ -257,7 +257,7 @@ class Task:
     reduce_modes: tuple[str, ...] = ()
     merge: Merge | None = None
     native: Callable[[np.ndarray, tuple[int, int]], np.ndarray] = plain_native
-    restore: Restore = plain_answer
+    restore: Restore | None = None
     relative: bool = False
     flags: tuple[str, ...] = ()
     files: Mapping[str, Mapping[str, File]] = dataclasses.field(default_factory=dict)
@@ -293,6 +293,12 @@ class Task:
             near = did_you_mean(mode, self.reduce_modes)
             raise UserError(f"reduce '{mode}' is no way to merge {self.name} members{near}")
         return mode
+
+    def answer(self, merged: np.ndarray, size: tuple[int, int], options: Any, prompt: Any) -> Answer:
+        """The merged map (R, R[, C]) as the task's answer at native size (H, W)."""
+        if self.restore is not None:
+            return self.restore(merged, size, options, prompt)
+        return Answer(self.native(merged, size))
 
     def merged(self, members: np.ndarray, mode: str, options: Any) -> tuple[np.ndarray, np.ndarray]:
         """``merge``, for a task that has one.

@@ -18,6 +18,7 @@ from scaling_perception.tasks.base import (
     Task,
     few_valid,
     field_of,
+    prediction_of,
     range_of,
     valid_of,
 )
@@ -169,19 +170,15 @@ def _png16(estimate: Estimate) -> np.ndarray:
     return np.round(np.clip(estimate.prediction, 0, 1) * 65535).astype(np.uint16)
 
 
-def _prediction(estimate: Estimate) -> np.ndarray:
-    return estimate.prediction
-
-
 FILES = {
     "png16": {"png16": File("depth_16bit.png", "png16", _png16)},
-    "npy": {"npy": File("depth.npy", "npy", _prediction)},
+    "npy": {"npy": File("depth.npy", "npy", prediction_of)},
     "color": {"color": File("depth_color.png", "image", lambda estimate: depth_to_color(estimate.prediction))},
     "metric": {
-        "metric_npy": File("depth_metric.npy", "metres_npy", _prediction),
-        "metric_png16": File("depth_metric_mm.png", "metres_png16", _prediction),
+        "metric_npy": File("depth_metric.npy", "metres_npy", prediction_of),
+        "metric_png16": File("depth_metric_mm.png", "metres_png16", prediction_of),
     },
-    "ply": {"ply": File("depth.ply", "point_cloud", _prediction)},
+    "ply": {"ply": File("depth.ply", "point_cloud", prediction_of)},
 }
 
 

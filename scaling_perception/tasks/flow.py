@@ -16,7 +16,6 @@ from scaling_perception.support.errors import UserError
 from scaling_perception.tasks.base import (
     VALID_MINIMUM,
     WEIGHT,
-    Answer,
     Estimate,
     File,
     Metric,
@@ -25,6 +24,7 @@ from scaling_perception.tasks.base import (
     Task,
     few_valid,
     field_of,
+    prediction_of,
     range_of,
     valid_of,
 )
@@ -114,15 +114,11 @@ def native(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resize_bilinear(array, size) * np.float32(size[1] / array.shape[1])
 
 
-def _prediction(estimate: Estimate) -> np.ndarray:
-    return estimate.prediction
-
-
 FILES = {
-    "flo": {"flo": File("flow.flo", "flo", _prediction)},
+    "flo": {"flo": File("flow.flo", "flo", prediction_of)},
     "color": {"color": File("flow_color.png", "image", lambda estimate: flow_to_color(estimate.prediction))},
-    "npy": {"npy": File("flow.npy", "npy", _prediction)},
-    "kitti": {"kitti": File("flow_kitti.png", "kitti", _prediction)},
+    "npy": {"npy": File("flow.npy", "npy", prediction_of)},
+    "kitti": {"kitti": File("flow_kitti.png", "kitti", prediction_of)},
 }
 
 
@@ -206,7 +202,6 @@ TASK = Task(
     reduce_modes=("mean", "median"),
     merge=merge,
     native=native,
-    restore=lambda merged, size, options, prompt: Answer(native(merged, size)),
     flags=("kitti",),
     files=FILES,
     usual_files=("flo", "color"),

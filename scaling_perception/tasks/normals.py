@@ -15,7 +15,6 @@ import numpy as np
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks.base import (
     VALID_MINIMUM,
-    Answer,
     Estimate,
     File,
     Metric,
@@ -23,6 +22,7 @@ from scaling_perception.tasks.base import (
     Task,
     few_valid,
     field_of,
+    prediction_of,
     range_of,
     valid_of,
 )
@@ -152,7 +152,7 @@ def normals_to_color(normals: np.ndarray, valid: np.ndarray | None = None) -> np
 
 FILES = {
     "color": {"color": File("normals_color.png", "image", lambda estimate: normals_to_color(estimate.prediction))},
-    "npy": {"npy": File("normals.npy", "npy", lambda estimate: estimate.prediction)},
+    "npy": {"npy": File("normals.npy", "npy", prediction_of)},
 }
 
 
@@ -268,7 +268,6 @@ TASK = Task(
     reduce_modes=MODES,
     merge=merge,
     native=native,
-    restore=lambda merged, size, options, prompt: Answer(native(merged, size)),
     files=FILES,
     usual_files=("color", "npy"),
     protocol={
