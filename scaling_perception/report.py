@@ -64,14 +64,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_overwrite(parser, "a page or figure")
 
 
+def _need_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give the folder that holds evaluation JSON files")
+
+
 def find_evaluations(folder: Path, needed: bool = True) -> list[tuple[Path, dict[str, Any]]]:
     """Every evaluation JSON below ``folder``, sorted by path: (path, content).
 
     Raises:
         UserError: the folder is missing or, if one is ``needed``, holds no evaluation.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give the folder that holds evaluation JSON files")
+    _need_folder(folder)
     found = []
     for path in sorted(folder.rglob("*.json")):
         try:
@@ -430,6 +434,7 @@ def write_figures(folder: Path, into: Path, settings: Mapping[str, Any], overwri
 
 def run(args: argparse.Namespace) -> int:
     folder = Path(args.dir)
+    _need_folder(folder)  # before the place of the page is made inside it
     out = Path(args.out) if args.out else folder / "report.html"
     settings = settings_of(args, ("out", "figures"), ("dir",))
     check_output(out, settings, args.overwrite)

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from scaling_perception.cli import main
 from scaling_perception.evaluation.comparisons import same_compute, savings
 from scaling_perception.report import (
     adaptive_table,
@@ -163,3 +164,8 @@ def test_figures_of_adaptive_cells_and_many_solvers(tmp_path):
         (tmp_path / "study" / name / "result.json").write_text(json.dumps(_evaluation()))
     written = write_figures(tmp_path / "study", tmp_path / "figures", {})
     assert [path.name for path in written] == ["compute_a_result.png", "compute_b_result.png"]
+
+
+def test_a_missing_folder_is_named_and_not_made(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert f"{tmp_path / 'none'} is no folder" in capsys.readouterr().err and not (tmp_path / "none").exists()
