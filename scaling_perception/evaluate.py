@@ -15,7 +15,7 @@ from scaling_perception.inference.settings import add_setting, add_several, help
 from scaling_perception.support.again import add_overwrite, check_output, refuse_other, replacing
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json, write_json, write_text
-from scaling_perception.support.verbs import COUNT, FROM_0, SEED
+from scaling_perception.support.verbs import COUNT, FROM_0, SEED, add_source_options, source_options
 
 EXAMPLES = """
 scaling-perception evaluate --task depth --dataset scenes --model mini --count 32 --json runs/depth.json
@@ -47,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="", metavar="DIR", help="folder of the dataset (scenes needs none)")
     parser.add_argument("--split", default="val", help="train, val, test or all, as the dataset has them (default val)")
     parser.add_argument("--count", type=int, default=0, help="at most so many images (default all; scenes 64)")
-    parser.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="option of the dataset; may be repeated"
-    )
+    add_source_options(parser)
     parser.add_argument("--model", required=True, help="model folder, training run, hub id, or a name such as mini")
     parser.add_argument("--autoencoder", help="another autoencoder than the model's: name, folder or hub id")
     add_several(parser, "steps", "10")
@@ -137,16 +135,6 @@ def words(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
-def _options(words: list[str]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or not name:
-            raise UserError(f"--option '{word}' has no value: write NAME=VALUE")
-        options[name] = int(value) if value.lstrip("-").isdigit() else value
-    return options
-
-
 def _check_folder(path: Path) -> None:
     """Refuse before an hour of computing what would be refused after it."""
     folder = path.parent
@@ -166,7 +154,7 @@ def open_data(args: argparse.Namespace) -> Any:
     """
     from scaling_perception.data.sources import ENDLESS, open_source, taken
 
-    options = _options(args.option)
+    options = source_options(args.option)
     if args.count < 0:
         raise UserError(f"--count {args.count}: give a whole number above 0, or leave it out for all")
     if args.count or args.dataset in ENDLESS:

@@ -27,10 +27,11 @@ from scaling_perception.support.again import (
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.failures import not_damage
 from scaling_perception.support.locks import hold
-from scaling_perception.support.verbs import POSITIVE
+from scaling_perception.support.verbs import POSITIVE, add_source_options, source_options
 
 EXAMPLES = """
 scaling-perception prepare scenes --count 8192 --out runs/scenes --latents --vae tiny --resolution 128
+scaling-perception prepare worlds --tasks depth --option frames=1 --count 8192 --out runs/worlds --latents
 scaling-perception prepare hypersim --raw /data/hypersim --out runs/hypersim_check
 scaling-perception prepare flying_chairs --raw /data/FlyingChairs --out runs/chairs --latents --vae DIR --resolution 256
 """
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="default %(default)s")
     parser.add_argument("--count", type=int, default=0, metavar="N", help="samples to use (default: all it has)")
     parser.add_argument("--start", type=int, default=0, metavar="I", help="first sample (default %(default)s)")
+    add_source_options(parser)
     parser.add_argument("--latents", action="store_true", help="encode into a cache of latents")
     parser.add_argument("--vae", default="tiny", metavar="NAME|DIR", help="autoencoder (default %(default)s)")
     parser.add_argument("--resolution", type=int, default=128, metavar="R", help="pixels (default %(default)s)")
@@ -100,7 +102,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _spec(args: argparse.Namespace) -> tuple[Any, ...]:
     tasks = tuple(filter(None, (task.strip() for task in args.tasks.split(","))))
-    return args.dataset, args.raw, args.split, tasks, args.count, args.start, args.resolution
+    given = source_options(args.option)
+    for name in ("count", "start", "resolution"):
+        if name in given:
+            raise UserError(f"--option {name}: give --{name} instead")
+    return args.dataset, args.raw, args.split, tasks, args.count, args.start, args.resolution, given
 
 
 def _manifest(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,14 +38,22 @@ class RawSamples:
 
     Args:
         dataset, root, split: as for ``open_source``. tasks: names; empty = all that the dataset serves.
-        count, start: the part to use (0 = all). resolution: to render scenes at.
+        count, start: the part to use (0 = all). resolution: to render scenes at. options: further ones of the source.
 
     Raises:
         UserError: unknown dataset or task, wrong folder, or an ambiguous choice.
     """
 
     def __init__(
-        self, dataset: str, root: str, split: str, tasks: Iterable[str], count: int, start: int, resolution: int
+        self,
+        dataset: str,
+        root: str,
+        split: str,
+        tasks: Iterable[str],
+        count: int,
+        start: int,
+        resolution: int,
+        options: Mapping[str, Any] = MappingProxyType({}),
     ):
         from scaling_perception.data.sources import ENDLESS, SOURCES
 
@@ -63,7 +72,7 @@ class RawSamples:
             raise UserError(f"the {dataset} have no end: say how many with --count")
         self.groups: list[tuple[Any, range, list[str]]] = []
         for task in wanted or usual:
-            source, chosen = open_subset(dataset, root, split, task, count, start, resolution)
+            source, chosen = open_subset(dataset, root, split, task, count, start, resolution, **options)
             for other, _, names in self.groups:
                 if not hasattr(source, "file_paths") and other.fingerprint() == source.fingerprint():
                     names.append(task)

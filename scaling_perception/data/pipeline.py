@@ -60,11 +60,12 @@ def flip_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_subset(
-    name: str, root: str, split: str, task: str, count: int = 0, start: int = 0, resolution: int = 0
+    name: str, root: str, split: str, task: str, count: int = 0, start: int = 0, resolution: int = 0, **chosen: Any
 ) -> tuple[Any, range]:
     """A source and the indices of it to use: ``count`` (0 = all) from ``start`` on.
 
-    The sources of ``ENDLESS`` take ``start``, ``count`` and the ``resolution`` to render at themselves.
+    The sources of ``ENDLESS`` take ``start``, ``count`` and the ``resolution`` to render at themselves; ``chosen`` are
+    further options of the source.
 
     Raises:
         UserError: unknown source, wrong folder, or a range outside of the source.
@@ -77,9 +78,9 @@ def open_subset(
         options: dict[str, Any] = {"start": start}
         options |= {"count": count} if count else {}
         options |= {"resolution": resolution} if resolution else {}
-        source = sources.open_source(name, root, split, task, **options)
+        source = sources.open_source(name, root, split, task, **{**chosen, **options})
         return source, range(len(source))
-    source = sources.open_source(name, root, split, task)
+    source = sources.open_source(name, root, split, task, **chosen)
     if getattr(source, "whole", False) and split not in ("train", "all", ""):
         raise UserError(
             f"{root} has no splits, so that split '{split}' would be everything: make one (see {name} in "

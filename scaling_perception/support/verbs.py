@@ -43,6 +43,29 @@ COUNT, FROM_0 = number_in("[1, inf)"), number_in("[0, inf)")
 POSITIVE, NOT_NEGATIVE = number_in("(0, inf)", float), number_in("[0, inf)", float)
 
 
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """The flag that reaches every option of a dataset's source."""
+    what = "option of the dataset; may be repeated"
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=what)
+
+
+def source_options(words: list[str]) -> dict[str, Any]:
+    """Values of ``--option NAME=VALUE``, whole numbers as such.
+
+    Raises:
+        UserError: a word without a value, or a name given twice.
+    """
+    options: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise UserError(f"--option '{word}' has no value: write NAME=VALUE")
+        if name in options:
+            raise UserError(f"--option {name} is given twice: leave one out")
+        options[name] = int(value) if value.lstrip("-").isdigit() else value
+    return options
+
+
 def make_parser(verb: str) -> argparse.ArgumentParser:
     """The parser of one verb, with the verb's examples below the options."""
     module = importlib.import_module(f"scaling_perception.{verb}")

@@ -288,3 +288,19 @@ def test_mistakes_are_told(tmp_path, stand_in):
         with pytest.raises(UserError) as caught:
             run_verb("prepare", [*words, "--out", str(tmp_path), "--workers", "0"])
         assert named in str(caught.value)
+
+
+def test_options_of_the_source_are_taken_and_recorded(tmp_path, capsys):
+    worlds = ["worlds", "--count", "2", "--tasks", "depth", "--resolution", "32", "--out", str(tmp_path / "out")]
+    assert run_verb("prepare", [*worlds, "--option", "frames=1", "--option", "kind=wallpaper", "--workers", "0"]) == 0
+    made = json.loads((tmp_path / "out/summary.json").read_text())["sources"][0]["source"]
+    assert (made["frames"], made["kind"]) == (1, "wallpaper")
+    for given, named in (
+        (["frames=3"], "frames 3"),
+        (["frame=1"], "did you mean 'frames'"),
+        (["frames"], "NAME=VALUE"),
+        (["frames=1", "frames=2"], "given twice"),
+        (["count=3"], "give --count instead"),
+    ):
+        with pytest.raises(UserError, match=named):
+            run_verb("prepare", [*worlds, *(word for one in given for word in ("--option", one))])
