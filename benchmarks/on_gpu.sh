@@ -9,8 +9,10 @@
 #   START    folder in which the study has been begun, or nothing
 #   STUDY    config of the study (configs/scenes_study.py); JOBS cells at a time (one for each core but two);
 #            ONLY some of them, by patterns
-#   SIZE     of the part `model`: mini or small, trained on as many worlds as are rendered in RENDER seconds (two fifths);
-#            RES their pixels (128), BATCH (256), LR; a second size in the same WORK uses the same worlds
+#   SIZE     of the part `model`: mini or small or both, side by side, trained on as many worlds as are rendered in RENDER
+#            seconds (three fifths), for as many steps as fit into the rest or, as `mini:9000 small:5000`, for those;
+#            RES pixels (128), BATCH (256), LR;
+#            named again with the same WORK, what was begun goes on, and another size uses the same worlds
 #   DEVICE   platforms of JAX (cuda,cpu); cpu rehearses it with the smallest model: BUDGET=120 DEVICE=cpu benchmarks/on_gpu.sh out
 #
 # OUT gets logs and JSON; study.tar.gz: its table, results and logs, without checkpoints and models; SIZE/: the model.
@@ -104,38 +106,58 @@ study() {
   ls -l "$out"
 }
 
-render() { # render NAME FIRST COUNT: worlds into a cache of latents; finished ones are only verified
-  OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 within 400 "${verb[@]}" prepare worlds --out "$work/worlds/$1" --latents \
-    --tasks depth,flow,amodal,normals --vae tiny --resolution "$res" --flips none --skip-bad --start "$2" --count "$3" --workers "$jobs" >>"$out/render.log" 2>&1
+render() { # render FOLDER FIRST COUNT TASKS OPTION…: worlds into a cache, killed at $until
+  local folder=$1 first=$2 count=$3 tasks=$4
+  shift 4
+  OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 XLA_PYTHON_CLIENT_PREALLOCATE=false timeout $((until - SECONDS > 1 ? until - SECONDS : 1)) \
+    "${verb[@]}" prepare worlds --out "$folder" --latents --tasks "$tasks" --vae tiny --resolution "$res" --skip-bad \
+    --start "$first" --count "$count" --workers 0 "$@" >>"$folder.log" 2>&1
 }
 
-model() {
-  local size=${SIZE:-mini} res=${RES:-128} batch=${BATCH:-256} first=1024 tries=200 place begun spent count steps caches run
-  local dim=128 depth=6
-  [ "$size" = small ] && dim=256 depth=8
-  [ "$device" = cpu ] && batch=${BATCH:-32} first=32 tries=20
-  place=$work/$size-$res begun=$SECONDS
-  mkdir -p "$work/worlds"
-  if [ ! -f "$work/worlds/count" ]; then # how many more fit into the time, by the rate of the first ones (8 s are the start)
-    render a 0 "$first" || { tail -n 5 "$out/render.log"; return 1; }
-    spent=$((SECONDS - begun))
-    count=$(((${RENDER:-$((budget * 2 / 5))} - spent - 8) * first / (spent > 16 ? spent - 8 : 8)))
-    echo $((count > first ? count / 32 * 32 : first)) >"$work/worlds/count"
-  fi
-  count=$(cat "$work/worlds/count")
-  note "rendering $first and $count worlds of $res pixels in $jobs processes"
-  caches=$work/worlds/a
-  render a 0 "$first" || { tail -n 5 "$out/render.log"; return 1; }
-  if render b "$first" "$count"; then
-    caches=$caches:$work/worlds/b
-  else
-    note "not all was rendered in time: training on the first $first alone"
-  fi
-  tail -n 2 "$out/render.log"
-  run=("${verb[@]}" train --config "configs/worlds.py:dim=$dim,depth=$depth,res=$res,batch=$batch,cache=$caches,lr=${LR:-2e-3}")
-  if [ ! -f "$place.steps" ]; then # as many steps as there is time for, by the speed of a short run
-    note "speed of training $size"
-    within 120 "${run[@]}" --workdir "$place-speed" --config.train.steps=$tries --config.train.log_every=$((tries / 4)) \
+lane() { # lane NUMBER TASKS OPTION…: a few worlds, then as many more as fit into the time by the speed of those
+  local number=$1 tasks=$2 first=$(($1 * 1000000)) begun=$SECONDS count
+  shift 2
+  render "$work/worlds/$number-a" "$first" "$sample" "$tasks" "$@" || return
+  # starting takes some 6 s of both
+  count=$(((until - SECONDS - 6) * sample * 9 / 10 / (SECONDS - begun > 7 ? SECONDS - begun - 6 : 1)))
+  [ "$count" -lt 1 ] || render "$work/worlds/$number-b" $((first + sample)) "$count" "$tasks" "$@"
+}
+
+renders() { # of 16 cores 9 make depth, amodal and normals, 4 every task, 3 flow of things before a picture
+  local until=$((SECONDS + ${RENDER:-$((budget * 3 / 5))})) number
+  rm -rf "$work/worlds"
+  mkdir -p "$work/worlds" "$work/first"
+  note "rendering worlds of $res pixels in $cores processes"
+  render "$work/first/worlds" 0 8 depth || { tail -n 5 "$work/first/worlds.log"; return 1; } # compiles the encoder
+  for ((number = 1; number <= cores; number++)); do
+    case $((number % 16)) in
+      2 | 7 | 12) lane $number flow --option kind=wallpaper & ;;
+      0 | 1 | 5 | 10) lane $number depth,flow,amodal,normals & ;;
+      *) lane $number depth,amodal,normals --option frames=1 & ;;
+    esac
+  done
+  wait
+  cat "$work"/worlds/*.log >"$out/render.log"
+}
+
+finished() { # the caches that are complete, joined by colons
+  python3 -c "
+import glob, json, sys
+rows = [(path, json.load(open(path))) for path in sorted(glob.glob(sys.argv[1] + '/*/ledger.json'))]
+whole = [(path, row) for path, row in rows if row['complete']]
+print('worlds:', sum(part['count'] for _, row in whole for part in row['settings']['sources'][:1]), file=sys.stderr)
+print(':'.join(path.removesuffix('/ledger.json') for path, _ in whole))" "$work/worlds"
+}
+
+one_model() { # one_model SIZE[:STEPS] CACHES
+  local size=${1%%:*} dim=128 depth=6 lr=2e-3 place run
+  place=$work/$size-$res
+  case $size in small) dim=256 depth=8 lr=1.5e-3 ;; esac
+  run=("${verb[@]}" train --config "configs/worlds.py:dim=$dim,depth=$depth,res=$res,batch=$batch,cache=$2,lr=${LR:-$lr}")
+  if [ "$size" != "$1" ]; then
+    echo "${1#*:}" >"$place.steps"
+  elif [ ! -f "$place.steps" ]; then # as many steps as there is time for, by the speed of a short run
+    within 120 "${run[@]}" --workdir "$place-speed" --config.train.steps="$tries" --config.train.log_every=$((tries / 4)) \
       >"$out/speed-$size.log" 2>&1 || { tail -n 5 "$out/speed-$size.log"; return 1; }
     python3 -c "
 import json, sys
@@ -143,19 +165,34 @@ rows = [json.loads(line) for line in open(sys.argv[1])]
 seconds = min(row['seconds_per_step'] for row in rows if 'seconds_per_step' in row)
 print(max(int((int(sys.argv[2]) - 100) * 0.92 / seconds), 20))  # 100 s: compiling, saving, evaluating" "$place-speed/metrics.jsonl" "$(left)" >"$place.steps"
   fi
-  steps=$(cat "$place.steps")
-  note "training $size for $steps steps"
-  timeout -s TERM -k 40 $(($(left) > 75 ? $(left) - 60 : 15)) "${run[@]}" --workdir "$place" --config.train.steps="$steps" \
+  note "training $size for $(cat "$place.steps") steps"
+  timeout -s TERM -k 25 $(($(left) > 60 ? $(left) - 35 : 15)) "${run[@]}" --workdir "$place" --config.train.steps="$(cat "$place.steps")" \
     >"$out/train-$size.log" 2>&1
-  tail -n 3 "$out/train-$size.log"
+  tail -n 2 "$out/train-$size.log"
   cp "$place/metrics.jsonl" "$out/metrics-$size.jsonl"
-  [ -d "$place/model" ] || { note "not finished: the same command with the same WORK goes on"; return 1; }
+  [ -d "$place/model" ] || { note "$size is not finished: the same command with the same WORK goes on"; return 1; }
   rm -rf "${out:?}/$size" && cp -r "$place/model" "$out/$size"
-  for task in depth flow amodal normals; do
-    within 60 "${verb[@]}" evaluate --task $task --dataset worlds --split val --count 32 --model "$place/model" --steps 2 \
-      --ensemble 5 --json "$out/eval-$size-$task.json" --overwrite 2>&1 | tee "$out/eval-$size-$task.log" | tail -n 3
+}
+
+model() {
+  local size res=${RES:-128} batch=${BATCH:-256} sample=256 tries=200 cores caches
+  cores=$(nproc)
+  [ "$device" = cpu ] && batch=${BATCH:-32} sample=8 tries=20
+  [ -f "$work/worlds/done" ] || { renders && touch "$work/worlds/done"; }
+  caches=$(finished)
+  [ -n "$caches" ] || { note "no worlds were rendered in time"; return 1; }
+  for size in ${SIZE:-mini}; do
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.3 one_model "$size" "$caches" &
   done
-  ls -l "$out" "$out/$size"
+  wait
+  for size in ${SIZE:-mini}; do
+    size=${size%%:*}
+    for task in depth flow amodal normals; do
+      [ ! -d "$out/$size" ] || within 60 "${verb[@]}" evaluate --task $task --dataset worlds --split val --count 32 --model "$out/$size" \
+        --steps 2 --ensemble 5 --json "$out/eval-$size-$task.json" --overwrite 2>&1 | tee "$out/eval-$size-$task.log" | tail -n 3
+    done
+  done
+  ls -l "$out"
 }
 
 for part in $parts; do

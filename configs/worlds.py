@@ -1,7 +1,7 @@
 """A generalist that works on photographs: every task of the furnished worlds at 128 pixels, for one accelerator.
 
     scaling-perception prepare worlds --tasks depth,flow,amodal,normals --count 20000 --out runs/worlds --latents \\
-        --vae tiny --resolution 128 --flips none
+        --vae tiny --resolution 128
     scaling-perception train --config configs/worlds.py --workdir runs/worlds-mini
 
 `BUDGET=500 benchmarks/on_gpu.sh OUT model` does both within a time, on all cores and one GPU.
@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
             args, task, "worlds", count=args.count or (0 if args.cache else 20_000)
         )
     config.data.mixture.flow.weight = 2.0  # two passes, each with the weight of depth's one
-    config.data.flip = False  # fresh worlds cost about as much as mirrored ones
+    config.data.flip = True
     config.data.workers = 4  # one thread settles and gathers some 20,000 samples a second: too few for a small model
     config.latent_norm = "auto"
     config.timestep_sampling = "high_noise"  # what one to ten trailing steps visit most
