@@ -8,6 +8,7 @@ cache's resolution, and hash of the picture's file (null for a source without fi
 Caches of before have neither. They are taken as they are where no file is newer than its shard, and get ``files`` then.
 """
 
+import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,8 +20,23 @@ from scaling_perception.data.manifest import RawSamples
 from scaling_perception.support.again import differing
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json, write_json
+from scaling_perception.support.locks import hold
 
 _DIGESTS = ("files", "entries")  # of a source's fingerprint: compared by contents here
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the folder for this process; what a killed one left half-written is removed.
+
+    Raises:
+        UserError: another process is writing there, or it cannot be written.
+    """
+    with hold(out / ".lock", f"another prepare is writing to {out}", "wait for it or choose another --out"):
+        for pattern in (".latents-*.array_record", ".latents-*.json", ".ledger.*.json"):
+            for left in out.glob(pattern):
+                left.unlink()
+        yield
 
 
 def samples_path(shard: Path) -> Path:

@@ -6,6 +6,7 @@ A manifest is ``manifest.jsonl``, one line a sample (its key, size, value ranges
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -225,6 +226,14 @@ def unlikely(ranges: Mapping[str, Sequence[float]]) -> list[str]:
         f"depth is {low:g} to {high:g} m, outside 1 mm to 10 km: depth_scale is stored units a metre (1000 for "
         "millimetres): is it the wrong way round?"
     ]
+
+
+def say_ranges(ranges: dict[str, list[float]]) -> None:
+    """Print the ranges of a summary, and on stderr what they say of a wrong set-up."""
+    for name, (low, high) in ranges.items():
+        print(f"{name}: {low:.4g} .. {high:.4g}{UNITS.get(name, '')}")
+    for note in unlikely(ranges):
+        print(f"warning: {note}", file=sys.stderr)
 
 
 def write_manifest(

@@ -14,8 +14,7 @@ import stand_ins
 from PIL import Image
 
 import scaling_perception
-from scaling_perception import prepare
-from scaling_perception.data import latents
+from scaling_perception.data import building, latents
 from scaling_perception.data.latents import CacheReader
 from scaling_perception.data.pipeline import flip_sample
 from scaling_perception.support import locks
@@ -140,9 +139,9 @@ def test_other_settings_replace_by_wish(tmp_path, stand_in, monkeypatch):
     """The old cache is whole until the new one is; what is no part of a cache is never removed."""
     out = tmp_path / "cache"
     stand_ins.prepare(out, count=2)
-    before, build = files(out), prepare._build
+    before, build = files(out), building._build
     with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception):
-        patch.setattr(prepare, "_build", lambda *args: (build(*args), pytest.fail("killed")))
+        patch.setattr(building, "_build", lambda *args: (build(*args), pytest.fail("killed")))
         stand_ins.prepare(out, "--tasks", "depth", "--overwrite", count=2)
     assert files(out) == before
     (out / "notes.txt").write_text("mine")

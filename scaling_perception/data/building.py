@@ -1,0 +1,235 @@
+"""A cache of latents, shard by shard: what is there is kept, what is missing is made."""
+
+import argparse
+import contextlib
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from scaling_perception.data import latents
+from scaling_perception.data.contents import combined
+from scaling_perception.data.encoding import Encoder, Name, SampleMaker
+from scaling_perception.data.latents import FORMAT, LEDGER, encode_record, pass_table, sha256
+from scaling_perception.data.ledger import alone, finished_shards, samples_path, shard_files, sources_and_entries
+from scaling_perception.data.manifest import MANIFEST, SUMMARY, RawSamples, say_ranges, wider
+from scaling_perception.data.workers import ordered_map
+from scaling_perception.diffusion.targets import latent_mask
+from scaling_perception.models import autoencoders
+from scaling_perception.support.again import restore_folder, swap_folder
+from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import write_json
+from scaling_perception.support.progress import progress
+from scaling_perception.tasks import ALL_PASSES, FIELDS, TaskOptions, fields_of, get_pass
+
+# Pictures an encoder call: fixed, so that the encoder is compiled once. On a CPU core small batches stay in its caches:
+# 9.0 ms a picture of 128 pixels in batches of 8 against 12.6 ms in batches of 64.
+_BATCH = {"cpu": 8}
+_BATCH_ELSEWHERE = 64
+_CACHE = re.compile(r"latents-\d+-of-\d+\..*|\.?(ledger|summary)\.json.*|\.?manifest\.jsonl.*|\.lock|\.contents.*")
+
+
+def make_cache(args: argparse.Namespace, spec: tuple[Any, ...]) -> int:
+    """Make or complete the cache that the flags of `prepare` describe, of ``RawSamples(*spec)``; the exit code.
+
+    Raises:
+        UserError: a flag is wrong, a sample is bad, the folder holds another cache, or it cannot be written.
+    """
+    out = Path(args.out)
+    args.batch = args.batch or _BATCH.get(jax.default_backend(), _BATCH_ELSEWHERE)
+    chosen = {"image_resize": args.image_resize, "depth_prompt": args.depth_prompt}
+    encoding = TaskOptions(flow_divisor=args.flow_divisor, **chosen)
+    options = encoding.to_dict()
+    samples = RawSamples(*spec)
+    print("\n".join(samples.taken(args.dataset, args.raw, args.split)), flush=True)
+    sources, entries = sources_and_entries(samples)
+    autoencoder = autoencoders.load_autoencoder(args.vae)
+    if args.resolution % autoencoder.factor:
+        raise UserError(f"--resolution {args.resolution} is no multiple of {autoencoder.factor}: choose one")
+    picture = jax.ShapeDtypeStruct((1, args.resolution, args.resolution, 3), "float32")
+    mean, logvar = jax.eval_shape(autoencoder.encode, autoencoder.params, picture)
+    settings = {
+        "dataset": args.dataset,
+        "split": args.split,
+        "tasks": samples.tasks,
+        "sources": sources,
+        "task_options": encoding.encoding(),
+        "resolution": args.resolution,
+        "autoencoder": autoencoder.id,
+        "latent": list(mean.shape[1:]),
+        "logvar": logvar is not None,
+        "flips": args.flips,
+        "shard_size": args.shard_size,
+        "shards": -(-len(samples) // args.shard_size),
+    }
+    kinds = {task: fields_of(task) for task in samples.tasks}
+    if len(set(kinds.values())) > 1:
+        raise UserError(f"a cache cannot hold {' and '.join(kinds)} together: prepare generation by itself")
+    if kinds[samples.tasks[0]] != FIELDS:
+        settings["fields"] = list(kinds[samples.tasks[0]])
+    ledger = {"format": FORMAT, "autoencoder_name": args.vae, "settings": settings, "entries": entries}
+    if hasattr(samples.groups[0][0], "class_names"):
+        ledger["class_names"] = samples.groups[0][0].class_names  # by label
+    ledger |= {"passes": pass_table(), "complete": False, "shards": []}
+    with contextlib.ExitStack() as held:
+        restore_folder(out)
+        held.enter_context(alone(out))
+        table = samples.contents()  # before anything is read: what changes from now on is noticed next time
+        place = out
+        try:
+            ledger["shards"] = finished_shards(out, ledger, samples, table)
+        except UserError:
+            if not args.overwrite:
+                raise
+            place = _beside(out)
+            held.enter_context(alone(place))
+            try:  # of an earlier start of this command
+                ledger["shards"] = finished_shards(place, ledger, samples, table)
+            except UserError:
+                (place / LEDGER).unlink()
+        begin, before = time.monotonic(), len(ledger["shards"])
+        _build(args, place, spec, options, samples, table, ledger, autoencoder)
+        if place != out:
+            _replace(out, place)
+    shards = ledger["shards"]
+    records, new = (sum(shard["records"] for shard in some) for some in (shards, shards[before:]))
+    if before == settings["shards"] and place == out:
+        print(f"{out} is already finished: {records} records in {before} shards, all checksums match")
+        return 0
+    size = sum(shard["bytes"] for shard in shards) / 1e6
+    seconds = time.monotonic() - begin
+    skipped = sum(len(shard["bad"]) for shard in shards)
+    print(
+        f"{out}: {records} records in {len(shards)} shards, {size:.1f} MB; {new} of them now, {new / seconds:.1f} a "
+        f"second" + (f"; {skipped} bad samples left out (see ledger.json)" if skipped else "")
+    )
+    return 0
+
+
+def _beside(out: Path) -> Path:
+    """Where the cache is made that will replace the one in ``out``, which stays whole until then.
+
+    Raises:
+        UserError: ``out`` holds something that is no part of a cache or of a check of its samples.
+    """
+    other = sorted(path.name for path in out.iterdir() if not _CACHE.fullmatch(path.name))
+    if other:
+        raise UserError(
+            f"{out} also holds {', '.join(other[:5])}, which --overwrite would remove: choose another --out"
+        )
+    return out.absolute().with_name(f".{out.name}.partial")
+
+
+def _replace(out: Path, place: Path) -> None:
+
+    for name in (MANIFEST, SUMMARY, f".{MANIFEST}.settings", f".{SUMMARY}.settings"):
+        if (out / name).is_file():
+            shutil.copy2(out / name, place / name)
+    swap_folder(place, out)
+
+
+def _build(
+    args: argparse.Namespace,
+    out: Path,
+    spec: tuple[Any, ...],
+    options: dict[str, Any],
+    samples: Any,
+    table: dict[str, str],
+    ledger: dict[str, Any],
+    autoencoder: Any,
+) -> None:
+    """Make the shards that are still missing; the ledger on disk is brought up to date after each."""
+
+    count, total = ledger["settings"]["shards"], len(samples)
+    names = [f"latents-{number:05d}-of-{count:05d}.array_record" for number in range(count)]
+    have = {shard["file"] for shard in ledger["shards"]}
+    missing = [number for number, name in enumerate(names) if name not in have]
+    parts = {n: range(n * args.shard_size, min(total, (n + 1) * args.shard_size)) for n in missing}
+    if missing:
+        write_json(out / LEDGER, ledger)  # from now on the folder is taken by these settings
+        encoder = Encoder(autoencoder, args.batch, args.resolution)
+        jobs = [index for part in parts.values() for index in part]
+        # no more processes than there is work for: each takes seconds to start
+        workers = min(args.workers, -(-len(jobs) // 8))
+        results = ordered_map(SampleMaker, (spec, args.resolution, options), jobs, workers)
+        with contextlib.closing(results):
+            shown = progress(results, len(jobs), "encode")
+            ranges: dict[str, list[float]] = {}
+            for number, part in parts.items():
+                records, passes, bad, seen = _shard(encoder, shown, len(part), args, ranges)
+                path, files = out / names[number], shard_files(samples, part, table)
+                pictures = [files.get(next(iter(samples.paths(index)), "")) for index, *_ in seen]
+                rows = [[key, made, picture] for (_, key, made), picture in zip(seen, pictures, strict=True)]
+                latents.write_shard(path, records)
+                write_json(samples_path(path), {"format": 1, "files": files, "samples": rows})
+                entry = {
+                    "file": path.name,
+                    "records": len(records),
+                    "passes": passes,
+                    "bytes": path.stat().st_size,
+                    "sha256": sha256(path),
+                    "bad": bad,
+                }
+                entry |= {"contents": combined(files)} if files else {}
+                ledger["shards"] = sorted([*ledger["shards"], entry], key=lambda shard: shard["file"])
+                ledger["complete"] = len(ledger["shards"]) == count
+                write_json(out / LEDGER, ledger)
+            for _ in shown:  # nothing is left: lets the progress say so
+                pass
+            say_ranges(ranges)
+    ledger["complete"] = True
+
+
+def _shard(
+    encoder: Encoder,
+    results: Iterator[dict[str, Any]],
+    count: int,
+    args: argparse.Namespace,
+    ranges: dict[str, list[float]],
+) -> tuple[list[bytes], dict[str, int], list[dict[str, Any]], list[tuple[int, str, str]]]:
+    """Of the next ``count`` raw samples: records ordered by pass, records a pass, bad samples, and of the good ones
+    (index, key, digest of the picture); ``ranges`` are widened by theirs."""
+
+    encoder.clear()
+    views = (False,) if args.flips == "none" else (False, True)
+    samples: dict[str, list[dict[str, Any]]] = {one.name: [] for one in ALL_PASSES}
+
+    def name_of(sample: dict[str, Any], field: str, mirrored: bool) -> Name:
+        signs = get_pass(int(sample["pass_id"])).mirrored if field == "target" else encoder.PLAIN
+        return sample[field], signs if mirrored else None
+
+    bad, seen = [], []
+    for _ in range(count):
+        result = next(results)
+        if "bad" in result:
+            if not args.skip_bad:
+                raise UserError(f"raw sample {result['index']} is bad ({result['bad']}): mend it or pass --skip-bad")
+            bad.append({"index": result["index"], "reason": result["bad"]})
+            continue
+        wider(ranges, result["ranges"])
+        first = result["samples"][0]
+        seen.append((result["index"], first["key"], first["image" if "image" in first else "target"].hex()))
+        for sample in result["samples"]:
+            samples[get_pass(int(sample["pass_id"])).name].append(sample)
+            for field in (name for name in FIELDS if name in sample):
+                for view in views:
+                    digest, signs = name_of(sample, field, view)
+                    encoder.add(digest, result["pictures"][digest], signs)
+    encoder.finish()
+    records = []
+    for sample in (sample for made in samples.values() for sample in made):
+        encoded = []
+        for view in views:
+            valid = sample["valid"][:, ::-1] if view else sample["valid"]
+            fields = {"valid": latent_mask(valid, encoder.factor)}
+            for field in (name for name in FIELDS if name in sample):
+                fields[field], logvar = encoder.done[name_of(sample, field, view)]
+                if logvar is not None:
+                    fields[f"{field}_logvar"] = logvar
+            encoded.append(fields)
+        records.append(encode_record(int(sample["pass_id"]), int(sample["label"]), sample["key"], encoded))
+    return records, {name: len(made) for name, made in samples.items() if made}, bad, seen

@@ -1,0 +1,110 @@
+"""Raw samples to pictures in many processes, and pictures to latents: what the shards of a cache are made of."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from scaling_perception.data.latents import FIELDS
+from scaling_perception.data.manifest import RawSamples, ranges_of, reason
+from scaling_perception.support.errors import UserError
+from scaling_perception.support.failures import not_damage
+from scaling_perception.tasks import TaskOptions, get_task
+
+
+class SampleMaker:
+    """``maker(index)`` -> the samples of a raw sample, each distinct picture once; made once in each process.
+
+    The result holds ``samples``: dictionaries whose pictures (image, prompt, target) are digests; and ``pictures``:
+    digest -> float32 (R, R, 3). The image of a scene is shared by its four passes and the prompt of depth is constant,
+    so about a third of the encoding is saved. Or ``bad``: why the sample cannot be used.
+    """
+
+    def __init__(self, spec: tuple[Any, ...], resolution: int, options: dict[str, Any]):
+        self.samples, self.resolution = RawSamples(*spec), resolution
+        self.options = TaskOptions.from_dict(options)
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        pictures: dict[bytes, Any] = {}
+        try:
+            raw, tasks = self.samples.read(index)
+            ranges = ranges_of(raw, tasks)
+            made = [one for task in tasks for one in get_task(task).encode(raw, self.resolution, self.options)]
+            for sample in made:
+                for field in (name for name in FIELDS if name in sample):
+                    picture = np.ascontiguousarray(sample[field], np.float32)
+                    if not np.isfinite(picture).all():
+                        raise UserError(f"sample '{sample['key']}': its {field} is not finite everywhere")
+                    sample[field] = hashlib.blake2b(picture.data, digest_size=16).digest()
+                    pictures[sample[field]] = picture
+        except Exception as error:
+            if not isinstance(error, UserError) and (why := not_damage(error)):  # no reason to leave the sample out
+                raise UserError(f"cannot read raw sample {index}: {why}") from error
+            return {"index": index, "bad": reason(error)}
+        return {"index": index, "samples": made, "pictures": pictures, "ranges": ranges}
+
+
+View = tuple[float, float, float] | None
+Name = tuple[bytes, View]
+
+
+class Encoder:
+    """Collects pictures and encodes them ``batch`` at a time, each distinct one once; keeps float16 latents.
+
+    A picture is known by its digest and its view: None as it is, or the signs of its channels when mirrored.
+    """
+
+    PLAIN = (1.0, 1.0, 1.0)
+
+    def __init__(self, autoencoder: Any, batch: int, resolution: int):
+        import jax  # not in the processes that read
+
+        self.factor = autoencoder.factor
+        self._encode = jax.jit(autoencoder.encode)
+        self._params, self._batch, self._resolution = jax.device_put(autoencoder.params), batch, resolution
+        self.clear()
+
+    def clear(self) -> None:
+        self._waiting: dict[Name, Any] = {}
+        self._running: tuple[list[Name], Any] | None = None
+        self.done: dict[Name, tuple[Any, Any]] = {}
+        self._known: set[Name] = set()
+
+    def add(self, digest: bytes, picture: Any, view: View) -> None:
+        """Have a view of the picture (R, R, 3) encoded."""
+        name = (digest, view)
+        if name in self._known:
+            return
+        self._known.add(name)
+        if view is not None:
+            picture = picture[:, ::-1]
+        self._waiting[name] = picture if view in (None, self.PLAIN) else picture * np.asarray(view, picture.dtype)
+        if len(self._waiting) == self._batch:
+            self._start()
+
+    def finish(self) -> None:
+        """Encode what still waits; then ``done`` holds (mean, log-variance or None) of all that was added."""
+        if self._waiting:
+            self._start()
+        self._collect()
+
+    def _start(self) -> None:
+        batch = np.zeros((self._batch, self._resolution, self._resolution, 3), np.float32)
+        for row, picture in enumerate(self._waiting.values()):
+            batch[row] = picture
+        result = self._encode(self._params, batch)
+        self._collect()  # the previous batch, while this one runs
+        self._running = (list(self._waiting), result)
+        self._waiting = {}
+
+    def _collect(self) -> None:
+        if self._running is None:
+            return
+        names, (mean, logvar) = self._running
+        self._running = None
+        mean = np.asarray(mean).astype(np.float16)
+        logvar = None if logvar is None else np.asarray(logvar).astype(np.float16)
+        for row, name in enumerate(names):
+            if not np.isfinite(mean[row]).all():
+                raise UserError("the autoencoder makes latents that are no finite float16: check its weights (--vae)")
+            self.done[name] = (mean[row], None if logvar is None else logvar[row])
