@@ -3,7 +3,7 @@
 Without `--latents`: opens and checks every sample, and writes manifest.jsonl and summary.json; exit code 1 when a
 sample is bad. With `--latents`: encodes every sample (and its mirror image) with the autoencoder into checksummed
 shards that training reads; killed or out of disk, the same command goes on where it stopped, and on a finished cache it
-only verifies.
+only verifies. `--shard i/n` makes a part of the cache, in as many jobs as there are parts; `--merge` joins them.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from typing import Any
 
 from scaling_perception.support.again import add_overwrite, check_output, settings_of
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.parts import add_parts, part_of
 from scaling_perception.support.verbs import POSITIVE, add_source_options, source_options
 
 EXAMPLES = """
@@ -23,7 +24,7 @@ scaling-perception prepare flying_chairs --raw /data/FlyingChairs --out runs/cha
 
 # Flags that say nothing of a manifest
 _OF_LATENTS = ("out", "latents", "vae", "resolution", "flips", "flow_divisor", "image_resize", "depth_prompt")
-_OF_LATENTS += ("shard_size", "batch", "workers", "skip_bad", "overrides")
+_OF_LATENTS += ("shard_size", "batch", "workers", "skip_bad", "overrides", "dtype", "shard", "merge")
 
 
 FLAGS = {
@@ -64,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, metavar="N", help="pictures an encoder call (default: 8 on a CPU, else 64)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="reading processes (default: cores; 0: none)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the encoder's products (default float32)",
+    )
+    add_parts(parser, "a cache of latents", "one cache")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad samples out instead of failing")
     add_overwrite(parser, "a manifest or cache")
 
@@ -77,10 +85,19 @@ def run(args: argparse.Namespace) -> int:
         from scaling_perception.data.workers import default_workers
 
         args.workers = default_workers()
+    part = part_of(args)
+    if args.merge:
+        from scaling_perception.data.cache_parts import merge_cache
+
+        return merge_cache(args, add_arguments)
     if args.latents:
         from scaling_perception.data.building import make_cache
 
-        return make_cache(args, _spec(args))
+        return make_cache(args, _spec(args), part)
+    if part is not None:
+        raise UserError("--shard is for caches of latents: give --latents too, or leave it out")
+    if args.dtype != "float32":
+        raise UserError("--dtype is for caches of latents: give --latents too, or leave it out")
     return _manifest(args)
 
 

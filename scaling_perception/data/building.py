@@ -4,14 +4,25 @@ import argparse
 import contextlib
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from scaling_perception.data import latents
+from scaling_perception.data.cache_parts import (
+    asked_of,
+    begin_part,
+    contents_of_part,
+    count_records,
+    hold_part,
+    part_ledger,
+    refuse_parts,
+    say_precision,
+)
 from scaling_perception.data.contents import combined
 from scaling_perception.data.encoding import Encoder, Name, SampleMaker
 from scaling_perception.data.latents import FORMAT, LEDGER, encode_record, pass_table, sha256
@@ -23,6 +34,7 @@ from scaling_perception.models import autoencoders
 from scaling_perception.support.again import restore_folder, swap_folder
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_json
+from scaling_perception.support.parts import Part
 from scaling_perception.support.progress import progress
 from scaling_perception.tasks import ALL_PASSES, FIELDS, TaskOptions, fields_of, get_pass
 
@@ -30,24 +42,47 @@ from scaling_perception.tasks import ALL_PASSES, FIELDS, TaskOptions, fields_of,
 # 9.0 ms a picture of 128 pixels in batches of 8 against 12.6 ms in batches of 64.
 _BATCH = {"cpu": 8}
 _BATCH_ELSEWHERE = 64
-_CACHE = re.compile(r"latents-\d+-of-\d+\..*|\.?(ledger|summary)\.json.*|\.?manifest\.jsonl.*|\.lock|\.contents.*")
+_CACHE = re.compile(
+    r"latents-\d+-of-\d+\..*|\.?ledger.*\.json.*|\.?summary\.json.*|\.?manifest\.jsonl.*|\.lock|\.contents.*"
+)
 
 
-def make_cache(args: argparse.Namespace, spec: tuple[Any, ...]) -> int:
-    """Make or complete the cache that the flags of `prepare` describe, of ``RawSamples(*spec)``; the exit code.
+class _Work(NamedTuple):
+    """What is encoded, and how; ``spec`` and ``options`` are what the processes that read are given."""
+
+    samples: RawSamples
+    spec: tuple[Any, ...]
+    options: dict[str, Any]
+    autoencoder: Any
+    exact: Any  # the same in float32, where that is not
+
+
+def make_cache(args: argparse.Namespace, spec: tuple[Any, ...], part: Part | None = None) -> int:
+    """Make or complete the cache, or a part of it, that the flags of `prepare` describe, of ``RawSamples(*spec)``.
+
+    Returns:
+        The exit code.
 
     Raises:
         UserError: a flag is wrong, a sample is bad, the folder holds another cache, or it cannot be written.
     """
-    out = Path(args.out)
+    if part is not None and args.overwrite:
+        raise UserError("--overwrite replaces a whole cache: leave out --shard, or choose another --out")
+    work, ledger = _work(args, spec)
+    return _whole(args, work, ledger) if part is None else _part(args, work, ledger, part)
+
+
+def _work(args: argparse.Namespace, spec: tuple[Any, ...]) -> tuple[_Work, dict[str, Any]]:
+    """What is to be encoded, and the ledger of it without shards."""
     args.batch = args.batch or _BATCH.get(jax.default_backend(), _BATCH_ELSEWHERE)
     chosen = {"image_resize": args.image_resize, "depth_prompt": args.depth_prompt}
     encoding = TaskOptions(flow_divisor=args.flow_divisor, **chosen)
-    options = encoding.to_dict()
     samples = RawSamples(*spec)
     print("\n".join(samples.taken(args.dataset, args.raw, args.split)), flush=True)
     sources, entries = sources_and_entries(samples)
-    autoencoder = autoencoders.load_autoencoder(args.vae)
+    autoencoder, exact = autoencoders.load_autoencoder(args.vae), None
+    if args.dtype != "float32":
+        autoencoder, exact = autoencoders.load_autoencoder(args.vae, dtype=args.dtype), autoencoder
     if args.resolution % autoencoder.factor:
         raise UserError(f"--resolution {args.resolution} is no multiple of {autoencoder.factor}: choose one")
     picture = jax.ShapeDtypeStruct((1, args.resolution, args.resolution, 3), "float32")
@@ -60,6 +95,7 @@ def make_cache(args: argparse.Namespace, spec: tuple[Any, ...]) -> int:
         "task_options": encoding.encoding(),
         "resolution": args.resolution,
         "autoencoder": autoencoder.id,
+        **({} if exact is None else {"dtype": args.dtype}),
         "latent": list(mean.shape[1:]),
         "logvar": logvar is not None,
         "flips": args.flips,
@@ -74,10 +110,17 @@ def make_cache(args: argparse.Namespace, spec: tuple[Any, ...]) -> int:
     ledger = {"format": FORMAT, "autoencoder_name": args.vae, "settings": settings, "entries": entries}
     if hasattr(samples.groups[0][0], "class_names"):
         ledger["class_names"] = samples.groups[0][0].class_names  # by label
+    ledger |= {} if exact is None else {"precision": ""}
     ledger |= {"passes": pass_table(), "complete": False, "shards": []}
+    return _Work(samples, spec, encoding.to_dict(), autoencoder, exact), ledger
+
+
+def _whole(args: argparse.Namespace, work: _Work, ledger: dict[str, Any]) -> int:
+    out, samples, numbers = Path(args.out), work.samples, range(ledger["settings"]["shards"])
     with contextlib.ExitStack() as held:
         restore_folder(out)
         held.enter_context(alone(out))
+        refuse_parts(out)
         table = samples.contents()  # before anything is read: what changes from now on is noticed next time
         place = out
         try:
@@ -92,22 +135,48 @@ def make_cache(args: argparse.Namespace, spec: tuple[Any, ...]) -> int:
             except UserError:
                 (place / LEDGER).unlink()
         begin, before = time.monotonic(), len(ledger["shards"])
-        _build(args, place, spec, options, samples, table, ledger, autoencoder)
+        _build(args, place / LEDGER, work, table, ledger, numbers)
         if place != out:
             _replace(out, place)
-    shards = ledger["shards"]
-    records, new = (sum(shard["records"] for shard in some) for some in (shards, shards[before:]))
-    if before == settings["shards"] and place == out:
-        print(f"{out} is already finished: {records} records in {before} shards, all checksums match")
-        return 0
-    size = sum(shard["bytes"] for shard in shards) / 1e6
-    seconds = time.monotonic() - begin
+    if before == len(numbers) and place == out:
+        print(f"{out} is already finished: {count_records(ledger['shards'])}, all checksums match")
+    else:
+        _say_made(str(out), ledger["shards"], before, time.monotonic() - begin)
+    return 0
+
+
+def _part(args: argparse.Namespace, work: _Work, ledger: dict[str, Any], part: Part) -> int:
+    out, samples = Path(args.out), work.samples
+    count, size = ledger["settings"]["shards"], args.shard_size
+    numbers, said = part.block(count), f"part {part} of {out}"
+    indices = range(numbers.start * size, min(len(samples), numbers.stop * size))
+    if part.of > count:
+        print(f"note: {count} shards for {part.of} parts: some have nothing to do (see --shard-size)", file=sys.stderr)
+    ledger = {"part": list(part), "asked": asked_of(args), **ledger}
+    table = contents_of_part(samples, indices)
+    with hold_part(out, part, numbers, count):
+        if not begin_part(out, part, ledger):
+            print(f"{out} is already finished: its parts are joined")
+            return 0
+        path = out / part_ledger(part)
+        ledger["shards"] = finished_shards(out, ledger, samples, table, path.name)
+        begin, before = time.monotonic(), len(ledger["shards"])
+        _build(args, path, work, table, ledger, numbers)
+    if before == len(numbers):
+        print(f"{said} is already finished: {count_records(ledger['shards'])}, all checksums match")
+    else:
+        _say_made(said, ledger["shards"], before, time.monotonic() - begin)
+    print(f"when all parts are finished: the same command with --merge in place of --shard {args.shard}")
+    return 0
+
+
+def _say_made(what: str, shards: list[dict[str, Any]], before: int, seconds: float) -> None:
+    size, new = sum(shard["bytes"] for shard in shards) / 1e6, sum(shard["records"] for shard in shards[before:])
     skipped = sum(len(shard["bad"]) for shard in shards)
     print(
-        f"{out}: {records} records in {len(shards)} shards, {size:.1f} MB; {new} of them now, {new / seconds:.1f} a "
-        f"second" + (f"; {skipped} bad samples left out (see ledger.json)" if skipped else "")
+        f"{what}: {count_records(shards)}, {size:.1f} MB; {new} of them now, {new / seconds:.1f} a second"
+        + (f"; {skipped} bad samples left out (see ledger.json)" if skipped else "")
     )
-    return 0
 
 
 def _beside(out: Path) -> Path:
@@ -125,7 +194,6 @@ def _beside(out: Path) -> Path:
 
 
 def _replace(out: Path, place: Path) -> None:
-
     for name in (MANIFEST, SUMMARY, f".{MANIFEST}.settings", f".{SUMMARY}.settings"):
         if (out / name).is_file():
             shutil.copy2(out / name, place / name)
@@ -134,50 +202,54 @@ def _replace(out: Path, place: Path) -> None:
 
 def _build(
     args: argparse.Namespace,
-    out: Path,
-    spec: tuple[Any, ...],
-    options: dict[str, Any],
-    samples: Any,
+    path: Path,
+    work: _Work,
     table: dict[str, str],
     ledger: dict[str, Any],
-    autoencoder: Any,
+    numbers: range,
 ) -> None:
-    """Make the shards that are still missing; the ledger on disk is brought up to date after each."""
-
-    count, total = ledger["settings"]["shards"], len(samples)
-    names = [f"latents-{number:05d}-of-{count:05d}.array_record" for number in range(count)]
+    """Make those of the shards ``numbers`` that are missing; the ledger at ``path`` is kept up to date."""
+    out, samples, count = path.parent, work.samples, ledger["settings"]["shards"]
+    names = {number: f"latents-{number:05d}-of-{count:05d}.array_record" for number in numbers}
     have = {shard["file"] for shard in ledger["shards"]}
-    missing = [number for number, name in enumerate(names) if name not in have]
-    parts = {n: range(n * args.shard_size, min(total, (n + 1) * args.shard_size)) for n in missing}
+    missing = [number for number, name in names.items() if name not in have]
+    parts = {n: range(n * args.shard_size, min(len(samples), (n + 1) * args.shard_size)) for n in missing}
+    if not numbers:
+        ledger["complete"] = True
+        write_json(path, ledger)
     if missing:
-        write_json(out / LEDGER, ledger)  # from now on the folder is taken by these settings
-        encoder = Encoder(autoencoder, args.batch, args.resolution)
+        write_json(path, ledger)  # from now on the folder is taken by these settings
+        pictures = 2 * (1 if args.flips == "none" else 2) * min(args.shard_size, len(samples))  # of a shard, at least
+        devices = jax.local_devices()[: max(1, -(-pictures // args.batch))]
+        encoder = Encoder(work.autoencoder, args.batch, args.resolution, devices, work.exact)
         jobs = [index for part in parts.values() for index in part]
         # no more processes than there is work for: each takes seconds to start
         workers = min(args.workers, -(-len(jobs) // 8))
-        results = ordered_map(SampleMaker, (spec, args.resolution, options), jobs, workers)
+        results = ordered_map(SampleMaker, (work.spec, args.resolution, work.options), jobs, workers)
         with contextlib.closing(results):
             shown = progress(results, len(jobs), "encode")
             ranges: dict[str, list[float]] = {}
             for number, part in parts.items():
                 records, passes, bad, seen = _shard(encoder, shown, len(part), args, ranges)
-                path, files = out / names[number], shard_files(samples, part, table)
+                shard, files = out / names[number], shard_files(samples, part, table)
                 pictures = [files.get(next(iter(samples.paths(index)), "")) for index, *_ in seen]
                 rows = [[key, made, picture] for (_, key, made), picture in zip(seen, pictures, strict=True)]
-                latents.write_shard(path, records)
-                write_json(samples_path(path), {"format": 1, "files": files, "samples": rows})
+                latents.write_shard(shard, records)
+                write_json(samples_path(shard), {"format": 1, "files": files, "samples": rows})
                 entry = {
-                    "file": path.name,
+                    "file": shard.name,
                     "records": len(records),
                     "passes": passes,
-                    "bytes": path.stat().st_size,
-                    "sha256": sha256(path),
+                    "bytes": shard.stat().st_size,
+                    "sha256": sha256(shard),
                     "bad": bad,
                 }
+                entry |= {"error": encoder.error} if encoder.error else {}
                 entry |= {"contents": combined(files)} if files else {}
                 ledger["shards"] = sorted([*ledger["shards"], entry], key=lambda shard: shard["file"])
-                ledger["complete"] = len(ledger["shards"]) == count
-                write_json(out / LEDGER, ledger)
+                ledger["complete"] = len(ledger["shards"]) == len(numbers)
+                say_precision(ledger)
+                write_json(path, ledger)
             for _ in shown:  # nothing is left: lets the progress say so
                 pass
             say_ranges(ranges)
@@ -193,7 +265,6 @@ def _shard(
 ) -> tuple[list[bytes], dict[str, int], list[dict[str, Any]], list[tuple[int, str, str]]]:
     """Of the next ``count`` raw samples: records ordered by pass, records a pass, bad samples, and of the good ones
     (index, key, digest of the picture); ``ranges`` are widened by theirs."""
-
     encoder.clear()
     views = (False,) if args.flips == "none" else (False, True)
     samples: dict[str, list[dict[str, Any]]] = {one.name: [] for one in ALL_PASSES}

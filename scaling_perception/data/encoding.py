@@ -1,6 +1,7 @@
 """Raw samples to pictures in many processes, and pictures to latents: what the shards of a cache are made of."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,25 +50,39 @@ Name = tuple[bytes, View]
 
 
 class Encoder:
-    """Collects pictures and encodes them ``batch`` at a time, each distinct one once; keeps float16 latents.
+    """Collects pictures and encodes them ``batch`` at a time on each device, each distinct one once; keeps float16.
 
-    A picture is known by its digest and its view: None as it is, or the signs of its channels when mirrored.
+    A picture is known by its digest and its view: None as it is, or the signs of its channels when mirrored. Every
+    device runs the program of one device on ``batch`` pictures, so that in float32 the bytes do not depend on how many
+    devices there are.
     """
 
     PLAIN = (1.0, 1.0, 1.0)
 
-    def __init__(self, autoencoder: Any, batch: int, resolution: int):
+    def __init__(self, autoencoder: Any, batch: int, resolution: int, devices: Sequence[Any], exact: Any = None):
+        """Args: ``devices``: of this process; ``exact``: the same autoencoder in float32, where the first is not."""
         import jax  # not in the processes that read
 
+        from scaling_perception.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
+
+        mesh = make_mesh(devices=devices)
+        split, whole = jax.sharding.PartitionSpec(BATCH_AXES), jax.sharding.PartitionSpec()
+
+        def on_each(encode: Any) -> Any:
+            takes = {"in_specs": (whole, split), "out_specs": split}
+            return jax.jit(jax.shard_map(encode, mesh=mesh, check_vma=False, **takes))
+
         self.factor = autoencoder.factor
-        self._encode = jax.jit(autoencoder.encode)
-        self._params, self._batch, self._resolution = jax.device_put(autoencoder.params), batch, resolution
+        self._encode, self._exact = on_each(autoencoder.encode), None if exact is None else on_each(exact.encode)
+        self._params, self._place = jax.device_put(autoencoder.params, replicated(mesh)), batch_sharding(mesh)
+        self._batch, self._resolution, self._at_once = batch, resolution, batch * len(devices)
         self.clear()
 
     def clear(self) -> None:
         self._waiting: dict[Name, Any] = {}
-        self._running: tuple[list[Name], Any] | None = None
+        self._running: tuple[list[Name], Any, Any] | None = None
         self.done: dict[Name, tuple[Any, Any]] = {}
+        self.error: dict[str, float] = {}  # of the first batch, where ``exact`` is known: {"rms", "std", "pictures"}
         self._known: set[Name] = set()
 
     def add(self, digest: bytes, picture: Any, view: View) -> None:
@@ -79,7 +94,7 @@ class Encoder:
         if view is not None:
             picture = picture[:, ::-1]
         self._waiting[name] = picture if view in (None, self.PLAIN) else picture * np.asarray(view, picture.dtype)
-        if len(self._waiting) == self._batch:
+        if len(self._waiting) == self._at_once:
             self._start()
 
     def finish(self) -> None:
@@ -89,19 +104,29 @@ class Encoder:
         self._collect()
 
     def _start(self) -> None:
-        batch = np.zeros((self._batch, self._resolution, self._resolution, 3), np.float32)
+        import jax
+
+        batch = np.zeros((self._at_once, self._resolution, self._resolution, 3), np.float32)
         for row, picture in enumerate(self._waiting.values()):
             batch[row] = picture
-        result = self._encode(self._params, batch)
+        placed = jax.device_put(batch, self._place)
+        result = self._encode(self._params, placed)
+        first = self._exact is not None and not self.done and self._running is None
+        exact = self._exact(self._params, placed)[0] if first and self._exact is not None else None
         self._collect()  # the previous batch, while this one runs
-        self._running = (list(self._waiting), result)
+        self._running = (list(self._waiting), result, exact)
         self._waiting = {}
 
     def _collect(self) -> None:
         if self._running is None:
             return
-        names, (mean, logvar) = self._running
+        names, (mean, logvar), exact = self._running
         self._running = None
+        if exact is not None:
+            rows = min(len(names), self._batch)
+            wanted, made = (np.asarray(x[:rows], np.float64) for x in (exact, mean))
+            rms = float(np.sqrt(np.mean(np.square(made - wanted))))
+            self.error = {"rms": rms, "std": float(wanted.std()), "pictures": rows}
         mean = np.asarray(mean).astype(np.float16)
         logvar = None if logvar is None else np.asarray(logvar).astype(np.float16)
         for row, name in enumerate(names):

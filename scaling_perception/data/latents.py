@@ -48,6 +48,7 @@ from scaling_perception.tasks import ALL_PASSES, FIELDS
 
 FORMAT = 1
 LEDGER = "ledger.json"
+PART_LEDGERS = "ledger-part-*-of-*.json"
 _HEAD = struct.Struct("<4sBBBxHHiH")
 _MAGIC = b"SPL1"
 _LOGVAR, _FLIPPED, _ALONE = 1, 2, 4
@@ -172,17 +173,19 @@ def check_shard(folder: Path, shard: Mapping[str, Any], contents: bool) -> str |
     return None
 
 
-def read_ledger(folder: Path) -> dict[str, Any]:
-    """The ledger of a cache.
+def read_ledger(folder: Path, name: str = LEDGER) -> dict[str, Any]:
+    """The ledger of a cache, or the one called ``name`` of a part of it.
 
     Raises:
         UserError: there is none, or it is of another format.
     """
-    path = folder / LEDGER
+    path = folder / name
     try:
         there = path.is_file()
     except OSError as error:
         raise UserError(f"cannot read {explain_os(error, path)}") from None
+    if not there and any(folder.glob(PART_LEDGERS)):
+        raise UserError(f"{folder} holds parts of a cache that are not joined: run `prepare ... --latents --merge`")
     if not there:
         raise UserError(f"{folder} is no latent cache ({LEDGER} is missing): make one with `prepare ... --latents`")
     ledger = read_json(path)

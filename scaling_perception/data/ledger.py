@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling_perception.data.contents import changes, combined, first_names
-from scaling_perception.data.latents import LEDGER, check_shard, read_ledger
+from scaling_perception.data.latents import LEDGER, PART_LEDGERS, check_shard, read_ledger
 from scaling_perception.data.manifest import RawSamples
 from scaling_perception.support.again import differing
 from scaling_perception.support.errors import UserError
@@ -33,7 +33,8 @@ def alone(out: Path) -> Iterator[None]:
         UserError: another process is writing there, or it cannot be written.
     """
     with hold(out / ".lock", f"another prepare is writing to {out}", "wait for it or choose another --out"):
-        for pattern in (".latents-*.array_record", ".latents-*.json", ".ledger.*.json"):
+        patterns = (".latents-*.array_record", ".latents-*.json", ".ledger.*.json")
+        for pattern in () if any(out.glob(PART_LEDGERS)) else patterns:  # else it may be another part's
             for left in out.glob(pattern):
                 left.unlink()
         yield
@@ -60,19 +61,20 @@ def shard_files(samples: RawSamples, part: range, table: Mapping[str, str]) -> d
 
 
 def finished_shards(
-    out: Path, ledger: Mapping[str, Any], samples: RawSamples, table: Mapping[str, str]
+    out: Path, ledger: Mapping[str, Any], samples: RawSamples, table: Mapping[str, str], name: str = LEDGER
 ) -> list[dict[str, Any]]:
     """The shards that an earlier run finished, that still match their checksums, and whose files are still the same.
 
     Args:
-        ledger: the one to be made, whose settings and entries count. table: :meth:`RawSamples.contents`.
+        ledger: the one to be made, whose settings and entries count. table: :meth:`RawSamples.contents`. name: of the
+            ledger in ``out``.
 
     Raises:
         UserError: the folder holds a cache of other settings or samples; names what differs.
     """
-    if not (out / LEDGER).exists():
+    if not (out / name).exists():
         return []
-    found, size, total = read_ledger(out), ledger["settings"]["shard_size"], len(samples)
+    found, size, total = read_ledger(out, name), ledger["settings"]["shard_size"], len(samples)
     _same_settings(out, found, ledger, samples, table)
     good, adopted = [], False
     for shard in found["shards"]:
@@ -92,7 +94,7 @@ def finished_shards(
         else:
             good.append(shard)
     if adopted and len(good) == len(found["shards"]):
-        write_json(out / LEDGER, {**found, "shards": good, "entries": ledger["entries"]})
+        write_json(out / name, {**found, "shards": good, "entries": ledger["entries"]})
     return good
 
 

@@ -55,8 +55,16 @@ class Autoencoder:
     config: Any = None
 
 
-def make_tiny(name: str, config: tiny_vae.TinyVAEConfig, params: Mapping[str, Any]) -> Autoencoder:
-    """An :class:`Autoencoder` of TAESD's family from its two parameter trees."""
+def make_tiny(
+    name: str, config: tiny_vae.TinyVAEConfig, params: Mapping[str, Any], dtype: Any = "float32"
+) -> Autoencoder:
+    """An :class:`Autoencoder` of TAESD's family from its two parameter trees; ``dtype`` as of :func:`make_kl`."""
+
+    def network(kind: Any, params: Any, x: Any) -> Any:
+        if np.dtype(dtype) == np.float32:  # as the input is
+            return kind(config).apply({"params": params}, x)
+        params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, x))
+        return kind(config).apply({"params": params}, x).astype(np.float32)
 
     def encode(params: Any, images: Float[AnyArray, "B H W 3"]) -> tuple[Float[Array, "B h w C"], None]:
         if images.shape[1] % config.factor or images.shape[2] % config.factor:
@@ -64,10 +72,10 @@ def make_tiny(name: str, config: tiny_vae.TinyVAEConfig, params: Mapping[str, An
                 f"image size {images.shape[2]}x{images.shape[1]} is no multiple of {config.factor}, which the "
                 f"autoencoder '{name}' needs: resize or pad the images"
             )
-        return tiny_vae.Encoder(config).apply({"params": params["encoder"]}, images), None  # type: ignore[return-value]
+        return network(tiny_vae.Encoder, params["encoder"], images), None
 
     def decode(params: Any, latents: Float[AnyArray, "B h w C"]) -> Float[Array, "B H W 3"]:
-        return tiny_vae.Decoder(config).apply({"params": params["decoder"]}, latents)  # type: ignore[return-value]
+        return network(tiny_vae.Decoder, params["decoder"], latents)
 
     return Autoencoder(
         name=name,
@@ -142,14 +150,15 @@ def load_autoencoder(name_or_path: str, limits: VAELimits | None = None, dtype: 
             ``taesd_decoder.safetensors`` (TAESD's own files), ``diffusion_pytorch_model.safetensors`` (diffusers'
             ``AutoencoderTiny``, or Stable Diffusion's ``AutoencoderKL`` with its ``config.json``; where that file is
             absent its ``.fp16.`` variant is read), or a whole Stable Diffusion model with such a folder named ``vae``.
-        limits, dtype: bounds of memory and type of the computation, see :func:`make_kl`; an AutoencoderKL's only.
+        limits: bounds of memory, see :func:`make_kl`; an AutoencoderKL's only.
+        dtype: of the computation; latents and images are float32.
 
     Raises:
         UserError: nothing there, an incomplete or foreign file, a missing or unexpected tensor or one of another shape.
     """
     if name_or_path == "tiny":
         config, encoder = load_part(TINY_FOLDER, "encoder")
-        return make_tiny("tiny", config, {"encoder": encoder, "decoder": load_part(TINY_FOLDER, "decoder")[1]})
+        return make_tiny("tiny", config, {"encoder": encoder, "decoder": load_part(TINY_FOLDER, "decoder")[1]}, dtype)
     folder = Path(name_or_path)
     if not folder.is_dir():
         if folder.exists() or not _HUB_ID.fullmatch(name_or_path):
@@ -163,7 +172,7 @@ def load_autoencoder(name_or_path: str, limits: VAELimits | None = None, dtype: 
         other, decoder = load_part(folder, "decoder")
         if other != config:
             raise UserError(f"{folder}: encoder and decoder are of different models: take both from one run")
-        return make_tiny(name_or_path, config, {"encoder": encoder, "decoder": decoder})
+        return make_tiny(name_or_path, config, {"encoder": encoder, "decoder": decoder}, dtype)
     files = {part: folder / f"taesd_{part}.safetensors" for part in PARTS}
     if not any(file.exists() for file in files.values()):
         file = _published_file(folder)
@@ -171,9 +180,9 @@ def load_autoencoder(name_or_path: str, limits: VAELimits | None = None, dtype: 
             state = read_safetensors(file)[0]
             if _is_kl(file, state):
                 return make_kl(name_or_path, *_kl_of(file, state), limits, dtype)
-            return make_tiny(name_or_path, tiny_vae.TAESD, _taesd_of(dict.fromkeys(PARTS, (file, state))))
+            return make_tiny(name_or_path, tiny_vae.TAESD, _taesd_of(dict.fromkeys(PARTS, (file, state))), dtype)
     states = {part: (file, read_safetensors(file)[0]) for part, file in files.items()}
-    return make_tiny(name_or_path, tiny_vae.TAESD, _taesd_of(states))
+    return make_tiny(name_or_path, tiny_vae.TAESD, _taesd_of(states), dtype)
 
 
 def load_kl(folder: str | Path) -> tuple[vae.VAEConfig, dict[str, Any]]:

@@ -1,0 +1,162 @@
+"""One command as several jobs: ``--shard i/n`` does a part of the work, ``--merge`` joins what all parts have done.
+
+Every job runs the same command but for ``i``, on any machine that sees the same files. Parts are numbered from 0 or
+from 1, as the scheduler does: ``n/n`` is the same part as ``0/n``.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from scaling_perception.support.errors import UserError
+
+
+class Part(NamedTuple):
+    """Part ``index`` (from 0) of ``of`` parts."""
+
+    index: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.of}"
+
+    @property
+    def name(self) -> str:
+        """As in names of files."""
+        return f"part-{self.index}-of-{self.of}"
+
+    def block(self, count: int) -> range:
+        """Which of ``count`` pieces of work, in order, are this part's: as many as every other part's, or one more."""
+        return range(count * self.index // self.of, count * (self.index + 1) // self.of)
+
+
+def add_parts(parser: argparse.ArgumentParser, what: str, joined: str) -> None:
+    """The flags of a verb whose work can be split."""
+    parser.add_argument(
+        "--shard",
+        metavar="i/n",
+        help=f"do part i of n of {what}, one job for each i (auto: as SLURM's array says; auto/n: with n, as "
+        "Kubernetes' index says)",
+    )
+    parser.add_argument("--merge", action="store_true", help=f"join what the jobs of --shard have done into {joined}")
+
+
+def part_of(args: argparse.Namespace) -> Part | None:
+    """The part that the flags ask for; None for all of the work.
+
+    Raises:
+        UserError: no such part, or the environment does not say which.
+    """
+    if args.merge and (args.shard or getattr(args, "overwrite", False)):
+        raise UserError(
+            "--merge joins what --shard has done: leave out " + ("--shard" if args.shard else "--overwrite")
+        )
+    return None if args.shard is None else parse_part(args.shard)
+
+
+def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
+    """``2/8``, ``auto`` or ``auto/8`` as a part.
+
+    Raises:
+        UserError: something else, or the environment does not say which part.
+    """
+    which, slash, count = text.partition("/")
+    if which == "auto":
+        which, known = _of_environment(text, environment)
+        count = count if slash else known
+    if not re.fullmatch(r"\d+", which) or not re.fullmatch(r"\d+", count):
+        raise UserError(f"--shard '{text}': give i/n, such as 0/8, or auto in an array of jobs")
+    index, of = int(which), int(count)
+    if not 0 <= index <= of or of < 1:
+        raise UserError(f"--shard {text}: part {index} of {of} is none: give i from 0 to {of}")
+    return Part(index % of, of)
+
+
+def _of_environment(text: str, environment: Mapping[str, str]) -> tuple[str, str]:
+    """Number of the part, and of parts ('' where only ``auto/n`` can say it)."""
+    index, slurm = environment.get("JOB_COMPLETION_INDEX", ""), environment.get("SLURM_ARRAY_TASK_ID", "")
+    if not index and not slurm:
+        raise UserError(
+            f"--shard {text}: neither SLURM_ARRAY_TASK_ID nor JOB_COMPLETION_INDEX is set: start it as an array of "
+            "jobs, or give i/n"
+        )
+    if "/" in text:
+        return slurm or index, ""
+    if not slurm:
+        raise UserError("--shard auto: JOB_COMPLETION_INDEX does not say how many parts there are: give auto/n")
+    first, last, count = (environment.get(f"SLURM_ARRAY_TASK_{word}", "") for word in ("MIN", "MAX", "COUNT"))
+    if not count or first not in ("", "0", "1") or (last and int(last) - int(first or 0) + 1 != int(count)):
+        raise UserError(
+            f"--shard auto: the array {first or '?'}-{last or '?'} of {count or '?'} jobs is none of 0-(n-1) or 1-n: "
+            "give auto/n"
+        )
+    return slurm, count
+
+
+def refuse_elsewhere(own: Part, others: Iterable[Part], where: Any) -> None:
+    """UserError when the work in ``where`` was split into another number of parts."""
+    if other := next((one for one in others if one.of != own.of), None):
+        raise UserError(f"{where} holds parts of {other.of}: give --shard i/{other.of}, or choose another place")
+
+
+def all_parts(found: Mapping[str, Any], where: Any, finished: Callable[[Part], str | None]) -> list[Part]:
+    """The parts in order, all there and finished.
+
+    Args:
+        found: file -> its ``[index, of]`` as it says itself. where: what they lie in, for messages.
+        finished: why a part is not, if it is not.
+
+    Raises:
+        UserError: there are none, one is missing, there twice, or unfinished; or they are of other numbers.
+    """
+    if not found:
+        raise UserError(f"{where} holds no parts to join: run the command with --shard i/n first")
+    known: dict[Part, str] = {}
+    for file, said in sorted(found.items()):
+        part = Part(*said) if isinstance(said, list | tuple) and len(said) == 2 else None
+        if part is None:
+            raise UserError(f"{file} does not say which part it is: remove it and run that part again")
+        if part in known:
+            raise UserError(f"{file} and {known[part]} are both part {part}: remove one of them")
+        known[part] = file
+    if renamed := next((part for part, file in known.items() if part.name not in file), None):
+        raise UserError(f"{known[renamed]} is part {renamed} by its content: restore its name, or remove the file")
+    counts = sorted({part.of for part in known})
+    if len(counts) > 1:
+        raise UserError(f"{where} holds parts of {' and of '.join(map(str, counts))}: remove those of one kind")
+    wanted = [Part(index, counts[0]) for index in range(counts[0])]
+    if missing := [part for part in wanted if part not in known]:
+        raise UserError(f"{len(missing)} of {counts[0]} parts are missing in {where}: run {_flags(missing)}")
+    if unfinished := [(part, why) for part in wanted if (why := finished(part))]:
+        parts = [part for part, _ in unfinished]
+        raise UserError(f"part {parts[0]} in {where} is unfinished ({unfinished[0][1]}): run {_flags(parts)} again")
+    return wanted
+
+
+def _flags(parts: list[Part]) -> str:
+    return ", ".join(f"--shard {part}" for part in parts[:5]) + (f" and {len(parts) - 5} more" if parts[5:] else "")
+
+
+def refuse_other_flags(
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    args: argparse.Namespace,
+    asked: Mapping[str, Any],
+    where: Any,
+) -> None:
+    """UserError when a flag that is given to ``--merge`` is another than the parts were made with.
+
+    Args:
+        asked: flags of the parts, those that were not set left out or at their default.
+    """
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = {action.dest for action in parser._actions if not action.option_strings}
+    for name, here in vars(args).items():
+        usual = parser.get_default(name)
+        if name in ("shard", "merge") or here == usual or name not in asked:
+            continue
+        if (there := asked[name]) != here:
+            flag = name if name in words else f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is {here}, and the parts in {where} were made with {there}: give that")
