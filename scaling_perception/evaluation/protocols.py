@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from scaling_perception.data.sources.published import PUBLISHED
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks import get_task
 from scaling_perception.tasks.base import WEIGHT
@@ -32,70 +33,63 @@ DEPTH_SETS: dict[str, dict[str, Any]] = {
     "scannet": {"minimum": 1e-3, "maximum": 10.0},
     # The mask of the data set decides what is valid; the range only clips.
     "diode": {"minimum": 0.6, "maximum": 350.0, "mask_by_range": False},
+    "vkitti2": {"minimum": 1e-5, "maximum": 80.0},
     "icl_nuim": {"minimum": 1e-3, "maximum": 10.0},
     "tum_rgbd": {"minimum": 1e-3, "maximum": 10.0},
     "scenes": {"minimum": 1e-3, "maximum": None},
 }
 
 # What is on record of each set. It describes a figure and does not decide it, so it is no part of the fingerprint.
-# ``samples``: how many a split has (of KITTI's flow, 2015 or 2012); ``published_resolution``: the long side at which
-# Marigold's published figures were predicted, 0 the picture's own (amodal: the square of pix2gestalt).
+# ``published_resolution``: the long side at which Marigold's published figures were predicted, 0 the picture's own
+# (amodal: the square of pix2gestalt). ``samples``, how many a split has, is ``data.sources.published``.
 _RECORD = {"split": "val", "samples": {}, "decode": "", "published_resolution": None, "rule": ""}
 RECORDS: dict[str, dict[str, Any]] = {
     "hypersim": {
-        "samples": {"train": 53885, "val": 7370, "test": 7682},
         "decode": "16-bit PNG / 1000",
         "published_resolution": 0,
         "rule": "facts 6.1",
     },
     "nyuv2": {
         "split": "test",
-        "samples": {"val": 654, "test": 654},
         "decode": "16-bit PNG / 1000, the raw map",
         "published_resolution": 0,
         "rule": "facts 6.1",
     },
     "kitti_depth": {
         "split": "test",
-        "samples": {"val": 652, "test": 652},
         "decode": "16-bit PNG / 256",
         "published_resolution": 0,
         "rule": "facts 6.1; Eigen test files with ground truth, 697 listed - 45 without",
     },
     "eth3d": {
         "split": "all",
-        "samples": dict.fromkeys(("val", "test", "all"), 454),
         "decode": "raw float32, inf unknown",
         "published_resolution": 756,
         "rule": "facts 6.1",
     },
     "scannet": {
-        "samples": {"val": 800},
         "decode": "16-bit PNG / 1000",
         "published_resolution": 0,
         "rule": "facts 6.1; Marigold's sample of the validation scenes",
     },
     "diode": {
-        "samples": {"val": 771},
         "decode": "npy, valid by its mask",
         "published_resolution": 640,
         "rule": "facts 6.1",
     },
-    "flying_chairs": {"samples": {"train": 22232, "val": 640}, "decode": ".flo", "rule": "facts 6.2"},
-    "sintel": {"samples": {"val": 1041}, "decode": ".flo", "rule": "facts 6.2; the training part, as RAFT validates"},
+    "flying_chairs": {"decode": ".flo", "rule": "facts 6.2"},
+    "sintel": {"decode": ".flo", "rule": "facts 6.2; the training part, as RAFT validates"},
     "kitti_flow": {
-        "samples": {"val": [200, 194]},
         "decode": "16-bit PNG, (v - 32768) / 64",
         "rule": "facts 6.2; the training part, as RAFT validates",
     },
-    "middlebury_flow": {"samples": {"val": 8}, "decode": ".flo, unknown above 1e9", "rule": "facts 6.2"},
+    "middlebury_flow": {"decode": ".flo, unknown above 1e9", "rule": "facts 6.2"},
     "pix2gestalt": {
         "decode": "PNG, masks from 128",
         "published_resolution": 256,
         "rule": "facts 5.3 and 6.3; the last 1 % by name",
     },
     "coco_amodal": {
-        "samples": {"val": 12753},
         "decode": "polygons and run lengths as COCO's tool fills them",
         "published_resolution": 256,
         "rule": "facts 6.3; every region of 1323 images",
@@ -147,7 +141,8 @@ def get_protocol(task: str, dataset: str, metrics: Iterable[str] | None = None, 
     protocol |= changes
     if "maximum" in protocol:
         protocol["clip"] = [protocol["minimum"], protocol["maximum"]]
-    described = {**_RECORD, **RECORDS.get(dataset, {}), "resolution": what.sizes}
+    samples = PUBLISHED.get(dataset, {})
+    described = {**_RECORD, **RECORDS.get(dataset, {}), "samples": samples, "resolution": what.sizes}
     return {**protocol, **described, "fingerprint": fingerprint(protocol)}
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from scaling_perception.data.sources.published import PUBLISHED
 from scaling_perception.models.compute import TRAINING_FACTOR, forward_macs
 from scaling_perception.models.dit import (
     DiTConfig,
@@ -54,7 +55,7 @@ from scaling_perception.training.state import abstract_state
 CHIPS = {"v5e": (197, 16), "v5p": (459, 95), "v6e": (918, 32), "h100": (989, 80), "h200": (989, 141)}
 MFU = 0.4  # share of the peak that useful FLOPs reach
 # training samples of published datasets (facts 5, 8; ImageNet-1K's own count)
-LENGTHS = {"imagenet": 1_281_167, "hypersim": 53_885, "flying_chairs": 22_232}
+LENGTHS = {name: counts["train"] for name, counts in PUBLISHED.items() if "train" in counts}
 
 _NETWORK = ("activations_kept", "activations_at_work", "attention_scores", "layer_weights")
 _ENCODING = "autoencoder_activations"

@@ -183,8 +183,11 @@ def test_scannet_sample(tmp_path):
     check_raw(source[0], "depth")
     (tmp_path / "l.txt").write_text("scene0406_02/color/000300.jpg scene0406_02/depth/000300.png\n")
     assert keys(open_source("scannet", tmp_path, "val", "depth", list="l.txt")) == ["scene0406_02/color/000300"]
-    Image.fromarray(picture(2, 24, 32)).save(tmp_path / "scene0088_02" / "color" / "001100.jpg")
-    refuse("001100.png is 16x12 but .*001100.jpg is 32x24", "scannet", tmp_path, read=True)
+    large = tmp_path / "scene0088_02" / "color" / "001100.jpg"
+    Image.fromarray(np.kron(picture(2), np.ones((2, 2, 1), np.uint8))).save(large)  # as ScanNet's own tool exports it
+    assert open_source("scannet", tmp_path, "val", "depth")[0]["image"].shape == (H, W, 3)
+    Image.fromarray(picture(2, 24, 30)).save(large)
+    refuse("001100.png is 16x12 but .*001100.jpg is 30x24", "scannet", tmp_path, read=True)
 
 
 def write_scannet(root, scene, number):

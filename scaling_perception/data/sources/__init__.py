@@ -48,6 +48,7 @@ class SourceEntry(NamedTuple):
 SOURCES: dict[str, SourceEntry] = {
     "scenes": SourceEntry("scenes", ("depth", "flow", "amodal", "normals"), "ScenesSource"),
     "folder": SourceEntry("folder", ("depth", "flow", "amodal", "normals"), "Folder"),
+    "vkitti2": SourceEntry("virtual_kitti", ("depth",), "VirtualKitti2"),
     "flying_chairs": SourceEntry("flying_chairs", ("flow",), "FlyingChairs"),
     "hypersim": SourceEntry("hypersim", ("depth",), "Hypersim"),
     "imagenet": SourceEntry("imagenet", ("generation",), "ImageNet"),

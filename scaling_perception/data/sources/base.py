@@ -5,10 +5,12 @@ A concrete source says which files make a sample (``find``) and in which units; 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +23,20 @@ from scaling_perception.support.errors import UserError, did_you_mean
 
 _PICTURES = ("image", "image2", "whole")
 _MASKS = ("visible_mask", "whole_mask", "valid_mask", "invalid_mask", "occluded")
+
+
+_tolerant: contextvars.ContextVar[bool] = contextvars.ContextVar("tolerant", default=False)
+
+
+@contextlib.contextmanager
+def tolerating() -> Iterator[None]:
+    """Sources opened in the block take missing and empty files, which are then bad when they are read: so that a check
+    can count them all."""
+    token = _tolerant.set(True)
+    try:
+        yield
+    finally:
+        _tolerant.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +52,10 @@ class Entry:
     key: str
     files: Mapping[str, str]
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class LeftOut(UserError):
+    """A sample whose files are whole and which is of no use as it was published: it is left out and counted."""
 
 
 class FileSource:
@@ -124,14 +144,14 @@ class FileSource:
         wanted = sorted({path for entry in self.entries for path in entry.files.values()})
         sizes = file_sizes(self.root, wanted)
         missing = [path for path in wanted if path not in sizes]
-        if missing:
-            more = f" (and {len(missing) - 1} more files)" if len(missing) > 1 else ""
+        if missing and not _tolerant.get():
+            more = f" (and {len(missing) - 1} more files: {_first(missing[1:])})" if len(missing) > 1 else ""
             raise UserError(f"{self.root / missing[0]} is missing{more}: restore it or take the sample off the list")
         digest, names = hashlib.sha256(), hashlib.sha256()
         for path in wanted:
-            if not sizes[path]:
+            if sizes.get(path) == 0 and not _tolerant.get():
                 raise UserError(f"{self.root / path} is empty: copy or download it again")
-            digest.update(f"{path}\t{sizes[path]}\n".encode())
+            digest.update(f"{path}\t{sizes.get(path)}\n".encode())
         for entry in self.entries:
             line = repr((entry.key, sorted(entry.files.items()), sorted(entry.values.items()))).encode()
             digest.update(line)
@@ -196,7 +216,7 @@ class FileSource:
         Raises:
             UserError: sizes that differ either way.
         """
-        found = {field: self._read(field, self.root / path, entry) for field, path in entry.files.items()}
+        found = self._stored(entry)
         misfit = _misfit(found)
         if misfit and any(orientation(self.root / path) > 1 for path in entry.files.values()):
             upright = {f: self._upright(f, found[f], self.root / path) for f, path in entry.files.items()}
@@ -209,6 +229,9 @@ class FileSource:
             exif = f" (as stored; its EXIF orientation is {turn})" if turn > 1 else ""
             raise UserError(f"{path} is {size} but {image} is {wanted}{exif}: give both the same size")
         return found
+
+    def _stored(self, entry: Entry) -> dict[str, Any]:
+        return {field: self._read(field, self.root / path, entry) for field, path in entry.files.items()}
 
     def _upright(self, field: str, value: Any, path: Path) -> Any:
         turn = orientation(path)
@@ -234,6 +257,10 @@ class FileSource:
         why = f"depths {low:g}..{high:g} m, valid {self.depth_range[0]:g}..{self.depth_range[1]:g} m"
         path = self.root / entry.files["depth"]
         raise UserError(f"{path} has no valid pixel ({why}): check depth_scale and the mask")
+
+
+def _first(names: Sequence[str], most: int = 9) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 # Sizes
@@ -267,8 +294,9 @@ def file_sizes(root: Path, paths: Iterable[str]) -> dict[str, int]:
         try:
             with os.scandir(root / folder if folder else root) as listing:
                 for item in listing:
-                    if item.name in names and item.is_file():
-                        sizes[f"{folder}/{item.name}" if folder else item.name] = item.stat().st_size
+                    with contextlib.suppress(OSError):  # a link to itself: no file
+                        if item.name in names and item.is_file():
+                            sizes[f"{folder}/{item.name}" if folder else item.name] = item.stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             continue
         except PermissionError:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+from PIL import Image
+
 from scaling_perception.data import formats
-from scaling_perception.data.sources.base import Entry
+from scaling_perception.data.images import open_image
+from scaling_perception.data.sources import nyu_mat, sens
+from scaling_perception.data.sources.base import Entry, list_files
 from scaling_perception.data.sources.benchmarks import FOLDER, Benchmark
 from scaling_perception.data.sources.lists import list_path, locate, read_list
 from scaling_perception.support.errors import UserError, did_you_mean
@@ -66,13 +72,19 @@ class DepthBenchmark(Benchmark):
 
 
 class NYUv2(DepthBenchmark):
-    """NYU depth v2, millimetres; evaluated from 1 mm to 10 m. Marigold's ``test/SCENE/`` is the published 654 images.
+    """NYU depth v2, evaluated from 1 mm to 10 m: the published ``nyu_depth_v2_labeled.mat`` (1449 images, of which
+    ``splits.mat`` says which 654 are the test), or pairs of PNG in millimetres, such as Marigold's ``test/SCENE/``.
 
-    The raw depth is the truth; the ``filled_`` maps beside it are not read.
+    Args:
+        truth: raw, what the sensor measured (published figures are of it), or filled; of the .mat alone: of the PNG
+            files beside one another the ``filled_`` ones are not read.
     """
 
     NAME = "nyuv2"
-    LAYOUT = "rgb_ID.png (or .jpg) with depth_ID.png (or sync_depth_ID.png), such as test/SCENE/rgb_0001.png"
+    LAYOUT = (
+        "nyu_depth_v2_labeled.mat with splits.mat, or rgb_ID.png (or .jpg) with depth_ID.png (or sync_depth_ID.png), "
+        "such as test/SCENE/rgb_0001.png"
+    )
     depth_scale = 1000.0
     depth_range = (1e-3, 10.0)
     SPLIT_FOLDERS = {"val": "test", "test": "test"}
@@ -82,6 +94,43 @@ class NYUv2(DepthBenchmark):
             {"depth": ("{folder}sync_depth_{id}.png", "{folder}depth_{id}.png")},
         ),
     )
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str,
+        task: str = "depth",
+        *,
+        count: int = 0,
+        list: str = "",
+        depth_scale: float = 0.0,
+        truth: str = "raw",
+    ) -> None:
+        if truth not in nyu_mat.TRUTHS:
+            raise UserError(f"nyuv2 has no truth '{truth}'{did_you_mean(truth, nyu_mat.TRUTHS)}")
+        self.truth, self.mat = truth, nyu_mat.NAME
+        super().__init__(root, split, task, count=count, list=list, depth_scale=depth_scale)
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), **({"truth": self.truth} if self.truth != "raw" else {})}
+
+    def _root_of_file(self, path: Path) -> Path:
+        if path.suffix != ".mat":
+            return super()._root_of_file(path)
+        self.mat = path.name
+        return path.parent
+
+    def find(self) -> list[Entry]:
+        if not self.list and (self.root / self.mat).is_file():
+            return nyu_mat.find(self.root, self.mat, self.split)
+        if self.truth != "raw":
+            raise UserError(f"truth '{self.truth}' is of {nyu_mat.NAME}, which {self.root} lacks: leave it out")
+        return super().find()
+
+    def _read(self, field: str, path: Path, entry: Entry) -> Any:
+        if "index" not in entry.values:
+            return super()._read(field, path, entry)
+        return nyu_mat.read(path, "images" if field == "image" else nyu_mat.TRUTHS[self.truth], entry.values["index"])
 
 
 class KittiDepth(DepthBenchmark):
@@ -113,7 +162,11 @@ class KittiDepth(DepthBenchmark):
 
 
 class Eth3d(DepthBenchmark):
-    """ETH3D's DSLR images with depth of laser scans: raw float32 metres in files called .JPG, inf where unknown."""
+    """ETH3D's DSLR images with depth of laser scans: raw float32 metres in files called .JPG, inf where unknown.
+
+    Args:
+        masks: leave out what ``SCENE/masks_for_images`` marks (published figures do not).
+    """
 
     NAME = "eth3d"
     LAYOUT = (
@@ -122,33 +175,121 @@ class Eth3d(DepthBenchmark):
     )
     depth_scale = 1.0
     depth_range = (1e-5, math.inf)
-    LAYOUTS = (
-        (
-            FOLDER + r"(?P<scene>[^/]+)/images/dslr_images/(?P<id>[^/]+)\.(?P<suffix>JPG|jpg)",
-            {
-                "depth": (
-                    "{folder}{scene}/ground_truth_depth/dslr_images/{id}.{suffix}",
-                    "*/{scene}/ground_truth_depth/dslr_images/{id}.{suffix}",
-                )
-            },
-        ),
-    )
+    _IMAGE = FOLDER + r"(?P<scene>[^/]+)/images/dslr_images/(?P<id>[^/]+)\.(?P<suffix>JPG|jpg)"
+    _DEPTH = "{scene}/ground_truth_depth/dslr_images/{id}.{suffix}"
+    _MASK = "{scene}/masks_for_images/dslr_images/{id}.png"
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str,
+        task: str = "depth",
+        *,
+        count: int = 0,
+        list: str = "",
+        depth_scale: float = 0.0,
+        masks: bool = False,
+    ) -> None:
+        if masks and list:
+            raise UserError("masks are not looked for beside the files of a list: give list or masks=true, not both")
+        self.masks = masks
+        files = {"depth": ("{folder}" + self._DEPTH, "*/" + self._DEPTH)}
+        self.LAYOUTS = ((self._IMAGE, {**files, **({"invalid_mask": ("*/" + self._MASK,)} if masks else {})}),)
+        super().__init__(root, split, task, count=count, list=list, depth_scale=depth_scale)
+        if masks and not any("invalid_mask" in entry.files for entry in self.entries):
+            raise UserError(f"{self.root} has no SCENE/masks_for_images: unpack them there, or leave masks out")
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), **({"masks": True} if self.masks else {})}
 
     def _read(self, field: str, path: Path, entry: Entry) -> Any:
         if field == "depth":
             stored = formats.read_raw_depth(path, formats.image_size(self.root / entry.files["image"]))
             return stored / self.depth_scale
+        if field == "invalid_mask":  # 1 and 2 are kinds of what is masked
+            with open_image(path) as image:
+                return np.asarray(image.convert("L")) > 0
         return super()._read(field, path, entry)
 
 
 class ScanNet(DepthBenchmark):
-    """ScanNet, millimetres; evaluated from 1 mm to 10 m. The published sample is 800 images of validation scenes."""
+    """ScanNet, millimetres; evaluated from 1 mm to 10 m. The published sample is 800 images of validation scenes.
+
+    Read are the published recordings SCENE.sens, or frames exported of them. Colour that is larger than depth is
+    brought to the size of depth. The names of a list count for both: ``SCENE/color/ID.jpg`` is frame ID.
+
+    Args:
+        every: of recordings without a list, take one frame of this many.
+    """
 
     NAME = "scannet"
-    LAYOUT = "SCENE/color/ID.jpg with SCENE/depth/ID.png"
+    LAYOUT = "SCENE.sens, or SCENE/color/ID.jpg with SCENE/depth/ID.png"
     depth_scale = 1000.0
     depth_range = (1e-3, 10.0)
     LAYOUTS = ((FOLDER + r"color/(?P<id>\w+)\.(?:jpg|png)", {"depth": ("{folder}depth/{id}.png",)}),)
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str,
+        task: str = "depth",
+        *,
+        count: int = 0,
+        list: str = "",
+        depth_scale: float = 0.0,
+        every: int = 1,
+    ) -> None:
+        if every < 1:
+            raise UserError(f"every {every} is below 1: give the step from frame to frame")
+        self.every, self.offsets = every, {}
+        super().__init__(root, split, task, count=count, list=list, depth_scale=depth_scale)
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), **({"every": self.every} if self.every != 1 else {})}
+
+    def find(self) -> list[Entry]:
+        names = list_files(self.root)
+        recordings = {Path(name).stem: name for name in names if name.endswith(".sens")}
+        if not recordings or any(re.fullmatch(self.LAYOUTS[0][0], name) for name in names):
+            return super().find()
+        if not self.list:
+            frames = [
+                (scene, number)
+                for scene, name in sorted(recordings.items())
+                for number in range(0, sens.read_header(self.root / name).frames, self.every)
+            ]
+        else:
+            path = list_path(self.root, self.list)
+            frames = [self._listed(path, words[0]) for words in read_list(path, ("SCENE/color/ID.jpg",))]
+        entries = []
+        for scene, number in frames:
+            name = recordings.get(scene, f"{scene}.sens")
+            files = {"image": name, "depth": name}
+            entries.append(Entry(f"{scene}/color/{number:06d}", files, {"frame": number}))
+        return entries
+
+    def _listed(self, path: Path, name: str) -> tuple[str, int]:
+        match = re.fullmatch(r"(?:.*/)?(?P<scene>[^/]+)/color/(?P<frame>\d+)\.(?:jpg|png)", name)
+        if not match:
+            raise UserError(f"{path} names '{name}': a frame of a recording is SCENE/color/ID.jpg")
+        return match["scene"], int(match["frame"])
+
+    def _stored(self, entry: Entry) -> dict[str, Any]:
+        found = self._of_recording(entry) if "frame" in entry.values else super()._stored(entry)
+        (height, width), (high, wide) = found["depth"].shape, found["image"].shape[:2]
+        if height < high and abs(high * width / (height * wide) - 1) < 0.01:
+            small = Image.fromarray(found["image"]).resize((width, height), Image.Resampling.BILINEAR)
+            found["image"] = np.asarray(small)
+        return found
+
+    def _of_recording(self, entry: Entry) -> dict[str, Any]:
+        name, number = entry.files["image"], entry.values["frame"]
+        if name not in self.offsets:
+            self.offsets[name] = sens.frame_offsets(self.root / name)
+        if number >= len(self.offsets[name]):
+            raise UserError(f"{self.root / name} has {len(self.offsets[name])} frames, and no frame {number}")
+        image, depth = sens.read_frame(self.root / name, self.offsets[name][number])
+        return {"image": image, "depth": depth}
 
 
 class Diode(DepthBenchmark):

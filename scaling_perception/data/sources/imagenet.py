@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from scaling_perception.data.images import AGAIN
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.tables import read_text
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 _PLACES = {"train": ("train",), "val": ("val", "validation")}  # a split's folder; its name for tensorflow-datasets
 _INFO = "dataset_info.json"
-_AGAIN = "copy or download it again"
 
 
 class ImageNet:
@@ -111,7 +111,7 @@ def decode(data: bytes, where: str) -> np.ndarray:
             return np.array(image.convert("RGB"))
     except Exception as error:  # Pillow reports damage with many kinds of exceptions
         text = " ".join(str(error).split()).split(" <")[0] or type(error).__name__
-        raise UserError(f"{where} is damaged or no picture ({text}): {_AGAIN}") from None
+        raise UserError(f"{where} is damaged or no picture ({text}): {AGAIN}") from None
 
 
 class _Folders:
@@ -139,7 +139,7 @@ class _Folders:
         for folder, sizes in pictures.items():
             for name in sorted(sizes):
                 if not sizes[name]:
-                    raise UserError(f"{self.top / folder / name} is empty: {_AGAIN}")
+                    raise UserError(f"{self.top / folder / name} is empty: {AGAIN}")
                 self.names.append(f"{folder}/{name}")
                 found.append(numbers[folder])
                 digest.update(f"{folder}/{name}\t{sizes[name]}\t{numbers[folder]}\n".encode())
@@ -269,7 +269,7 @@ class _Prepared:
                     f"{self.folder} is in a format without random access: build it with file_format='array_record'"
                 ) from None
             except (OSError, RuntimeError, ValueError) as error:
-                raise UserError(f"{self.folder}: {_line(error)}: {_AGAIN}") from None
+                raise UserError(f"{self.folder}: {_line(error)}: {AGAIN}") from None
         return self._source
 
     def __getstate__(self) -> dict[str, Any]:
@@ -286,7 +286,7 @@ class _Prepared:
         try:
             record = self._open()[index]
         except (OSError, RuntimeError, ValueError, IndexError) as error:
-            raise UserError(f"{where} cannot be read ({_line(error)}): {_AGAIN}") from None
+            raise UserError(f"{where} cannot be read ({_line(error)}): {AGAIN}") from None
         name = record.get("file_name", b"")
         name = name.decode() if isinstance(name, bytes) else str(name)
         key = name or f"{self.about['name']}/{self.split}/{index}"
