@@ -3,11 +3,14 @@
 Writes one JSON: every cell of the grid with its error (mean over images and 95 % interval), MACs and seconds, the rows
 of all images, the trivial answers, and the autoencoder's floor. `report` makes a page of it; CSV is for other tools.
 What is done is kept in OUT.journal until the end: after a kill the same command goes on.
+`--shard i/n` evaluates a part of the images, in as many jobs as there are parts; `--merge` joins them to the same JSON.
 """
 
 import argparse
+import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from scaling_perception.inference.settings import add_setting, add_several, help
 from scaling_perception.support.again import add_overwrite, check_output, refuse_other, replacing
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json, write_json, write_text
+from scaling_perception.support.parts import add_parts, part_of, refuse_other_flags
 from scaling_perception.support.verbs import COUNT, FROM_0, SEED, add_source_options, source_options
 
 EXAMPLES = """
@@ -70,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--write-budgets", metavar="MODEL", help="put this into the model folder's budgets.json, for predict --budget"
     )
     add_overwrite(parser)
+    add_parts(parser, "the images", "one result")
     parser.add_argument(
         "--controls",
         type=FROM_0,
@@ -165,17 +170,20 @@ def open_data(args: argparse.Namespace) -> Any:
 
 
 def run(args: argparse.Namespace) -> int:
-    from scaling_perception import Predictor, __version__
+    from scaling_perception import Predictor
     from scaling_perception.data.contents import contents_of, described
-    from scaling_perception.data.manifest import unlikely
     from scaling_perception.evaluation.budget_table import check_entry
     from scaling_perception.evaluation.nested import Adaptive
+    from scaling_perception.evaluation.parts import part_journal, refuse_parts
     from scaling_perception.evaluation.protocols import count_note, get_protocol
     from scaling_perception.evaluation.sweep import sweep
-    from scaling_perception.models.dit import count_params
+    from scaling_perception.evaluation.tables import print_table
     from scaling_perception.support.progress import progress
     from scaling_perception.tasks import TASKS, get_task
 
+    part = part_of(args)
+    if args.merge:
+        return _merge(args)
     task = get_task(args.task)
     if task.measure is None:
         measured = [name for name, one in TASKS.items() if one.measure is not None]
@@ -195,6 +203,8 @@ def run(args: argparse.Namespace) -> int:
     metrics = "all" if args.metrics == "all" else list(dict.fromkeys(named))
     get_protocol(args.task, args.dataset, metrics)  # unknown metrics are refused before anything is loaded
     out = None if args.json is None else Path(args.json).expanduser()
+    if part is not None:
+        _check_part(args)
     if out is None and args.panels:
         raise UserError("--panels are written beside the result: give --json OUT, or leave them out")
     times = [] if args.intermediates is None else times_of(args.intermediates)
@@ -224,11 +234,17 @@ def run(args: argparse.Namespace) -> int:
     if out is not None and out.exists() and not args.overwrite:
         before = read_json(out)
         refuse_other(out, before.get("asked") if isinstance(before, dict) else None, asked)
-        _write_tables(args, before, predictor, folder)
+        _write_tables(args, before, lambda: predictor, folder)
         print_table(before)
         print(f"already finished: {out}")
         return _report_skipped(before["skipped"])
-    journal = None if out is None else out.with_name(f"{out.name}.journal")
+    journal, about = None, {}
+    if out is not None:
+        journal = out.with_name(f"{out.name}.journal") if part is None else part_journal(out, part)
+        if part is None:
+            refuse_parts(out)
+    if part is not None:
+        about = json.loads(json.dumps(_about(args, asked, predictor, data, protocol)))
     found, panels = sweep(
         predictor,
         source,
@@ -247,8 +263,28 @@ def run(args: argparse.Namespace) -> int:
         journal=journal,
         show=None if out is None else _Panels(args.task, protocol, out, predictor, times, args.seed),
         controls=args.controls,
+        part=part,
+        described_by=about,
     )
-    result = {
+    if part is not None:
+        print(f"part {part} is finished: {found['images']} images in {journal}")
+        print(f"when all parts are finished: the same command with --merge in place of --shard {args.shard}")
+        return 0
+    result = {**_about(args, asked, predictor, data, protocol), **found, "panels": panels}
+    code = _finish(args, out, result, lambda: predictor, folder)
+    if journal is not None:
+        journal.unlink(missing_ok=True)
+    return code
+
+
+def _about(
+    args: argparse.Namespace, asked: dict[str, Any], predictor: Any, data: dict[str, Any], protocol: dict[str, Any]
+) -> dict[str, Any]:
+    """What a result says besides its figures."""
+    from scaling_perception import __version__
+    from scaling_perception.models.dit import count_params
+
+    return {
         "format": _FORMAT,
         "asked": asked,
         "task": args.task,
@@ -266,21 +302,85 @@ def run(args: argparse.Namespace) -> int:
         "version": __version__,
         "data": data,
         "protocol": protocol,
-        **found,
-        "panels": panels,
     }
+
+
+def _finish(
+    args: argparse.Namespace, out: Path | None, result: dict[str, Any], load: Callable[[], Any], folder: Path | None
+) -> int:
+    """Write and print a result; the exit code."""
+    from scaling_perception.data.manifest import unlikely
+    from scaling_perception.evaluation.tables import print_table
+
     if out is not None:
         write_json(out, result)
-    _write_tables(args, result, predictor, folder)
-    if journal is not None:
-        journal.unlink(missing_ok=True)
+    _write_tables(args, result, load, folder)
     print_table(result)
-    _report_constants(found["cells"])
-    for note in unlikely(found["ranges"]):
+    _report_constants(result["cells"])
+    for note in unlikely(result["ranges"]):
         print(f"warning: {note}", file=sys.stderr)
     if out is not None:
         print(f"written: {out}")
-    return _report_skipped(found["skipped"])
+    return _report_skipped(result["skipped"])
+
+
+_OF_THE_WHOLE = ("csv", "per_image", "write_budgets")
+
+
+def _check_part(args: argparse.Namespace) -> None:
+    """UserError for what a part alone cannot give."""
+    if args.json is None:
+        raise UserError("--shard keeps its part beside the result: give --json OUT")
+    if args.overwrite:
+        raise UserError("--overwrite replaces a whole result: leave out --shard, or choose another --json")
+    for name in _OF_THE_WHOLE:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is made of the whole result: give it with --merge")
+
+
+def _merge(args: argparse.Namespace) -> int:
+    """Join the parts of a result; needs neither the model nor the data. Returns the exit code."""
+    from scaling_perception.evaluation.parts import joined, part_journals
+    from scaling_perception.evaluation.tables import print_table
+
+    if args.json is None:
+        raise UserError("--merge joins the parts beside the result: give --json OUT")
+    for path in filter(None, (args.json, args.csv, args.per_image)):
+        _check_folder(Path(path))
+    out, folder = Path(args.json).expanduser(), _budgets_folder(args.write_budgets)
+
+    def load() -> Any:
+        from scaling_perception import Predictor
+
+        return Predictor.from_pretrained(args.model, autoencoder=args.autoencoder, dtype=args.dtype)
+
+    if out.exists() and not part_journals(out):
+        result = read_json(out)
+        _check_merged(args, out, result, folder)
+        _write_tables(args, result, load, folder)
+        print_table(result)
+        print(f"already finished: {out}")
+        return _report_skipped(result["skipped"])
+    with joined(out) as result:
+        _check_merged(args, out, result, folder)
+        if out.exists():
+            before = read_json(out)
+            refuse_other(out, before.get("asked") if isinstance(before, dict) else None, result["asked"])
+        return _finish(args, out, result, load, folder)
+
+
+def _check_merged(args: argparse.Namespace, out: Path, result: Any, folder: Path | None) -> None:
+    """UserError when the parts are of something else than the flags say, or tables of others are in the way."""
+    from scaling_perception.evaluation.budget_table import check_entry
+
+    if not isinstance(result, dict) or "asked" not in result:
+        raise UserError(f"{out} is no result of this version: choose another --json")
+    asked = {name: value for name, value in result["asked"].items() if name in _ASKED}
+    refuse_other_flags(add_arguments, args, {**asked, "model": result["model"]}, out.parent)
+    for path in (args.csv, args.per_image):
+        check_output(path, result["asked"], args.overwrite)
+    if folder is not None:
+        check_entry(folder, args.task, result["asked"], args.overwrite)
 
 
 def _report_constants(cells: list[dict[str, Any]]) -> None:
@@ -303,7 +403,10 @@ def _budgets_folder(name: str | None) -> Path | None:
     return folder
 
 
-def _write_tables(args: argparse.Namespace, result: dict[str, Any], predictor: Any, folder: Path | None) -> None:
+def _write_tables(
+    args: argparse.Namespace, result: dict[str, Any], load: Callable[[], Any], folder: Path | None
+) -> None:
+    """The CSVs and the table of budgets, where they are asked for; ``load`` gives the predictor."""
     from scaling_perception.evaluation.budget_table import budget_entry, write_budgets
     from scaling_perception.evaluation.tables import cells_csv, images_csv
     from scaling_perception.inference.budgets import measure_timing
@@ -315,7 +418,7 @@ def _write_tables(args: argparse.Namespace, result: dict[str, Any], predictor: A
         with replacing(args.per_image, result["asked"]) as file:
             write_text(file, images_csv(result))
     if folder is not None:
-        entry = budget_entry(result, measure_timing(predictor, args.task))
+        entry = budget_entry(result, measure_timing(load(), args.task))
         print(f"written: {write_budgets(folder, args.task, entry)}")
 
 
@@ -368,38 +471,3 @@ def _report_skipped(skipped: list[dict[str, str]]) -> int:
     for item in skipped:
         print(f"left out: {item['key']}: {item['reason']}", file=sys.stderr)
     return 1 if any(item["kind"] == "unreadable" for item in skipped) else 0
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """Print the cells and the trivial answers."""
-    from scaling_perception.evaluation.intervals import interval_text
-
-    metrics = list(result["protocol"]["metrics"])
-
-    def figures(summary: dict[str, Any]) -> list[str]:
-        values = [summary.get(m) for m in metrics]
-        return [interval_text(v) if v else "" for v in values]
-
-    rows = [["preset", "solver", "steps", "N", "stops at", "GMAC", "s/image", *metrics]]
-    for cell in result["cells"]:
-        macs = "" if cell["macs"] is None else f"{cell['macs'] / 1e9:.3g}"
-        steps, members = f"{cell['mean_steps']:.3g}", f"{cell['mean_members']:.3g}"
-        stops = cell.get("tolerance", cell.get("step_tolerance", ""))
-        name = {"fixed": "", "adaptive": "members", "steps": "steps"}[cell["kind"]]
-        head = [cell["preset"], cell["solver"], steps, members, f"{name} {stops}".strip(), macs]
-        rows.append([*head, f"{cell['seconds']:.3g}", *figures(cell["metrics"])])
-    rows += [[name, *[""] * 6, *figures(value["metrics"])] for name, value in result["baselines"].items()]
-    controls = {name: value for name, value in result.get("controls", {}).items() if name != "cell"}
-    for name, value in controls.items():
-        cell = result["controls"]["cell"]
-        rows.append(
-            [name, cell["solver"], *map(str, (cell["steps"], cell["ensemble"])), *[""] * 3, *figures(value["metrics"])]
-        )
-        rows.append([f"picture against {name}", *[""] * 6, *figures(value["adds"])])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    print(f"{result['task']} on {result['dataset']}: {result['images']} images, model {result['model']}")
-    if depth := result.get("ranges", {}).get("depth"):
-        print(f"  true depth: {depth[0]:.4g} .. {depth[1]:.4g} m")
-    for row in rows:
-        left = row[0].ljust(widths[0])
-        print("  " + "  ".join([left, *[cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]]))

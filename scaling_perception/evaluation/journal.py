@@ -34,6 +34,7 @@ class Journal:
         identity: dict[str, Any],
         plan: dict[str, Any],
         files: Mapping[str, str] | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the journal at ``path``, or begin one.
 
@@ -42,6 +43,7 @@ class Journal:
             plan: how the work is cut up. A journal that is there brings its own, because figures computed in other
                 batches differ in their last digits.
             files: path -> hash of the content of each file of the data, to name those that have changed.
+            more: JSON values for the first line, of who joins several journals.
 
         Raises:
             UserError: it belongs to another evaluation, is damaged, in use, or cannot be written.
@@ -63,25 +65,20 @@ class Journal:
                 self._check(lines[0], identity, dict(files or {}))
                 self.plan, self.groups = lines[0]["plan"], lines[1:]
             else:
-                self.append({"journal": _FORMAT, "identity": identity, "plan": plan, "files": dict(files or {})})
+                self.append(
+                    {"journal": _FORMAT, "identity": identity, "plan": plan, "files": dict(files or {}), **(more or {})}
+                )
             self._closing = opening.pop_all()
 
     def _read(self) -> list[dict[str, Any]]:
         """The whole lines; what comes after the last of them is cut off."""
         self._file.seek(0)
-        text = self._file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError:
-            raise UserError(f"{self.path} is damaged: remove it to start anew") from None
-        self._file.truncate(len(whole))
+        lines, size = whole_lines(self.path, self._file.read())
+        self._file.truncate(size)
         return lines
 
     def _check(self, head: Any, identity: dict[str, Any], files: dict[str, str]) -> None:
-        if not isinstance(head, dict) or head.get("journal") != _FORMAT:
-            raise UserError(f"{self.path} is no journal of this version: remove it to start anew")
-        known = head["identity"]
+        known = identity_of(self.path, head)
         names = [name for name in {**known, **identity} if known.get(name) != identity.get(name)]
         if names == ["data"] and head.get("files") and (found := changes(head["files"], files)):
             raise UserError(
@@ -89,7 +86,7 @@ class Journal:
                 "remove the file to start anew"
             )
         if names:
-            told = "; ".join(f"{name} was {_short(known.get(name))}, is {_short(identity.get(name))}" for name in names)
+            told = other_settings(known, identity)
             raise UserError(
                 f"{self.path} is of an evaluation with other settings ({told}): run that to its end, choose another "
                 "result, or remove the file to start anew"
@@ -114,6 +111,36 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
+
+
+def whole_lines(path: Path, text: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a journal as far as they are whole, and how many bytes these are.
+
+    Raises:
+        UserError: a whole line is damaged.
+    """
+    whole = text[: text.rfind(b"\n") + 1]
+    try:
+        return [json.loads(line) for line in whole.splitlines()], len(whole)
+    except ValueError:
+        raise UserError(f"{path} is damaged: remove it to start anew") from None
+
+
+def identity_of(path: Path, head: Any) -> dict[str, Any]:
+    """What the first line of a journal says that it is of.
+
+    Raises:
+        UserError: it is no such line.
+    """
+    if not isinstance(head, dict) or head.get("journal") != _FORMAT:
+        raise UserError(f"{path} is no journal of this version: remove it to start anew")
+    return head["identity"]
+
+
+def other_settings(known: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    """What differs between two identities, in words; ``''`` for nothing."""
+    names = [name for name in {**known, **identity} if known.get(name) != identity.get(name)]
+    return "; ".join(f"{name} was {_short(known.get(name))}, is {_short(identity.get(name))}" for name in names)
 
 
 def _short(value: Any) -> str:

@@ -7,9 +7,9 @@ is never a change of noise.
 Adaptive compute is read off the same members (``nested``), so that its curves cost no sampling of their own.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,22 +19,23 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt
 
 from scaling_perception.data.contents import contents_of, described
-from scaling_perception.data.manifest import widen_depth, wider
+from scaling_perception.data.manifest import widen_depth
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
 from scaling_perception.diffusion.solvers import SOLVERS, solver_name
-from scaling_perception.evaluation.comparisons import evaluations_of
-from scaling_perception.evaluation.controls import control_inputs, control_results
-from scaling_perception.evaluation.intervals import summarise
+from scaling_perception.evaluation.controls import control_inputs
 from scaling_perception.evaluation.journal import Journal
 from scaling_perception.evaluation.nested import CONSTANT, Adaptive, Nested, SweepContext, sample_all, sample_with_looks
+from scaling_perception.evaluation.parts import plan_of_others
 from scaling_perception.evaluation.protocols import baseline_rows, prepare_raw, unmeasurable
+from scaling_perception.evaluation.results import result_of
 from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.budgets import OWN
 from scaling_perception.inference.model import prompt_of
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import Settings
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.parts import Part
 from scaling_perception.tasks import get_task
 from scaling_perception.tasks.base import Estimate
 
@@ -84,6 +85,8 @@ def sweep(
     journal: Path | None = None,
     show: Callable[[Shown, int], Any] | None = None,
     controls: int = 0,
+    part: Part | None = None,
+    described_by: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[Any]]:
     """Evaluate every cell of the grid, the trivial answers and the autoencoder's floor on the same images.
 
@@ -105,9 +108,10 @@ def sweep(
             removes it once the result is written.
         show: makes JSON of an image to show and its number, as soon as it is done; None keeps it as it is (which a
             journal cannot).
-
         controls: of how many images the controls are measured (see ``controls``), at the fewest steps of the first
             grid and solver with all members.
+        part: do this part of the images alone, into the ``journal``, for `parts.join`; returned is nothing of them.
+        described_by: of a part: JSON values that the journal keeps beside it, the same for all parts.
 
     Returns:
         ``images``, ``macs_per_forward``, ``cells``, ``baselines``, ``controls``, ``skipped``, ``ranges`` (of the true
@@ -130,14 +134,22 @@ def sweep(
     plan = predictor.plan(task, sizes[-1], len(source), batch_size, largest if batch_size is None else None)
     way = SweepContext(predictor, task, protocol, mode, sizes[-1], adaptive, key, plan)
     run = _Run(way, source, points, sizes, panels, show, controls)
+    about = run.about(forward)
     if journal is None:
         run.go(progress)
     else:
         files = contents_of(source)
-        with Journal(journal, run.identity(files), plan._asdict(), files) as kept:
+        identity, more = run.identity(files), {}
+        if part is not None:
+            plan = BatchPlan(**plan_of_others(journal, part, identity, plan._asdict()))
+            groups = len(part.block(len(range(0, len(source), plan.images))))
+            more = {"part": list(part), "groups": groups, "about": about, "described_by": described_by}
+        with Journal(journal, identity, plan._asdict(), files, more) as kept:
             run.way, run.groups = way._replace(plan=BatchPlan(**kept.plan)), list(kept.groups)
-            run.go(progress, kept.append)
-    return run.result(forward), run.shown
+            run.go(progress, kept.append, part or Part(0, 1))
+    if part is not None:
+        return {"images": sum(len(group["images"]) for group in run.groups)}, []
+    return result_of(run.groups, about), run.shown
 
 
 def _points(
@@ -216,6 +228,7 @@ class _Run:
         self.pictured = max(first, key=lambda point: point.settings.steps)
         self.controlled = min(first, key=lambda point: point.settings.steps)
         self.groups: list[dict[str, Any]] = []
+        self.before = 0  # images of earlier parts, as far as it matters which are the first
         self.merging_is_compiled = False
 
     def identity(self, files: Mapping[str, str]) -> dict[str, Any]:
@@ -249,10 +262,18 @@ class _Run:
     def shown(self) -> list[Any]:
         return [one for group in self.groups for one in group["shown"]]
 
-    def go(self, progress: Callable[..., Iterable[int]] | None, keep: Callable[[dict[str, Any]], None] | None = None):
-        """Do the groups of images that are still to be done."""
+    def go(
+        self,
+        progress: Callable[..., Iterable[int]] | None,
+        keep: Callable[[dict[str, Any]], None] | None = None,
+        part: Part = Part(0, 1),  # noqa: B008
+    ) -> None:
+        """Do the groups of images of a part that are still to be done."""
         starts = range(0, len(self.source), self.way.plan.images)
+        own = part.block(len(starts))
+        starts = starts[own.start : own.stop]
         left = starts[len(self.groups) :]
+        self.before = self._measured_before(starts.start, max(self.panels, self.controls)) if left else 0
         units = len(left) * sum(point.settings.evaluations for point in self.points)
         label = f"evaluate {self.way.task}"
         if done := sum(len(group["images"]) for group in self.groups):
@@ -271,7 +292,9 @@ class _Run:
     def _add_controls(self, record: dict[str, Any]) -> None:
         """Measure the controls of a group's images, as long as some are wanted."""
         way, point, group = self.way, self.controlled, self._group
-        wanted = self.controls - sum("controls" in image for one in self.groups for image in one["images"])
+        wanted = (
+            self.controls - self.before - sum("controls" in image for one in self.groups for image in one["images"])
+        )
         asked = [
             (image, raw, name, inputs)
             for image, (index, raw) in list(zip(record["images"], group, strict=True))[: max(wanted, 0)]
@@ -284,6 +307,17 @@ class _Run:
             row = way.measure(estimate, raw)
             row.pop(CONSTANT, None)
             image.setdefault("controls", {})[name] = row
+
+    def _measured_before(self, stop: int, most: int) -> int:
+        """How many of the images before number ``stop`` can be evaluated; the count ends at ``most``."""
+        found = 0
+        for index in range(stop if most else 0):
+            with contextlib.suppress(UserError):
+                raw = prepare_raw(self.source[index], self.way.protocol)
+                found += not unmeasurable(raw, self.way.protocol)
+            if found == most:
+                break
+        return found
 
     def _readable(
         self, indices: Iterable[int], skipped: list[dict[str, str]], ranges: dict[str, list[float]]
@@ -319,7 +353,7 @@ class _Run:
                 for index, (raw, image) in enumerate(zip(group, record["images"], strict=True)):
                     found = Nested(way, raw, sampled, index, point.settings.evaluations, len(group), encoding)
                     image["cells"] += [found.cell(cell) for cell in point.cells]
-                    number = len(self.shown) + len(record["shown"])
+                    number = self.before + len(self.shown) + len(record["shown"])
                     if point is self.pictured and number < self.panels:
                         shown = Shown(raw, found.estimate(way.most), point.cells[len(self.sizes) - 1])
                         record["shown"].append(self.show(shown, number))
@@ -358,64 +392,15 @@ class _Run:
                 found[name] = {metric: value for metric, value in row.items() if metric != CONSTANT}
             yield found
 
-    def result(self, forward: float) -> dict[str, Any]:
-        """See `sweep`."""
-        images = [image for group in self.groups for image in group["images"]]
-        skipped = [one for group in self.groups for one in group["skipped"]]
-        if not images:
-            reason = f": {skipped[0]['key']}: {skipped[0]['reason']}" if skipped else ""
-            more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
-            raise UserError(f"no image could be evaluated{reason}{more}; check the data set and its split")
-        ranges: dict[str, list[float]] = {}
-        for group in self.groups:
-            wider(ranges, group.get("ranges", {}))
+    def about(self, forward: float) -> dict[str, Any]:
+        """What `results.result_of` needs to know of the work besides the images; ``forward``: MACs of a forward."""
         each = forward * len(get_task(self.way.task).passes)
-        each = None if math.isnan(each) else each
-        names = [cell for point in self.points for cell in point.cells]
         before = [len(point.cells) for point in self.points[: self.points.index(self.controlled)]]
-        at = sum(before) + len(self.sizes) - 1  # constant compute with all members
-        cells = [
-            _summary(cell, [(image["key"], *image["cells"][i]) for image in images], each)
-            for i, cell in enumerate(names)
-        ]
-        baselines = {
-            name: [{"key": image["key"], **image["baselines"][name]} for image in images]
-            for name in images[0]["baselines"]
-        }
         return {
-            "images": len(images),
-            "macs_per_forward": each,
-            "cells": cells,
-            "baselines": {name: {"metrics": summarise(rows), "rows": rows} for name, rows in baselines.items()},
-            "controls": control_results(images, at, names[at]),
-            "skipped": skipped,
-            "ranges": ranges,
+            "cells": [cell for point in self.points for cell in point.cells],
+            "controlled": sum(before) + len(self.sizes) - 1,  # constant compute with all members
+            "macs_per_forward": None if math.isnan(each) else each,
         }
-
-
-def _summary(
-    cell: dict[str, Any], found: list[tuple[str, int, float, dict[str, float]]], each: float | None
-) -> dict[str, Any]:
-    """A cell with its means over images; where compute differs by image, with its distribution."""
-    forwards = [one[1] for one in found]
-    mean = float(np.mean(forwards))
-    rows = [{"key": key, **row} for key, _, _, row in found]
-    constant = sum(row.pop(CONSTANT, 0) > 0 for row in rows)
-    spent: dict[str, Any] = {"constant_predictions": constant} if constant else {}
-    if cell["kind"] != "fixed":
-        by = evaluations_of(cell) if cell["kind"] == "adaptive" else cell["ensemble"]
-        counts = Counter(count / by for count in forwards)
-        spent |= {"counts": {f"{count:g}": counts[count] for count in sorted(counts)}, "forwards": forwards}
-    return {
-        **cell,
-        "mean_steps": mean / cell["ensemble"] if cell["kind"] == "steps" else cell["steps"],
-        "mean_members": mean / evaluations_of(cell) if cell["kind"] == "adaptive" else cell["ensemble"],
-        "macs": None if each is None else each * mean,
-        "seconds": float(np.mean([one[2] for one in found])),
-        **spent,
-        "metrics": summarise(rows),
-        "rows": rows,
-    }
 
 
 def fill_invalid(raw: dict[str, Any], truth: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""An evaluation as CSV: a line for each cell, for laws and figures; a line for each image, for paired comparisons."""
+"""An evaluation as CSV (a line for each cell, for laws and figures; a line for each image, for paired comparisons), and
+as the table that is printed."""
 
 import csv
 import io
@@ -6,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from scaling_perception.evaluation.comparisons import evaluations_of
+from scaling_perception.evaluation.intervals import interval_text
 from scaling_perception.tasks import TASKS
 
 MORE_IS_BETTER = tuple(name for task in TASKS.values() for name in task.more_is_better)
@@ -80,3 +82,36 @@ def _text(lines: list[list[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)  # None becomes an empty field
     return text.getvalue()
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print the cells and the trivial answers."""
+    metrics = list(result["protocol"]["metrics"])
+
+    def figures(summary: dict[str, Any]) -> list[str]:
+        values = [summary.get(m) for m in metrics]
+        return [interval_text(v) if v else "" for v in values]
+
+    rows = [["preset", "solver", "steps", "N", "stops at", "GMAC", "s/image", *metrics]]
+    for cell in result["cells"]:
+        macs = "" if cell["macs"] is None else f"{cell['macs'] / 1e9:.3g}"
+        steps, members = f"{cell['mean_steps']:.3g}", f"{cell['mean_members']:.3g}"
+        stops = cell.get("tolerance", cell.get("step_tolerance", ""))
+        name = {"fixed": "", "adaptive": "members", "steps": "steps"}[cell["kind"]]
+        head = [cell["preset"], cell["solver"], steps, members, f"{name} {stops}".strip(), macs]
+        rows.append([*head, f"{cell['seconds']:.3g}", *figures(cell["metrics"])])
+    rows += [[name, *[""] * 6, *figures(value["metrics"])] for name, value in result["baselines"].items()]
+    controls = {name: value for name, value in result.get("controls", {}).items() if name != "cell"}
+    for name, value in controls.items():
+        cell = result["controls"]["cell"]
+        rows.append(
+            [name, cell["solver"], *map(str, (cell["steps"], cell["ensemble"])), *[""] * 3, *figures(value["metrics"])]
+        )
+        rows.append([f"picture against {name}", *[""] * 6, *figures(value["adds"])])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    print(f"{result['task']} on {result['dataset']}: {result['images']} images, model {result['model']}")
+    if depth := result.get("ranges", {}).get("depth"):
+        print(f"  true depth: {depth[0]:.4g} .. {depth[1]:.4g} m")
+    for row in rows:
+        left = row[0].ljust(widths[0])
+        print("  " + "  ".join([left, *[cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]]))
