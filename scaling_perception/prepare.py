@@ -1,16 +1,17 @@
 """Raw dataset to a validated manifest, or to a cache of latents.
 
-Without `--latents`: opens and checks every sample, and writes manifest.jsonl and summary.json; exit code 1 when a
-sample is bad. With `--latents`: encodes every sample (and its mirror image) with the autoencoder into checksummed
-shards that training reads; killed or out of disk, the same command goes on where it stopped, and on a finished cache it
-only verifies. `--shard i/n` makes a part of the cache, in as many jobs as there are parts; `--merge` joins them.
+With `--check`, and without `--latents`: decodes every sample, and writes manifest.jsonl and summary.json: how many
+there are beside how many were published, corrupt files, value ranges; exit code 1 when a sample is bad. Killed or out
+of disk, the same command goes on where it stopped. With `--latents`: encodes every sample (and its mirror image) with
+the autoencoder into checksummed shards that training reads; it goes on in the same way, and on a finished cache it only
+verifies. `--shard i/n` makes a part of the cache, in as many jobs as there are parts; `--merge` joins them.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from scaling_perception.support.again import add_overwrite, check_output, settings_of
+from scaling_perception.support.again import add_overwrite, settings_of
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.parts import add_parts, part_of
 from scaling_perception.support.verbs import POSITIVE, add_source_options, source_options
@@ -18,12 +19,12 @@ from scaling_perception.support.verbs import POSITIVE, add_source_options, sourc
 EXAMPLES = """
 scaling-perception prepare scenes --count 8192 --out runs/scenes --latents --vae tiny --resolution 128
 scaling-perception prepare worlds --tasks depth --option frames=1 --count 8192 --out runs/worlds --latents
-scaling-perception prepare hypersim --raw /data/hypersim --out runs/hypersim_check
+scaling-perception prepare hypersim --raw /data/hypersim --split val --check --out runs/hypersim_check
 scaling-perception prepare flying_chairs --raw /data/FlyingChairs --out runs/chairs --latents --vae DIR --resolution 256
 """
 
 # Flags that say nothing of a manifest
-_OF_LATENTS = ("out", "latents", "vae", "resolution", "flips", "flow_divisor", "image_resize", "depth_prompt")
+_OF_LATENTS = ("out", "check", "latents", "vae", "resolution", "flips", "flow_divisor", "image_resize", "depth_prompt")
 _OF_LATENTS += ("shard_size", "batch", "workers", "skip_bad", "overrides", "dtype", "shard", "merge")
 
 
@@ -41,13 +42,14 @@ FLAGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", help="scenes, hypersim, flying_chairs, pix2gestalt, folder, …")
     parser.add_argument("--raw", default="", metavar="DIR", help="folder of the raw dataset (not for scenes)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--out", default="", metavar="DIR", help="folder to write to (--check: default in the cache)")
     what = "depth,flow,amodal or a part of them, or generation (default: all it serves)"
     parser.add_argument("--tasks", default="", help=what)
-    parser.add_argument("--split", default="train", help="default %(default)s")
+    parser.add_argument("--split", help="default train, or val of a dataset that has no train")
     parser.add_argument("--count", type=int, default=0, metavar="N", help="samples to use (default: all it has)")
     parser.add_argument("--start", type=int, default=0, metavar="I", help="first sample (default %(default)s)")
     add_source_options(parser)
+    parser.add_argument("--check", action="store_true", help="decode and count every sample (so without --latents)")
     parser.add_argument("--latents", action="store_true", help="encode into a cache of latents")
     parser.add_argument("--vae", default="tiny", metavar="NAME|DIR", help="autoencoder (default %(default)s)")
     parser.add_argument("--resolution", type=int, default=128, metavar="R", help="pixels (default %(default)s)")
@@ -81,10 +83,18 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: give at least {least}")
+    if args.check and (args.latents or args.merge):
+        raise UserError(f"--check and {'--latents' if args.latents else '--merge'}: give one of them")
+    if not (args.out or args.check):
+        raise UserError("--out is missing: give the folder to write to")
     if args.workers is None:
         from scaling_perception.data.workers import default_workers
 
         args.workers = default_workers()
+    if args.split is None:
+        from scaling_perception.data.sources import usual_split
+
+        args.split = usual_split(args.dataset)
     part = part_of(args)
     if args.merge:
         from scaling_perception.data.cache_parts import merge_cache
@@ -98,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--shard is for caches of latents: give --latents too, or leave it out")
     if args.dtype != "float32":
         raise UserError("--dtype is for caches of latents: give --latents too, or leave it out")
-    return _manifest(args)
+    return _check(args)
 
 
 def _spec(args: argparse.Namespace) -> tuple[Any, ...]:
@@ -110,25 +120,30 @@ def _spec(args: argparse.Namespace) -> tuple[Any, ...]:
     return args.dataset, args.raw, args.split, tasks, args.count, args.start, args.resolution, given
 
 
-def _manifest(args: argparse.Namespace) -> int:
+def _check(args: argparse.Namespace) -> int:
+    from scaling_perception.data.check import check_all, default_out, published_line
     from scaling_perception.data.ledger import alone
-    from scaling_perception.data.manifest import MANIFEST, SUMMARY, Checker, RawSamples, say_ranges, write_manifest
-    from scaling_perception.data.workers import ordered_map
-    from scaling_perception.support.progress import progress
+    from scaling_perception.data.manifest import MANIFEST, SUMMARY, RawSamples, say_ranges
+    from scaling_perception.data.sources.base import tolerating
 
-    spec, out = _spec(args), Path(args.out)
-    samples = RawSamples(*spec)
+    spec, settings = _spec(args), settings_of(args, _OF_LATENTS, ("raw",))
+    with tolerating():
+        samples = RawSamples(*spec)
+    out = Path(args.out or default_out(args.dataset, settings))
     print("\n".join(samples.taken(args.dataset, args.raw, args.split)), flush=True)
-    total = len(samples)
-    lines = ordered_map(Checker, spec, range(total), args.workers)
-    about = {"format": 1, "dataset": args.dataset, "split": args.split, "sources": samples.fingerprint()}
-    settings = settings_of(args, _OF_LATENTS, ("raw",))
-    for name in (MANIFEST, SUMMARY):
-        check_output(out / name, settings, args.overwrite)
     with alone(out):
-        summary = write_manifest(out, progress(lines, total, "check"), about, settings)
+        summary = check_all(out, spec, samples, settings, args.workers, args.overwrite)
+    if line := published_line(summary):
+        print(line)
     say_ranges(summary["ranges"])
-    for line in summary["bad_samples"][:10]:
-        print(f"bad sample {line['index']}: {line['reason']}")
-    print(f"{summary['good']} good and {summary['bad']} bad samples: see {out / MANIFEST} and {out / SUMMARY}")
+    if count := summary["untrainable"]:
+        print(f"note: {count} samples lack the picture that is learned: they are to be evaluated on, not trained on")
+    for kind, name in (("bad", "bad_samples"), ("left_out", "left_out_samples")):
+        for line in summary[name][:10]:
+            print(f"{kind.replace('_', ' ')} sample {line['index']}: {line['reason']}")
+        if summary[kind] > 10:
+            print(f"… and {summary[kind] - 10} more")
+    left_out = f", {summary['left_out']} left out" if summary["left_out"] else ""
+    counts = f"{summary['good']} good and {summary['bad']} bad samples{left_out}"
+    print(f"{counts}: see {out / MANIFEST} and {out / SUMMARY}")
     return 1 if summary["bad"] and not args.skip_bad else 0

@@ -277,7 +277,7 @@ def _shard(
     for _ in range(count):
         result = next(results)
         if "bad" in result:
-            if not args.skip_bad:
+            if not (args.skip_bad or result["left_out"]):
                 raise UserError(f"raw sample {result['index']} is bad ({result['bad']}): mend it or pass --skip-bad")
             bad.append({"index": result["index"], "reason": result["bad"]})
             continue

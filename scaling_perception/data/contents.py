@@ -88,6 +88,12 @@ def first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return Path(base).expanduser() / "scaling-perception"
+
+
 def _stamp(path: str) -> list[int]:
     try:
         found = os.stat(path)
@@ -119,8 +125,7 @@ class _Index:
     def __init__(self, root: Path) -> None:
         real = os.path.realpath(root)
         name = hashlib.sha256(real.encode()).hexdigest()[:16]
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-        self.path = Path(base).expanduser() / "scaling-perception" / "contents" / f"{name}.json"
+        self.path = cache_folder() / "contents" / f"{name}.json"
         self.entries: dict[str, list[Any]] = {}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             held = json.loads(self.path.read_text(encoding="utf-8"))

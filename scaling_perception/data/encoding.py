@@ -8,6 +8,7 @@ import numpy as np
 
 from scaling_perception.data.latents import FIELDS
 from scaling_perception.data.manifest import RawSamples, ranges_of, reason
+from scaling_perception.data.sources.base import LeftOut
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.failures import not_damage
 from scaling_perception.tasks import TaskOptions, get_task
@@ -18,7 +19,8 @@ class SampleMaker:
 
     The result holds ``samples``: dictionaries whose pictures (image, prompt, target) are digests; and ``pictures``:
     digest -> float32 (R, R, 3). The image of a scene is shared by its four passes and the prompt of depth is constant,
-    so about a third of the encoding is saved. Or ``bad``: why the sample cannot be used.
+    so about a third of the encoding is saved. Or ``bad``: why the sample cannot be used, and ``left_out``: whether that
+    is how it was published.
     """
 
     def __init__(self, spec: tuple[Any, ...], resolution: int, options: dict[str, Any]):
@@ -41,7 +43,7 @@ class SampleMaker:
         except Exception as error:
             if not isinstance(error, UserError) and (why := not_damage(error)):  # no reason to leave the sample out
                 raise UserError(f"cannot read raw sample {index}: {why}") from error
-            return {"index": index, "bad": reason(error)}
+            return {"index": index, "bad": reason(error), "left_out": isinstance(error, LeftOut)}
         return {"index": index, "samples": made, "pictures": pictures, "ranges": ranges}
 
 

@@ -4,8 +4,10 @@ A manifest is ``manifest.jsonl``, one line a sample (its key, size, value ranges
 ``summary.json``, the counts and ranges over all of them.
 """
 
+import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +19,13 @@ import numpy as np
 from scaling_perception.data.contents import contents_of
 from scaling_perception.data.pipeline import open_subset
 from scaling_perception.data.sources import taken
+from scaling_perception.data.sources.base import LeftOut, tolerating
 from scaling_perception.support.again import replacing
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.failures import not_damage
 from scaling_perception.support.files import write_json
 from scaling_perception.tasks import TASKS, TaskOptions, get_task
-from scaling_perception.tasks.base import valid_of
+from scaling_perception.tasks.base import Task, valid_of
 
 MANIFEST = "manifest.jsonl"
 SUMMARY = "summary.json"
@@ -71,6 +75,7 @@ class RawSamples:
                 raise UserError(f"{dataset} does not serve {task}: choose from {', '.join(served)} with --tasks")
         if dataset in ENDLESS and not count:
             raise UserError(f"the {dataset} have no end: say how many with --count")
+        self.options = dict(options)
         self.groups: list[tuple[Any, range, list[str]]] = []
         for task in wanted or usual:
             source, chosen = open_subset(dataset, root, split, task, count, start, resolution, **options)
@@ -101,12 +106,21 @@ class RawSamples:
         source, place, _ = self._place(index)
         return source.file_paths([place])[1] if hasattr(source, "file_paths") else []
 
+    def stamp(self, index: int) -> str:
+        """A digest of the names, sizes and times of a sample's files; '' for sources without files."""
+        source, place, _ = self._place(index)
+        if not hasattr(source, "file_paths"):
+            return ""
+        root, paths = source.file_paths([place])
+        return hashlib.blake2b(repr([_seen(root, path) for path in paths]).encode(), digest_size=8).hexdigest()
+
     def taken(self, dataset: str, root: str, split: str) -> list[str]:
-        """A line a source: how many samples are used, and of how many."""
+        """A line a source: how many samples are used, and of how many; and what it notes of those left out."""
         lines = []
         for source, chosen, names in self.groups:
-            line = taken(source, dataset, root, split, names[0])
+            line = taken(source, dataset, root, split, names[0], **self.options)
             lines.append(line if len(chosen) == len(source) else f"{line}; {len(chosen)} of them, from {chosen.start}")
+            lines += getattr(source, "notes", [])
         return lines
 
     def read(self, index: int) -> tuple[Mapping[str, Any], list[str]]:
@@ -120,6 +134,14 @@ class RawSamples:
                 return source, chosen[index], names
             index -= len(chosen)
         raise IndexError(index)
+
+
+def _seen(root: Path, path: str) -> tuple[str, int, int]:
+    try:
+        found = os.stat(root / path)
+    except OSError:
+        return path, -1, -1
+    return path, found.st_size, found.st_mtime_ns
 
 
 def reason(error: Exception) -> str:
@@ -140,10 +162,10 @@ def check_sample(raw: Mapping[str, Any], tasks: Iterable[str], options: TaskOpti
     Returns:
         JSON-able: key, size [H, W], and by task ``valid`` (fraction of valid pixels) and value ranges: ``depth``
         [least, most] metres; ``flow`` [least, most] of either component in pixels; ``visible`` fraction of the picture;
-        ``label`` class.
+        ``label`` class. ``untrainable`` where it lacks the picture to learn, and can be evaluated on.
 
     Raises:
-        UserError: what is wrong with it.
+        UserError: what is wrong with it. LeftOut: it is to be evaluated on and asks for nothing.
     """
     key = raw.get("key")
     if not isinstance(key, str) or not key:
@@ -151,16 +173,37 @@ def check_sample(raw: Mapping[str, Any], tasks: Iterable[str], options: TaskOpti
     image = np.asarray(raw["image"])
     found: dict[str, Any] = {"key": key, "size": list(image.shape[:2])}
     for task in tasks:
-        for name in get_task(task).pictures:
+        lacking = _untrainable(raw, get_task(task))
+        for name in (name for name in get_task(task).pictures if name not in lacking):
             picture = np.asarray(raw[name]) if name in raw else None
             if picture is None or picture.dtype != np.uint8 or picture.shape != (*image.shape[:2], 3):
                 shape = "absent" if picture is None else f"{picture.dtype} {picture.shape}"
                 raise UserError(f"{name} is {shape}: it must be uint8 ({image.shape[0]}, {image.shape[1]}, 3)")
+        if lacking:
+            _ask(raw, task)
+            found["untrainable"] = True
         found |= ranges_of(raw, [task])
+        if lacking:
+            get_task(task).conditions(raw, _CHECK_SIZE, options)
+            continue
         for sample in get_task(task).encode(raw, _CHECK_SIZE, options):
             if not np.isfinite(sample["target"][sample["valid"]]).all():
                 raise UserError(f"{task} encodes to values that are not finite")
     return found
+
+
+def _untrainable(raw: Mapping[str, Any], task: Task) -> tuple[str, ...]:
+    """The pictures that a sample lacks which has the truth to evaluate on in another form."""
+    if not any(raw.get(name) is not None for name in task.one_of):
+        return ()
+    return tuple(name for name in task.pictures if name in task.one_of and raw.get(name) is None)
+
+
+def _ask(raw: Mapping[str, Any], task: str) -> None:
+    try:
+        get_task(task).check(raw)
+    except UserError as error:
+        raise LeftOut(str(error)) from None
 
 
 def ranges_of(raw: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
@@ -199,17 +242,23 @@ def widen_depth(ranges: dict[str, list[float]], raw: Mapping[str, Any]) -> None:
 
 
 class Checker:
-    """``checker(index)`` -> a manifest line; made once in each process."""
+    """``checker(index)`` -> {index, stamp of the sample's files, line of the manifest}; made once in each process."""
 
-    def __init__(self, *spec: Any):
-        self.samples = RawSamples(*spec)
+    def __init__(self, spec: tuple[Any, ...]):
+        with tolerating():
+            self.samples = RawSamples(*spec)
 
     def __call__(self, index: int) -> dict[str, Any]:
+        stamp = self.samples.stamp(index)  # before it is read: what changes from now on is noticed next time
         try:
             raw, tasks = self.samples.read(index)
-            return {"index": index, "ok": True, "tasks": tasks, **check_sample(raw, tasks, TaskOptions())}
+            line = {"index": index, "ok": True, "tasks": tasks, **check_sample(raw, tasks, TaskOptions())}
         except Exception as error:
-            return {"index": index, "ok": False, "reason": reason(error)}
+            if not isinstance(error, UserError) and (why := not_damage(error)):  # says nothing of the sample
+                raise UserError(f"cannot read raw sample {index}: {why}") from error
+            line = {"index": index, "ok": False, "reason": reason(error)}
+            line |= {"left_out": True} if isinstance(error, LeftOut) else {}
+        return {"index": index, "stamp": stamp, "line": line}
 
 
 _DEPTHS = (1e-3, 1e4)  # metres: 1 mm to 10 km
@@ -243,13 +292,16 @@ def write_manifest(
     makes the second sample bad.
 
     Returns:
-        The summary: ``about``, samples, good, bad, sizes {"WxH": count}, ranges {field: [least, most]}, bad_samples.
+        The summary: ``about``, samples, good, bad, left_out (whole, and of no use as published),
+        untrainable (of the good ones, to be evaluated on alone), sizes {"WxH": count},
+        ranges {field: [least, most]}, bad_samples and left_out_samples (the first ones).
     """
     seen: dict[tuple[str, str], int] = {}
     sizes: dict[str, int] = {}
     ranges: dict[str, list[float]] = {}
     bad: list[dict[str, Any]] = []
-    count = 0
+    left_out: list[dict[str, Any]] = []
+    count = untrainable = 0
     with replacing(out / MANIFEST, settings) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for line in lines:
             count += 1
@@ -264,18 +316,22 @@ def write_manifest(
                 size = f"{line['size'][1]}x{line['size'][0]}"
                 sizes[size] = sizes.get(size, 0) + 1
                 wider(ranges, line)
+                untrainable += line.get("untrainable", False)
             else:
-                bad.append(line)
+                (left_out if line.get("left_out") else bad).append(line)
             file.write(json.dumps(line) + "\n")
         file.flush()
     summary = {
         **about,
         "samples": count,
-        "good": count - len(bad),
+        "good": count - len(bad) - len(left_out),
         "bad": len(bad),
+        "left_out": len(left_out),
+        "untrainable": untrainable,
         "sizes": sizes,
         "ranges": ranges,
         "bad_samples": bad[:_MOST_LISTED],
+        "left_out_samples": left_out[:_MOST_LISTED],
     }
     with replacing(out / SUMMARY, settings) as temporary:
         write_json(temporary, summary)

@@ -137,6 +137,13 @@ def taken(
     return f"{found} of {total} samples of {name} ({split or 'all'}; {' '.join(how)} for all)"
 
 
+def usual_split(name: str) -> str:
+    """The split to take where none is given: train, or val where a source has no train."""
+    entry = SOURCES.get(name)
+    make = getattr(importlib.import_module(f"{__name__}.{entry.module}"), entry.member) if entry else None
+    return "train" if "train" in getattr(make, "SPLITS", ("train",)) else "val"
+
+
 def source_options(name: str) -> dict[str, Any]:
     """The options of a source and their defaults (``inspect.Parameter.empty`` for one that must be given)."""
     entry = SOURCES[name]
