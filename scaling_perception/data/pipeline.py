@@ -30,6 +30,7 @@ _KEYS = ("cache", "mixture", "flip", "workers", "resolution", "task_options")
 _ENTRY_KEYS = ("source", "root", "split", "task", "count", "weight", "resolution", "start")
 _ORDER = 1  # raise it when the order of samples changes for the same settings: old runs must not resume on it
 _PREFETCH = 4  # batches
+_LONGEST = 20_000  # characters of a fingerprint's rows: more are recorded by their digest
 
 
 class Element(NamedTuple):
@@ -200,6 +201,16 @@ class Batches:
         return streams
 
     @property
+    def autoencoders(self) -> set[str]:
+        """Ids of the autoencoders that made the cached latents; empty without a cache."""
+        return {reader.settings["autoencoder"] for reader in self.cached.readers} if self.cached else set()
+
+    @property
+    def class_count(self) -> int:
+        """The largest number of classes that a cache or source has, 0 where none says."""
+        return _classes(self._rows)
+
+    @property
     def class_names(self) -> list[str] | None:
         """See ``selection.classes_of``."""
         return classes_of(self.cached.readers if self.cached else [source for source, *_ in self.opened.values()])
@@ -218,7 +229,7 @@ class Batches:
         held = self.cached or self.online
         assert held is not None
         rows = held.fingerprint()
-        self.sources = rows if self.online else []
+        self._rows, self.sources = rows, rows if self.online else []
         return {
             "order": _ORDER,
             "seed": self._seed,
@@ -380,9 +391,16 @@ def _global_stream(streams: list[Stream], seed: int, flip: bool) -> Any:
 def _jsonable(value: Any) -> Any:
     """``value`` as JSON gives it back (tuples become lists), long ones with their digest alone."""
     text = json.dumps(value, sort_keys=True)
-    if len(text) > 20_000:
+    if len(text) > _LONGEST:
         return {"sha256": hashlib.sha256(text.encode()).hexdigest()}
     return json.loads(text)
+
+
+def _classes(value: Any) -> int:
+    if isinstance(value, Mapping):
+        own = value.get("classes")
+        return max([own if isinstance(own, int) else 0, *map(_classes, value.values())])
+    return max(map(_classes, value), default=0) if isinstance(value, list) else 0
 
 
 def _count(start: int) -> Iterator[int]:

@@ -261,7 +261,7 @@ def diffusion_objective(
         meta["task_prompts"] = {**config.task_prompts.to_dict(), "text_encoder": config.text_encoder}
     generation = not conditioned(config)
     if generation:  # a starting point, as an imported DiT is: no perception task
-        meta |= {"tasks": [], "task_options": {}, "classes": pretrain.check_classes(dit, batches.fingerprint)}
+        meta |= {"tasks": [], "task_options": {}, "classes": pretrain.check_classes(dit, batches.class_count)}
     if start_meta.get("surgery"):
         meta["init"] = {"model": start_meta["model"]["name"], "steps": start_meta["surgery"]}
     elif resumed is not None and "init" in resumed:
@@ -348,9 +348,8 @@ def _encoder(config: Config, batches: Batches) -> tuple[Callable[..., Any] | Non
             f"{config.resolution}: set resolution={target.shape[1] * 8} or prepare another cache"
         )
     made = ""
-    for cache in batches.fingerprint.get("caches", ()):
-        made = cache.get("settings", {}).get("autoencoder", "")
-        if made and made != load_autoencoder(config.autoencoder).id:
+    for made in batches.autoencoders:
+        if made != load_autoencoder(config.autoencoder).id:
             raise UserError(
                 f"data.cache {config.data.cache} was encoded by autoencoder {made}, which is not "
                 f"'{config.autoencoder}': set autoencoder to the one it was prepared with, or prepare another cache"

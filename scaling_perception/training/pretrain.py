@@ -118,25 +118,18 @@ def check_generation(config: Config, dit: DiTConfig) -> None:
         raise UserError("model_changes.num_classes is 0: set it to the number of classes of the data")
 
 
-def check_classes(dit: DiTConfig, fingerprint: Mapping[str, Any]) -> int:
-    """The number of classes of the data, as far as its fingerprint tells (else the network's).
+def check_classes(dit: DiTConfig, found: int) -> int:
+    """The number of classes ``found`` in the data, or the network's where that is 0.
 
     Raises:
         UserError: the network has fewer.
     """
-    found = _classes(fingerprint) or dit.num_classes
+    found = found or dit.num_classes
     if found > dit.num_classes:
         raise UserError(
             f"the data has {found} classes and the model {dit.num_classes}: set model_changes.num_classes={found}"
         )
     return found
-
-
-def _classes(value: Any) -> int:
-    if isinstance(value, Mapping):
-        own = value.get("classes")
-        return max([own if isinstance(own, int) else 0, *map(_classes, value.values())])
-    return max(map(_classes, value), default=0) if isinstance(value, list) else 0
 
 
 def write_samples(path: str, config: Config, params: Any, meta: Mapping[str, Any]) -> None:

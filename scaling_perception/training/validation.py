@@ -57,8 +57,7 @@ def held_out_batches(config: Config, data: Mapping[str, Any], training: Batches)
         wanted["mixture"] = {name: {f: e[f] for f in ("task", "weight") if f in e} for name, e in tasks}
     held = open_batches(wanted, chunk_size(config), config.seed)
     both = [batches.at(0)["target"].shape[1:] for batches in (training, held)]
-    made = [{cache["settings"]["autoencoder"] for cache in b.fingerprint.get("caches", ())} for b in (training, held)]
-    if both[0] != both[1] or made[0] != made[1]:
+    if both[0] != both[1] or training.autoencoders != held.autoencoders:
         raise UserError(
             f"held_out has targets of shape {both[1]} and the training data of {both[0]}, or another autoencoder: "
             "prepare both alike"

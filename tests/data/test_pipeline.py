@@ -9,6 +9,7 @@ import pytest
 import stand_ins
 from ml_collections import ConfigDict
 
+from scaling_perception.data import pipeline
 from scaling_perception.data.pipeline import Batches, open_batches
 from scaling_perception.data.selection import samples_taken
 from scaling_perception.support.errors import UserError
@@ -290,3 +291,17 @@ def test_mixing_needs_no_look_at_what_came_before(cache):
     batches = open_(cached(cache))
     far = batches.at(10**9)
     assert_same(far, next(itertools.islice(batches.iterate(10**9), 1)))
+
+
+def test_what_is_known_of_the_data_does_not_depend_on_how_much_is_recorded(cache, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        stand_ins.prepare(tmp_path / name, "--tasks", "depth")
+    both = f"{tmp_path / 'a'}:{tmp_path / 'b'}"
+    whole = open_(cached(both))
+    monkeypatch.setattr(pipeline, "_LONGEST", 100)
+    short = open_(cached(both))
+    assert isinstance(whole.fingerprint["caches"], list) and "sha256" in short.fingerprint["caches"]
+    assert short.autoencoders == whole.autoencoders == {stand_ins.make_autoencoder().id}
+    assert open_(online()).autoencoders == set()
+    classes = {"mixture": {"c": {"source": "textures", "task": "generation", "count": 4}}, "resolution": 32}
+    assert open_(classes, 2).class_count > 1 == 1 + short.class_count

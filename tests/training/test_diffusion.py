@@ -318,11 +318,11 @@ def test_mistakes_are_told(override, words):
 def test_latents_of_another_autoencoder_are_refused(monkeypatch):
     monkeypatch.setattr("scaling_perception.models.autoencoders.load_autoencoder", lambda name: Pool)
     batches = LatentBatches()
-    batches.fingerprint["caches"] = [{"settings": {"autoencoder": Pool.id}}]
+    batches.autoencoders = {Pool.id}
     assert diffusion_objective(config_of(), batches).meta["autoencoder_id"] == Pool.id
     monkeypatch.setattr(diffusion, "starting_point", lambda *_: (None, {"autoencoder": "old", "autoencoder_id": "1"}))
     with pytest.raises(UserError, match="init elsewhere was trained in the latents of autoencoder old"):
         diffusion_objective(config_of("init=elsewhere"), batches)
-    batches.fingerprint["caches"] = [{"settings": {"autoencoder": "000000000000"}}]
+    batches.autoencoders = {"000000000000"}
     with pytest.raises(UserError, match="encoded by autoencoder 000000000000, which is not 'tiny'"):
         diffusion_objective(config_of(), batches)

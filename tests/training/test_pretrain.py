@@ -164,11 +164,10 @@ def test_networks_that_cannot_be_pre_trained(overrides, words):
 
 def test_more_classes_than_rows_are_refused():
     small = dataclasses.replace(get_preset("a1"), num_classes=5)
-    fingerprint = {"sources": [{"source": {"name": "textures", "classes": 6}}]}
     with pytest.raises(UserError, match="the data has 6 classes and the model 5: set model_changes.num_classes=6"):
-        pretrain.check_classes(small, fingerprint)
-    assert pretrain.check_classes(get_preset("a1"), fingerprint) == 6
-    assert pretrain.check_classes(get_preset("a1"), {"caches": []}) == 1000
+        pretrain.check_classes(small, 6)
+    assert pretrain.check_classes(get_preset("a1"), 6) == 6
+    assert pretrain.check_classes(get_preset("a1"), 0) == 1000
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,8 @@ class LatentBatches:
     def __init__(self, side: int = 8) -> None:
         self.side = side
         self.fingerprint: dict[str, Any] = {"name": "latents", "length": 32}
+        self.autoencoders: set[str] = set()
+        self.class_count = 0
 
     def at(self, step: int) -> dict[str, Any]:
         rng = np.random.default_rng(step % 4)
