@@ -119,6 +119,10 @@ def of_predict(folder):
 
 def of_own_data(folder):
     draw = np.random.default_rng(0)
+    for number in range(12):
+        picture(folder / "pairs" / "image" / f"{number}.png", 100 + number)
+        (folder / "pairs" / "depth").mkdir(exist_ok=True)
+        write_png16(folder / "pairs" / "depth" / f"{number}.png", draw.integers(500, 9000, (40, 48)).astype(np.uint16))
     for split, count in (("train", 6), ("val", 4)):
         for number in range(count):
             picture(folder / "mydata" / split / "image" / f"{number}.png", 10 * count + number)

@@ -1,4 +1,5 @@
-"""Files of ground truth: .flo, .pfm, .npy, 16-bit PNG (pictures and masks from their own modules), and their colours.
+"""Files of ground truth: .flo, .pfm, .npy, .exr, .tif, 16-bit PNG (pictures and masks have modules of their own), and
+their colours.
 
 Readers raise ``UserError`` that names the file and the mending for anything missing, truncated, corrupt or of the wrong
 kind. Writers go through ``atomic_path``: a file is whole or absent.
@@ -6,14 +7,16 @@ kind. Writers go through ``atomic_path``: a file is whole or absent.
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from scaling_perception.data.images import AGAIN, FilePath, file_errors
+from scaling_perception.data.images import AGAIN, FilePath, file_errors, open_image
 from scaling_perception.data.images import image_size as image_size
 from scaling_perception.data.images import read_image as read_image
 from scaling_perception.data.images import read_png16 as read_png16
@@ -231,8 +234,11 @@ def write_png16(path: FilePath, array: np.ndarray) -> None:
         temporary.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
+DEPTH_SUFFIXES = (".png", ".tif", ".tiff", ".pfm", ".npy", ".exr")
+
+
 def read_depth(path: FilePath, scale: float | None = None) -> np.ndarray:
-    """Depth by suffix: .png (grey integers), .pfm, .npy.
+    """Depth by suffix, see ``read_stored``.
 
     Args:
         path: the file.
@@ -242,21 +248,101 @@ def read_depth(path: FilePath, scale: float | None = None) -> np.ndarray:
     Returns:
         float32 (H, W) metres; whatever marks invalid pixels (0, NaN, inf) is kept.
     """
+    stored = read_stored(path, eight_bits=scale is not None)
+    divisor = scale if scale is not None else (1000.0 if stored.dtype.kind in "iu" else 1.0)
+    return stored.astype(np.float32) / np.float32(divisor)
+
+
+def read_stored(path: FilePath, eight_bits: bool = False) -> np.ndarray:
+    """A map of one channel as it is stored: .png and .tif (grey integers, or floats), .pfm, .npy, .exr.
+
+    Args:
+        eight_bits: take pictures of 8 bits too.
+
+    Returns:
+        (H, W) integers or floats.
+
+    Raises:
+        UserError: missing, damaged, of another kind, or of several channels.
+    """
     suffix = Path(path).suffix.lower()
     if suffix == ".png":
-        stored = read_png16(path, eight_bits=scale is not None)
+        stored = read_png16(path, eight_bits=eight_bits)
+    elif suffix in (".tif", ".tiff"):
+        stored = read_tiff(path, eight_bits=eight_bits)
     elif suffix == ".pfm":
         stored = read_pfm(path)
     elif suffix == ".npy":
         stored = read_npy(path)
+    elif suffix == ".exr":
+        stored = read_exr(path)
     else:
-        raise UserError(f"{path}: unknown depth format '{suffix}': give a 16-bit .png, .pfm or .npy")
+        raise UserError(f"{path}: unknown depth format '{suffix}': give a 16-bit .png, .tif, .pfm, .npy or .exr")
     if stored.ndim == 3 and stored.shape[-1] == 1:
         stored = stored[..., 0]
     if stored.ndim != 2:
         raise UserError(f"{path} holds {stored.shape}: depth needs one channel (H, W)")
-    divisor = scale if scale is not None else (1000.0 if stored.dtype.kind in "iu" else 1.0)
-    return stored.astype(np.float32) / np.float32(divisor)
+    return stored
+
+
+_DEPTH_CHANNELS = ("z", "depth", "y", "v")  # by which programs call depth, the surest first
+
+
+def need_exr(path: FilePath) -> Any:
+    """The library that reads .exr files; UserError that names ``path`` where it is not installed."""
+    try:
+        import OpenEXR  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError(f"{path} needs OpenEXR: pip install 'scaling-perception[exr]'") from None
+    return OpenEXR
+
+
+def read_exr(path: FilePath) -> np.ndarray:
+    """The one channel of an OpenEXR file, or of several the one called Z (or ``ANYTHING.Z``), depth, Y or V; three
+    equal channels R, G, B are one.
+
+    Returns:
+        float32 (H, W) as stored (float16 and uint32 too become float32).
+
+    Raises:
+        UserError: OpenEXR is not installed; missing, damaged, or none of its channels is depth by its name.
+    """
+    library = need_exr(path)
+    _read_bytes(path)  # says what the system has against it; the library says no more than that it cannot open it
+    try:
+        with library.File(os.fspath(path), separate_channels=True) as file:
+            channels = {name: np.array(one.pixels, np.float32) for name, one in file.channels().items()}
+    except (RuntimeError, ValueError, TypeError) as error:
+        text = " ".join(str(error).split())[:120]
+        raise UserError(f"{path} is cut short or no OpenEXR file ({text}): {AGAIN}") from None
+    by_name = {name.rpartition(".")[2].lower(): name for name in reversed(channels)}
+    if len(channels) == 1:
+        return next(iter(channels.values()))
+    for name in _DEPTH_CHANNELS:
+        if name in by_name:
+            return channels[by_name[name]]
+    colours = [channels[by_name[name]] for name in "rgb" if name in by_name]
+    if len(colours) == 3 and all(np.array_equal(colours[0], one, equal_nan=True) for one in colours[1:]):
+        return colours[0]
+    held = ", ".join(channels) or "none"
+    raise UserError(f"{path} has the channels {held}, and none is called Z: save depth as one channel")
+
+
+def read_tiff(path: FilePath, eight_bits: bool = False) -> np.ndarray:
+    """The one page of a TIFF of one channel: 16-bit or 32-bit integers, or 32-bit floats; 8 bits where asked for.
+
+    Raises:
+        UserError: missing, damaged, of another kind, or of several pages.
+    """
+    with open_image(path) as image:
+        kinds = ("I;16", "I;16B", "I;16L", "I", "F", *(("L",) if eight_bits else ()))
+        if image.format != "TIFF" or image.mode not in kinds:
+            kind = f"a {image.format} picture of {'8 bits' if image.mode == 'L' else image.mode}"
+            raise UserError(f"{path} is {kind}: give one channel of 16 bits or of floats, or depth_scale for 8 bits")
+        if (pages := getattr(image, "n_frames", 1)) > 1:
+            raise UserError(f"{path} has {pages} pages: save each as a file of its own")
+        array = np.asarray(image)
+        return array.astype(array.dtype.newbyteorder("="))
 
 
 def read_raw_depth(path: FilePath, size: tuple[int, int]) -> np.ndarray:

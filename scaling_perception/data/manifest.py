@@ -233,7 +233,7 @@ def wider(ranges: dict[str, list[float]], found: Mapping[str, Any]) -> None:
 
 def widen_depth(ranges: dict[str, list[float]], raw: Mapping[str, Any]) -> None:
     """Let ranges take in the valid depths (metres) of a raw sample, if it has any."""
-    if raw.get("depth") is None:
+    if raw.get("depth") is None or raw.get("relative"):
         return
     depth = np.asarray(raw["depth"])
     values = depth[valid_of(raw, depth.shape[:2]) & np.isfinite(depth)]

@@ -139,7 +139,8 @@ def to_range(decoded: np.ndarray) -> np.ndarray:
 
 
 def inspect(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """``depth`` [least, most] metres and ``depth_valid``, the valid share.
+    """``depth`` [least, most] metres (``relative_depth`` of a sample that is ``relative``) and ``depth_valid``, the
+    valid share.
 
     Raises:
         UserError: depth is missing, not above 0, constant, or hardly anywhere valid.
@@ -150,7 +151,8 @@ def inspect(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
         raise UserError(f"depth is {low:g} m in a valid pixel: it must be above 0")
     if low == high:
         raise UserError(f"depth is {low:g} m in every valid pixel, from which nothing can be learned: leave it out")
-    return {"depth": [low, high], "depth_valid": float(valid.mean())}
+    name = "relative_depth" if raw.get("relative") else "depth"
+    return {name: [low, high], "depth_valid": float(valid.mean())}
 
 
 # Predicting
@@ -299,7 +301,7 @@ TASK = Task(
     optional_columns=("valid_mask",),
     truth="depth",
     inspect=inspect,
-    ranges={"depth": " m", "depth_valid": ""},
+    ranges={"depth": " m", "relative_depth": "", "depth_valid": ""},
     dataset="hypersim",
     decode_prediction=decode_prediction,
     reduce_modes=("lsq", "median", "minmax", "marigold"),

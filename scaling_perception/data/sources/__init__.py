@@ -12,7 +12,7 @@ A raw sample is a dict of numpy arrays at native size:
     generation label int
     normals normals float32 (H, W, 3) unit vectors in the camera's frame, x right, y down, z away from the camera (a
             surface that faces it has z < 0), valid bool
-    optional: label int, intrinsics float32 (3, 3), occluded bool (H, W)
+    optional: label int, intrinsics float32 (3, 3), occluded bool (H, W), relative True: depth has no unit
 
 Evaluation sets of photographs have no ``whole``: nobody has the picture of what is hidden.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -9,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from scaling_perception.data import formats
 from scaling_perception.data.sources.base import Entry, FileSource, list_files
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.tables import read_table, read_text
@@ -19,6 +23,7 @@ from scaling_perception.tasks.samples import to_unit
 SERVED = {name: task for name, task in TASKS.items() if task.columns}
 FILE_COLUMNS = tuple(dict.fromkeys(c for t in SERVED.values() for c in (*t.columns, *t.optional_columns)))
 COLUMNS = (*FILE_COLUMNS, "depth_scale", "label", "key", "split")
+KINDS = ("depth", "inverse", "disparity")
 MANIFESTS = ("manifest.csv", "manifest.jsonl")
 
 
@@ -34,6 +39,9 @@ class Folder(FileSource):
     all; without such folders every split is everything, which ``prepare`` and ``train`` refuse for any but train and
     all.
 
+    ``val_share`` splits data that has no splits: by a hash of each name, so that a sample stays where it is when
+    others are added.
+
     A depth file is what ``formats.read_depth`` reads, a flow file what ``formats.read_flow`` reads. For amodal data at
     least one of whole and whole_mask is needed: a missing mask is made from whole by pix2gestalt's threshold, and a
     missing whole leaves data to evaluate on, not to train on.
@@ -41,6 +49,11 @@ class Folder(FileSource):
     Args:
         depth_scale: stored units a metre where a row has none; 0: 1000 for PNG, 1 for floats.
         min_depth, max_depth: metres; depths outside are invalid.
+        depth_kind: what is stored: depth, inverse (1 / metres) or disparity (pixels); of the last two what is not above
+            0 is unknown.
+        focal_baseline: pixels times metres: depth = focal_baseline / disparity.
+        relative: depth has no unit: it is known up to a factor.
+        val_share: in (0, 1): the share of the names that is the split val; 0 does not split.
     """
 
     NAME = "folder"
@@ -58,20 +71,30 @@ class Folder(FileSource):
         depth_scale: float = 0.0,
         min_depth: float = 1e-5,
         max_depth: float = math.inf,
+        depth_kind: str = "depth",
+        focal_baseline: float = 0.0,
+        relative: bool = False,
+        val_share: float = 0.0,
     ) -> None:
+        _check_kind(depth_kind, focal_baseline, relative)
+        if not 0 <= val_share < 1:
+            raise UserError(f"val_share {val_share} must be in [0, 1): the share of the samples that is val")
         if not (depth_scale >= 0 and math.isfinite(depth_scale)):
             raise UserError(f"depth_scale {depth_scale} must be above 0 (units a metre), or 0: the file decides")
         if not 0 <= min_depth < max_depth:
             raise UserError(f"min_depth {min_depth} and max_depth {max_depth} must rise from 0: give both in metres")
         self.depth_scale = depth_scale or None
         self.depth_range = (min_depth, max_depth)
-        self.manifest = ""
+        self.depth_kind, self.focal_baseline, self.relative = depth_kind, focal_baseline, relative
+        self.val_share, self.manifest = val_share, ""
         super().__init__(root, split, task, count=count)
 
     def options(self) -> dict[str, Any]:
         near, far = self.depth_range
         far = far if math.isfinite(far) else None  # JSON has no infinity
-        return {**super().options(), "depth_scale": self.depth_scale, "min_depth": near, "max_depth": far}
+        usual = {"depth_kind": "depth", "focal_baseline": 0.0, "relative": False, "val_share": 0.0}
+        further = {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
+        return {**super().options(), "depth_scale": self.depth_scale, "min_depth": near, "max_depth": far, **further}
 
     def _root_of_file(self, path: Path) -> Path:
         if path.suffix.lower() not in (".csv", ".jsonl"):
@@ -84,10 +107,47 @@ class Folder(FileSource):
         if not self.manifest and len(manifests) > 1:
             raise UserError(f"{self.root} holds both {' and '.join(manifests)}: give the path of one of them")
         self.manifest = self.manifest or "".join(manifests)
-        return self._from_manifest(self.root / self.manifest) if self.manifest else self._from_folders()
+        found = self._from_manifest(self.root / self.manifest) if self.manifest else self._from_folders()
+        for path in (entry.files.get("depth", "") for entry in found):
+            if path.lower().endswith(".exr"):
+                formats.need_exr(self.root / path)  # once, and not for every sample
+                break
+        return self._share(found) if self.val_share else found
+
+    def _share(self, entries: list[Entry]) -> list[Entry]:
+        """Of data without splits those of the split, by their names."""
+        if not self.whole:
+            raise UserError(f"{self.root} has splits of its own: leave val_share out")
+        if self.split == "test":
+            raise UserError("val_share makes the splits train and val, and no test: choose one of them")
+        self.whole, self.notes = False, []
+        if self.split == "all":
+            return entries
+        chosen = [one for one in entries if (_fraction(one.key) < self.val_share) == (self.split == "val")]
+        if not chosen:
+            raise UserError(
+                f"val_share {self.val_share:g} puts none of the {len(entries)} samples of {self.root} into "
+                f"'{self.split}': take another share"
+            )
+        return chosen
+
+    def _read(self, field: str, path: Path, entry: Entry) -> Any:
+        if field != "depth" or self.depth_kind == "depth":
+            return super()._read(field, path, entry)
+        scale = entry.values.get("depth_scale", self.depth_scale)
+        stored = formats.read_stored(path, eight_bits=scale is not None)
+        if scale is None and stored.dtype.kind in "iu":
+            raise UserError(
+                f"{path} holds integers: give depth_scale, stored units of {self.depth_kind} (256 in KITTI)"
+            )
+        values, factor = stored.astype(np.float32) / np.float32(scale or 1), self.focal_baseline or 1.0
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            return np.where(values > 0, np.float32(factor) / values, np.float32(0))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         raw = super().__getitem__(index)
+        if self.relative and "depth" in raw:
+            raw["relative"] = True
         if "whole" in raw and "whole_mask" not in raw:
             raw["whole_mask"] = mask_from_whole(to_unit(raw["whole"]))
         return raw
@@ -196,6 +256,26 @@ class Folder(FileSource):
                 raise UserError(f"{self.root / found[stem]} and {self.root / path} share a name: keep one of them")
             found[stem] = path
         return found
+
+
+def _check_kind(kind: str, focal_baseline: float, relative: bool) -> None:
+    if kind not in KINDS:
+        raise UserError(f"folder has no depth_kind '{kind}'{did_you_mean(kind, KINDS)}")
+    if not (focal_baseline >= 0 and math.isfinite(focal_baseline)):
+        raise UserError(
+            f"focal_baseline {focal_baseline} must be above 0: focal length in pixels times baseline in metres"
+        )
+    if focal_baseline and kind != "disparity":
+        raise UserError(f"focal_baseline is for depth_kind=disparity, not for {kind}: leave it out")
+    if kind == "disparity" and bool(focal_baseline) == relative:
+        raise UserError(
+            "depth of disparity needs focal_baseline (focal length in pixels times baseline in metres), or "
+            "relative=true for depth without a unit: give one of them"
+        )
+
+
+def _fraction(key: str) -> float:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48
 
 
 def _number(value: Any, kind: type) -> Any:
