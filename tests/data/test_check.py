@@ -265,6 +265,15 @@ def test_flags_of_a_check(tmp_path, monkeypatch, capsys):
     assert run_verb("prepare", ["folder", "--raw", str(root), *FOLDER, "--out", str(made), "--workers", "0"]) == 0
 
 
+@pytest.mark.slow
+def test_worker_processes_find_the_same(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "raw", 40)
+    (root / "depth" / "07.png").write_bytes(b"")
+    for workers in ("0", "2"):
+        assert prepare("folder", root, tmp_path / workers, *FOLDER, "--workers", workers) == 1
+    assert results(tmp_path / "0") == results(tmp_path / "2")
+
+
 KILLED = """
 import sys, time
 from scaling_perception.data import manifest

@@ -49,6 +49,9 @@ def test_tone_mapping_as_published():
     scale = 0.8**2.2 / percentile
     wanted = [min(max(scale * value, 0.0) ** (1 / 2.2), 1.0) * 255 for value in colour.ravel()]
     np.testing.assert_allclose(tone_map(colour, valid).ravel(), np.floor(wanted), atol=0)
+    half = colour.astype(np.float16)  # as the files are: the same numbers by another way
+    half[0, 0] = -0.5, np.inf, 0
+    np.testing.assert_array_equal(tone_map(half, valid), tone_map(half.astype(np.float64), valid))
     grey = np.full((4, 5, 3), 0.37)
     assert (tone_map(grey, np.ones((4, 5), bool)) == 204).all() or (tone_map(grey, np.ones((4, 5), bool)) == 203).all()
     assert not tone_map(grey * 1e-4, np.ones((4, 5), bool)).any()  # darker than 1e-4: black
@@ -295,3 +298,21 @@ def test_links_in_circles_end(tmp_path):
     own.unlink()
     own.symlink_to(own)
     refuse("depth_00000.png is missing", "vkitti2", tmp_path, "train")
+
+
+def test_class_folders_with_links_to_nothing(tmp_path):
+    write(tmp_path / "train" / "n1" / "a.png", np.zeros((H, W, 3), np.uint8))
+    (tmp_path / "train" / "n2").symlink_to("n2")
+    assert len(open_source("imagenet", tmp_path, "train", "generation")) == 1
+    (tmp_path / "train" / "n1" / "b.png").symlink_to("b.png")
+    refuse("n1/b.png is a link to nothing", "imagenet", tmp_path, "train", task="generation")
+
+
+def test_lists_with_tabs_may_have_spaces_in_their_names(tmp_path):
+    make_vkitti(tmp_path / "my data")
+    frame = "my data/Scene01/clone/frames/{0}/Camera_0/{0}_00001.{1}"
+    image, depth = frame.format("rgb", "jpg"), frame.format("depth", "png")
+    (tmp_path / "l.txt").write_text(f"{image}\t{depth}\n")
+    assert len(open_source("vkitti2", tmp_path, "train", "depth", list="l.txt")) == 1
+    (tmp_path / "l.txt").write_text(f"{image} {depth}\n")
+    refuse("is missing .and 1 more files: my", "vkitti2", tmp_path, "train", list="l.txt")

@@ -25,18 +25,19 @@ _PICTURES = ("image", "image2", "whole")
 _MASKS = ("visible_mask", "whole_mask", "valid_mask", "invalid_mask", "occluded")
 
 
-_tolerant: contextvars.ContextVar[bool] = contextvars.ContextVar("tolerant", default=False)
+TOLERANT: contextvars.ContextVar[bool] = contextvars.ContextVar("tolerant", default=False)
+"""Whether missing and empty files are taken, see ``tolerating``."""
 
 
 @contextlib.contextmanager
 def tolerating() -> Iterator[None]:
     """Sources opened in the block take missing and empty files, which are then bad when they are read: so that a check
     can count them all."""
-    token = _tolerant.set(True)
+    token = TOLERANT.set(True)
     try:
         yield
     finally:
-        _tolerant.reset(token)
+        TOLERANT.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +145,12 @@ class FileSource:
         wanted = sorted({path for entry in self.entries for path in entry.files.values()})
         sizes = file_sizes(self.root, wanted)
         missing = [path for path in wanted if path not in sizes]
-        if missing and not _tolerant.get():
+        if missing and not TOLERANT.get():
             more = f" (and {len(missing) - 1} more files: {_first(missing[1:])})" if len(missing) > 1 else ""
             raise UserError(f"{self.root / missing[0]} is missing{more}: restore it or take the sample off the list")
         digest, names = hashlib.sha256(), hashlib.sha256()
         for path in wanted:
-            if sizes.get(path) == 0 and not _tolerant.get():
+            if sizes.get(path) == 0 and not TOLERANT.get():
                 raise UserError(f"{self.root / path} is empty: copy or download it again")
             digest.update(f"{path}\t{sizes.get(path)}\n".encode())
         for entry in self.entries:

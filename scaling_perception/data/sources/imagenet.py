@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from scaling_perception.data.images import AGAIN
+from scaling_perception.data.sources.base import TOLERANT
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.tables import read_text
 
@@ -138,8 +139,9 @@ class _Folders:
         digest, entries = hashlib.sha256(), hashlib.sha256()
         for folder, sizes in pictures.items():
             for name in sorted(sizes):
-                if not sizes[name]:
-                    raise UserError(f"{self.top / folder / name} is empty: {AGAIN}")
+                if not sizes[name] and not TOLERANT.get():
+                    what = "is empty" if sizes[name] == 0 else "is a link to nothing"
+                    raise UserError(f"{self.top / folder / name} {what}: {AGAIN}")
                 self.names.append(f"{folder}/{name}")
                 found.append(numbers[folder])
                 digest.update(f"{folder}/{name}\t{sizes[name]}\t{numbers[folder]}\n".encode())
@@ -181,16 +183,24 @@ class _Folders:
             raise UserError(f"{path} cannot be read ({error.strerror}): restore it or check the path") from None
 
 
-def _pictures(top: Path) -> dict[str, dict[str, int]]:
+def _pictures(top: Path) -> dict[str, dict[str, int | None]]:
     """Class folder -> picture -> bytes, in the order of the classes; folders that are hidden or without pictures are
     none."""
     found = {}
-    for folder in sorted((entry.name for entry in os.scandir(top) if entry.is_dir()), key=_order):
+    for folder in sorted((name for name in os.listdir(top) if os.path.isdir(top / name)), key=_order):
         if folder[0] != ".":
             with os.scandir(top / folder) as listing:
-                if sizes := {entry.name: entry.stat().st_size for entry in listing if _is_picture(entry)}:
+                if sizes := {entry.name: _size(entry) for entry in listing if _is_picture(entry)}:
                     found[folder] = sizes
     return found
+
+
+def _size(entry: os.DirEntry[str]) -> int | None:
+    """Bytes of a file; None of a link that leads nowhere."""
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return None
 
 
 def _order(name: str) -> tuple[bool, int, str]:
@@ -208,7 +218,7 @@ def _numbered(folders: Iterable[str], top: Path) -> dict[str, int]:
 
 
 def _is_picture(entry: os.DirEntry[str]) -> bool:
-    return entry.name[0] != "." and entry.name.lower().endswith(SUFFIXES) and entry.is_file()
+    return entry.name[0] != "." and entry.name.lower().endswith(SUFFIXES) and not os.path.isdir(entry.path)
 
 
 def _read_labels(path: Path, folders: list[str]) -> dict[str, int]:

@@ -18,6 +18,7 @@ def list_path(root: Path, given: str) -> Path:
 
 def read_list(path: Path, columns: Sequence[str]) -> list[list[str]]:
     """The words of every line that is not blank; further ones than ``columns`` are kept (Marigold's lists have some).
+    Where a line has tabs they alone separate, so that names may have spaces.
 
     Raises:
         UserError: no text file, no line, or a line with too few words.
@@ -29,7 +30,7 @@ def read_list(path: Path, columns: Sequence[str]) -> list[list[str]]:
         raise UserError(f"{error}; it must be text, lines {form}") from None
     rows = []
     for number, line in enumerate(lines, 1):
-        words = line.split()
+        words = [word.strip() for word in line.split("\t")] if "\t" in line.strip() else line.split()
         if words and len(words) < len(columns):
             raise UserError(f"{path} line {number} is '{line}': it must be {form}")
         if words:
