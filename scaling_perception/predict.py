@@ -3,7 +3,8 @@
 Depth is relative (0 near, 1 far), and metric where --align gives points of known distance. Flow takes pairs
 `A.png,B.png`, or a folder, list or video of consecutive frames. Amodal takes --mask, the visible part of the object:
 one file, or a folder of masks named as their images. Finished results are not made again; a file that cannot be read
-is named at the end and does not stop the others.
+is named at the end and does not stop the others. `--shard i/n` predicts a part of the list, in as many jobs as there
+are parts; `--merge` joins them.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from scaling_perception.inference.settings import SETTINGS, add_setting, flag_of
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.parts import Part, add_parts, part_of, refuse_other_flags
 from scaling_perception.support.verbs import COUNT, POSITIVE, SEED
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ _GO_WITH = {"align_space": "align", "align_fit": "align", "first": "tolerance", 
 _WITH_REPEAT = ("out", "overwrite", "json", "workers", "model", "autoencoder", "repeat")
 _OF_THE_RUN = (
     *("inputs", "list", "null", "recursive", "every", "start", "end", "mask"),
-    *("overwrite", "resume", "json", "repeat"),
+    *("overwrite", "resume", "json", "repeat", "shard", "merge"),
 )
 
 
@@ -129,6 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeat", metavar="JSON", help="make the prediction again that this record beside a result describes"
     )
     group = parser.add_argument_group("throughput")
+    add_parts(group, "the list", "one index, OUT/TASK.index.json")
     group.add_argument("--batch-size", type=COUNT, metavar="N", help="images × members at once (default: by memory)")
     group.add_argument(
         "--workers", type=int, metavar="N", help="threads that read ahead (0: read, compute, write in turn)"
@@ -138,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers {args.workers}: give 0 or more")
-    out = Path(args.out)
+    out, part = Path(args.out), part_of(args)
     if args.repeat is not None:
         return _repeat(args, out)
 
@@ -150,18 +153,22 @@ def run(args: argparse.Namespace) -> int:
     if not get_task(args.task).files:
         raise UserError(f"--task {args.task} predicts nothing of a picture: use `scaling-perception generate`")
     _check_flags(args)
+    if part is not None and args.seconds is not None:
+        raise UserError("--seconds is measured on each machine, and parts must be alike: give --macs or --budget")
     for name, value in _USUAL.items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and (not args.merge or name in _OF_THE_RUN):
             setattr(args, name, value)
     lists = [file for file in ("-" if "-" in args.inputs else None, args.list) if file]
     listed = [word for file in lists for word in read_list(file, bool(args.null))]
     words = [word for word in args.inputs if word != "-"]
+    if args.merge and not words and not listed:
+        return _merge(args, out, None)
     if not words and not listed:
         raise UserError("no input was given: name an image, a folder, a glob, a video or a --list")
     search = Search(bool(args.recursive), args.every, args.start, args.end, out)
     found = find_inputs(words, args.task, args.mask, search, listed, lambda line: print(line, file=sys.stderr))
     items = name_results(found, args.task)
-    return _predict(_request(args), items, out, args)
+    return _merge(args, out, items) if args.merge else _predict(_request(args), items, out, args, part=part)
 
 
 # What is asked for
@@ -361,29 +368,61 @@ def _predict(
     out: Path,
     args: argparse.Namespace,
     repeated: tuple[str, dict[str, Any]] | None = None,
+    part: Part | None = None,
 ) -> int:
     from scaling_perception import Predictor
     from scaling_perception.inference.job import run_job
+    from scaling_perception.inference.parts import run_part
 
     predictor = Predictor.from_pretrained(request.model, autoencoder=request.autoencoder, dtype=request.dtype)
     predictor.check_task(request.task)
     if any(getattr(args, name) is not None for name in _BUDGETS):
         request = _request(args, *_by_budget(args, predictor, items, out))
     workers = min(4, os.cpu_count() or 1) if args.workers is None else args.workers
-    summary = run_job(
-        predictor,
-        request,
-        items,
-        out,
-        bool(args.overwrite),
-        bool(args.resume),
-        workers,
-        lambda item: _command(args, item),
-        repeated,
-    )
+    how = {"resume": bool(args.resume), "workers": workers, "command": lambda item: _command(args, item)}
+    if part is None:
+        summary = run_job(predictor, request, items, out, bool(args.overwrite), repeated=repeated, **how)
+    else:
+        left = (*_OF_THE_RUN, "out", "overrides", "workers")
+        asked = {name: value for name, value in vars(args).items() if name not in left}
+        summary = run_part(predictor, request, items, out, part, asked, bool(args.overwrite), **how)
+    if summary is None:
+        print(f"{request.task}: already joined in {out}", file=sys.stderr if args.json else sys.stdout)
+        return 0
+    code = _report(args, request.task, summary, out)
+    if part is not None:  # what failed is the index's to tell
+        code, line = (
+            0,
+            f"part {part} is finished; when all are: the same command with --merge in place of --shard {args.shard}",
+        )
+        print(line, file=sys.stderr if args.json else sys.stdout)
+    return code
+
+
+def _merge(args: argparse.Namespace, out: Path, items: Sequence["Item"] | None) -> int:
+    """Join the parts of a list, of ``items`` where those are given; needs no model. Returns the exit code."""
+    from scaling_perception.inference.parts import index_file, join, part_files, same_items, write_index
+    from scaling_perception.support.files import read_json
+
+    if index_file(out, args.task).is_file() and not part_files(out, args.task):
+        failed = [file for file in read_json(index_file(out, args.task))["files"] if "error" in file]
+        print(f"{args.task}: already joined in {index_file(out, args.task)}, {len(failed)} failed")
+        return 1 if failed else 0
+    summary, first = join(out, args.task)
+    refuse_other_flags(add_arguments, args, first["asked"], out)
+    if items is not None and not same_items(first, items):
+        raise UserError(f"the parts in {out} are of other inputs than these: give the same inputs, or none")
+    path = write_index(out, summary, first)
+    code = _report(args, args.task, summary, out)
+    print(f"written: {path}", file=sys.stderr if args.json else sys.stdout)
+    return code
+
+
+def _report(args: argparse.Namespace, task: str, summary: dict[str, Any], out: Path) -> int:
+    """Print what a run did; the exit code."""
     kept = f", {summary['kept']} already there" if summary["kept"] else ""
     failed = f", {summary['failed']} failed" if summary["failed"] else ""
-    line = f"{request.task}: {summary['written']} written to {out}{kept}{failed}"
+    line = f"{task}: {summary['written']} written to {out}{kept}{failed}"
     print(line, file=sys.stderr if args.json else sys.stdout)
     if summary["anew"] is not None:
         print(f"note: made anew: {summary['anew']}", file=sys.stderr)

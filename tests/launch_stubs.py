@@ -11,6 +11,8 @@ SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh"
 TRAIN = ["--config", "configs/depth.py:model=a1,res=256", "--workdir", 'bucket/runs/it\'s & "mine"']
 TPU = ["mine", "--type", "v5litepod-16", "--zone", "us-west4-a", "--bucket", "data"]
 GKE = ["mine", "--accelerator", "tpu-v6e-slice", "--topology", "8x8", "--image", "registry/me/x:1", "--bucket", "data"]
+EVALUATE = ["evaluate", "--task", "depth", "--model", "bucket/m", "--json", 'bucket/it\'s & "mine".json']
+PARTS = [*GKE[:4], "2x4", *GKE[5:], "--parts", "16"]
 DRY = {
     "with_failures.sh": ["--dry-run", "--kills", "2", "--", "scaling-perception", "train", *TRAIN],
     "local_multiprocess.sh": ["--devices", "4", "--dry-run", "2", "--", *TRAIN],
@@ -19,6 +21,8 @@ DRY = {
     "tpu_queued.sh": [*TPU, "--spot", "--slices", "2", "--dry-run", "--", *TRAIN],
     "tpu_worker.sh": ["--dry-run", "run", *TRAIN],
     "gke.sh": [*GKE, "--slices", "2", "--dry-run", "--", *TRAIN],
+    "slurm_parts.sbatch": ["--dry-run", "prepare", *TRAIN],
+    "gke_parts.sh": [*PARTS, "--dry-run", "--", "prepare", *TRAIN],
 }
 
 

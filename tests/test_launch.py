@@ -10,7 +10,7 @@ import sysconfig
 
 import pytest
 import yaml
-from launch_stubs import DRY, GKE, LAUNCH, SCRIPTS, TPU, TRAIN, make_stubs, wait_for
+from launch_stubs import DRY, EVALUATE, GKE, LAUNCH, PARTS, SCRIPTS, TPU, TRAIN, make_stubs, wait_for
 
 
 @pytest.fixture
@@ -63,6 +63,12 @@ MISTAKES = [
     ("gke.sh", [*GKE[:-2], "--", "x"], "bucket is missing"),
     ("gke.sh", ["Mine", *GKE[1:], "--", "x"], "NAME 'Mine'"),
     ("gke.sh", [*GKE, "--slices", "two", "--", "x"], "--slices two is no number"),
+    ("gke_parts.sh", [*PARTS[:-2], "--", "prepare"], "parts is missing"),
+    ("gke_parts.sh", [*PARTS, "--at-once", "0", "--", "prepare"], "--at-once 0 is no number above 0"),
+    ("gke_parts.sh", [*PARTS, "--topology", "8x8", "--", "prepare"], "--topology 8x8 has 64 chips"),
+    ("gke_parts.sh", [*PARTS, "--", "--out", "x"], "VERB is missing"),
+    ("slurm_parts.sbatch", ["--out", "x"], "VERB is missing"),
+    ("slurm_parts.sbatch", ["--dry-run"], "VERB is missing"),
 ]
 
 
@@ -288,16 +294,23 @@ def jobset(text):
     assert spec["successPolicy"]["operator"] in ("All", "Any")
     policy = spec["failurePolicy"]
     assert set(policy) <= {"maxRestarts", "restartStrategy", "rules"} and isinstance(policy["maxRestarts"], int)
-    for rule in policy["rules"]:
+    for rule in policy.get("rules", ()):
         assert rule["action"] in ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts")
         reasons = {"BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded"}
         assert set(rule["onJobFailureReasons"]) <= reasons | {"PodFailurePolicy"}
-    (jobs,) = spec["replicatedJobs"]
+    return told, [checked_job(jobs) for jobs in spec["replicatedJobs"]]
+
+
+def checked_job(jobs):
+    """(Job, pod, container) of one of the JobSet's jobs."""
     assert set(jobs) <= {"name", "groupName", "replicas", "template", "dependsOn"} and isinstance(jobs["replicas"], int)
+    for other in jobs.get("dependsOn", ()):
+        assert set(other) == {"name", "status"} and other["status"] in ("Ready", "Complete")
     job = jobs["template"]["spec"]
-    assert set(job) <= {"completionMode", "parallelism", "completions", "backoffLimit", "podFailurePolicy", "template"}
-    assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"] > 0
-    assert job["backoffLimit"] == 0  # a slice runs whole or not at all
+    known = {"completionMode", "parallelism", "completions", "backoffLimit", "backoffLimitPerIndex"}
+    assert set(job) <= known | {"podFailurePolicy", "template"}
+    assert job["completionMode"] == "Indexed" and 0 < job["parallelism"] <= job["completions"]
+    assert ("backoffLimit" in job) != ("backoffLimitPerIndex" in job)
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # which a podFailurePolicy requires
     (container,) = pod["containers"]
@@ -308,18 +321,21 @@ def jobset(text):
     known = {"name", "image", "workingDir", "command", "args", "ports", "env", "resources", "volumeMounts"}
     assert set(container) <= known and all(isinstance(word, str) for word in container["command"] + container["args"])
     assert all(isinstance(one["value"], str) for one in container["env"])
-    assert container["resources"]["requests"] == container["resources"]["limits"]  # extended resources: one amount
+    asked = container["resources"]
+    if "google.com/tpu" in asked["requests"]:
+        assert asked["requests"] == asked["limits"]  # extended resources: one amount
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
     driver = {volume["csi"]["driver"] for volume in pod["volumes"] if "csi" in volume}
     mounted = job["template"]["metadata"]["annotations"].get("gke-gcsfuse/volumes")
     assert "gcsfuse.csi.storage.gke.io" not in driver or mounted == "true"
-    return told, job, pod, container
+    return job, pod, container
 
 
 def test_the_jobset(stubs):
     code, out, _ = stubs.run("gke.sh", *GKE, "--slices", "2", "--dry-run", "--", *TRAIN)
-    told, job, pod, container = jobset(out)
+    told, ((job, pod, container),) = jobset(out)
+    assert job["backoffLimit"] == 0 and job["parallelism"] == job["completions"]  # a slice runs whole or not at all
     filled = "\n".join(line for line in out.splitlines() if not line.startswith("#"))
     assert code == 0 and "${" not in filled and told["metadata"]["name"] == "mine"
     assert told["spec"]["replicatedJobs"][0]["replicas"] == 2 and job["completions"] == 64 // 4
@@ -334,7 +350,7 @@ def test_the_jobset(stubs):
 )
 def test_hosts_of_a_slice(topology, chips, hosts, each, stubs):
     words = [*GKE, "--topology", topology, "--chips", chips, "--restarts", "7", "--dry-run", "--", "x"]
-    told, job, _, container = jobset(stubs.run("gke.sh", *words)[1])
+    told, ((job, _, container),) = jobset(stubs.run("gke.sh", *words)[1])
     assert job["completions"] == hosts and container["resources"]["limits"] == {"google.com/tpu": each}
     assert told["spec"]["failurePolicy"]["maxRestarts"] == 7
 
@@ -349,3 +365,16 @@ def test_the_jobset_is_submitted(stubs, tmp_path):
 # ---- Slurm -----------------------------------------------------------------------------------------------------------
 
 # What `sbatch --test-only` would say of these lines: options by the manual page of sbatch, and what a value looks like.
+
+
+def test_the_jobset_of_parts(stubs):
+    code, out, _ = stubs.run("gke_parts.sh", *PARTS, "--at-once", "4", "--dry-run", "--", *EVALUATE)
+    told, ((parts, pod, part), (join, _, joining)) = jobset(out)
+    assert code == 0 and "${" not in "\n".join(line for line in out.splitlines() if not line.startswith("#"))
+    assert (parts["completions"], parts["parallelism"], parts["backoffLimitPerIndex"]) == (16, 4, 1000)
+    assert told["spec"]["replicatedJobs"][1]["dependsOn"] == [{"name": "part", "status": "Complete"}]
+    assert part["args"] == ["evaluate", "--shard", "auto/16", *EVALUATE[1:]]
+    assert joining["args"] == ["evaluate", "--merge", *EVALUATE[1:]]
+    assert part["resources"]["limits"] == {"google.com/tpu": 8} and join["completions"] == 1
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x4"
+    assert {"name": "SCALING_PERCEPTION_PROCESSES", "value": "1"} in part["env"]

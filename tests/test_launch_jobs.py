@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from launch_stubs import LAUNCH, TRAIN, make_stubs, wait_for
+from launch_stubs import EVALUATE, LAUNCH, TRAIN, make_stubs, wait_for
 
 
 @pytest.fixture
@@ -62,8 +62,9 @@ def sbatch_options(text):
 
 
 def test_sbatch_would_take_it():
-    options = sbatch_options((LAUNCH / "slurm.sbatch").read_text())
-    assert options["signal"] == "B:TERM@120" and "requeue" in options and options["open-mode"] == "append"
+    for script in ("slurm.sbatch", "slurm_parts.sbatch"):
+        options = sbatch_options((LAUNCH / script).read_text())
+        assert options["signal"] == "B:TERM@120" and "requeue" in options and options["open-mode"] == "append"
     for wrong in ("--requeu", "--nodes", "--time=1:2:3:4", "--signal=B:term@x", "--requeue=1", "-N"):
         with pytest.raises(ValueError, match=re.escape(wrong)):
             sbatch_options(f"#!/bin/sh\n#SBATCH {wrong}\ntrue")
@@ -117,6 +118,39 @@ def test_a_process_of_a_whole_node_sees_all_its_gpus(stubs, tmp_path):
 def test_a_job_that_is_asked_to_stop(state, saved, code, requeued, stubs, tmp_path):
     got, _, again = slurm(stubs, tmp_path, ask=True, state=state, SAVED=saved)
     assert (got, again) == (code, requeued)
+
+
+PART = """
+printf '%s\\n' "$@"; echo $$ >$STUBS/pid
+trap 'sleep 0.2; exit 143' TERM
+[[ -z ${FATE:-} ]] || exit $FATE
+while :; do sleep 0.05; done
+"""
+
+
+def part(stubs, tmp_path, ask=False, state="RUNNING", **environment: str):
+    """Exit code, output, and whether the part was requeued."""
+    stubs.add("python3", PART)
+    stubs.add("squeue", f"echo {state}")
+    stubs.add("scontrol")
+    process = stubs.start("slurm_parts.sbatch", *EVALUATE, SLURM_JOB_ID="77", **environment)
+    if ask:
+        wait_for(tmp_path / "pid")
+        process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    return process.returncode, out.splitlines(), ["scontrol", "requeue", "77"] in stubs.calls()
+
+
+def test_a_task_of_an_array_does_its_part_and_a_job_after_it_joins(stubs, tmp_path):
+    begin, array = ["-u", "-m", "scaling_perception", "evaluate"], {"SLURM_ARRAY_TASK_ID": "2"}
+    assert part(stubs, tmp_path, FATE="0", **array) == (0, [*begin, "--shard", "auto", *EVALUATE[1:]], False)
+    assert part(stubs, tmp_path, FATE="2", PARTS="8", **array)[1][4:6] == ["--shard", "auto/8"]
+    assert part(stubs, tmp_path, FATE="1") == (1, [*begin, "--merge", *EVALUATE[1:]], False)
+    for state, code, again in (("RUNNING", 0, True), ("COMPLETING", 143, False)):
+        (tmp_path / "pid").unlink()
+        got, _, requeued = part(stubs, tmp_path, ask=True, state=state, **array)
+        assert (got, requeued) == (code, again)
+        stubs.log.unlink()
 
 
 # ---- Processes on this machine ---------------------------------------------------------------------------------------

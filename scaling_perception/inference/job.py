@@ -90,6 +90,7 @@ def run_job(
     workers: int = 2,
     command: Callable[[Item], list[str]] | None = None,
     repeated: tuple[str, dict[str, Any]] | None = None,
+    of: int | None = None,
 ) -> dict[str, Any]:
     """Make the files of every item.
 
@@ -99,6 +100,7 @@ def run_job(
         workers: threads that read; 0 reads, computes and writes in turn.
         command: words that make one item's prediction, to be recorded.
         repeated: name and content of a record, whose weights, settings and points these must be.
+        of: how many items there are with those of other jobs, which decides the batches; None: these.
 
     Returns:
         JSON values: ``files`` (name, inputs, status written, kept or failed, outputs or error, and where settings were
@@ -112,7 +114,7 @@ def run_job(
     # Long: the functions within share one job's items, settings and results; each is short.
     task, begin = request.task, time.perf_counter()
     predictor.check_task(task)
-    settings = _decided(request, predictor)
+    settings = decided(request, predictor)
     points = _points(request, items)
     options = [_options(request, item, own) for item, own in zip(items, points, strict=True)]
     if repeated is not None:
@@ -228,11 +230,13 @@ def run_job(
             note = "by its points what the prediction has nearer is farther: check the columns x, y and depth"
             results[item.name]["note"] = f"{item.inputs[0]}: {note}"
 
-    _compute(predictor, request, todo, readers, workers, read, finish, results)
+    _compute(predictor, request, todo, of or len(todo), readers, workers, read, finish, results)
     videos.close()
     done = {name: words for name, words in changed.items() if "changed" in results[name]}
+    files = [{"name": i.name, "inputs": [str(p) for p in i.inputs], **results[i.name]} for i in items]
+    about = {"task": task, "model": request.model, "out": str(out)}
     return {
-        **_summary(predictor, request, items, out, results, time.perf_counter() - begin),
+        **summary_of(about, files, time.perf_counter() - begin, predictor.compile_seconds),
         "anew": _anew(done, len(items), out) if done else None,
     }
 
@@ -260,6 +264,7 @@ def _compute(
     predictor: Predictor,
     request: Request,
     todo: Sequence[Item],
+    of: int,
     readers: int,
     workers: int,
     read: Callable[[Item], _Ready | str],
@@ -269,7 +274,7 @@ def _compute(
     task, settings = request.task, request.settings
     if not todo:
         return
-    plan = predictor.plan(task, settings.ensemble, len(todo), request.batch_size)
+    plan = predictor.plan(task, settings.ensemble, of, request.batch_size)
     ahead = min(max(plan.images, 2 * readers), _AHEAD)
     waiting: deque[_Ready] = deque()  # read, and on the way through the predictor, which keeps their order
 
@@ -287,7 +292,7 @@ def _compute(
                     waiting.append(ready)
                     yield ready.raw
 
-        stream = predictor.stream(raws(), task, settings, request.seed, request.batch_size, len(todo))
+        stream = predictor.stream(raws(), task, settings, request.seed, request.batch_size, of)
         for estimate in progress(stream, len(todo), f"predict {task}"):
             write(finish, waiting.popleft(), estimate)
 
@@ -298,25 +303,18 @@ def _failure_text(item: Item, error: UserError | str) -> str:
     return str(error) if name in str(error) or len(item.inputs) > 1 else f"{name}: {error}"
 
 
-def _summary(
-    predictor: Predictor,
-    request: Request,
-    items: Sequence[Item],
-    out: Path,
-    results: dict[str, dict[str, Any]],
-    seconds: float,
+def summary_of(
+    about: Mapping[str, Any], files: list[dict[str, Any]], seconds: float, compile_seconds: float
 ) -> dict[str, Any]:
-    files = [{"name": i.name, "inputs": [str(p) for p in i.inputs], **results[i.name]} for i in items]
+    """What `run_job` returns of ``files``; ``about``: task, model and out."""
     count = {status: sum(file["status"] == status for file in files) for status in ("written", "kept", "failed")}
     macs = [file["macs"] for file in files if file.get("macs") is not None]
     return {
-        "task": request.task,
-        "model": request.model,
-        "out": str(out),
+        **about,
         **count,
         "seconds": seconds,
         "seconds_per_image": seconds / count["written"] if count["written"] else None,
-        "compile_seconds": predictor.compile_seconds,
+        "compile_seconds": compile_seconds,
         "macs_per_image": sum(macs) / len(macs) if macs else None,
         "files": files,
     }
@@ -325,7 +323,7 @@ def _summary(
 # What decides a result
 
 
-def _decided(request: Request, predictor: Predictor) -> dict[str, Any]:
+def decided(request: Request, predictor: Predictor) -> dict[str, Any]:
     """All that decides a result besides the inputs."""
     settings = request.settings.to_dict()
     diffusion = predictor.choose_diffusion(settings.pop("preset"), settings.pop("spacing"))

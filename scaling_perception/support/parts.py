@@ -40,7 +40,9 @@ def add_parts(parser: argparse.ArgumentParser, what: str, joined: str) -> None:
         help=f"do part i of n of {what}, one job for each i (auto: as SLURM's array says; auto/n: with n, as "
         "Kubernetes' index says)",
     )
-    parser.add_argument("--merge", action="store_true", help=f"join what the jobs of --shard have done into {joined}")
+    parser.add_argument(
+        "--merge", action="store_true", default=None, help=f"join what the jobs of --shard have done into {joined}"
+    )
 
 
 def part_of(args: argparse.Namespace) -> Part | None:
