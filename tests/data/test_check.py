@@ -13,7 +13,9 @@ import time
 import numpy as np
 import pytest
 from raw_sets import make_hypersim, make_nyu, make_sens, make_vkitti, write_frame
-from small_sets import H, W, picture, write
+from small_sets import H, W, picture, write, write_flow
+from test_benchmarks import write_diode, write_kitti, write_kitti_pair
+from test_cocoa import write_cocoa, write_mp3d
 from test_sources import make_chairs, make_pix2gestalt
 from test_sources import make_hypersim as make_marigold
 
@@ -49,6 +51,29 @@ def write_png16_of(root, number, seed=0):
     write_png16(root / "depth" / f"{number:02d}.png", values.astype(np.uint16))
 
 
+def make_diode(root):
+    for number, kind in enumerate(("indoors", "outdoor")):
+        write_diode(root, f"val/{kind}", number)
+
+
+def make_eth3d(root):
+    write(root / "pipes" / "images" / "dslr_images" / "DSC_1.JPG", picture(0))
+    truth = root / "pipes" / "ground_truth_depth" / "dslr_images" / "DSC_1.JPG"
+    truth.parent.mkdir(parents=True)
+    truth.write_bytes(np.linspace(0.5, 40, H * W, dtype="<f4").tobytes())
+
+
+def make_sintel(root):
+    for frame in (1, 2, 3):
+        write(root / "training" / "clean" / "alley_1" / f"frame_{frame:04d}.png", picture(frame))
+        if frame < 3:
+            write_flow(root / "training" / "flow" / "alley_1" / f"frame_{frame:04d}.flo", frame)
+
+
+def make_kitti_flow(root):
+    write_kitti_pair(root / "training", "image_2")
+
+
 FOLDER = ("--tasks", "depth")
 
 
@@ -60,6 +85,12 @@ FOLDER = ("--tasks", "depth")
         ("vkitti2", make_vkitti, "all", 4, "42,520 samples of vkitti2 (all); 4 are here"),
         ("nyuv2", make_nyu, "test", 2, "654 samples of nyuv2 (test); 2 are here"),
         ("scannet", make_sens, "val", 3, "800 samples of scannet (val); 3 are here"),
+        ("diode", make_diode, "val", 2, "771 samples of diode (val); 2 are here, 769 are not here"),
+        ("eth3d", make_eth3d, "val", 1, "454 samples of eth3d (val); 1 are here"),
+        ("sintel", make_sintel, "val", 2, "1,041 samples of sintel (val); 2 are here"),
+        ("kitti_flow", make_kitti_flow, "val", 1, "200 or 194 samples of kitti_flow (val); 1 are here"),
+        ("coco_amodal", write_cocoa, "val", 2, "12,753 samples of coco_amodal (val); 3 are here"),
+        ("mp3d_amodal", write_mp3d, "test", 1, ""),
         ("flying_chairs", make_chairs, "val", 2, "640 samples of flying_chairs (val); 2 are here"),
         ("pix2gestalt", make_pix2gestalt, "all", 3, ""),
     ],
@@ -70,7 +101,8 @@ def test_every_raw_format_is_checked(tmp_path, capsys, name, make, split, good, 
     make(tmp_path / "raw")
     assert prepare(name, tmp_path / "raw", tmp_path / "out", "--split", split) == 0
     text = capsys.readouterr().out
-    assert f"{good} good and 0 bad samples" in text and ("published: " in text) == bool(known) and known in text
+    assert f"{good} good and 0 bad samples" in text
+    assert ("published: " in text) == bool(known) and known in text
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.endswith(".part")] == []
     assert summary_of(tmp_path / "out")["good"] == good
 
@@ -94,6 +126,15 @@ def test_real_samples_are_checked(tmp_path, shared_dir, name, count, split):
     assert prepare(name, shared_dir / "data" / name, tmp_path, "--split", split) == 0
     found = summary_of(tmp_path)
     assert found["bad"] == found["left_out"] == 0 and found["good"] >= (count or 1)
+
+
+def test_the_eigen_list_is_checked(tmp_path, capsys):
+    (tmp_path / "eigen.txt").write_text("\n".join(write_kitti(tmp_path)))
+    assert prepare("kitti_depth", tmp_path, tmp_path / "out", "--option", "list=eigen.txt") == 1
+    text = capsys.readouterr().out
+    assert "1 of 3 images have no ground truth and are left out" in text
+    assert "652 samples of kitti_depth (val); 2 are here, 650 are not here" in text
+    assert "bad sample 0: " in text and "in every valid pixel" in text  # of these maps
 
 
 def test_numbers_beside_those_published():

@@ -251,10 +251,15 @@ def test_batches_hold_the_target_alone_online_and_cached(folders, tmp_path, monk
         open_batches({"mixture": mixed, "resolution": 32}, 8, seed=1)
 
 
-def test_a_manifest_of_classes(folders, tmp_path):
-    assert run_verb("prepare", ["imagenet", "--raw", str(folders), "--out", str(tmp_path), "--workers", "0"]) == 0
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["good"] == 6 and summary["ranges"]["label"] == [0.0, 1.0]
+def test_a_manifest_of_classes(folders, prepared, tmp_path):
+    for root in (folders, prepared):
+        out = tmp_path / root.name
+        assert (
+            run_verb("prepare", ["imagenet", "--raw", str(root), "--check", "--out", str(out), "--workers", "0"]) == 0
+        )
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["good"] == 6 and summary["ranges"]["label"][0] == 0.0
+        assert summary["published"] == {"samples": [1281167], "found": 6}
 
 
 def test_the_order_of_the_classes_travels_with_the_cache(tmp_path, monkeypatch):

@@ -110,7 +110,8 @@ class Hypersim(FileSource):
         if not self.raw:
             super()._refuse_invalid(entry, raw)
         near, far = self.depth_range
-        raise LeftOut(f"{self.root / entry.files['depth']}: no pixel has a depth of {near:g} to {far:g} m")
+        what = f"no pixel has a depth of {near:g} to {far:g} m"
+        raise LeftOut(f"{self.root / entry.files['depth']}: {what}: {hypersim_raw.WITHOUT}")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         raw = super().__getitem__(index)

@@ -18,6 +18,7 @@ from scaling_perception.support.tables import read_table
 FOCAL = 886.81
 """Pixels, at a width of 1024 (facts 5.1)."""
 WIDTH = 1024
+WITHOUT = "prepare leaves the frame out; elsewhere give a list without it (Marigold's are)"
 SPLIT_FILE = "metadata_images_split_scene_v1.csv"
 LAYOUT = (
     "ai_VVV_NNN/images/scene_cam_XX_final_hdf5/frame.IIII.color.hdf5 and "
@@ -95,14 +96,14 @@ def read(root: Path, entry: Entry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             )
     valid = entity != -1
     if count := int(np.isnan(colour).sum()):
-        raise LeftOut(f"{root / entry.files['image']}: its colour is not a number in {count} places")
+        raise LeftOut(f"{root / entry.files['image']}: its colour is not a number in {count} places: {WITHOUT}")
     with np.errstate(invalid="ignore"):
         depth = planar_depth(distance)
     depth[~valid] = 0
     try:
         return tone_map(colour, valid), depth.astype(np.float32), valid
     except LeftOut as error:
-        raise LeftOut(f"{root / entry.files['image']}: {error}") from None
+        raise LeftOut(f"{root / entry.files['image']}: {error}: {WITHOUT}") from None
 
 
 def _read(root: Path, entry: Entry, field: str) -> np.ndarray:
