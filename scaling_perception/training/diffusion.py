@@ -45,7 +45,7 @@ from scaling_perception.training import pretrain
 from scaling_perception.training.balance import balance_known, routing_tally, with_balance
 from scaling_perception.training.noising import LATENT, make_noising
 from scaling_perception.training.noising import sample_timesteps as sample_timesteps
-from scaling_perception.training.objective import Batches, Metrics, Objective, Parts, own_share
+from scaling_perception.training.objective import LatentBatches, Metrics, Objective, Parts, own_share
 from scaling_perception.training.prompts import prompt_table, with_table
 from scaling_perception.training.start import starting_point
 from scaling_perception.training.validation import held_out_batches
@@ -139,7 +139,7 @@ def latents_of(
 
 
 def measure_latent_norm(
-    batches: Batches,
+    batches: LatentBatches,
     batch_size: int,
     latents: Callable[[Mapping[str, Any]], Any],
     rows: Sequence[str] = RELEASED,
@@ -202,7 +202,7 @@ def rows_of(pass_id: jax.Array, names: Sequence[str]) -> jax.Array:
 
 
 def diffusion_objective(
-    config: Config, batches: Batches | None = None, mesh: Any = None, resumed: Mapping[str, Any] | None = None
+    config: Config, batches: LatentBatches | None = None, mesh: Any = None, resumed: Mapping[str, Any] | None = None
 ) -> Objective:
     """The objective of a config with ``objective = "diffusion"``.
 
@@ -330,7 +330,7 @@ def _mean_of(moments: Callable[..., Any]) -> Callable[..., Any]:
     return lambda params, images: moments(params, images)[0]
 
 
-def _encoder(config: Config, batches: Batches) -> tuple[Callable[..., Any] | None, Any, str]:
+def _encoder(config: Config, batches: LatentBatches) -> tuple[Callable[..., Any] | None, Any, str]:
     """((params, pixels) -> (mean, log-variance or None), its params, its id) when batches are pixels.
 
     (None, None, id or "") when they are latents that fit.
@@ -359,7 +359,7 @@ def _encoder(config: Config, batches: Batches) -> tuple[Callable[..., Any] | Non
 
 def _latent_norm(
     config: Config,
-    batches: Batches,
+    batches: LatentBatches,
     encode: Callable[..., Any] | None,
     constants: Any,
     start: Mapping[str, Any],

@@ -35,7 +35,21 @@ class Batches(Protocol):
         ...
 
 
-def own_share(batches: Any, mesh: Mesh | None, size: int) -> Batches:
+class LatentBatches(Batches, Protocol):
+    """Batches of latents or pictures, as ``data.pipeline`` makes them."""
+
+    @property
+    def autoencoders(self) -> set[str]:
+        """Ids of the autoencoders that made the cached latents; empty without a cache."""
+        ...
+
+    @property
+    def class_count(self) -> int:
+        """The largest number of classes of the data; 0 where none says."""
+        ...
+
+
+def own_share(batches: Any, mesh: Mesh | None, size: int) -> LatentBatches:
     """``batches`` (of ``size``) with the rows alone that this process's devices hold, where several processes run.
 
     They need ``holding(places)``: the same batches, of which only the rows at ``places`` are read, in that order.

@@ -24,11 +24,11 @@ from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.field_checks import HELD_OUT
 from scaling_perception.support.places import split_places
 from scaling_perception.training.checksums import is_off_device, on_device
-from scaling_perception.training.objective import Batches, Objective, own_share
+from scaling_perception.training.objective import LatentBatches, Objective, own_share
 from scaling_perception.training.streams import stream_key
 
 
-def held_out_batches(config: Config, data: Mapping[str, Any], training: Batches) -> Batches | None:
+def held_out_batches(config: Config, data: Mapping[str, Any], training: LatentBatches) -> LatentBatches | None:
     """The batches of ``config.held_out``, or None without ``train.validate_every``.
 
     Args:

@@ -199,7 +199,7 @@ def test_encoding_on_the_way_equals_cached_latents(monkeypatch):
     monkeypatch.setattr("scaling_perception.models.autoencoders.load_autoencoder", lambda name: Pool)
     both = []
     for batch in (pixels, {**pixels, **cached, "valid": valid}):
-        source = types.SimpleNamespace(at=lambda step, batch=batch: batch, fingerprint={})
+        source = types.SimpleNamespace(at=lambda step, batch=batch: batch, fingerprint={}, autoencoders=set())
         objective = diffusion_objective(config_of(), source)  # type: ignore[arg-type]
         model, own = StubModel(objective.model), None if objective.constants is None else encode
         loss = make_loss(model, get_diffusion("fixed"), config_of(), objective.meta["latent_norm"], own)

@@ -229,7 +229,7 @@ def test_normalised_latents(monkeypatch):
     batch = {**latents(), "key": [""] * BATCH}
     del batch["target_logvar"]
     batch["target"] = 3 * batch["target"] + 1
-    source = types.SimpleNamespace(at=lambda step: batch, fingerprint={})
+    source = types.SimpleNamespace(at=lambda step: batch, fingerprint={}, autoencoders=set(), class_count=0)
     objective = diffusion_objective(config_of("latent_norm=auto"), source)  # type: ignore[arg-type]
     norm = objective.meta["latent_norm"]
     np.testing.assert_allclose(norm["scale"], batch["target"].reshape(1, -1, 4).std(1), atol=1e-4)
