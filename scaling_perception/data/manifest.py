@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from scaling_perception.data.contents import contents_of
-from scaling_perception.data.pipeline import open_subset
+from scaling_perception.data.selection import open_subset
 from scaling_perception.data.sources import taken
 from scaling_perception.data.sources.base import LeftOut, tolerating
 from scaling_perception.support.again import replacing

@@ -10,35 +10,39 @@ and encoded by their task.
 import copy
 import hashlib
 import json
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from queue import Empty, Full, Queue
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 
+from scaling_perception.data.augment import Augment, Flip, flip_sample
 from scaling_perception.data.cached import Cached
 from scaling_perception.data.contents import contents_of, described
 from scaling_perception.data.latents import CacheReader
-from scaling_perception.data.selection import chosen_records, classes_of
-from scaling_perception.data.workers import ordered_map
+from scaling_perception.data.selection import chosen_records, classes_of, open_subset
+from scaling_perception.data.workers import Made, Reading, spread
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.places import split_places
-from scaling_perception.tasks import FIELDS, TaskOptions, fields_of, get_pass, get_task
+from scaling_perception.tasks import TaskOptions, fields_of, get_task
 
-_KEYS = ("cache", "mixture", "flip", "workers", "resolution", "task_options")
+_KEYS = ("cache", "mixture", "flip", "augment", "workers", "resolution", "task_options")
 _ENTRY_KEYS = ("source", "root", "split", "task", "count", "weight", "resolution", "start")
 _ORDER = 1  # raise it when the order of samples changes for the same settings: old runs must not resume on it
-_PREFETCH = 4  # batches
 _LONGEST = 20_000  # characters of a fingerprint's rows: more are recorded by their digest
+_AHEAD = 4  # batches of latents
 
 
 class Element(NamedTuple):
-    """One element of the global stream: which stream it comes from, which sample of it, and whether it is flipped."""
+    """One element of the global stream: which stream it comes from, which sample of it, and how it is changed.
+
+    ``flip``: it is mirrored. ``draw``: the seed of its augmentation, 0 where there is none.
+    """
 
     stream: int
     index: int
     flip: bool
+    draw: int = 0
 
 
 class Stream(NamedTuple):
@@ -50,58 +54,17 @@ class Stream(NamedTuple):
     weight: float
 
 
-def flip_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample (image, prompt, target (R, R, 3), valid (R, R), pass_id, ...) mirrored left to right."""
-    out = dict(sample)
-    for field in (*FIELDS, "valid"):
-        if field in sample:
-            out[field] = np.ascontiguousarray(sample[field][:, ::-1])
-    out["target"] = get_pass(int(sample["pass_id"])).mirror(sample["target"])  # which may change signs too
-    return out
-
-
-def open_subset(
-    name: str, root: str, split: str, task: str, count: int = 0, start: int = 0, resolution: int = 0, **chosen: Any
-) -> tuple[Any, range]:
-    """A source and the indices of it to use: ``count`` (0 = all) from ``start`` on.
-
-    The sources of ``ENDLESS`` take ``start``, ``count`` and the ``resolution`` to render at themselves; ``chosen`` are
-    further options of the source.
-
-    Raises:
-        UserError: unknown source, wrong folder, or a range outside of the source.
-    """
-    from scaling_perception.data import sources
-
-    if start < 0 or count < 0:
-        raise UserError(f"{name}: count {count} and start {start} must not be negative")
-    if name in sources.ENDLESS:
-        options: dict[str, Any] = {"start": start}
-        options |= {"count": count} if count else {}
-        options |= {"resolution": resolution} if resolution else {}
-        source = sources.open_source(name, root, split, task, **{**chosen, **options})
-        return source, range(len(source))
-    source = sources.open_source(name, root, split, task, **chosen)
-    if getattr(source, "whole", False) and split not in ("train", "all", ""):
-        raise UserError(
-            f"{root} has no splits, so that split '{split}' would be everything: make one (see {name} in "
-            "docs/own_data.md), or leave it out and choose a part by start and count"
-        )
-    end = start + count if count else len(source)
-    if end > len(source) or start >= end:
-        raise UserError(f"{name} ({split}) has {len(source)} samples, not {start}..{end - 1}: change start or count")
-    return source, range(start, end)
-
-
 class _Online:
     """Samples read or rendered when they are needed, as pixels."""
 
-    def __init__(self, entries: list[tuple[str, dict[str, Any]]], resolution: int, options: TaskOptions):
+    def __init__(
+        self, entries: list[tuple[str, dict[str, Any]]], resolution: int, options: TaskOptions, augment: Augment
+    ):
         if resolution < 1:
             raise UserError("data.resolution is missing: without a cache it says how large the pictures shall be")
         if not entries:
             raise UserError("data has neither cache nor mixture: set data.cache, or data.mixture.NAME with its source")
-        self.entries, self.resolution, self.options = entries, resolution, options
+        self.entries, self.resolution, self.options, self.augment = entries, resolution, options, augment
         kinds = {entry["task"]: fields_of(entry["task"]) for _, entry in entries}
         self.fields = next(iter(kinds.values()))
         if set(kinds.values()) != {self.fields}:
@@ -109,10 +72,12 @@ class _Online:
         self.opened: dict[str, tuple[Any, range, str]] = {}
         self.files: dict[str, str] = {}  # entry/path -> hash of its content, once the fingerprint was taken
         for name, entry in entries:
+            augment.check(get_task(entry["task"]))
             where = (entry["source"], entry.get("root", ""), entry.get("split", "train"), entry["task"])
             size = entry.get("resolution", 0) or resolution
             source, chosen = open_subset(*where, entry.get("count", 0), entry.get("start", 0), size)
             self.opened[name] = (source, chosen, entry["task"])
+        self.passes = [stream[:2] for stream in self.streams()]  # by number of the stream
 
     def fingerprint(self) -> list[dict[str, Any]]:
         rows = []
@@ -131,15 +96,18 @@ class _Online:
             found += [Stream(name, one.name, length, _weight(name, entry) / len(passes)) for one in passes]
         return found
 
-    def batch(self, wanted: Sequence[tuple[str, str, int, bool]]) -> dict[str, Any]:
-        """The samples of (entry, pass, index, flip), stacked: pixels float32 (B, R, R, 3), valid bool (B, R, R), …"""
-        samples = []
-        for name, pass_name, index, flip in wanted:
-            source, chosen, task = self.opened[name]
-            what = get_task(task)
-            made = what.encode(source[chosen[index]], self.resolution, self.options)
-            sample = made[[one.name for one in what.passes].index(pass_name)]
-            samples.append(flip_sample(sample) if flip else sample)
+    def __call__(self, element: Element) -> dict[str, Any]:
+        """The sample: image, prompt, target float32 (R, R, 3); valid bool (R, R); pass_id, label; key."""
+        name, pass_name = self.passes[element.stream]
+        source, chosen, task = self.opened[name]
+        what = get_task(task)
+        raw = source[chosen[element.index]]
+        made = self.augment.encode(what, raw, self.resolution, self.options, element.draw)
+        sample = made[[one.name for one in what.passes].index(pass_name)]
+        return flip_sample(sample) if element.flip else sample
+
+    def stacked(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Samples as a batch: pixels float32 (B, R, R, 3), valid bool (B, R, R), pass_id, label int32 (B,), key."""
         out: dict[str, Any] = {field: np.stack([s[field] for s in samples]) for field in (*self.fields, "valid")}
         for field in ("pass_id", "label"):
             out[field] = np.array([s[field] for s in samples], np.int32)
@@ -166,10 +134,11 @@ class Batches:
             raise UserError(f"batch size {batch_size}: give a whole number above 0")
         if not 0 <= seed < 2**32:
             raise UserError(f"seed {seed} must be in 0..{2**32 - 1}")
-        self._places: Sequence[int] = range(batch_size)
-        self._size, self._seed = batch_size, int(seed)
+        self._size = self._count = batch_size  # of the whole batch, and what is read of it
+        self._seed = int(seed)
         self._workers = int(data.get("workers") or 0)
         self._flip = bool(data.get("flip", False))
+        self._augment = Augment.from_dict(dict(data.get("augment") or {}))
         options = TaskOptions.from_dict(dict(data.get("task_options") or {}))
         entries = _entries(dict(data.get("mixture") or {}))
         cache = data.get("cache") or []
@@ -178,12 +147,18 @@ class Batches:
         self.online: _Online | None = None
         self._picked: list[np.ndarray] = []  # cached only: the records of each stream
         if self.cached:
+            if names := self._augment.names:
+                raise UserError(
+                    f"data.augment.{names[0]} changes pictures, and data.cache holds latents of them as they are: "
+                    "leave it out, or set data.cache='' to read and encode the pictures"
+                )
             _same_encoding(self.cached.readers[0], int(data.get("resolution") or 0), options)
             self.streams = self._cached_streams(entries)
         else:
-            self.online = _Online(entries, int(data.get("resolution") or 0), options)
+            self.online = _Online(entries, int(data.get("resolution") or 0), options, self._augment)
             self.streams = self.online.streams()
-        self._stream = _global_stream(self.streams, self._seed, self._flip)
+        self._stream: Any = _global_stream(self.streams, self._seed, Flip(self._flip), bool(self._augment.names))
+        self._held = self._stream  # the elements that are read
         self.fingerprint = self._fingerprint(options)
 
     def _cached_streams(self, entries: list[tuple[str, dict[str, Any]]]) -> list[Stream]:
@@ -230,7 +205,7 @@ class Batches:
         assert held is not None
         rows = held.fingerprint()
         self._rows, self.sources = rows, rows if self.online else []
-        return {
+        made = {
             "order": _ORDER,
             "seed": self._seed,
             "batch_size": self._size,
@@ -240,53 +215,60 @@ class Batches:
             "resolution": self.online.resolution if self.online else None,
             "caches" if self.cached else "sources": _jsonable(rows),
         }
+        return made | ({"augment": self._augment.to_dict()} if self._augment.names else {})  # none: as of before
 
     def holding(self, places: Sequence[int]) -> "Batches":
         """The same batches, of which only the samples at ``places`` (0 .. B - 1) are read, in that order."""
         if not places or not 0 <= min(places) <= max(places) < self._size:
             raise ValueError(f"places {places} of a batch of {self._size}")
         held = copy.copy(self)
-        held._places = places
+        held._held, held._count = _Places(self._stream, self._size, places), len(places)
         return held
 
     def elements(self, step: int) -> list[Element]:
         """Which samples batch ``step`` holds, at the places that are read."""
         if step < 0:
             raise ValueError(f"step {step} is negative")
-        return [self._stream[step * self._size + place] for place in self._places]
+        return [self._held[step * self._count + place] for place in range(self._count)]
 
     def at(self, step: int) -> dict[str, Any]:
         """The batch of ``step``, the same every time and in every process that shares its settings."""
         elements = self.elements(step)
         if self.cached:
-            return self._gathered(elements)
+            return self._gathered(_order(elements))
         assert self.online is not None
-        return self.online.batch(self._wanted(elements))
+        return self.online.stacked([self.online(element) for element in elements])
 
-    def _gathered(self, elements: list[Element]) -> dict[str, Any]:
-        assert self.cached is not None
-        indices = np.array([self._picked[one.stream][one.index] for one in elements])
-        return self.cached.batch(indices, np.array([one.flip for one in elements]))
+    def iterate(self, start: int) -> Reading:
+        """``at(start)``, ``at(start + 1)``, … without end, read ahead; ``close`` it.
 
-    def _wanted(self, elements: list[Element]) -> list[tuple[str, str, int, bool]]:
-        return [(*self.streams[one.stream][:2], one.index, one.flip) for one in elements]
-
-    def iterate(self, start: int) -> Iterator[dict[str, Any]]:
-        """``at(start)``, ``at(start + 1)``, … without end.
-
-        Made ahead of time: in ``data.workers`` processes where samples are rendered or read, else in a thread. With a
-        cache these processes settle the order alone: the thread gathers from memory.
+        Made in ``data.workers`` processes, else in a thread. With a cache these processes settle the order alone, a
+        batch at a time: a thread gathers from memory or reads. Else they read or render, a sample at a time, so that
+        all work on the next batch and end at once.
         """
-        if self.cached and self._workers > 1:
-            made_of = (self.streams, self._seed, self._flip, self._size, list(self._places))
-            orders = ordered_map(_Order, made_of, _count(start), self._workers, ahead=_PREFETCH)
-            return _in_thread(lambda step: self._gathered(next(orders)), start, orders.close)
-        if self.online and self._workers > 1:
-            # the workers only read: the order of samples is settled here
-            jobs = (self._wanted(self.elements(step)) for step in _count(start))
-            made_of = (self.online.entries, self.online.resolution, self.online.options)
-            return ordered_map(_reader, made_of, jobs, self._workers, ahead=2)
-        return _in_thread(self.at, start)
+        elements, several = self._held[start * self._count :], self._workers > 1
+        if self.cached:
+            orders = elements.batch(self._count, batch_fn=_order)
+            if not several:
+                ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
+                return Reading(orders.map(self._gathered).to_iter_dataset(ahead))
+            gathered = spread(orders, self._workers, _AHEAD).map(self._gathered)
+            return Reading(grain.experimental.ThreadPrefetchIterDataset(gathered, prefetch_buffer_size=_AHEAD))
+        assert self.online is not None
+        online = self.online
+        if several:
+            made_of = (online.entries, online.resolution, online.options, online.augment)
+            samples = elements.map(Made(_Online, made_of))  # each worker opens the sources itself
+            read = spread(samples, self._workers, -(-self._count // self._workers))
+        else:
+            ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._count)
+            read = elements.map(online).to_iter_dataset(ahead)
+        return Reading(read.batch(self._count, batch_fn=online.stacked))
+
+    def _gathered(self, order: np.ndarray) -> dict[str, Any]:
+        assert self.cached is not None
+        indices = np.array([self._picked[stream][index] for stream, index in order[:, :2].tolist()])
+        return self.cached.batch(indices, order[:, 2] != 0)
 
     def target_statistics(self, limit: int = 4096) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Pass -> per-channel (mean, deviation) of its target latents, from the first cache that holds it.
@@ -309,11 +291,11 @@ def open_batches(data_config: Any, batch_size: int, seed: int) -> Batches:
     Args:
         data_config: mapping or ConfigDict: ``cache`` (a folder; several as a list, or joined by colons; '' for
             online), ``mixture`` {name: {source, root, split, task, count, start, weight, resolution}},
-            ``flip``, ``workers``, ``resolution``, ``task_options``. With a cache an entry
+            ``flip``, ``augment``, ``workers``, ``resolution``, ``task_options``. With a cache an entry
             chooses of its records (``selection.chosen_records``); without entries all tasks of it weigh the same. A
             task's passes share its weight equally.
         batch_size: global batch size B.
-        seed: of order and flips.
+        seed: of order, flips and augmentation.
 
     Returns:
         Whole batches; where several processes run, each takes its own places of them: :meth:`Batches.holding`.
@@ -371,9 +353,29 @@ def _same_encoding(reader: CacheReader, resolution: int, options: TaskOptions) -
             )
 
 
-def _global_stream(streams: list[Stream], seed: int, flip: bool) -> Any:
-    import grain
+class _Places(grain.MapDataset):
+    """The elements at ``places`` of each batch of ``size``, batch after batch."""
 
+    def __init__(self, stream: grain.MapDataset, size: int, places: Sequence[int]) -> None:
+        super().__init__(stream)
+        self._size, self._places = size, list(places)
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._size * len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        step, place = divmod(index, len(self._places))
+        return self._parent[step * self._size + self._places[place]]
+
+
+def _order(elements: Sequence[Element]) -> np.ndarray:
+    """Elements as int64 (n, 3), which pickles ten times as fast."""
+    return np.array([element[:3] for element in elements], np.int64)
+
+
+def _global_stream(streams: list[Stream], seed: int, flip: Flip, augmented: bool) -> grain.MapDataset:
     parts = []
     for number, stream in enumerate(streams):
         # a seed of its own: streams of one length would otherwise show the same scene in the same batch
@@ -383,7 +385,7 @@ def _global_stream(streams: list[Stream], seed: int, flip: bool) -> Any:
     mixed = grain.MapDataset.mix(parts, [stream.weight for stream in streams]) if len(parts) > 1 else parts[0]
 
     def choose(element: tuple[int, int], rng: np.random.Generator) -> Element:
-        return Element(*element, flip=bool(flip and rng.random() < 0.5))
+        return Element(*element, flip(rng), int(rng.integers(2**63)) if augmented else 0)
 
     return mixed.seed(seed).random_map(choose)
 
@@ -401,65 +403,3 @@ def _classes(value: Any) -> int:
         own = value.get("classes")
         return max([own if isinstance(own, int) else 0, *map(_classes, value.values())])
     return max(map(_classes, value), default=0) if isinstance(value, list) else 0
-
-
-def _count(start: int) -> Iterator[int]:
-    while True:
-        yield start
-        start += 1
-
-
-class _Order:
-    """``order(step)`` -> the elements of a batch, as ``Batches.elements``."""
-
-    def __init__(self, streams: list[Stream], seed: int, flip: bool, size: int, places: list[int]) -> None:
-        self._stream, self._size, self._places = _global_stream(streams, seed, flip), size, places
-
-    def __call__(self, step: int) -> list[Element]:
-        return [self._stream[step * self._size + place] for place in self._places]
-
-
-def _reader(*made_of: Any) -> Callable[[Any], dict[str, Any]]:
-    return _Online(*made_of).batch
-
-
-def _in_thread(
-    at: Callable[[int], dict[str, Any]], start: int, close: Callable[[], None] = lambda: None
-) -> Iterator[dict[str, Any]]:
-    """``at(start)``, … made by a thread, at most ``_PREFETCH`` ahead; ends with the iterator and calls ``close``."""
-    queue: Queue[Any] = Queue(_PREFETCH)
-    stop = threading.Event()
-
-    def put(item: Any) -> bool:
-        while not stop.is_set():
-            try:
-                queue.put(item, timeout=0.1)
-                return True
-            except Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for step in _count(start):
-                if not put((at(step), None)):
-                    return
-        except BaseException as error:  # shown to the reader, who would otherwise wait for ever
-            put((None, error))
-        finally:
-            close()
-
-    thread = threading.Thread(target=work, daemon=True, name="batches")
-    thread.start()
-    try:
-        while True:
-            try:
-                batch, error = queue.get(timeout=1.0)
-            except Empty:
-                continue
-            if error is not None:
-                raise error
-            yield batch
-    finally:
-        stop.set()
-        thread.join(timeout=5)

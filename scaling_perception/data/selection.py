@@ -1,4 +1,4 @@
-"""Which records of caches an entry of the mixture means: what it says is honoured or refused, never ignored."""
+"""Which samples of a dataset or records of caches an entry of the mixture means: honoured or refused, never ignored."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +7,39 @@ import numpy as np
 
 from scaling_perception.data.latents import CacheReader
 from scaling_perception.support.errors import UserError
+
+
+def open_subset(
+    name: str, root: str, split: str, task: str, count: int = 0, start: int = 0, resolution: int = 0, **chosen: Any
+) -> tuple[Any, range]:
+    """A source and the indices of it to use: ``count`` (0 = all) from ``start`` on.
+
+    The sources of ``ENDLESS`` take ``start``, ``count`` and the ``resolution`` to render at themselves; ``chosen`` are
+    further options of the source.
+
+    Raises:
+        UserError: unknown source, wrong folder, or a range outside of the source.
+    """
+    from scaling_perception.data import sources
+
+    if start < 0 or count < 0:
+        raise UserError(f"{name}: count {count} and start {start} must not be negative")
+    if name in sources.ENDLESS:
+        options: dict[str, Any] = {"start": start}
+        options |= {"count": count} if count else {}
+        options |= {"resolution": resolution} if resolution else {}
+        source = sources.open_source(name, root, split, task, **{**chosen, **options})
+        return source, range(len(source))
+    source = sources.open_source(name, root, split, task, **chosen)
+    if getattr(source, "whole", False) and split not in ("train", "all", ""):
+        raise UserError(
+            f"{root} has no splits, so that split '{split}' would be everything: make one (see {name} in "
+            "docs/own_data.md), or leave it out and choose a part by start and count"
+        )
+    end = start + count if count else len(source)
+    if end > len(source) or start >= end:
+        raise UserError(f"{name} ({split}) has {len(source)} samples, not {start}..{end - 1}: change start or count")
+    return source, range(start, end)
 
 
 def chosen_records(readers: Sequence[CacheReader], name: str, entry: Mapping[str, Any], pass_name: str) -> np.ndarray:

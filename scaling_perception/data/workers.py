@@ -1,39 +1,105 @@
-"""Work spread over processes, with results in the order of the jobs, so that what comes out depends on no schedule."""
+"""Reading in grain's worker processes, in the order of the elements, so that what comes out depends on no schedule.
 
-import collections
-import multiprocessing
+What stays of our own is what grain leaves open: workers that end with a parent that was killed, signals that the parent
+alone answers, one line for a worker that died, and results sent through pipes (grain's usual way is shared memory, of
+which a container has 64 MB, and which outlives a killed run).
+"""
+
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import parent_process
+from multiprocessing.util import Finalize
 from typing import Any
+
+import grain
+from absl import flags
 
 from scaling_perception.support.errors import UserError
 
-_work: Callable[[Any], Any] | None = None  # in a worker process: what this process does with a job
+ALONE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # nothing is read ahead but what workers do
+
+
+def _start(index: int, count: int) -> None:
+    """What each worker does first."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # grain imports JAX: the accelerator is the parent's
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group: the parent alone answers them
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    # A worker that is asked to stop ends without a flush: its queue would wait for a parent that no longer reads.
+    Finalize(None, os._exit, (1,), exitpriority=1000)
 
 
 def _follow_parent() -> None:
     # Queues keep a worker waiting for ever when its parent is killed: end with it instead.
-    parent = multiprocessing.parent_process()
+    parent = parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _start(make: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...]) -> None:
-    global _work
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group: the parent alone answers them
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    _work = make(*args)
+def spread(elements: grain.MapDataset, workers: int, ahead: int) -> grain.IterDataset:
+    """The elements in their order, made in ``workers`` processes, each at most twice ``ahead`` of what is taken.
+
+    The dataset and its elements must pickle.
+    """
+    if not flags.FLAGS.is_parsed():  # grain reads absl's flags, of which this program has none
+        flags.FLAGS.mark_as_parsed()
+    piped = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+    dataset = grain.experimental.WithOptionsIterDataset(elements.to_iter_dataset(ALONE), piped)
+    return dataset.mp_prefetch(grain.MultiprocessingOptions(workers, ahead), _start)
 
 
-def _call(job: Any) -> Any:
-    assert _work is not None
-    return _work(job)
+class Reading(grain.DatasetIterator):
+    """``then`` of each element of a dataset, or of what reads one.
+
+    ``close`` ends the threads and processes behind it, also while another thread waits for an element.
+
+    Raises:
+        UserError: a worker process died. Whatever the dataset itself raises is passed on.
+    """
+
+    def __init__(self, source: grain.IterDataset | grain.DatasetIterator, then: Callable[[Any], Any] | None = None):
+        super().__init__(iter(source))
+        self._then = then
+
+    def __next__(self) -> Any:
+        try:
+            element = next(self._parent)
+            return element if self._then is None else self._then(element)
+        except RuntimeError as error:
+            if not str(error).startswith("Worker process was terminated"):
+                raise
+            raise UserError(
+                "a worker process ended early (out of memory, or a script without `if __name__ == '__main__'`): "
+                "use fewer workers, or 0 to work in one process"
+            ) from None
+
+    def get_state(self) -> dict[str, Any]:
+        return self._parent.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state)
+
+
+class Made:
+    """``make(*args)``, made when the first job comes: once in each process."""
+
+    def __init__(self, make: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...]) -> None:
+        self._made_of, self._work = (make, args), None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Made, self._made_of
+
+    def __call__(self, job: Any) -> Any:
+        if self._work is None:
+            make, args = self._made_of
+            self._work = make(*args)
+        return self._work(job)
 
 
 def ordered_map(
@@ -43,38 +109,24 @@ def ordered_map(
     workers: int,
     ahead: int = 4,
 ) -> Generator[Any, None, None]:
-    """Yield ``make(*args)(job)`` for each job, in order.
+    """Yield ``make(*args)(job)``, never None, for each job, in order.
 
     ``make`` runs once in each process and may be slow (it opens a dataset). With ``workers`` of 0 or 1 all happens in
-    this process, else in that many spawned ones; then ``make``, its arguments, jobs and results must pickle, and at
-    most ``ahead * workers`` jobs are under way, also when ``jobs`` has no end.
+    this process, else in that many others; then ``make``, its arguments, jobs and results must pickle, and each process
+    is at most twice ``ahead`` jobs further than what was taken.
 
     Raises:
         UserError: a worker process died. Whatever the work itself raises is passed on.
     """
+    work = Made(make, args)
     if workers <= 1:
-        work = make(*args)
-        for job in jobs:
-            yield work(job)
+        yield from map(work, jobs)
         return
-    waiting: collections.deque[Future[Any]] = collections.deque()
-    # spawn, not fork: a forked copy of a process that runs XLA's threads may hang
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make, args))
+    results = Reading(spread(grain.MapDataset.source(list(jobs)).map(work), workers, ahead))
     try:
-        for job in jobs:
-            waiting.append(pool.submit(_call, job))
-            if len(waiting) >= ahead * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process ended early (out of memory, or a script without `if __name__ == '__main__'`): "
-            "use fewer workers, or 0 to work in one process"
-        ) from None
+        yield from results
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        results.close()
 
 
 def default_workers() -> int:

@@ -272,7 +272,7 @@ def _length(config: Config, entry: Mapping[str, Any]) -> tuple[int | None, str]:
     if count:
         return int(count), "data.mixture"
     if root and Path(root).is_dir():
-        from scaling_perception.data.pipeline import open_subset
+        from scaling_perception.data.selection import open_subset
 
         try:
             return len(open_subset(name, root, entry.get("split", "train"), entry["task"])[1]), "files"

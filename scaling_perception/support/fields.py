@@ -164,6 +164,12 @@ FIELDS: dict[str, Field] = {
         int, "side that scenes are rendered at; 0 = resolution", _COUNT, unit="pixels"
     ),
     "data.flip": Field(True, "half of the samples are mirrored"),
+    "data.augment": Field({}, "random changes of pictures that are read as it goes, not of a cache"),
+    "data.augment.crop": Field(1.0, "smallest share of height and width that a crop keeps; 1 = no crops", "(0, 1]"),
+    "data.augment.brightness": Field(0.0, "largest change of the picture's brightness, as a share", "[0, 1]"),
+    "data.augment.contrast": Field(0.0, "largest change of its contrast, as a share", "[0, 1]"),
+    "data.augment.saturation": Field(0.0, "largest change of its saturation, as a share", "[0, 1]"),
+    "data.augment.hue": Field(0.0, "largest turn of its colours", "[0, 0.5]", unit="turns"),
     "data.workers": Field(0, "processes that read samples; 0 or 1 = a thread", _COUNT, unit="processes", free=True),
     "held_out": Field({}, "what train.validate_every measures, as in data"),
     "held_out.cache": Field("", "folder or folders of prepared latents that are not trained on"),

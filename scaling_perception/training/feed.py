@@ -1,10 +1,13 @@
 """The batches of a run, as the step takes them: global arrays on the devices."""
 
 import time
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import grain
 import jax
 
+from scaling_perception.data.workers import Reading
 from scaling_perception.parallel import processes
 from scaling_perception.training.goodput import Clock
 from scaling_perception.training.setup import Run
@@ -18,21 +21,33 @@ class Fed(NamedTuple):
 
 
 class Feed:
-    """Reads the batches from step ``start`` on. ``waited``: seconds that all calls together waited for the data."""
+    """Reads the batches from step ``start`` on. ``waited``: seconds that all calls together waited for the data.
+
+    Batches that grain reads (``data/pipeline.py``) are on the devices before the step asks for them: one waits there
+    while the next is on its way.
+    """
 
     def __init__(self, run: Run, start: int, clock: Clock) -> None:
         self._run, self._clock, self.waited = run, clock, 0.0
-        self._batches = run.objective.batches.iterate(start)
+        self._read = run.objective.batches.iterate(start)
+        self._fed: Any = map(self._put, self._read)
+        if isinstance(self._read, grain.DatasetIterator):
+            self._fed = grain.experimental.ThreadPrefetchDatasetIterator(Reading(self._read, self._put), 1)
 
     def next(self) -> Fed:
         """The next batch."""
         before = time.monotonic()
         with self._clock.spend("data_wait"):
-            batch = dict(next(self._batches))
+            fed = next(self._fed)
         self.waited += time.monotonic() - before
-        keys = dict(zip(self._run.rows, batch.pop("key", ()), strict=False))
-        return Fed(processes.put_batch(batch, self._run.split, self._run.config.train.batch_size), keys)
+        return fed
 
     def close(self) -> None:
         """Let the readers' threads or processes end."""
-        getattr(self._batches, "close", lambda: None)()
+        for stage in (self._read, self._fed):  # the reader first: what waits for it ends then
+            getattr(stage, "close", lambda: None)()
+
+    def _put(self, batch: Mapping[str, Any]) -> Fed:
+        arrays = dict(batch)
+        keys = dict(zip(self._run.rows, arrays.pop("key", ()), strict=False))
+        return Fed(processes.put_batch(arrays, self._run.split, self._run.config.train.batch_size), keys)

@@ -100,7 +100,11 @@ def asked_to_stop() -> Iterator[Stop]:
             os.kill(os.getpid(), signal.SIGTERM)
             return
         stop.signals.append(number)
-        say("stopping after this step; saving (Ctrl-C again: stop at once, losing the steps since the last checkpoint)")
+        line = "stopping after this step; saving (Ctrl-C again: stop at once, losing steps since the last checkpoint)"
+        try:
+            say(line)
+        except RuntimeError:  # the signal came while a line was being written
+            os.write(2, f"{line}\n".encode())
 
     before: dict[int, Callable[..., Any] | int | None] = {}
     with contextlib.suppress(ValueError):

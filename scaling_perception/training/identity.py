@@ -33,6 +33,7 @@ _MEASURED = ("train.validate_samples", "held_out.")
 LATER = {"optim.ema_every": 1, "optim.ema_dtype": "float32", "optim.ema_place": "device"}
 LATER |= {"held_out.shared": False, "optim.ema_warmup": False}
 LATER |= {"train.stream_dtype": "compute", "train.matmul_precision": "default"}
+LATER |= {name: field.default for name, field in FIELDS.items() if name.startswith("data.augment.")}
 # With a cache these say which of its samples are used, which the data's own fingerprint holds.
 _OF_CACHE = ("source", "split", "count", "start")
 

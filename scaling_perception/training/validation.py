@@ -51,7 +51,7 @@ def held_out_batches(config: Config, data: Mapping[str, Any], training: LatentBa
         )
     if not own.get("shared"):
         _refuse_shared(own, data)
-    wanted = {**data, "cache": own["cache"], "mixture": own["mixture"], "flip": False}
+    wanted = {**data, "cache": own["cache"], "mixture": own["mixture"], "flip": False, "augment": {}}
     if own["cache"] and not own["mixture"]:
         tasks = data["mixture"].items()  # which tasks, and how much each
         wanted["mixture"] = {name: {f: e[f] for f in ("task", "weight") if f in e} for name, e in tasks}

@@ -1,4 +1,5 @@
 import collections
+import contextlib
 import itertools
 import json
 import os
@@ -181,18 +182,24 @@ def test_in_memory_or_not_and_several_folders(cache):
     assert set(stats) == set(RELEASED) and stats["depth"][0].shape == (4,)
 
 
-def test_worker_processes_make_the_same_batches(tmp_path):
-
+def test_worker_processes_make_the_same_batches(tmp_path, cache):
     root = tmp_path / "pairs"
     make_folder(root)
     entry = {"source": "pix2gestalt", "root": str(root), "split": "all", "task": "amodal"}
     data = {"mixture": {"a": entry}, "flip": True, "resolution": 32}
     alone, spread = open_(data), open_({**data, "workers": 2})
     assert alone.fingerprint == spread.fingerprint
-    stream = spread.iterate(3)
-    for step, batch in zip((3, 4, 5), stream, strict=False):
-        assert_same(batch, alone.at(step))
-    stream.close()
+    held = spread.holding([1, 2, 6])
+    assert_streams(held, lambda step: held.at(step))
+    assert_streams(open_({**data, "workers": 3}), alone.at)  # samples of a batch are shared by the workers
+    latents = open_(cached(cache))
+    assert_streams(open_(cached(cache, workers=2), in_memory=False), latents.at)
+
+
+def assert_streams(batches, at):
+    with contextlib.closing(batches.iterate(3)) as stream:
+        for step, batch in zip((3, 4, 5), stream, strict=False):
+            assert_same(batch, at(step))
 
 
 def make_folder(root):
@@ -211,16 +218,27 @@ def make_folder(root):
             Image.fromarray(values.astype(np.uint8)).save(root / folder / f"{i}_{name}.png")
 
 
-def test_iterating_passes_errors_on_and_ends_its_thread(cache):
-    batches = open_(cached(cache))
+@pytest.mark.parametrize("kind", ["cached", "online"])
+def test_iterating_passes_errors_on_and_ends_its_threads(cache, monkeypatch, kind):
+    batches = open_(cached(cache) if kind == "cached" else online())
+    before = set(threading.enumerate())
     stream = batches.iterate(0)
     next(stream)
-    assert "batches" in {thread.name for thread in threading.enumerate()}
+    own = [thread for thread in threading.enumerate() if thread not in before and "prefetch" in thread.name]
+    assert own
     stream.close()
-    assert "batches" not in {thread.name for thread in threading.enumerate()}
-    batches.at = lambda step: 1 / 0
+    for thread in own:
+        thread.join(5)
+        assert not thread.is_alive()
+    with pytest.raises(ValueError, match="closed"):
+        next(stream)
+    monkeypatch.setattr(*((batches.cached, "batch") if kind == "cached" else (stand_ins.StandIn, "__getitem__")), fail)
     with pytest.raises(ZeroDivisionError):
         next(batches.iterate(0))
+
+
+def fail(*_):
+    return 1 / 0
 
 
 def test_fingerprint_says_what_matters(cache):

@@ -1,0 +1,83 @@
+"""Worker processes: order, errors, and that none stays behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from scaling_perception.data.workers import ordered_map
+from scaling_perception.support.errors import UserError
+
+
+def make(offset):
+    def work(job):
+        if job == "bad":
+            raise UserError("no such picture")
+        if job == "dead":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return job + offset, os.getpid()
+
+    return work
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_results_come_in_the_order_of_the_jobs(workers):
+    found = list(ordered_map(make, (100,), range(9), workers, ahead=2))
+    assert [value for value, _ in found] == list(range(100, 109))
+    processes = {process for _, process in found}
+    assert len(processes) == max(workers, 1) and (os.getpid() in processes) == (workers == 0)
+
+
+def test_what_goes_wrong_in_a_worker_is_said(capfd):
+    results = ordered_map(make, (0,), [1, 2, 3, "bad"], 2)
+    assert [next(results)[0] for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(UserError, match="no such picture"):
+        next(results)
+    results = ordered_map(make, (0,), [1, "dead", 2, 3], 2)
+    assert next(results)[0] == 1
+    with pytest.raises(UserError, match="a worker process ended early"):
+        list(results)
+    assert not [child for child in psutil.Process().children() if "spawn_main" in str(child.cmdline())]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_its_parent(tmp_path, number):
+    words = ["prepare", "scenes", "--count", "4000", "--resolution", "64", "--workers", "2", "--out", tmp_path / "out"]
+    words = [sys.executable, "-m", "scaling_perception", *map(str, words)]
+    with open(tmp_path / "told", "w+") as told:
+        parent = subprocess.Popen(words, stdout=told, stderr=told, start_new_session=True)
+        try:
+            workers = _workers(parent.pid)
+            if number == signal.SIGINT:  # a terminal sends it to the whole group
+                os.killpg(parent.pid, number)
+            else:
+                parent.kill()
+            assert parent.wait(30) == (130 if number == signal.SIGINT else -signal.SIGKILL)
+            _, alive = psutil.wait_procs(workers, 10)
+            assert not alive
+        finally:
+            for process in psutil.process_iter():
+                if process.pid in {parent.pid, *(worker.pid for worker in workers)}:
+                    process.kill()
+        told.seek(0)
+        assert "Traceback" not in told.read()
+
+
+def _workers(pid):
+    """Two workers that read: they have used processor time beyond that of starting."""
+    for _ in range(600):
+        time.sleep(0.1)
+        found = [child for child in psutil.Process(pid).children() if "spawn_main" in str(child.cmdline())]
+        if len(found) == 2 and all(_ignores_interrupts(child.pid) for child in found):
+            return found
+    raise AssertionError("no workers")
+
+
+def _ignores_interrupts(pid):
+    with open(f"/proc/{pid}/status") as file:
+        (mask,) = (int(line.split()[1], 16) for line in file if line.startswith("SigIgn"))
+    return bool(mask >> (signal.SIGINT - 1) & 1)
