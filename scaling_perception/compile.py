@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
-from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import COUNT, STEPS
 from scaling_perception.train import split_overrides as split_overrides
 
@@ -82,17 +82,9 @@ def mesh_of(config: Any, text: str, devices: Sequence[Any]) -> Any:
     Raises:
         UserError: no such axis, no number, or sizes that do not multiply to the number of devices.
     """
-    from scaling_perception.parallel.mesh import AXES, make_mesh
+    from scaling_perception.parallel.mesh import make_mesh, mesh_sizes
 
-    sizes = dict(config.mesh.to_dict())
-    for part in filter(None, text.split(",")):
-        axis, _, size = part.partition("=")
-        if axis not in AXES:
-            raise UserError(f"--mesh: unknown axis '{axis}'{did_you_mean(axis, AXES)}")
-        if not re.fullmatch(r"-?\d+", size):
-            raise UserError(f"--mesh {part}: give a whole number, such as {axis}=4")
-        sizes[axis] = int(size)
-    return make_mesh(**sizes, devices=devices)
+    return make_mesh(**{**config.mesh.to_dict(), **mesh_sizes(text)}, devices=devices)
 
 
 def compile_program(
@@ -157,12 +149,14 @@ def analyse(program: Any, compiled: Any, text: str, topology: Any, mesh: Any) ->
     parameters = collectives.parameters_of(own, program.rules, sizes)
     travelling = (
         parameters if program.rules else collectives.Parameters({}, {}, {}, {})
-    )  # a sampler's weights stay where they are
+    )  # weights that are whole stay where they are
     flat = list(mesh.devices.flat)
     found, rows, links = [], [], {}
     for one in collectives.collectives(module):
         axes = collectives.mesh_axes(one.groups, sizes)
         purpose = collectives.purpose(one, axes, travelling)
+        if program.name != "train" and purpose == "gradients":
+            purpose = "partial"
         found.append((one, axes, purpose))
         groups = one.groups if one.kind == "collective-permute" else one.groups[:1]
         seconds = max(transfer_seconds(topology, one.kind, one.bytes, [flat[at] for at in group]) for group in groups)

@@ -19,7 +19,7 @@ from scaling_perception.support.again import add_overwrite, check_output, refuse
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json, write_json, write_text
 from scaling_perception.support.parts import add_parts, part_of, refuse_other_flags
-from scaling_perception.support.verbs import COUNT, FROM_0, SEED, add_source_options, source_options
+from scaling_perception.support.verbs import COUNT, FROM_0, SEED, add_mesh, add_source_options, source_options
 
 EXAMPLES = """
 scaling-perception evaluate --task depth --dataset scenes --model mini --count 32 --json runs/depth.json
@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=SEED, default=0, help="key of all noise (default 0)")
     parser.add_argument("--batch-size", type=COUNT, help="images × members at once (default: by memory)")
     parser.add_argument("--dtype", default="float32", help="of the transformer's products: float32 or bfloat16")
+    add_mesh(parser)
     parser.add_argument("--json", metavar="OUT", help="result to write; without it the table is all")
     parser.add_argument("--csv", metavar="OUT", help="also write one line a cell (columns: docs/evaluate.md)")
     parser.add_argument("--per-image", metavar="OUT", help="also write a CSV of one line an image and cell")
@@ -178,6 +179,7 @@ def run(args: argparse.Namespace) -> int:
     from scaling_perception.evaluation.protocols import count_note, get_protocol
     from scaling_perception.evaluation.sweep import sweep
     from scaling_perception.evaluation.tables import print_table
+    from scaling_perception.parallel.mesh import local_mesh
     from scaling_perception.support.progress import progress
     from scaling_perception.tasks import TASKS, get_task
 
@@ -219,7 +221,8 @@ def run(args: argparse.Namespace) -> int:
     for note in getattr(source, "notes", ()):
         print(note, file=sys.stderr)
     data = described(source, contents_of(source))
-    predictor = Predictor.from_pretrained(args.model, autoencoder=args.autoencoder, dtype=args.dtype)
+    mesh = local_mesh(args.mesh)
+    predictor = Predictor.from_pretrained(args.model, autoencoder=args.autoencoder, dtype=args.dtype, mesh=mesh)
     own = {"threshold": predictor.options.mask_threshold, "keep_visible": predictor.options.keep_visible}
     own = {name: value for name, value in own.items() if name in protocol}
     protocol = get_protocol(args.task, args.dataset, metrics, **own)  # as the model's answers are made
@@ -351,8 +354,10 @@ def _merge(args: argparse.Namespace) -> int:
 
     def load() -> Any:
         from scaling_perception import Predictor
+        from scaling_perception.parallel.mesh import local_mesh
 
-        return Predictor.from_pretrained(args.model, autoencoder=args.autoencoder, dtype=args.dtype)
+        mesh = local_mesh(args.mesh)
+        return Predictor.from_pretrained(args.model, autoencoder=args.autoencoder, dtype=args.dtype, mesh=mesh)
 
     if out.exists() and not part_journals(out):
         result = read_json(out)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from scaling_perception.inference.settings import SETTINGS, add_setting, flag_of
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.parts import Part, add_parts, part_of, refuse_other_flags
-from scaling_perception.support.verbs import COUNT, POSITIVE, SEED
+from scaling_perception.support.verbs import COUNT, POSITIVE, SEED, add_mesh
 
 if TYPE_CHECKING:
     from scaling_perception.inference.find import Item
@@ -48,10 +48,10 @@ _USUAL = {"model": "mini", "dtype": "float32", "seed": 0, "every": 1, "start": 0
 _BUDGETS = ("budget", "macs", "seconds")
 _CHOSEN_BY_BUDGET = ("steps", "ensemble", "preset", "spacing", "solver")
 _GO_WITH = {"align_space": "align", "align_fit": "align", "first": "tolerance", "step_chunk": "step_tolerance"}
-_WITH_REPEAT = ("out", "overwrite", "json", "workers", "model", "autoencoder", "repeat")
+_WITH_REPEAT = ("out", "overwrite", "json", "workers", "model", "autoencoder", "mesh", "repeat")
 _OF_THE_RUN = (
     *("inputs", "list", "null", "recursive", "every", "start", "end", "mask"),
-    *("overwrite", "resume", "json", "repeat", "shard", "merge"),
+    *("overwrite", "resume", "json", "repeat", "shard", "merge", "mesh"),
 )
 
 
@@ -79,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", help="model folder, training run, hub id or name (default mini)")
     group.add_argument("--autoencoder", help="another autoencoder than the model's: name, folder or hub id")
     group.add_argument("--dtype", help="of the transformer's products: float32 (default) or bfloat16")
+    add_mesh(group)
     group = parser.add_argument_group("compute")
     for name in SETTINGS:
         add_setting(group, name)
@@ -373,8 +374,10 @@ def _predict(
     from scaling_perception import Predictor
     from scaling_perception.inference.job import run_job
     from scaling_perception.inference.parts import run_part
+    from scaling_perception.parallel.mesh import local_mesh
 
-    predictor = Predictor.from_pretrained(request.model, autoencoder=request.autoencoder, dtype=request.dtype)
+    how = {"autoencoder": request.autoencoder, "dtype": request.dtype, "mesh": local_mesh(args.mesh)}
+    predictor = Predictor.from_pretrained(request.model, **how)
     predictor.check_task(request.task)
     if any(getattr(args, name) is not None for name in _BUDGETS):
         request = _request(args, *_by_budget(args, predictor, items, out))

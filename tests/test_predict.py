@@ -214,3 +214,19 @@ def test_mistakes_are_one_line(predict, pictures, tmp_path):
     assert "cannot write" in text.err
     text = predict("depth", pictures, code=2, out="in")
     assert "is an input folder" in text.err
+
+
+def test_weights_split_over_devices_predict_the_same(predict, pictures, tmp_path):
+    """XL-8E2A's way into small memories, at nano size, and what no mesh is."""
+    one = pictures / "frame_1.png"
+    predict("depth", one, out="whole")
+    predict("depth", one, "--mesh", "fsdp=4,tensor=2", out="split")
+    whole, split = (np.load(tmp_path / name / "frame_1_depth.npy") for name in ("whole", "split"))
+    np.testing.assert_allclose(split, whole, atol=2e-5)
+    for words, told in (
+        ("fsdp=3", "does not fit 8 devices"),
+        ("fdsp=2", "--mesh: unknown axis 'fdsp'; did you mean 'fsdp'"),
+        ("fsdp", "--mesh fsdp: give a whole number"),
+        ("fsdp=-1", "and -1 (what is left) at most once"),
+    ):
+        assert told in predict("depth", one, "--mesh", words, code=2, out="wrong").err

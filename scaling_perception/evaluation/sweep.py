@@ -246,7 +246,7 @@ class _Run:
             "diffusion": dataclasses.asdict(predictor.diffusion),
             "task_options": predictor.options.to_dict(),
             "dtype": str(predictor.engine.model.dtype),
-            "devices": f"{predictor.engine.devices} {jax.default_backend()}",
+            "devices": f"{predictor.engine.layout} {jax.default_backend()}",
             "presets": list(dict.fromkeys(point.preset for point in self.points)),
             "solvers": list(dict.fromkeys(point.settings.solver for point in self.points)),
             "steps": list(dict.fromkeys(point.settings.steps for point in self.points)),

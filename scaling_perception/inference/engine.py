@@ -6,9 +6,12 @@ Weights, pictures, keys and the sampler's coefficients are arguments: only shape
 graph.
 
 Rows of the sampling batch are images × members × passes, in this order: I, M, P. On several devices the rows are split
-over them, and every device has the weights.
+over the mesh's batch axes, and the weights of the transformer over ``fsdp``, ``expert`` and ``tensor`` by the rules of
+training: where these are of size 1, as on the mesh that is used unless one is given, every device has all of them. The
+autoencoder is whole on every device.
 """
 
+import math
 import threading
 import time
 from collections import Counter
@@ -24,10 +27,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scaling_perception.diffusion.sampler import SamplerTables, State, advance, sample, start_state
 from scaling_perception.models.autoencoders import Autoencoder
 from scaling_perception.models.config import DiTConfig
-from scaling_perception.models.dit import DiT, Fixed, embed_conditions, modulations
+from scaling_perception.models.dit import DiT, Fixed, abstract_params, embed_conditions, modulations
 from scaling_perception.parallel.mesh import BATCH_AXES, replicated
+from scaling_perception.parallel.rules import tree_shardings
 
-_ENDS = ("in_shardings", "out_shardings")
 _AHEAD = 2**30  # bytes of modulation that are kept for all steps together; beyond, each step computes its own
 
 
@@ -69,23 +72,38 @@ class Engine:
     """
 
     def __init__(self, config: DiTConfig, autoencoder: Autoencoder, dtype: str, mesh: Any = None) -> None:
-        """Args: ``mesh``: devices to split the rows over; None is one device."""
+        """Args: ``mesh``: devices to split rows and weights over; None is one device."""
         self.config, self.autoencoder = config, autoencoder
         self.mesh = mesh if mesh is not None and mesh.size > 1 else None
         self.model = DiT(config, dtype=jnp.dtype(dtype), mesh=self.mesh)
         self.traces: Counter[str] = Counter()
         self.compile_seconds = 0.0
+        shapes = abstract_params(config)
+        self._weights = jax.tree.structure(shapes)
+        self._places = None if self.mesh is None else tree_shardings(shapes, self.mesh)
         self._compiled: dict[Any, Any] = {}
         self._lock = threading.Lock()
 
     @property
     def devices(self) -> int:
-        """Devices that the rows are split over."""
-        return 1 if self.mesh is None else self.mesh.size
+        """Parts that the rows are split into: the devices along the mesh's batch axes."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in BATCH_AXES)
+
+    @property
+    def layout(self) -> str:
+        """The mesh in words: ``8``, or ``8 (fsdp 4)`` where weights are split."""
+        split = {} if self.mesh is None else {name: size for name, size in self.mesh.shape.items() if size > 1}
+        words = ", ".join(f"{name} {size}" for name, size in split.items() if name != "data")
+        return f"{1 if self.mesh is None else self.mesh.size}" + (f" ({words})" if words else "")
 
     def place(self, tree: Any) -> Any:
-        """A tree on every device of the engine."""
-        return jax.device_put(tree, None if self.mesh is None else replicated(self.mesh))
+        """A tree on the devices of the engine: the transformer's parameters by the rules, any other whole."""
+        return jax.device_put(tree, self._sharding(tree))
+
+    def _sharding(self, tree: Any) -> Any:
+        if self.mesh is None:
+            return None
+        return self._places if jax.tree.structure(tree) == self._weights else replicated(self.mesh)
 
     # The graphs
 
@@ -179,14 +197,14 @@ class Engine:
 
     def _spread(self, rows: jax.Array) -> jax.Array:
         """Rows (N, ...) split over the devices, where they divide."""
-        if self.mesh is None or self.mesh.size == 1 or rows.shape[0] % self.mesh.size:
+        if self.mesh is None or rows.shape[0] % self.devices:
             return rows
         return jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))
 
     def _on_each(self, function: Callable[..., Any], vae: Any, rows: jax.Array) -> Any:
         """``function(vae, rows)``, each device with its own rows. It may loop over rows, a few at a time, and a loop
         over an array that is split would have every device compute all of it."""
-        if self.mesh is None or self.mesh.size == 1 or rows.shape[0] % self.mesh.size:
+        if self.mesh is None or rows.shape[0] % self.devices:
             return function(vae, rows)
         split = PartitionSpec(BATCH_AXES)
         takes = (PartitionSpec(), split)
@@ -324,9 +342,12 @@ class Engine:
                     self.traces[name] += 1  # runs while tracing only
                     return function(*values)
 
-                # what goes in and out is whole on every device; inside, rows are split
-                whole = {} if self.mesh is None else dict.fromkeys(_ENDS, replicated(self.mesh))
+                # what goes in and out is whole on every device, but for weights; inside, rows are split
+                ends = {}
+                if self.mesh is not None:
+                    ends = {"in_shardings": tuple(map(self._sharding, arguments))}
+                    ends["out_shardings"] = replicated(self.mesh)
                 begin = time.perf_counter()
-                self._compiled[signature] = jax.jit(counted, **whole).lower(*arguments).compile()
+                self._compiled[signature] = jax.jit(counted, **ends).lower(*arguments).compile()
                 self.compile_seconds += time.perf_counter() - begin
             return self._compiled[signature]

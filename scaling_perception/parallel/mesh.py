@@ -1,5 +1,6 @@
 """The one place that builds a mesh: four named axes, of size 1 where unused."""
 
+import re
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from scaling_perception.support.errors import UserError
+from scaling_perception.support.errors import UserError, did_you_mean
 
 AXES = ("data", "fsdp", "expert", "tensor")
 # The batch is split over all of these: what is not an expert is computed data-parallel over the expert axis too.
@@ -55,6 +56,32 @@ def _arrange(shape: tuple[int, ...], devices: list[Any]) -> Any:
     across = tuple(slices if at == spanning else 1 for at in range(len(shape)))
     inside = tuple(size // parts for size, parts in zip(shape, across, strict=True))
     return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """``fsdp=4,expert=2`` as sizes of axes.
+
+    Raises:
+        UserError: no such axis, or no number.
+    """
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES:
+            raise UserError(f"--mesh: unknown axis '{axis}'{did_you_mean(axis, AXES)}")
+        if not re.fullmatch(r"-?\d+", size):
+            raise UserError(f"--mesh {part}: give a whole number, such as {axis}=4")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def local_mesh(text: str | None) -> Mesh | None:
+    """The mesh of ``--mesh`` over the devices of this process, ``data`` taking what is left; None without the flag.
+
+    Raises:
+        UserError: as `mesh_sizes`, or the sizes do not multiply to the number of devices.
+    """
+    return None if text is None else make_mesh(**mesh_sizes(text), devices=jax.local_devices())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -235,7 +235,7 @@ PURPOSES = {
     "gradients": "gradients, summed over the batch; each device gets the whole sum",
     "tokens": "tokens and their routing, to the devices that have their experts",
     "results": "what the experts made, summed back to the devices that have the tokens",
-    "partial": "partial sums of a matrix that is split over tensor",
+    "partial": "partial sums of a product with a matrix that is split",
     "scalars": "loss, norms, statistics and other small arrays",
     "rows": "rows of all devices, gathered on each",
     "reshard": "activations that change how they are split",

@@ -21,7 +21,7 @@ from scaling_perception.models.compute import TRAINING_FACTOR, forward_macs, inf
 from scaling_perception.models.config import DiTConfig
 from scaling_perception.models.dit import abstract_params
 from scaling_perception.models.presets import LATENT_FACTOR
-from scaling_perception.parallel.mesh import BATCH_AXES, batch_sharding, replicated
+from scaling_perception.parallel.mesh import AXES, BATCH_AXES, batch_sharding, replicated
 from scaling_perception.parallel.rules import spec_for, tree_shardings
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
@@ -224,8 +224,12 @@ def sample_program(config: Config, mesh: Mesh, images: int, steps: int, members:
     decoder = part_size(engine.autoencoder, "decoder", config.resolution, config.resolution)[1]
     flops = 2.0 * (inference_macs(dit, steps, members, passes) + decoder * members * passes) * images
     share = _expert_rows(dit, rows / _parts(mesh))
-    shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves({"params": abstract_params(dit)}).items()}
-    return Program("sample", compile_it, flops, rows, dit.tokens, shapes, {}, {}, share, dit.dim // dit.heads)
+    tree = {"params": abstract_params(dit)}
+    shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()}
+    split = any(mesh.shape[axis] > 1 for axis in AXES if axis != "data")
+    rules = {name: spec_for(name) for name in shapes} if split else {}
+    specs = {name: at.spec for name, at in named_leaves(tree_shardings(tree, mesh)).items()} if split else {}
+    return Program("sample", compile_it, flops, rows, dit.tokens, shapes, rules, specs, share, dit.dim // dit.heads)
 
 
 def encode_program(config: Config, mesh: Mesh, images: int) -> Program:

@@ -32,7 +32,7 @@ class Part(NamedTuple):
         return range(count * self.index // self.of, count * (self.index + 1) // self.of)
 
 
-def add_parts(parser: argparse.ArgumentParser, what: str, joined: str) -> None:
+def add_parts(parser: Any, what: str, joined: str) -> None:
     """The flags of a verb whose work can be split."""
     parser.add_argument(
         "--shard",

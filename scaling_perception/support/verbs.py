@@ -43,6 +43,12 @@ COUNT, FROM_0 = number_in("[1, inf)"), number_in("[0, inf)")
 POSITIVE, NOT_NEGATIVE = number_in("(0, inf)", float), number_in("[0, inf)", float)
 
 
+def add_mesh(parser: Any) -> None:
+    """The flag of verbs that run a model which may be too large for one device."""
+    what = "split weights over this machine's devices: fsdp, expert, tensor, data (default: whole on each)"
+    parser.add_argument("--mesh", metavar="AXIS=N,…", help=what)
+
+
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """The flag that reaches every option of a dataset's source."""
     what = "option of the dataset; may be repeated"
