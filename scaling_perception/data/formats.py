@@ -312,7 +312,9 @@ def read_exr(path: FilePath) -> np.ndarray:
     try:
         with library.File(os.fspath(path), separate_channels=True) as file:
             channels = {name: np.array(one.pixels, np.float32) for name, one in file.channels().items()}
-    except (RuntimeError, ValueError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever damaged bytes make of the library
         text = " ".join(str(error).split())[:120]
         raise UserError(f"{path} is cut short or no OpenEXR file ({text}): {AGAIN}") from None
     by_name = {name.rpartition(".")[2].lower(): name for name in reversed(channels)}

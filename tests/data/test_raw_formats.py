@@ -1,6 +1,7 @@
 """Training and evaluation sets in the very files that their publishers ship: values, splits, and what is refused."""
 
 import builtins
+import contextlib
 import math
 import pickle
 
@@ -13,6 +14,7 @@ from small_sets import H, W, check_raw, refuse, write
 from scaling_perception.data.sources import open_source
 from scaling_perception.data.sources.base import LeftOut
 from scaling_perception.data.sources.hypersim_raw import planar_depth, tone_map
+from scaling_perception.data.sources.mat5 import read_arrays
 from scaling_perception.support.errors import UserError
 
 
@@ -208,6 +210,8 @@ def test_nyu_as_published(tmp_path):
     splits, mat = tmp_path / "splits.mat", tmp_path / "nyu_depth_v2_labeled.mat"
     whole, data = splits.read_bytes(), mat.read_bytes()
     splits.write_bytes(whole[:150])
+    refuse("splits.mat is cut short or damaged .* bytes are missing", "nyuv2", tmp_path, "test")
+    splits.write_bytes(whole[:100])
     refuse("splits.mat is cut short or no MATLAB file", "nyuv2", tmp_path, "test")
     splits.unlink()
     refuse("splits.mat does not exist", "nyuv2", tmp_path, "test")
@@ -219,6 +223,26 @@ def test_nyu_as_published(tmp_path):
     refuse("has no array 'rawDepths', it holds depths, images", "nyuv2", tmp_path, "all", read=True)
     write_hdf5(mat, images=images)
     refuse(r"images has the shape \(5, 12, 16, 3\)", "nyuv2", tmp_path, "all")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", ["u1", "u2", "i4", "f4", "f8"])
+def test_matlab_files_are_read_as_scipy_writes_them(tmp_path, packed, dtype):
+    from scipy.io import savemat
+
+    wanted = {"testNdxs": np.arange(1, 13).reshape(6, 2).astype(dtype), "one": np.array([[3]], dtype)}
+    savemat(tmp_path / "a.mat", {**wanted, "text": "abc", "cell": np.array([1, "x"], object)}, do_compression=packed)
+    found = read_arrays(tmp_path / "a.mat")
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array)
+    data, draw = bytearray((tmp_path / "a.mat").read_bytes()), np.random.default_rng(0)
+    for place in draw.integers(0, len(data), 300):  # damage is refused or reads as other numbers, and ends nothing
+        data[place] ^= 1 << (place % 8)
+        (tmp_path / "b.mat").write_bytes(data)
+        data[place] ^= 1 << (place % 8)
+        with contextlib.suppress(UserError):
+            read_arrays(tmp_path / "b.mat")
 
 
 # ScanNet
@@ -251,7 +275,8 @@ def test_damaged_recordings_are_refused(tmp_path):
     path = tmp_path / "scans" / "scene0406_02" / "scene0406_02.sens"
     whole = path.read_bytes()
     for damage, words in (
-        (whole[:-200], "is cut short .within frame 2 of 3"),
+        (whole[:500], "is cut short .before the end of frame 0 of 3"),
+        (whole[:304] + b"\xff" * 7 + whole[311:], "is cut short .it says 16777215 frames"),
         (whole[:100], "is cut short .within the header"),
         (b"\x09" + whole[1:], "is no .sens recording of version 4 .it says 9"),
         (whole[:280] + b"\x00" + whole[281:], "is compressed in a way that is not read .colour 0, depth 1"),
@@ -261,6 +286,11 @@ def test_damaged_recordings_are_refused(tmp_path):
     ):
         path.write_bytes(damage)
         refuse(f"scene0406_02.sens {words}", "scannet", tmp_path, read=True)
+    path.write_bytes(whole[:-200])  # the frames before are whole
+    source = open_source("scannet", tmp_path, "val", "depth")
+    check_raw(source[1], "depth")
+    with pytest.raises(UserError, match="is cut short .before the end of frame 2 of 3"):
+        source[2]
     start = whole.index(b"\x78\x9c", 300)
     path.write_bytes(whole[: start + 9] + bytes(40) + whole[start + 49 :])
     refuse("scene0406_02.sens is damaged .the depth at byte", "scannet", tmp_path, read=True)

@@ -284,11 +284,14 @@ class ScanNet(DepthBenchmark):
 
     def _of_recording(self, entry: Entry) -> dict[str, Any]:
         name, number = entry.files["image"], entry.values["frame"]
+        path = self.root / name
         if name not in self.offsets:
-            self.offsets[name] = sens.frame_offsets(self.root / name)
+            self.offsets[name] = sens.frame_offsets(path)
         if number >= len(self.offsets[name]):
-            raise UserError(f"{self.root / name} has {len(self.offsets[name])} frames, and no frame {number}")
-        image, depth = sens.read_frame(self.root / name, self.offsets[name][number])
+            if number < (count := sens.read_header(path).frames):
+                raise sens.cut_short(path, number, count)
+            raise UserError(f"{path} has {count} frames, and no frame {number}: correct the list")
+        image, depth = sens.read_frame(path, int(self.offsets[name][number]))
         return {"image": image, "depth": depth}
 
 

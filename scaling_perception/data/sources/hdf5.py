@@ -52,7 +52,9 @@ def opened(path: FilePath) -> Iterator[Any]:
     try:
         with h5py.File(path, "r") as file:
             yield file
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # whatever damaged bytes make of the library
         if why := not_damage(error):
             raise UserError(f"{path} cannot be read: {why}") from None
         text = " ".join(str(error).split())[:160]

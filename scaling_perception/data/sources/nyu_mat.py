@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from scaling_perception.data.images import AGAIN, file_errors
+from scaling_perception.data.images import AGAIN
 from scaling_perception.data.sources.base import Entry
 from scaling_perception.data.sources.hdf5 import array_shape, read_array
+from scaling_perception.data.sources.mat5 import read_arrays
 from scaling_perception.support.errors import UserError
 
 NAME = "nyu_depth_v2_labeled.mat"
@@ -41,19 +42,11 @@ def read(path: Path, name: str, index: int) -> np.ndarray:
 
 
 def _test_part(path: Path, count: int) -> np.ndarray:
-    from scipy.io import loadmat  # takes a third of a second
-
-    with file_errors(path):
-        open(path, "rb").close()
-    try:
-        found = loadmat(path)
-    except Exception as error:  # whatever a damaged file makes of its parser
-        text = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is cut short or no MATLAB file ({text}): {AGAIN}") from None
+    found = read_arrays(path)
     if "testNdxs" not in found:
-        held = ", ".join(sorted(name for name in found if name[0] != "_")) or "nothing"
+        held = ", ".join(sorted(found)) or "nothing"
         raise UserError(f"{path} has no array 'testNdxs', it holds {held}: {AGAIN}")
-    numbers = np.asarray(found["testNdxs"]).ravel().astype(np.int64)  # from 1
+    numbers = np.nan_to_num(found["testNdxs"].ravel().astype(np.float64)).clip(0, 1e9).astype(np.int64)  # from 1
     if not numbers.size or numbers.min() < 1 or numbers.max() > count:
         raise UserError(f"{path}: testNdxs names image {numbers.max(initial=0)}, and there are {count}: {AGAIN}")
     return numbers - 1

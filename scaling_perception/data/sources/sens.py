@@ -48,22 +48,22 @@ def read_header(path: FilePath) -> Recording:
 
 
 def frame_offsets(path: FilePath) -> np.ndarray:
-    """Where each frame begins, int64 (frames,).
+    """Where each frame begins that is whole, int64 (frames,): fewer than the header says of a file that is cut short.
 
     Raises:
-        UserError: as ``read_header``, or the file ends within a frame; the message says which.
+        UserError: as ``read_header``.
     """
     with file_errors(path), open(path, "rb") as file:
         about, size = _header(file, path), os.fstat(file.fileno()).st_size
-        found, place = np.zeros(about.frames, np.int64), about.start
-        for number in range(about.frames):
-            found[number] = place
+        found, place = [], about.start
+        while len(found) < about.frames and place + _FRAME.size <= size:
             file.seek(place)
-            lengths = _FRAME.unpack(_bytes(file, _FRAME.size, path, f"frame {number}"))
-            place += _FRAME.size + sum(lengths)
-            if place > size:
-                raise _cut(path, f"within frame {number} of {about.frames}")
-        return found
+            end = place + _FRAME.size + sum(_FRAME.unpack(file.read(_FRAME.size)))
+            if end > size:
+                break
+            found.append(place)
+            place = end
+        return np.array(found, np.int64)
 
 
 def read_frame(path: FilePath, offset: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +82,8 @@ def read_frame(path: FilePath, offset: int) -> tuple[np.ndarray, np.ndarray]:
         says = f"colour of {_text(image.shape)} where its header says {_text(about.colour)}"
         raise UserError(f"{path} holds {says}: {AGAIN}")
     try:
-        depth = zlib.decompress(depth) if about.kinds[1] == 1 else depth
+        if about.kinds[1] == 1:
+            depth = zlib.decompressobj().decompress(depth, 2 * about.depth[0] * about.depth[1] + 1)
     except zlib.error as error:
         raise UserError(f"{path} is damaged (the depth at byte {offset}: {error}): {AGAIN}") from None
     if len(depth) != 2 * about.depth[0] * about.depth[1]:
@@ -99,6 +100,8 @@ def _header(file: BinaryIO, path: FilePath) -> Recording:
     colour, depth, width, height, depth_width, depth_height, scale, frames = found
     if colour not in (1, 2) or depth not in (0, 1):
         raise UserError(f"{path} is compressed in a way that is not read (colour {colour}, depth {depth}): export it")
+    if frames * _FRAME.size > os.fstat(file.fileno()).st_size:
+        raise _cut(path, f"it says {frames} frames")
     if not scale > 0:
         raise UserError(f"{path} says {scale:g} depth units a metre: {AGAIN}")
     return Recording((height, width), (depth_height, depth_width), scale, (colour, depth), frames, file.tell())
@@ -109,6 +112,11 @@ def _bytes(file: BinaryIO, count: int, path: FilePath, what: str) -> bytes:
     if len(found) != count:
         raise _cut(path, f"within {what}")
     return found
+
+
+def cut_short(path: FilePath, number: int, frames: int) -> UserError:
+    """What is wrong with a file that ends before frame ``number``."""
+    return _cut(path, f"before the end of frame {number} of {frames}")
 
 
 def _cut(path: FilePath, where: str) -> UserError:
