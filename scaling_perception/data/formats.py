@@ -308,7 +308,7 @@ def read_exr(path: FilePath) -> np.ndarray:
         UserError: OpenEXR is not installed; missing, damaged, or none of its channels is depth by its name.
     """
     library = need_exr(path)
-    _read_bytes(path)  # says what the system has against it; the library says no more than that it cannot open it
+    _read_bytes(path)  # for the system's reason, which the library does not give
     try:
         with library.File(os.fspath(path), separate_channels=True) as file:
             channels = {name: np.array(one.pixels, np.float32) for name, one in file.channels().items()}

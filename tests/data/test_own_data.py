@@ -167,7 +167,7 @@ def test_a_share_of_the_names_is_held_out_and_stays_so(tmp_path):
     assert before["train"] | before["val"] == before["all"] and not before["train"] & before["val"]
     shares = {name: int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12 for name in before["all"]}
     assert before["val"] == {name for name, share in shares.items() if share < 0.25} and 8 < len(before["val"]) < 22
-    make(tmp_path, 100)  # more data: nobody changes sides
+    make(tmp_path, 100)  # more data: no sample changes its split
     assert before["val"] <= names(tmp_path, "val", val_share=0.25)
     assert before["train"] <= names(tmp_path, "train", val_share=0.25)
     assert names(tmp_path, "val", val_share=0.1) < names(tmp_path, "val", val_share=0.25)

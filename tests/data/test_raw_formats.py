@@ -206,6 +206,8 @@ def test_nyu_as_published(tmp_path):
         np.testing.assert_array_equal(raw["valid"], known[index] > 0)
     assert len(open_source("nyuv2", tmp_path / "nyu_depth_v2_labeled.mat", "all", "depth")) == 5
     np.testing.assert_array_equal(open_source("nyuv2", tmp_path, "val", "depth", truth="filled")[0]["depth"], filled[1])
+    (tmp_path / "l.txt").write_text("a.png b.png\n")
+    refuse("truth 'filled' is of .*mat without a list", "nyuv2", tmp_path, list="l.txt", truth="filled")
     refuse("no truth 'fill'; did you mean 'filled'", "nyuv2", tmp_path, truth="fill")
     splits, mat = tmp_path / "splits.mat", tmp_path / "nyu_depth_v2_labeled.mat"
     whole, data = splits.read_bytes(), mat.read_bytes()

@@ -72,8 +72,8 @@ class DepthBenchmark(Benchmark):
 
 
 class NYUv2(DepthBenchmark):
-    """NYU depth v2, evaluated from 1 mm to 10 m: the published ``nyu_depth_v2_labeled.mat`` (1449 images, of which
-    ``splits.mat`` says which 654 are the test), or pairs of PNG in millimetres, such as Marigold's ``test/SCENE/``.
+    """NYU depth v2, evaluated from 1 mm to 10 m: pairs of PNG in millimetres, such as Marigold's ``test/SCENE/``; where
+    there are none, the published ``nyu_depth_v2_labeled.mat`` (1449 images; ``splits.mat`` names the 654 of the test).
 
     Args:
         truth: raw, what the sensor measured (published figures are of it), or filled; of the .mat alone: of the PNG
@@ -108,7 +108,7 @@ class NYUv2(DepthBenchmark):
     ) -> None:
         if truth not in nyu_mat.TRUTHS:
             raise UserError(f"nyuv2 has no truth '{truth}'{did_you_mean(truth, nyu_mat.TRUTHS)}")
-        self.truth, self.mat = truth, nyu_mat.NAME
+        self.truth, self.mat = truth, ""  # the .mat, where it was given itself
         super().__init__(root, split, task, count=count, list=list, depth_scale=depth_scale)
 
     def options(self) -> dict[str, Any]:
@@ -121,11 +121,13 @@ class NYUv2(DepthBenchmark):
         return path.parent
 
     def find(self) -> list[Entry]:
-        if not self.list and (self.root / self.mat).is_file():
-            return nyu_mat.find(self.root, self.mat, self.split)
+        pairs = [] if self.mat or self.truth != "raw" else super().find()
+        name = self.mat or nyu_mat.NAME
+        if not (self.list or pairs) and (self.root / name).is_file():
+            return nyu_mat.find(self.root, name, self.split)
         if self.truth != "raw":
-            raise UserError(f"truth '{self.truth}' is of {nyu_mat.NAME}, which {self.root} lacks: leave it out")
-        return super().find()
+            raise UserError(f"truth '{self.truth}' is of {self.root / name} without a list: leave it out")
+        return pairs
 
     def _read(self, field: str, path: Path, entry: Entry) -> Any:
         if "index" not in entry.values:

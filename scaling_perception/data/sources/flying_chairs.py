@@ -47,17 +47,21 @@ class FlyingChairs(FileSource):
     def find(self) -> list[Entry]:
         folder = next((f for f in ("data", "FlyingChairs_release/data") if (self.root / f).is_dir()), "")
         prefix = f"{folder}/" if folder else ""
-        ids, frames = [], 0
+        ids, frames = [], set()
         for path in list_files(self.root, folder):
             name = path.removeprefix(prefix)
             if "/" in name:
                 continue
-            frames += name.endswith(".ppm")
+            if name.endswith(".ppm"):
+                frames.add(name)
             if match := _FLOW.fullmatch(name):
                 ids.append(match["id"])
-        if frames != 2 * len(ids):
+        if len(frames) != 2 * len(ids):
+            wanted = {f"{one}_img{number}.ppm" for one in ids for number in (1, 2)}
+            lost, extra = sorted(wanted - frames), sorted(frames - wanted)
+            which = f"{lost[0]} is missing" if lost else f"{extra[0]} has no flow"
             raise UserError(
-                f"{self.root / folder} holds {frames} .ppm frames and {len(ids)} .flo files: "
+                f"{self.root / folder} holds {len(frames)} .ppm frames and {len(ids)} .flo files ({which}): "
                 "every flow needs two frames, so restore the missing files"
             )
         chosen = ids if self.split == "all" or not ids else self._select(ids, folder)

@@ -48,7 +48,7 @@ def opened(path: FilePath) -> Iterator[Any]:
     except ImportError:
         raise UserError(f"{path} is an HDF5 file, which needs h5py: pip install 'scaling-perception[hdf5]'") from None
     with file_errors(path):
-        open(path, "rb").close()  # says what the system has against it; h5py's own words are of the library's inside
+        open(path, "rb").close()  # for the system's reason, which h5py's message hides
     try:
         with h5py.File(path, "r") as file:
             yield file
