@@ -343,7 +343,7 @@ class Engine:
                     return function(*values)
 
                 # what goes in and out is whole on every device, but for weights; inside, rows are split
-                ends = {}
+                ends: dict[str, Any] = {}
                 if self.mesh is not None:
                     ends = {"in_shardings": tuple(map(self._sharding, arguments))}
                     ends["out_shardings"] = replicated(self.mesh)

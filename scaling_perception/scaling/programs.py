@@ -66,6 +66,8 @@ class AbstractBatches:
     """Batches that say what they would look like. Their arrays are one zero, seen many times."""
 
     fingerprint: Mapping[str, Any] = {}
+    autoencoders: set[str] = set()
+    class_count = 0
 
     def __init__(self, batch: int, side: int, channels: int, generation: bool) -> None:
         def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
