@@ -91,15 +91,15 @@ def run(args: argparse.Namespace) -> int:
         from scaling_perception.data.workers import default_workers
 
         args.workers = default_workers()
-    if args.split is None:
-        from scaling_perception.data.sources import usual_split
-
-        args.split = usual_split(args.dataset)
     part = part_of(args)
     if args.merge:
         from scaling_perception.data.cache_parts import merge_cache
 
         return merge_cache(args, add_arguments)
+    if args.split is None:
+        from scaling_perception.data.sources import usual_split
+
+        args.split = usual_split(args.dataset)
     if args.latents:
         from scaling_perception.data.building import make_cache
 

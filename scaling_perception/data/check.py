@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from scaling_perception.support.failures import explain_os
 from scaling_perception.support.progress import progress
 
 PART = f".{MANIFEST}.part"
+_TEMPORARY = re.compile(r"\.+(?:manifest|summary)\.(?!jsonl?\.settings$|jsonl\.part$).*")  # of a killed writer
 _SYNC = 2.0  # seconds after which what was found is on the disk, should the machine fail
 _PARTIAL = ("scenes", "regions", "every", "count")  # options that choose a part of what is published
 
@@ -45,6 +47,9 @@ def check_all(
     Raises:
         UserError: ``out`` holds the result or the beginning of another check, or cannot be written.
     """
+    for left in out.iterdir():
+        if _TEMPORARY.fullmatch(left.name):
+            left.unlink()
     for name in (MANIFEST, SUMMARY):
         check_output(out / name, settings, overwrite)
     about = {"format": 1, "dataset": spec[0], "split": spec[2], "sources": samples.fingerprint()}

@@ -34,9 +34,6 @@ def alone(out: Path) -> Iterator[None]:
     """
     with hold(out / ".lock", f"another prepare is writing to {out}", "wait for it or choose another --out"):
         patterns = (".latents-*.array_record", ".latents-*.json", ".ledger.*.json")
-        for pattern in (".manifest.*.jsonl", ".summary.*.json"):
-            for left in out.glob(pattern):
-                left.unlink()
         for pattern in () if any(out.glob(PART_LEDGERS)) else patterns:  # else it may be another part's
             for left in out.glob(pattern):
                 left.unlink()

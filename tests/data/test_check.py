@@ -219,14 +219,20 @@ def test_a_kill_at_any_byte_ends_in_the_same_result(begun, tmp_path, monkeypatch
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         (out / check.PART).write_bytes(kept[:place])
-        (out / ".manifest.x1y2.jsonl").write_bytes(b"half")
+        left = [
+            ".manifest.x1y2.jsonl",
+            ".summary.x1y2.json",
+            "..manifest.jsonl.x1y2.settings",
+        ]  # as `atomic_path` names
+        for name in left:
+            (out / name).write_bytes(b"half")
         reads.clear()
         prepare("folder", root, out, *FOLDER)
         assert results(out) == results(whole)
         done = kept[first:place].count(b"\n") if place >= first else 0
         assert reads == list(range(done, 8))
         assert ("going on: " in capsys.readouterr().err) == (done > 0)
-        assert not (out / check.PART).exists() and not (out / ".manifest.x1y2.jsonl").exists()
+        assert not any((out / name).exists() for name in (check.PART, *left))
 
 
 def test_files_that_changed_meanwhile_are_checked_again(begun, tmp_path, monkeypatch, capsys):
@@ -304,6 +310,28 @@ def test_flags_of_a_check(tmp_path, monkeypatch, capsys):
     assert f"see {made / 'manifest.jsonl'}" in capsys.readouterr().out and len(results(made)) == 2
     # without --check it is the same command
     assert run_verb("prepare", ["folder", "--raw", str(root), *FOLDER, "--out", str(made), "--workers", "0"]) == 0
+
+
+def test_a_kill_at_any_write_leaves_nothing_behind(begun, tmp_path, monkeypatch):
+    """Whatever stands in the folder before each renaming of a file is what a kill there leaves."""
+    root, whole, _ = begun
+    seen, replace = [], os.replace
+
+    def remember(source, target):
+        shutil.copytree(tmp_path / "one", tmp_path / str(len(seen)))
+        seen.append(str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", remember)
+    prepare("folder", root, tmp_path / "one", *FOLDER)
+    monkeypatch.undo()
+    assert sum(name.startswith(str(tmp_path / "one")) for name in seen) >= 4
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    for number in range(len(seen)):
+        (tmp_path / str(number) / ".lock").unlink(missing_ok=True)
+        prepare("folder", root, tmp_path / str(number), *FOLDER)
+        assert results(tmp_path / str(number)) == results(whole)
+        assert {path.name for path in (tmp_path / str(number)).iterdir()} == names
 
 
 @pytest.mark.slow

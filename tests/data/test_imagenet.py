@@ -167,6 +167,29 @@ def test_names_that_are_numbers_are_ordered_as_numbers(tmp_path, names, order):
     assert open_source("imagenet", tmp_path, "val", "generation").fingerprint()["classes"] == len(order)
 
 
+def test_classes_in_the_names_of_the_pictures(folders, tmp_path):
+    flat = tmp_path / "train"
+    flat.mkdir()
+    for path in (folders / "train").glob("*/*.*"):
+        if path.suffix != ".txt":
+            (flat / f"{path.parent.name}_{path.name.split('_')[-1]}").write_bytes(path.read_bytes())
+    for root, split in ((tmp_path, "train"), (flat, "train")):
+        source = open_source("imagenet", root, split, "generation")
+        wanted = open_source("imagenet", folders, "train", "generation")
+        assert len(source) == len(wanted) and source.class_names == wanted.class_names
+        assert [source[i]["label"] for i in range(len(source))] == [wanted[i]["label"] for i in range(len(wanted))]
+    (flat / "tench.JPEG").write_bytes(b"x")
+    with pytest.raises(UserError, match="tench.JPEG has no class in its name, .*1 have none"):
+        open_source("imagenet", flat, "train", "generation")
+
+
+def test_the_real_pictures_are_checked(shared_dir, tmp_path):
+    root = shared_dir / "data" / "imagenet_sample"
+    words = ["imagenet", "--raw", str(root), "--check", "--out", str(tmp_path), "--workers", "0", "--count", "20"]
+    assert run_verb("prepare", words) == 0
+    assert len(open_source("imagenet", root, "train", "generation").class_names) == 205
+
+
 def test_classes_that_do_not_fit_are_refused(tmp_path):
     class_folders(tmp_path / "one", "7", "07")
     with pytest.raises(UserError, match="holds 07 and 7, one number: rename one"):

@@ -93,6 +93,15 @@ def test_disparity_without_a_baseline_is_relative_and_its_holes_are_unknown(tmp_
     np.testing.assert_allclose(raw["depth"][2], [2, 1, 0.5, 0.25, 0.125, 4])
 
 
+def test_real_disparity_is_metres(shared_dir, tmp_path):
+    folder = shared_dir / "data" / "kitti_devkit"
+    (tmp_path / "manifest.csv").write_text(f"image,depth,depth_scale\n{folder}/image.png,{folder}/disp_gt.png,256\n")
+    given = {"depth_kind": "disparity", "focal_baseline": 721.5377 * 0.54}
+    raw = open_source("folder", tmp_path, "all", "depth", **given)[0]
+    known = raw["depth"][raw["valid"]]
+    assert 0.1 < raw["valid"].mean() < 0.5 and 3 < known.min() < 10 and 30 < known.max() < 120  # a street
+
+
 def test_wrong_units_and_files_are_refused(tmp_path):
     write(tmp_path / "image" / "a.png", picture(0))
     (tmp_path / "depth").mkdir()

@@ -58,6 +58,15 @@ def test_cache_holds_what_tasks_and_autoencoder_make(tmp_path, stand_in, vae):
                 assert (record["key"], record["label"]) == (sample["key"], sample["label"])
 
 
+def test_the_split_is_that_of_the_parts_where_none_is_given(tmp_path, stand_in):
+    for part in ("1/2", "2/2"):
+        assert stand_ins.prepare(tmp_path, "--split", "val", "--shard", part) == 0
+    with pytest.raises(UserError, match="--split is test, and the parts in .* were made with val"):
+        stand_ins.prepare(tmp_path, "--split", "test", "--merge")
+    assert stand_ins.prepare(tmp_path, "--merge") == 0
+    assert CacheReader(tmp_path).settings["split"] == "val"
+
+
 def test_flip_turns_the_sign_of_horizontal_motion_only():
     x, y = get_task("flow").encode(stand_ins.StandIn()[0], 32, TaskOptions())
     np.testing.assert_array_equal(flip_sample(x)["target"], -x["target"][:, ::-1])

@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from scaling_perception.support.tables import read_text
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 _PLACES = {"train": ("train",), "val": ("val", "validation")}  # a split's folder; its name for tensorflow-datasets
 _INFO = "dataset_info.json"
+_NAMED = re.compile(r"(?<![A-Za-z0-9])(n\d{8})(?![A-Za-z0-9])")
 
 
 class ImageNet:
@@ -34,7 +36,9 @@ class ImageNet:
     * a data folder of tensorflow-datasets that holds ``imagenet2012`` (or that folder, or a version in it), built with
       ``file_format="array_record"``; any other dataset of it with the features ``image`` and ``label`` will do;
     * a folder with ``train/CLASS/…`` and ``val/CLASS/…`` (ImageNet's own: ``train/n01440764/*.JPEG``);
-    * a folder with ``CLASS/…`` alone, which is then the training split.
+    * a folder with ``CLASS/…`` alone, which is then the training split;
+    * a folder of pictures with ImageNet's class in their names (``n01440764_10026.JPEG``), likewise in place of
+      ``train`` or ``val``.
 
     In plain folders the classes are numbered by ``train`` alone, whichever split is read, as their names sort: those
     that are numbers as numbers (0, 1, 2, 10), the others as text, as torchvision and tensorflow-datasets do; or by a
@@ -137,15 +141,15 @@ class _Folders:
         self.names: list[str] = []
         found: list[int] = []
         digest, entries = hashlib.sha256(), hashlib.sha256()
-        for folder, sizes in pictures.items():
+        for one, sizes in pictures.items():
             for name in sorted(sizes):
                 if not sizes[name] and not TOLERANT.get():
                     what = "is empty" if sizes[name] == 0 else "is a link to nothing"
-                    raise UserError(f"{self.top / folder / name} {what}: {AGAIN}")
-                self.names.append(f"{folder}/{name}")
-                found.append(numbers[folder])
-                digest.update(f"{folder}/{name}\t{sizes[name]}\t{numbers[folder]}\n".encode())
-                entries.update(f"{folder}/{name}\t{numbers[folder]}\n".encode())
+                    raise UserError(f"{self.top / name} {what}: {AGAIN}")
+                self.names.append(name)
+                found.append(numbers[one])
+                digest.update(f"{name}\t{sizes[name]}\t{numbers[one]}\n".encode())
+                entries.update(f"{name}\t{numbers[one]}\n".encode())
         self.labels, self.split = np.array(found, np.int32), split
         self.digest, self.entries = digest.hexdigest(), entries.hexdigest()
 
@@ -184,14 +188,32 @@ class _Folders:
 
 
 def _pictures(top: Path) -> dict[str, dict[str, int | None]]:
-    """Class folder -> picture -> bytes, in the order of the classes; folders that are hidden or without pictures are
-    none."""
+    """Class -> picture, relative to ``top`` -> bytes, in the order of the classes; folders that are hidden or without
+    pictures are none."""
     found = {}
     for folder in sorted((name for name in os.listdir(top) if os.path.isdir(top / name)), key=_order):
         if folder[0] != ".":
             with os.scandir(top / folder) as listing:
-                if sizes := {entry.name: _size(entry) for entry in listing if _is_picture(entry)}:
+                if sizes := {f"{folder}/{entry.name}": _size(entry) for entry in listing if _is_picture(entry)}:
                     found[folder] = sizes
+    return found or _by_name(top)
+
+
+def _by_name(top: Path) -> dict[str, dict[str, int | None]]:
+    """The same of pictures that lie in ``top`` itself, with classes in their names; {} unless there are several."""
+    with os.scandir(top) as listing:
+        sizes = {entry.name: _size(entry) for entry in listing if _is_picture(entry)}
+    classes = {name: match[1] for name in sizes if (match := _NAMED.search(name))}
+    if len(set(classes.values())) < 2:
+        return {}
+    if strange := sorted(sizes.keys() - classes.keys()):
+        raise UserError(
+            f"{top / strange[0]} has no class in its name, such as n01440764_10026.JPEG ({len(strange)} have none): "
+            "move it away"
+        )
+    found: dict[str, dict[str, int | None]] = {one: {} for one in sorted(set(classes.values()))}
+    for name, one in classes.items():
+        found[one][name] = sizes[name]
     return found
 
 
