@@ -75,7 +75,7 @@ def make_case(args: argparse.Namespace) -> Case:
 
 
 class Ours:
-    """The step that `train` compiles; each call goes one step on and returns the loss.
+    """The step that `train` compiles; each call goes one step on, with its own batch or another, and returns the loss.
 
     Attributes:
         state: after the last step.
@@ -119,10 +119,10 @@ class Ours:
         moment = named_leaves(optax.tree_utils.tree_get(self.state.opt_state, "mu"))
         self.first_gradient = {name: np.asarray(leaf) / (1 - case.optim.b1) for name, leaf in moment.items()}
 
-    def __call__(self) -> float:
+    def __call__(self, batch: Any = None) -> float:
         import jax
 
-        self.state, metrics = self._step(self.state, self._batch, self._key, None)
+        self.state, metrics = self._step(self.state, self._batch if batch is None else batch, self._key, None)
         jax.block_until_ready(self.state)
         return float(metrics["loss"])
 

@@ -1,7 +1,7 @@
 """The batches of a run, as the step takes them: global arrays on the devices."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -10,6 +10,7 @@ import jax
 from scaling_perception.data.workers import Reading
 from scaling_perception.parallel import processes
 from scaling_perception.training.goodput import Clock
+from scaling_perception.training.objective import Batch
 from scaling_perception.training.setup import Run
 
 
@@ -20,19 +21,20 @@ class Fed(NamedTuple):
     keys: dict[int, str]
 
 
-class Feed:
-    """Reads the batches from step ``start`` on. ``waited``: seconds that all calls together waited for the data.
+def ahead(read: Iterator[Batch], put: Callable[[Batch], Any]) -> Iterator[Any]:
+    """``put`` of each batch. Of those that grain reads one waits on the devices, the next is on its way."""
+    if not isinstance(read, grain.DatasetIterator):
+        return map(put, read)
+    return grain.experimental.ThreadPrefetchDatasetIterator(Reading(read, put), 1)
 
-    Batches that grain reads (``data/pipeline.py``) are on the devices before the step asks for them: one waits there
-    while the next is on its way.
-    """
+
+class Feed:
+    """Reads the batches from step ``start`` on. ``waited``: seconds that all calls together waited for the data."""
 
     def __init__(self, run: Run, start: int, clock: Clock) -> None:
         self._run, self._clock, self.waited = run, clock, 0.0
         self._read = run.objective.batches.iterate(start)
-        self._fed: Any = map(self._put, self._read)
-        if isinstance(self._read, grain.DatasetIterator):
-            self._fed = grain.experimental.ThreadPrefetchDatasetIterator(Reading(self._read, self._put), 1)
+        self._fed = ahead(self._read, self._put)
 
     def next(self) -> Fed:
         """The next batch."""
@@ -47,7 +49,7 @@ class Feed:
         for stage in (self._read, self._fed):  # the reader first: what waits for it ends then
             getattr(stage, "close", lambda: None)()
 
-    def _put(self, batch: Mapping[str, Any]) -> Fed:
+    def _put(self, batch: Batch) -> Fed:
         arrays = dict(batch)
         keys = dict(zip(self._run.rows, arrays.pop("key", ()), strict=False))
         return Fed(processes.put_batch(arrays, self._run.split, self._run.config.train.batch_size), keys)

@@ -191,7 +191,6 @@ def test_worker_processes_make_the_same_batches(tmp_path, cache):
     assert alone.fingerprint == spread.fingerprint
     held = spread.holding([1, 2, 6])
     assert_streams(held, lambda step: held.at(step))
-    assert_streams(open_({**data, "workers": 3}), alone.at)  # samples of a batch are shared by the workers
     latents = open_(cached(cache))
     assert_streams(open_(cached(cache, workers=2), in_memory=False), latents.at)
 

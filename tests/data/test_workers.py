@@ -24,24 +24,24 @@ def make(offset):
     return work
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_results_come_in_the_order_of_the_jobs(workers):
-    found = list(ordered_map(make, (100,), range(9), workers, ahead=2))
-    assert [value for value, _ in found] == list(range(100, 109))
-    processes = {process for _, process in found}
-    assert len(processes) == max(workers, 1) and (os.getpid() in processes) == (workers == 0)
+def test_results_come_in_the_order_of_the_jobs():
+    for workers in (0, 2):
+        results = ordered_map(make, (100,), [*range(9), "bad", 9], workers, ahead=2)
+        found = [next(results) for _ in range(9)]
+        assert [value for value, _ in found] == list(range(100, 109))
+        processes = {process for _, process in found}
+        assert len(processes) == max(workers, 1) and (os.getpid() in processes) == (workers == 0)
+        with pytest.raises(UserError, match="no such picture"):
+            next(results)
+    assert not _workers_of(os.getpid())
 
 
-def test_what_goes_wrong_in_a_worker_is_said(capfd):
-    results = ordered_map(make, (0,), [1, 2, 3, "bad"], 2)
-    assert [next(results)[0] for _ in range(3)] == [1, 2, 3]
-    with pytest.raises(UserError, match="no such picture"):
-        next(results)
+def test_a_worker_that_dies_is_said():
     results = ordered_map(make, (0,), [1, "dead", 2, 3], 2)
     assert next(results)[0] == 1
     with pytest.raises(UserError, match="a worker process ended early"):
         list(results)
-    assert not [child for child in psutil.Process().children() if "spawn_main" in str(child.cmdline())]
+    assert not _workers_of(os.getpid())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -60,21 +60,23 @@ def test_no_worker_outlives_its_parent(tmp_path, number):
             _, alive = psutil.wait_procs(workers, 10)
             assert not alive
         finally:
-            for process in psutil.process_iter():
-                if process.pid in {parent.pid, *(worker.pid for worker in workers)}:
-                    process.kill()
+            parent.kill()
         told.seek(0)
         assert "Traceback" not in told.read()
 
 
 def _workers(pid):
-    """Two workers that read: they have used processor time beyond that of starting."""
+    """Two workers that have started: interrupts are the parent's affair."""
     for _ in range(600):
         time.sleep(0.1)
-        found = [child for child in psutil.Process(pid).children() if "spawn_main" in str(child.cmdline())]
+        found = _workers_of(pid)
         if len(found) == 2 and all(_ignores_interrupts(child.pid) for child in found):
             return found
     raise AssertionError("no workers")
+
+
+def _workers_of(pid):
+    return [child for child in psutil.Process(pid).children() if "spawn_main" in str(child.cmdline())]
 
 
 def _ignores_interrupts(pid):
