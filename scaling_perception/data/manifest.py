@@ -120,7 +120,7 @@ class RawSamples:
         for source, chosen, names in self.groups:
             line = taken(source, dataset, root, split, names[0], **self.options)
             lines.append(line if len(chosen) == len(source) else f"{line}; {len(chosen)} of them, from {chosen.start}")
-            lines += getattr(source, "notes", [])
+            lines += [f"note: {note}" for note in getattr(source, "notes", ())]
         return lines
 
     def read(self, index: int) -> tuple[Mapping[str, Any], list[str]]:

@@ -114,6 +114,7 @@ def samples_taken(batches: Any) -> list[str]:
             where = entry["source"], entry.get("root", ""), entry.get("split", "train"), task
             line = taken(source, *where, every=f"data.mixture.{name}.split=all")
             lines.append(line if len(chosen) == len(source) else f"{line}; {len(chosen)} of them, from {chosen.start}")
+            lines += [f"note: {note}" for note in getattr(source, "notes", ())]
     elif cached := getattr(batches, "cached", None):
         where = ", ".join(
             f"{r.settings['dataset']} ({r.settings['split'] or 'all'}) in {r.path}" for r in cached.readers
