@@ -19,7 +19,7 @@ ARGS = {
     "batch": 16,
     "res": 128,
     "vae": "tiny",
-    "init": "mini",
+    "init": "mini-scenes",
     "model": "mini",
     "diffusion": "fixed",
 }

@@ -124,7 +124,7 @@ def study(arg: str = "") -> list[Cell]:
     cells += noise(0, MEMBERS[:4], 16)
     cells += ladder(tuple(SIZES)[-1], longest, 0)
     for task in ("depth", "flow", "amodal"):
-        words = ("--task", task, "--dataset", "scenes", "--count", "16", "--model", "mini", "--preset", "fixed")
+        words = ("--task", task, "--dataset", "scenes", "--count", "16", "--model", "mini-scenes", "--preset", "fixed")
         words += ("--steps", "5", "--ensemble", _listed(MEMBERS))
         cells.append(Cell(f"members/{task}", "evaluate", words, labels={"arm": "members"}))
     for seed in SEEDS[1:]:

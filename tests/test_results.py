@@ -18,7 +18,7 @@ from scaling_perception.report import MAIN_METRIC as ALL_METRICS
 PAGE = ROOT / "docs" / "results.md"
 TOLERANCE = 0.003
 NUMBER = re.compile(r"[-+−]?\d+(?:\.\d+)?")
-SHIPPED_TASKS = json.loads((SHIPPED / "mini" / "config.json").read_text())["tasks"]  # what the page is about
+SHIPPED_TASKS = json.loads((SHIPPED / "mini-scenes" / "config.json").read_text())["tasks"]  # what the page is about
 MAIN_METRIC = {task: ALL_METRICS[task] for task in SHIPPED_TASKS}
 BY_LABEL = {label: task for task, (_, label, _) in MAIN_METRIC.items()}
 

@@ -1,37 +1,51 @@
-"""The shipped generalist beats the trivial answers on held-out scenes, for each task, by the paired difference."""
+"""The shipped generalists beat the trivial answers on held-out samples, for each task, by the paired difference."""
 
-from pathlib import Path
+import functools
 
 import numpy as np
 import pytest
 
 import scaling_perception as sp
-from scaling_perception.data.sources.scenes import ScenesSource
+from scaling_perception.data.sources import open_source, scenes, worlds
 from scaling_perception.evaluation.intervals import bootstrap_ci
 from scaling_perception.evaluation.protocols import get_protocol
 from scaling_perception.evaluation.sweep import sweep
 from scaling_perception.inference.budgets import choose, load_budgets
+from scaling_perception.interop.find import SHIPPED, shipped_models
 
 IMAGES = 32
-FOLDER = Path(sp.__file__).parent / "weights" / "mini"
+TRIVIAL = {
+    "depth": ("abs_rel", 1, ("constant", "row", "inverse_row")),
+    "flow": ("epe", 1, ("zero", "oracle_mean")),
+    "amodal": ("iou", -1, ("visible",)),
+    "normals": ("mean_angle", 1, ("constant", "ground_plane")),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rendered_once():
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((scenes, "render_scene"), (worlds, "render_world")):
+            patch.setattr(module, name, functools.cache(getattr(module, name)))
+        yield
 
 
 @pytest.fixture(scope="module")
-def predictor():
-    return sp.Predictor.from_pretrained("mini")
+def predictors():
+    return {name: sp.Predictor.from_pretrained(name) for name in shipped_models()}
 
 
 @pytest.mark.parametrize(
-    "task, metric, steps, sign, trivial",
+    "model, dataset, task",
     [
-        ("depth", "abs_rel", 1, 1, ("constant", "row", "inverse_row")),
-        ("flow", "epe", 1, 1, ("zero", "oracle_mean")),
-        ("amodal", "iou", 1, -1, ("visible",)),
+        *(("mini-scenes", "scenes", task) for task in ("depth", "flow", "amodal")),
+        *(("mini", "worlds", task) for task in ("depth", "flow", "normals")),  # amodal: its card
     ],
 )
-def test_beats_every_trivial_answer(predictor, task, metric, steps, sign, trivial):
-    source = ScenesSource("val", IMAGES, 128)
-    found, _ = sweep(predictor, source, task, get_protocol(task, "scenes"), steps=(steps,), ensemble=(1,))
+def test_beats_every_trivial_answer(predictors, model, dataset, task):
+    metric, sign, trivial = TRIVIAL[task]
+    source = open_source(dataset, "", "val", task, count=IMAGES, resolution=128)
+    found, _ = sweep(predictors[model], source, task, get_protocol(task, dataset), steps=(1,), ensemble=(1,))
     mine = np.asarray([row[metric] for row in found["cells"][0]["rows"]])
     assert mine.shape == (IMAGES,) and set(trivial) <= set(found["baselines"])
     for name in trivial:
@@ -40,8 +54,9 @@ def test_beats_every_trivial_answer(predictor, task, metric, steps, sign, trivia
         assert low > 0, f"{task}: {metric} {mine.mean():.3f} against {theirs.mean():.3f} of {name}"
 
 
-def test_budgets_are_those_of_these_weights(predictor):
-    table = load_budgets(FOLDER)
+@pytest.mark.parametrize("model", ["mini", "mini-scenes"])
+def test_budgets_are_those_of_these_weights(predictors, model):
+    predictor, table = predictors[model], load_budgets(SHIPPED / model)
     assert table and set(table["tasks"]) == set(predictor.tasks)
     for task, entry in table["tasks"].items():
         assert (entry["weights"], entry["autoencoder"]) == (predictor.id, predictor.autoencoder_id)
