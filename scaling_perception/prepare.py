@@ -14,6 +14,7 @@ from typing import Any
 from scaling_perception.support.again import add_overwrite, settings_of
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.parts import add_parts, part_of
+from scaling_perception.support.remote import local
 from scaling_perception.support.verbs import POSITIVE, add_source_options, source_options
 
 EXAMPLES = """
@@ -117,7 +118,8 @@ def _spec(args: argparse.Namespace) -> tuple[Any, ...]:
     for name in ("count", "start", "resolution"):
         if name in given:
             raise UserError(f"--option {name}: give --{name} instead")
-    return args.dataset, args.raw, args.split, tasks, args.count, args.start, args.resolution, given
+    raw = local(args.raw) if args.raw else ""  # once, not in every process
+    return args.dataset, raw, args.split, tasks, args.count, args.start, args.resolution, given
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -130,7 +132,7 @@ def _check(args: argparse.Namespace) -> int:
     with tolerating():
         samples = RawSamples(*spec)
     out = Path(args.out or default_out(args.dataset, settings))
-    print("\n".join(samples.taken(args.dataset, args.raw, args.split)), flush=True)
+    print("\n".join(samples.taken(args.dataset, spec[1], args.split)), flush=True)
     with alone(out):
         summary = check_all(out, spec, samples, settings, args.workers, args.overwrite)
     if line := published_line(summary):

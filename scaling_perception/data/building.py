@@ -78,7 +78,7 @@ def _work(args: argparse.Namespace, spec: tuple[Any, ...]) -> tuple[_Work, dict[
     chosen = {"image_resize": args.image_resize, "depth_prompt": args.depth_prompt}
     encoding = TaskOptions(flow_divisor=args.flow_divisor, **chosen)
     samples = RawSamples(*spec)
-    print("\n".join(samples.taken(args.dataset, args.raw, args.split)), flush=True)
+    print("\n".join(samples.taken(args.dataset, spec[1], args.split)), flush=True)
     sources, entries = sources_and_entries(samples)
     autoencoder, exact = autoencoders.load_autoencoder(args.vae), None
     if args.dtype != "float32":

@@ -44,6 +44,7 @@ import numpy as np
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.failures import explain_os, not_damage
 from scaling_perception.support.files import atomic_path, read_json
+from scaling_perception.support.remote import local
 from scaling_perception.tasks import ALL_PASSES, FIELDS
 
 FORMAT = 1
@@ -235,12 +236,14 @@ class CacheReader:
     ``reader[i]`` is :func:`decode_record`'s dictionary: image, prompt, target float16 (h, w, c); valid bool (h, w);
     pass_id, label int32; key str; ``flipped``: the same arrays of the flipped view, or None.
 
+    ``path`` may be an address in a bucket, whose copy is read (``support.remote``).
+
     Raises:
         UserError: no cache, an unfinished one, or a shard that is missing or of the wrong size, naming it.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path = Path(local(path))
         ledger = read_ledger(self.path)
         if not ledger.get("complete"):
             done, total = len(ledger["shards"]), ledger["settings"]["shards"]

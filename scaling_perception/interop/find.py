@@ -10,6 +10,7 @@ from scaling_perception.models.presets import preset_names
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import read_json
 from scaling_perception.support.hub import fetch
+from scaling_perception.support.remote import local
 
 CONFIG, WEIGHTS = "config.json", SINGLE
 SHIPPED = Path(__file__).parent.parent / "weights"
@@ -24,12 +25,14 @@ def shipped_models() -> list[str]:
 
 
 def find_model(name: str | os.PathLike[str]) -> Path:
-    """The folder of a model: a model folder, a training run (its ``model/``), a shipped name, or a hub id.
+    """The folder of a model: a model folder, a training run (its ``model/``), a shipped name, a hub id, or
+    an address in a bucket.
 
     Raises:
         UserError: none of these. A published checkpoint is told the command that converts it, a preset that it is a
             size without weights, another name the nearest shipped one.
     """
+    name = local(name)
     path = Path(name)
     if path.is_dir():
         return _in_folder(path)

@@ -17,6 +17,7 @@ from scaling_perception.models.vae_torch import CLASS, vae_config_from_json, vae
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path, read_json
 from scaling_perception.support.hub import fetch
+from scaling_perception.support.remote import local
 from scaling_perception.support.shapes import AnyArray, Array, Float
 
 PARTS = ("encoder", "decoder")
@@ -159,7 +160,7 @@ def load_autoencoder(name_or_path: str, limits: VAELimits | None = None, dtype: 
     if name_or_path == "tiny":
         config, encoder = load_part(TINY_FOLDER, "encoder")
         return make_tiny("tiny", config, {"encoder": encoder, "decoder": load_part(TINY_FOLDER, "decoder")[1]}, dtype)
-    folder = Path(name_or_path)
+    folder = Path(local(name_or_path))
     if not folder.is_dir():
         if folder.exists() or not _HUB_ID.fullmatch(name_or_path):
             raise UserError(

@@ -45,6 +45,7 @@ from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.field_checks import check_config
 from scaling_perception.support.places import split_places
+from scaling_perception.support.remote import local
 from scaling_perception.tasks import fields_of, get_task
 from scaling_perception.training.averaging import left_of_start, start_warning
 from scaling_perception.training.diffusion import network_of, tasks_of
@@ -288,7 +289,7 @@ def _cached_length(config: Config, task: str) -> tuple[int | None, str]:
     found = 0
     for path in split_places(str(config.data.cache)):
         try:
-            shards = read_ledger(Path(path))["shards"]
+            shards = read_ledger(Path(local(path)))["shards"]
         except UserError:
             return None, "unknown"
         found += sum(shard["passes"].get(get_task(task).passes[0].name, 0) for shard in shards)

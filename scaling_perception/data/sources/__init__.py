@@ -25,6 +25,7 @@ import os
 from typing import Any, NamedTuple, Protocol
 
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.remote import local
 
 
 class Source(Protocol):
@@ -78,7 +79,8 @@ def open_source(name: str, root: str | os.PathLike[str], split: str, task: str, 
 
     Args:
         name: a name of ``SOURCES``.
-        root: the data set's folder (for ``folder`` also a manifest file; ignored by those of ``ENDLESS``).
+        root: the data set's folder, here or in a bucket (for ``folder`` also a manifest file; ignored by those of
+            ``ENDLESS``).
         split: train, val, test or all, as far as the source has them; '' is all.
         task: depth, flow, amodal or generation.
         options: of the source's class, e.g. ``count``.
@@ -105,7 +107,7 @@ def open_source(name: str, root: str | os.PathLike[str], split: str, task: str, 
     for option, default in defaults.items():
         if default is inspect.Parameter.empty and option not in options:
             raise UserError(f"{name} needs the option '{option}': give it")
-    given = {"root": root, "split": split, "task": task}
+    given = {"root": local(root) if root else root, "split": split, "task": task}
     parameters = inspect.signature(make).parameters
     return make(**{key: value for key, value in given.items() if key in parameters}, **options)
 

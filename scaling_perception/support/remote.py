@@ -1,0 +1,135 @@
+"""Folders in buckets, as local ones: copied once to this machine, file by file, and again where they changed.
+
+A copy lies in the user's cache folder (``XDG_CACHE_HOME``), one for each address. ``.copied.jsonl`` in it has a line
+for each file that is whole: its name, size, and what the store says of its version. A copy that was stopped goes on;
+what the store no longer has is removed. File systems are fsspec's, whose packages are asked for when they are needed.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from scaling_perception.support.errors import UserError
+from scaling_perception.support.locks import hold
+
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "memory": "fsspec"}
+"""Scheme -> the package that reads it. ``memory`` is this process's own memory."""
+
+_ADDRESS = re.compile(r"([a-z][a-z0-9]*)://")
+_VERSIONS = ("etag", "ETag", "md5Hash", "crc32c", "generation", "mtime", "updated", "LastModified", "created")
+_INDEX = ".copied.jsonl"
+_THREADS = 8  # files at the same time: a bucket's rate grows with them
+
+
+def is_remote(text: str | os.PathLike[str]) -> bool:
+    """Whether ``text`` is an address in a store that can be read from here."""
+    found = _ADDRESS.match(str(text))
+    package = PACKAGES.get(found[1]) if found else None
+    return package is not None and importlib.util.find_spec(package) is not None
+
+
+def local(text: str | os.PathLike[str]) -> str:
+    """``text`` itself, or of an address the copy of what lies there, brought up to date.
+
+    Raises:
+        UserError: nothing is there, it cannot be read, or there is no room for the copy.
+    """
+    return str(_copy(str(text))) if is_remote(text) else str(text)
+
+
+def _copy(url: str) -> Path:
+    import fsspec
+
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "scaling-perception" / "copies"
+    address = url.rstrip("/")
+    folder = base / hashlib.sha256(address.encode()).hexdigest()[:16] / address.rsplit("/", 1)[1]
+    try:
+        store, path = fsspec.core.url_to_fs(address)
+        store.invalidate_cache()
+        there = {name: about for name, about in store.find(path, detail=True).items() if about["type"] == "file"}
+    except Exception as error:  # of every store's own kind
+        raise UserError(f"cannot read {url} ({_reason(error)}): check the address and your rights") from error
+    if not there:
+        raise UserError(f"{url} holds nothing: check the address")
+    files = {name.removeprefix(path).lstrip("/"): (name, about) for name, about in there.items()}
+    if "" in files:
+        raise UserError(f"{url} is a file: give the folder that it lies in")
+    if bad := next((name for name in files if ".." in Path(name).parts or Path(name).is_absolute()), None):
+        raise UserError(f"{url} has a file called {bad}, which cannot be copied to a folder: rename it")
+    with hold(base / f".{folder.parent.name}.lock", f"another process is copying {url}", "wait for it", wait=True):
+        _bring_up_to_date(url, store, files, folder)
+    return folder
+
+
+def _bring_up_to_date(url: str, store: Any, files: Mapping[str, tuple[str, Any]], folder: Path) -> None:
+    from scaling_perception.support.progress import progress
+
+    lines = {name: [int(about["size"]), _version(about)] for name, (_, about) in files.items()}
+    known = dict(_known(folder))
+    left = [name for name, line in lines.items() if known.get(name) != line or not _whole(folder / name, line[0])]
+    gone = [path for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in lines]
+    for path in gone:
+        if path.name != _INDEX:
+            path.unlink()
+    if not left:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    size, free = sum(lines[name][0] for name in left), shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"{url} needs {size / 1e9:.3g} GB more and {folder} has {free / 1e9:.3g} GB free: set XDG_CACHE_HOME to a "
+            "larger disk, or mount the bucket and give its folder"
+        )
+
+    def one(name: str) -> str:
+        target = folder / name
+        half = target.with_name(f".{target.name}.half")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            store.get_file(files[name][0], str(half))
+        except Exception as error:
+            half.unlink(missing_ok=True)
+            raise UserError(f"cannot read {url}/{name} ({_reason(error)}): run the same command again") from error
+        if not _whole(half, lines[name][0]):
+            raise UserError(f"{url}/{name} has {half.stat().st_size} bytes instead of {lines[name][0]}: run again")
+        os.replace(half, target)
+        return name
+
+    with ThreadPoolExecutor(_THREADS) as pool, open(folder / _INDEX, "a", encoding="utf-8") as index:
+        try:
+            for name in progress(pool.map(one, left), len(left), f"copy {url}"):
+                index.write(json.dumps([name, *lines[name]]) + "\n")
+                index.flush()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _known(folder: Path) -> Iterator[tuple[str, list[Any]]]:
+    if not (folder / _INDEX).is_file():
+        return
+    for line in (folder / _INDEX).read_text(encoding="utf-8").splitlines():
+        try:
+            name, *rest = json.loads(line)
+        except ValueError:  # a line that a kill cut short
+            continue
+        yield name, rest
+
+
+def _version(about: Mapping[str, Any]) -> str:
+    return next((str(about[name]) for name in _VERSIONS if about.get(name)), "")
+
+
+def _whole(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
