@@ -140,7 +140,7 @@ def merge_cache(args: argparse.Namespace, add_arguments: Callable[[argparse.Argu
         paths = {path.name: path for path in sorted(out.glob(PART_LEDGERS))}
         if not paths and (out / LEDGER).exists():
             whole = read_ledger(out)
-            _refuse_damaged(out, whole["shards"], None)
+            _refuse_damaged(out, whole, None)
             state = "" if whole["complete"] else "; it is unfinished: run it again without --shard and --merge"
             print(f"{out} holds no parts to join, and a cache of {count_records(whole['shards'])}{state}")
             return 0 if whole["complete"] else 1
@@ -189,15 +189,16 @@ def _joined(out: Path, parts: Sequence[Part], ledgers: Mapping[str, Mapping[str,
             raise UserError(
                 f"{out / part_ledger(part)} lists other shards than part {part} has: remove it and run --shard {part}"
             )
-        _refuse_damaged(out, ledger["shards"], part)
+        _refuse_damaged(out, ledger, part)
         shards += ledger["shards"]
     return shards
 
 
-def _refuse_damaged(out: Path, shards: Sequence[Mapping[str, Any]], part: Part | None) -> None:
+def _refuse_damaged(out: Path, ledger: Mapping[str, Any], part: Part | None) -> None:
+    shards, passes = ledger["shards"], ledger.get("passes")
     mend = "prepare without --merge" if part is None else f"--shard {part}"
     with ThreadPoolExecutor(_THREADS) as pool:
-        problems = pool.map(lambda shard: check_shard(out, shard, contents=True), shards)
+        problems = pool.map(lambda shard: check_shard(out, shard, True, passes), shards)
         label = "verify" if part is None else f"verify part {part}"
         for shard, problem in zip(shards, progress(problems, len(shards), label), strict=True):
             if problem:

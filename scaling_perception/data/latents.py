@@ -157,8 +157,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_shard(folder: Path, shard: Mapping[str, Any], contents: bool) -> str | None:
-    """What is wrong with a shard that the ledger lists (None: nothing); ``contents`` compares its checksum too."""
+def check_shard(
+    folder: Path, shard: Mapping[str, Any], contents: bool, passes: Mapping[str, int] | None = None
+) -> str | None:
+    """What is wrong with a shard that the ledger lists (None: nothing).
+
+    Args:
+        contents: compare its checksum too, and the records at the ends of each pass with the ledger's counts.
+        passes: name -> id, as the ledger lists them.
+    """
     path = folder / shard["file"]
     try:
         if not path.is_file():
@@ -168,16 +175,41 @@ def check_shard(folder: Path, shard: Mapping[str, Any], contents: bool) -> str |
             return f"has {size} bytes instead of {shard['bytes']} (truncated?)"
         if contents and sha256(path) != shard["sha256"]:
             return "does not match its checksum (damaged)"
+        return _miscounted(path, shard, passes or _UNLISTED) if contents else None
     except OSError as error:  # says nothing about what is in it
         raise UserError(f"cannot read {explain_os(error, path)}") from None
+
+
+def _miscounted(path: Path, shard: Mapping[str, Any], passes: Mapping[str, int]) -> str | None:
+    """What a whole shard holds else than its row in the ledger says."""
+    from grain.sources import ArrayRecordDataSource
+
+    try:
+        reader: Any = ArrayRecordDataSource(str(path)) if shard["records"] else ()
+        if len(reader) != shard["records"]:
+            return f"holds {len(reader)} records instead of {shard['records']} (of another ledger?)"
+        start = 0
+        for name in sorted(shard["passes"], key=lambda name: passes.get(name, -1)):
+            count = shard["passes"][name]
+            ends = (start, start + count - 1) if count else ()
+            if any(split_record(reader[index])[0][1] != passes.get(name) for index in ends):
+                return f"holds other passes than its ledger says (not {count} of {name})"
+            start += count
+    except (RuntimeError, ValueError, IndexError) as error:
+        if why := not_damage(error):
+            raise UserError(f"cannot read {path}: {why}") from None
+        return f"is damaged ({str(error).split(';')[0]})"
     return None
 
 
-def read_ledger(folder: Path, name: str = LEDGER) -> dict[str, Any]:
+def read_ledger(folder: Path, name: str = LEDGER, mend: bool = False) -> dict[str, Any]:
     """The ledger of a cache, or the one called ``name`` of a part of it.
 
+    Args:
+        mend: take rows that contradict themselves as well: their shards are going to be made again.
+
     Raises:
-        UserError: there is none, or it is of another format.
+        UserError: there is none, it is of another format, or it contradicts itself.
     """
     path = folder / name
     try:
@@ -191,7 +223,41 @@ def read_ledger(folder: Path, name: str = LEDGER) -> dict[str, Any]:
     ledger = read_json(path)
     if not isinstance(ledger, dict) or ledger.get("format") != FORMAT:
         raise UserError(f"{path} is not a ledger of format {FORMAT}: prepare the cache again in an empty folder")
+    if fault := _fault(ledger):
+        raise UserError(f"{path} is damaged ({fault}): restore it, or prepare the cache again in an empty folder")
+    rows = ledger["shards"]
+    fault = next((found for row in rows if (found := row_fault(row))), None)
+    if fault is None and len({row["file"] for row in rows}) < len(rows):
+        fault = "a shard is listed twice"
+    if fault is None and ledger["complete"] and "part" not in ledger and len(rows) != ledger["settings"]["shards"]:
+        fault = f"it lists {len(rows)} of {ledger['settings']['shards']} shards as all"
+    if fault and not mend:
+        raise UserError(f"{path} is damaged ({fault}): run the same prepare command again, which mends it")
     return ledger
+
+
+_ROW = {"file": str, "records": int, "passes": dict, "bytes": int, "sha256": str}
+
+
+def _fault(ledger: Mapping[str, Any]) -> str | None:
+    settings = ledger.get("settings")
+    if not isinstance(settings, dict) or not isinstance(settings.get("shards"), int):
+        return "its settings are not there"
+    if not isinstance(ledger.get("shards"), list) or not isinstance(ledger.get("complete"), bool):
+        return "its list of shards is not there"
+    return None
+
+
+def row_fault(row: Any) -> str | None:
+    """What is not there in a shard's row of a ledger, or contradicts itself (None: nothing)."""
+    for name, kind in _ROW.items():
+        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+            return f"a shard has no {name}"
+    if not all(isinstance(count, int) and count >= 0 for count in row["passes"].values()):
+        return f"{row['file']} has passes that are no counts"
+    if sum(row["passes"].values()) != row["records"]:
+        return f"{row['file']} has {row['records']} records, and {sum(row['passes'].values())} by pass"
+    return None
 
 
 class _OpenReaders:
@@ -251,8 +317,8 @@ class CacheReader:
         self.settings: dict[str, Any] = ledger["settings"]
         self.entries: list[Any] = ledger.get("entries", [])  # digests of the samples' names
         self.class_names: list[str] | None = ledger.get("class_names")
-        passes = ledger.get("passes", _UNLISTED)
-        self._order = sorted(passes, key=passes.__getitem__)  # of the passes in a shard
+        self._passes: dict[str, int] = ledger.get("passes", _UNLISTED)
+        self._order = sorted(self._passes, key=self._passes.__getitem__)  # of the passes in a shard
         self.shards: list[dict[str, Any]] = ledger["shards"]
         self._check(contents=False)
         self._starts = np.cumsum([0, *(shard["records"] for shard in self.shards)]).tolist()
@@ -354,7 +420,7 @@ class CacheReader:
             UserError: a damaged shard, naming it.
         """
         for number, shard in enumerate(self.shards):
-            self._refuse(shard, check_shard(self.path, shard, contents=True))
+            self._refuse(shard, check_shard(self.path, shard, True, self._passes))
             if shard["records"]:
                 yield list(self._read(number, list(range(shard["records"]))))
 
@@ -368,7 +434,7 @@ class CacheReader:
 
     def _check(self, contents: bool) -> None:
         for shard in self.shards:
-            self._refuse(shard, check_shard(self.path, shard, contents))
+            self._refuse(shard, check_shard(self.path, shard, contents, self._passes))
 
     def _refuse(self, shard: Mapping[str, Any], problem: str | None) -> None:
         if problem:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling_perception.data.contents import changes, combined, first_names
-from scaling_perception.data.latents import LEDGER, PART_LEDGERS, check_shard, read_ledger
+from scaling_perception.data.latents import LEDGER, PART_LEDGERS, check_shard, read_ledger, row_fault
 from scaling_perception.data.manifest import RawSamples
 from scaling_perception.support.again import differing
 from scaling_perception.support.errors import UserError
@@ -74,13 +74,16 @@ def finished_shards(
     """
     if not (out / name).exists():
         return []
-    found, size, total = read_ledger(out, name), ledger["settings"]["shard_size"], len(samples)
+    found, size, total = read_ledger(out, name, mend=True), ledger["settings"]["shard_size"], len(samples)
     _same_settings(out, found, ledger, samples, table)
     good, adopted = [], False
     for shard in found["shards"]:
+        if fault := row_fault(shard) or _unknown(shard["file"], good, ledger["settings"]["shards"]):
+            print(f"{out / name}: {fault}: mending it", file=sys.stderr)
+            continue
         number = int(shard["file"].split("-")[1])
         files = shard_files(samples, range(number * size, min(total, (number + 1) * size)), table)
-        problem = check_shard(out, shard, contents=True)
+        problem = check_shard(out, shard, True, found.get("passes"))
         if problem is None and files and "contents" not in shard:
             problem = _newer(out, shard, samples, files)
             if problem is None:
@@ -93,9 +96,17 @@ def finished_shards(
             print(f"{shard['file']} {problem}: making it again", file=sys.stderr)
         else:
             good.append(shard)
-    if adopted and len(good) == len(found["shards"]):
+    listed = {str(shard["file"]) for shard in found["shards"] if isinstance(shard, dict) and "file" in shard}
+    if (adopted or len(good) < len(found["shards"])) and len(good) == len(listed):  # nothing is to be made
         write_json(out / name, {**found, "shards": good, "entries": ledger["entries"]})
     return good
+
+
+def _unknown(file: str, good: list[dict[str, Any]], shards: int) -> str | None:
+    """Why a row is none of a shard to be made, or not the only one."""
+    if file not in {f"latents-{number:05d}-of-{shards:05d}.array_record" for number in range(shards)}:
+        return f"'{file}' is none of its shards"
+    return f"{file} is listed twice" if any(shard["file"] == file for shard in good) else None
 
 
 def _same_settings(

@@ -102,6 +102,44 @@ def test_damaged_shard_is_made_again(tmp_path, stand_in, capsys):
     assert files(tmp_path) == whole
 
 
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda rows: rows[1].update(records=99), "has 99 records, and 12 by pass"),
+        (lambda rows: rows[1]["passes"].update(depth=0, flow_x=6), "other passes than its ledger says"),
+        (lambda rows: rows[1].pop("sha256"), "a shard has no sha256"),
+        (lambda rows: rows.append(rows[0]), "is listed twice"),
+        (lambda rows: rows.pop(), "lists 2 of 3 shards as all"),
+        (lambda rows: rows.__setitem__(1, 5), "a shard has no file"),
+    ],
+)
+def test_a_ledger_that_contradicts_its_shards_is_refused_and_mended(tmp_path, stand_in, harm, said, capsys):
+    """A wrong count would say which records are of which pass, and none would be missed."""
+    stand_ins.prepare(tmp_path)
+    whole, path = files(tmp_path), tmp_path / "ledger.json"
+    ledger = json.loads(path.read_text())
+    harm(ledger["shards"])
+    path.write_text(json.dumps(ledger))
+    with pytest.raises(UserError, match=said):
+        CacheReader(tmp_path).verify()
+    assert stand_ins.prepare(tmp_path) == 0
+    capsys.readouterr()
+    CacheReader(tmp_path).verify()
+    assert json.loads(path.read_text()) == json.loads(whole.pop("ledger.json"))
+    assert {name: data for name, data in files(tmp_path).items() if name != "ledger.json"} == whole
+
+
+@pytest.mark.parametrize("change", [{"shards": 5}, {"settings": {}}, {"complete": None}])
+def test_a_ledger_without_its_parts_is_refused(tmp_path, stand_in, change):
+    stand_ins.prepare(tmp_path, count=2)
+    path = tmp_path / "ledger.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=r"ledger.json is damaged \(its .* not there\)"):
+        stand_ins.prepare(tmp_path, count=2)
+    assert files(tmp_path) == before
+
+
 def test_killed_build_goes_on_and_ends_byte_identical(tmp_path, stand_in):
     stand_ins.prepare(tmp_path / "whole", "--flips", "none")
     script, out = Path(stand_ins.__file__), tmp_path / "killed"
