@@ -79,6 +79,9 @@ class _Online:
             self.opened[name] = (source, chosen, entry["task"])
         self.passes = [stream[:2] for stream in self.streams()]  # by number of the stream
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker opens the sources itself
+        return Made, (_Online, (self.entries, self.resolution, self.options, self.augment))
+
     def fingerprint(self) -> list[dict[str, Any]]:
         rows = []
         for name, (source, chosen, task) in self.opened.items():
@@ -242,28 +245,18 @@ class Batches:
     def iterate(self, start: int) -> Reading:
         """``at(start)``, ``at(start + 1)``, … without end, read ahead; ``close`` it.
 
-        Made in ``data.workers`` processes, else in a thread. With a cache these processes settle the order alone, a
-        batch at a time: a thread gathers from memory or reads. Else they read or render, a sample at a time, so that
-        all work on the next batch and end at once.
+        Made in ``data.workers`` processes, else in a thread. With a cache these settle the order alone, a batch at a
+        time, and a thread gathers. Else they read or render, a sample at a time, so that all work on the next batch and
+        end at once.
         """
-        elements, several = self._held[start * self._count :], self._workers > 1
+        elements = self._held[start * self._count :]
         if self.cached:
-            orders = elements.batch(self._count, batch_fn=_order)
-            if not several:
-                ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
-                return Reading(orders.map(self._gathered).to_iter_dataset(ahead))
-            gathered = spread(orders, self._workers, _AHEAD).map(self._gathered)
+            orders = spread(elements.batch(self._count, batch_fn=_order), self._workers, _AHEAD)
+            gathered = orders.map(self._gathered)
             return Reading(grain.experimental.ThreadPrefetchIterDataset(gathered, prefetch_buffer_size=_AHEAD))
         assert self.online is not None
-        online = self.online
-        if several:
-            made_of = (online.entries, online.resolution, online.options, online.augment)
-            samples = elements.map(Made(_Online, made_of))  # each worker opens the sources itself
-            read = spread(samples, self._workers, -(-self._count // self._workers))
-        else:
-            ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._count)
-            read = elements.map(online).to_iter_dataset(ahead)
-        return Reading(read.batch(self._count, batch_fn=online.stacked))
+        samples = spread(elements.map(self.online), self._workers, -(-self._count // max(1, self._workers)))
+        return Reading(samples.batch(self._count, batch_fn=self.online.stacked))
 
     def _gathered(self, order: np.ndarray) -> dict[str, Any]:
         assert self.cached is not None

@@ -19,7 +19,7 @@ from absl import flags
 
 from scaling_perception.support.errors import UserError
 
-ALONE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # nothing is read ahead but what workers do
+_ALONE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # in a worker: its queue is what is read ahead
 
 
 def _start(index: int, count: int) -> None:
@@ -43,14 +43,17 @@ def _follow_parent() -> None:
 
 
 def spread(elements: grain.MapDataset, workers: int, ahead: int) -> grain.IterDataset:
-    """The elements in their order, made in ``workers`` processes, each at most twice ``ahead`` of what is taken.
+    """The elements in their order, made in ``workers`` processes, or in a thread where that is 0 or 1.
 
-    The dataset and its elements must pickle.
+    Of processes each is at most twice ``ahead`` elements further than what is taken, and dataset and elements must
+    pickle.
     """
+    if workers <= 1:
+        return elements.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead))
     if not flags.FLAGS.is_parsed():  # grain reads absl's flags, of which this program has none
         flags.FLAGS.mark_as_parsed()
     piped = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-    dataset = grain.experimental.WithOptionsIterDataset(elements.to_iter_dataset(ALONE), piped)
+    dataset = grain.experimental.WithOptionsIterDataset(elements.to_iter_dataset(_ALONE), piped)
     return dataset.mp_prefetch(grain.MultiprocessingOptions(workers, ahead), _start)
 
 
