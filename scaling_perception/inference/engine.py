@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scaling_perception.diffusion.sampler import SamplerTables, State, advance, sample, start_state
 from scaling_perception.models.autoencoders import Autoencoder
 from scaling_perception.models.config import DiTConfig
-from scaling_perception.models.dit import DiT, Fixed, abstract_params, embed_conditions, modulations
+from scaling_perception.models.dit import DiT, PrecomputedConditioning, abstract_params, embed_conditions, modulations
 from scaling_perception.parallel.mesh import BATCH_AXES, replicated
 from scaling_perception.parallel.rules import tree_shardings
 
@@ -250,7 +250,7 @@ class Engine:
                 )
             else:
                 blocks, final = (jax.lax.dynamic_index_in_dim(m, row.index, keepdims=False) for m in modulation_table)
-            fixed = Fixed(tokens, each_row(blocks), each_row(final))
+            fixed = PrecomputedConditioning(tokens, each_row(blocks), each_row(final))
             out: Any = self.model.apply({"params": params}, self._spread(x), row.t[None], label, fixed=fixed)
             return out[..., : self.config.in_channels]  # what follows is the learned variance
 

@@ -261,7 +261,7 @@ class Final(nn.Module):
         return nn.Dense(width, kernel_init=_zeros, name="linear")(modulate(layer_norm(x), shift, scale))
 
 
-class Fixed(NamedTuple):
+class PrecomputedConditioning(NamedTuple):
     """What a denoising step needs besides the noisy latent, computed ahead by ``modulations`` and ``embed_conditions``.
 
     Attributes:
@@ -313,7 +313,7 @@ class DiT(nn.Module):
         t: Real[AnyArray, " _"],
         label: Int[AnyArray, " B"],
         with_stats: bool = False,
-        fixed: Fixed | None = None,
+        fixed: PrecomputedConditioning | None = None,
     ) -> Float[Array, "B h w C"] | tuple[Float[Array, "B h w C"], dict[str, Float[Array, "L ..."]]]:
         config = self.config
         x, t, label = (split_batch(jnp.asarray(array), self.mesh) for array in (x, t, label))

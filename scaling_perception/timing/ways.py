@@ -202,7 +202,7 @@ def make_levers(case: Case, parts: Parts) -> dict[str, Function]:
         def denoise(x: Any, row: Any) -> Any:
             blocks, final = (m[0] for m in dit.modulations(config, params, row.t[None].astype(jnp.float32), label))
             rows = jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape[1:]))
-            fixed = dit.Fixed(rows, every(blocks), every(final))
+            fixed = dit.PrecomputedConditioning(rows, every(blocks), every(final))
             labels = jnp.broadcast_to(label, x.shape[:1])
             out: Any = model.apply({"params": params}, x, row.t[None], labels, fixed=fixed)
             return out[..., : config.in_channels]

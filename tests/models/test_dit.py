@@ -13,8 +13,8 @@ from scaling_perception.interop.torch_dit import dit_from_torch, dit_to_torch
 from scaling_perception.models.dit import (
     DiT,
     DiTConfig,
-    Fixed,
     PatchEmbed,
+    PrecomputedConditioning,
     abstract_params,
     config_from_dict,
     count_params,
@@ -321,7 +321,7 @@ def test_what_does_not_change_while_sampling_can_be_computed_ahead(changes):
         tokens = embed_conditions(config, params, conditions, label[rows])
         found = []
         for step in range(2):
-            fixed = Fixed(tokens, blocks[step][:, rows], final[step][rows])
+            fixed = PrecomputedConditioning(tokens, blocks[step][:, rows], final[step][rows])
             ahead = DiT(config).apply({"params": params}, noisy, t[:1], label[rows], fixed=fixed)
             found.append((ahead, applied(DiT(config), params, latents, t[step : step + 1], label[rows])))
         return found
