@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ from scaling_perception.models import autoencoders
 from scaling_perception.support.again import restore_folder, swap_folder
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_json
-from scaling_perception.support.parts import Part
+from scaling_perception.support.parts import Part, note_idle
 from scaling_perception.support.progress import progress
 from scaling_perception.tasks import ALL_PASSES, FIELDS, TaskOptions, fields_of, get_pass
 
@@ -150,8 +149,7 @@ def _part(args: argparse.Namespace, work: _Work, ledger: dict[str, Any], part: P
     count, size = ledger["settings"]["shards"], args.shard_size
     numbers, said = part.block(count), f"part {part} of {out}"
     indices = range(numbers.start * size, min(len(samples), numbers.stop * size))
-    if part.of > count:
-        print(f"note: {count} shards for {part.of} parts: some have nothing to do (see --shard-size)", file=sys.stderr)
+    note_idle(part, count, "shards", "--shard-size")
     ledger = {"part": list(part), "asked": asked_of(args), **ledger}
     table = contents_of_part(samples, indices)
     with hold_part(out, part, numbers, count):

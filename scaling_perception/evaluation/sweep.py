@@ -35,7 +35,7 @@ from scaling_perception.inference.model import prompt_of
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import Settings
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.parts import Part
+from scaling_perception.support.parts import Part, note_idle
 from scaling_perception.tasks import get_task
 from scaling_perception.tasks.base import Estimate
 
@@ -142,8 +142,9 @@ def sweep(
         identity, more = run.identity(files), {}
         if part is not None:
             plan = BatchPlan(**plan_of_others(journal, part, identity, plan._asdict()))
-            groups = len(part.block(len(range(0, len(source), plan.images))))
-            more = {"part": list(part), "groups": groups, "about": about, "described_by": described_by}
+            count = len(range(0, len(source), plan.images))
+            note_idle(part, count, f"batches of {plan.images} images", "--batch-size")
+            more = {"part": list(part), "groups": len(part.block(count)), "about": about, "described_by": described_by}
         with Journal(journal, identity, plan._asdict(), files, more) as kept:
             run.way, run.groups = way._replace(plan=BatchPlan(**kept.plan)), list(kept.groups)
             run.go(progress, kept.append, part or Part(0, 1))

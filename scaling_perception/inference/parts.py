@@ -17,7 +17,7 @@ from scaling_perception.inference.predictor import Predictor
 from scaling_perception.support.again import differing
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json, write_json
-from scaling_perception.support.parts import Part, all_parts, refuse_elsewhere
+from scaling_perception.support.parts import Part, all_parts, note_idle, refuse_elsewhere
 
 _FORMAT = 1
 _WHAT = ("items", "request", "settings")
@@ -72,7 +72,9 @@ def run_part(
     settings = request.settings
     members = settings.ensemble if settings.tolerance is None else min(settings.first, settings.ensemble)
     images = predictor.plan(request.task, members, max(len(items), 1), request.batch_size).images
-    block = part.block(-(-len(items) // images))
+    groups = -(-len(items) // images)  # whole batches, so that a part computes them as one job does
+    note_idle(part, groups, f"batches of {images} pictures", "--batch-size")
+    block = part.block(groups)
     own = items[block.start * images : block.stop * images]
     if own:
         summary = run_job(predictor, request, own, out, overwrite, of=len(items), **how)

@@ -7,6 +7,7 @@ from 1, as the scheduler does: ``n/n`` is the same part as ``0/n``.
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -95,6 +96,12 @@ def _of_environment(text: str, environment: Mapping[str, str]) -> tuple[str, str
             "give auto/n"
         )
     return slurm, count
+
+
+def note_idle(part: Part, pieces: int, what: str, mend: str) -> None:
+    """One line on stderr where there are fewer pieces of work than parts."""
+    if part.of > pieces:
+        print(f"note: {pieces} {what} for {part.of} parts: some have nothing to do (see {mend})", file=sys.stderr)
 
 
 def refuse_elsewhere(own: Part, others: Iterable[Part], where: Any) -> None:
