@@ -14,7 +14,7 @@ from typing import Any
 from scaling_perception.support.again import add_overwrite, settings_of
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.parts import add_parts, part_of
-from scaling_perception.support.remote import local
+from scaling_perception.support.remote import is_remote, local
 from scaling_perception.support.verbs import POSITIVE, add_source_options, source_options
 
 EXAMPLES = """
@@ -28,6 +28,9 @@ scaling-perception prepare flying_chairs --raw /data/FlyingChairs --out runs/cha
 _OF_LATENTS = ("out", "check", "latents", "vae", "resolution", "flips", "flow_divisor", "image_resize", "depth_prompt")
 _OF_LATENTS += ("shard_size", "batch", "workers", "skip_bad", "overrides", "dtype", "shard", "merge")
 
+
+REMOTE = ("out",)
+"""Flags of folders that are written, and may lie in a bucket."""
 
 FLAGS = {
     "a root": "--raw",
@@ -93,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
 
         args.workers = default_workers()
     part = part_of(args)
+    if args.out and is_remote(args.out) and not (args.latents or args.merge):
+        raise UserError(f"--out is {args.out}: a check is written to a local folder; caches alone may lie in a bucket")
     if args.merge:
         from scaling_perception.data.cache_parts import merge_cache
 

@@ -5,7 +5,7 @@ import contextlib
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from scaling_perception.data.cache_parts import (
     contents_of_part,
     count_records,
     hold_part,
+    open_bucket,
     part_ledger,
     refuse_parts,
     say_precision,
@@ -68,7 +69,17 @@ def make_cache(args: argparse.Namespace, spec: tuple[Any, ...], part: Part | Non
     if part is not None and args.overwrite:
         raise UserError("--overwrite replaces a whole cache: leave out --shard, or choose another --out")
     work, ledger = _work(args, spec)
-    return _whole(args, work, ledger) if part is None else _part(args, work, ledger, part)
+    with open_bucket(args) as bucket:
+        if part is None:
+            bucket.fetch(lambda name: True)
+            code = _whole(args, work, ledger, bucket.push)
+        else:
+            count = ledger["settings"]["shards"]
+            own = tuple(f"latents-{number:05d}-of-{count:05d}." for number in part.block(count))
+            bucket.fetch(lambda name: name.startswith(("ledger", *own)))
+            code = _part(args, work, ledger, part, bucket.push)
+        bucket.push()
+    return code
 
 
 def _work(args: argparse.Namespace, spec: tuple[Any, ...]) -> tuple[_Work, dict[str, Any]]:
@@ -114,7 +125,7 @@ def _work(args: argparse.Namespace, spec: tuple[Any, ...]) -> tuple[_Work, dict[
     return _Work(samples, spec, encoding.to_dict(), autoencoder, exact), ledger
 
 
-def _whole(args: argparse.Namespace, work: _Work, ledger: dict[str, Any]) -> int:
+def _whole(args: argparse.Namespace, work: _Work, ledger: dict[str, Any], push: Callable[[], None]) -> int:
     out, samples, numbers = Path(args.out), work.samples, range(ledger["settings"]["shards"])
     with contextlib.ExitStack() as held:
         restore_folder(out)
@@ -134,7 +145,7 @@ def _whole(args: argparse.Namespace, work: _Work, ledger: dict[str, Any]) -> int
             except UserError:
                 (place / LEDGER).unlink()
         begin, before = time.monotonic(), len(ledger["shards"])
-        _build(args, place / LEDGER, work, table, ledger, numbers)
+        _build(args, place / LEDGER, work, table, ledger, numbers, push)
         if place != out:
             _replace(out, place)
     if before == len(numbers) and place == out:
@@ -144,7 +155,7 @@ def _whole(args: argparse.Namespace, work: _Work, ledger: dict[str, Any]) -> int
     return 0
 
 
-def _part(args: argparse.Namespace, work: _Work, ledger: dict[str, Any], part: Part) -> int:
+def _part(args: argparse.Namespace, work: _Work, ledger: dict[str, Any], part: Part, push: Callable[[], None]) -> int:
     out, samples = Path(args.out), work.samples
     count, size = ledger["settings"]["shards"], args.shard_size
     numbers, said = part.block(count), f"part {part} of {out}"
@@ -159,7 +170,7 @@ def _part(args: argparse.Namespace, work: _Work, ledger: dict[str, Any], part: P
         path = out / part_ledger(part)
         ledger["shards"] = finished_shards(out, ledger, samples, table, path.name)
         begin, before = time.monotonic(), len(ledger["shards"])
-        _build(args, path, work, table, ledger, numbers)
+        _build(args, path, work, table, ledger, numbers, push)
     if before == len(numbers):
         print(f"{said} is already finished: {count_records(ledger['shards'])}, all checksums match")
     else:
@@ -205,8 +216,10 @@ def _build(
     table: dict[str, str],
     ledger: dict[str, Any],
     numbers: range,
+    push: Callable[[], None],
 ) -> None:
-    """Make those of the shards ``numbers`` that are missing; the ledger at ``path`` is kept up to date."""
+    """Make those of the shards ``numbers`` that are missing; the ledger at ``path`` is kept up to date, and after
+    each shard ``push`` is called."""
     out, samples, count = path.parent, work.samples, ledger["settings"]["shards"]
     names = {number: f"latents-{number:05d}-of-{count:05d}.array_record" for number in numbers}
     have = {shard["file"] for shard in ledger["shards"]}
@@ -248,6 +261,7 @@ def _build(
                 ledger["complete"] = len(ledger["shards"]) == len(numbers)
                 say_precision(ledger)
                 write_json(path, ledger)
+                push()
             for _ in shown:  # nothing is left: lets the progress say so
                 pass
             say_ranges(ranges)

@@ -21,6 +21,7 @@ from scaling_perception.support.files import write_json
 from scaling_perception.support.locks import hold
 from scaling_perception.support.parts import Part, all_parts, refuse_elsewhere, refuse_other_flags
 from scaling_perception.support.progress import progress
+from scaling_perception.support.remote import WorkingCopy, is_remote
 
 _OF_ONE_PART = ("part", "asked", "precision", "complete", "shards")
 _OF_THE_RUN = {"out", "raw", "shard", "merge", "batch", "workers", "skip_bad", "overwrite", "overrides", "latents"}
@@ -65,6 +66,34 @@ def say_precision(ledger: dict[str, Any]) -> None:
         f"({sum(one['pictures'] for one in known)} in all) the latents differ from those of float32 by {rms:.2g} "
         f"(root mean square), at most {worst:.2%} of their standard deviation"
     )
+
+
+class _NoBucket:
+    """A folder of this machine needs neither."""
+
+    def fetch(self, wanted: Callable[[str], bool]) -> None:
+        pass
+
+    def push(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def open_bucket(args: argparse.Namespace) -> Iterator[WorkingCopy | _NoBucket]:
+    """Where ``args.out`` is an address, a copy of it, which ``args.out`` is within the block; nothing is fetched yet.
+
+    Raises:
+        UserError: a cache in a bucket is to be replaced.
+    """
+    if not is_remote(args.out):
+        yield _NoBucket()
+        return
+    if args.overwrite:
+        raise UserError(f"--overwrite replaces local folders: remove {args.out}, or choose another --out")
+    with WorkingCopy(args.out, f"-{(args.shard or 'all').replace('/', '-')}") as copy:
+        url, args.out = args.out, str(copy.folder)
+        yield copy
+        args.out = url
 
 
 # Making a part
@@ -132,6 +161,16 @@ def merge_cache(args: argparse.Namespace, add_arguments: Callable[[argparse.Argu
         UserError: parts are missing, unfinished, twice there, of other settings than each other or than the flags, or
             a shard is damaged.
     """
+    if not args.out:
+        raise UserError("--merge joins the parts in a folder: give it with --out")
+    with open_bucket(args) as bucket:
+        bucket.fetch(lambda name: True)
+        return _merge(args, add_arguments, bucket.push)
+
+
+def _merge(
+    args: argparse.Namespace, add_arguments: Callable[[argparse.ArgumentParser], None], push: Callable[[], None]
+) -> int:
     out = Path(args.out)
     if not out.is_dir():
         raise UserError(f"{out} does not exist: give the folder that the parts were written to")
@@ -161,8 +200,10 @@ def merge_cache(args: argparse.Namespace, add_arguments: Callable[[argparse.Argu
         if "precision" in whole:
             say_precision(whole)
         write_json(out / LEDGER, whole)
+        push()
         for path in paths.values():
             path.unlink()
+        push()
     skipped = sum(len(shard["bad"]) for shard in shards)
     left = f"; {skipped} bad samples left out (see {LEDGER})" if skipped else ""
     print(f"{out}: {len(parts)} parts joined, {count_records(shards)}, all checksums match{left}")

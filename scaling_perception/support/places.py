@@ -8,7 +8,7 @@ models, which are only read, may lie in a bucket (``support.remote``).
 import argparse
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,11 @@ def split_places(text: str) -> list[str]:
     return [part for part in _SEPARATOR.split(text) if part]
 
 
-def place_arguments(args: argparse.Namespace) -> None:
+def place_arguments(args: argparse.Namespace, written: Sequence[str] = ()) -> None:
     """Apply ``place`` to every text among a verb's arguments.
+
+    Args:
+        written: names of flags whose folders may lie in a bucket although they are written.
 
     Raises:
         UserError: as ``place``.
@@ -71,7 +74,7 @@ def place_arguments(args: argparse.Namespace) -> None:
         if name in _NO_PLACES:
             continue
         if isinstance(value, str):
-            setattr(args, name, place(value, flag, name in _READ))
+            setattr(args, name, place(value, flag, name in (*_READ, *written)))
         elif isinstance(value, list) and all(isinstance(one, str) for one in value):
             setattr(args, name, [place(one, flag if name != "inputs" else "the input") for one in value])
 

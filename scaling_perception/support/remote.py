@@ -5,16 +5,17 @@ for each file that is whole: its name, size, and what the store says of its vers
 what the store no longer has is removed. File systems are fsspec's, whose packages are asked for when they are needed.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.locks import hold
@@ -45,37 +46,132 @@ def local(text: str | os.PathLike[str]) -> str:
 
 
 def _copy(url: str) -> Path:
-    import fsspec
+    folder = _folder_of(url)
+    store, files = _listing(url)
+    if not files:
+        raise UserError(f"{url} holds nothing: check the address")
+    with _copying(url, folder):
+        _bring_up_to_date(url, store, files, folder)
+    return folder
 
+
+class WorkingCopy:
+    """The copy of a folder in a store that is worked on here, and brought back there: what is new is written, and of
+    what was known of it what is gone is removed. For a ``with``, in which no other process of this machine has it;
+    processes of others must not write the same files.
+
+    Attributes:
+        url, folder: there, and here.
+    """
+
+    def __init__(self, url: str, part: str = "") -> None:
+        """Args: ``part``: whose copy it is, where several work on one folder."""
+        self.url = url.rstrip("/")
+        own = _folder_of(url)
+        self.folder = own.parent.with_name(f"{own.parent.name}-work{part}") / own.name
+        self._there: dict[str, list[int]] = {}  # as it is there: size and time of change here
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        lock = self.folder.parent.with_name(f".{self.folder.parent.name}.lock")
+        self._held.enter_context(hold(lock, f"another process is writing to {self.url}", "wait for it"))
+        shutil.rmtree(self.folder, ignore_errors=True)  # what is there counts, and not what was left here
+        self.folder.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        self._held.close()
+
+    def fetch(self, wanted: Callable[[str], bool]) -> None:
+        """Copy the files whose names are wanted from there.
+
+        Raises:
+            UserError: as `local`; nothing there is no mistake.
+        """
+        store, files = _listing(self.url)
+        files = {name: about for name, about in files.items() if wanted(name) and name not in self._there}
+        _bring_up_to_date(self.url, store, files, self.folder, alone=False)
+        self._there |= {name: _stamp(self.folder / name) for name in files}
+
+    def push(self, last: str = "ledger") -> None:
+        """Bring back what changed; files whose names begin with ``last`` come after all others.
+
+        Raises:
+            UserError: it cannot be written there.
+        """
+        store, path = _store(self.url)
+        here = {str(one.relative_to(self.folder)): _stamp(one) for one in self.folder.rglob("*") if one.is_file()}
+        here = {name: stamp for name, stamp in here.items() if not Path(name).name.startswith(".")}
+        new = sorted(
+            (name for name in here if self._there.get(name) != here[name]), key=lambda n: (n.startswith(last), n)
+        )
+        gone = [name for name in self._there if name not in here]
+        try:
+            for name in new:
+                store.put_file(str(self.folder / name), f"{path}/{name}")
+            for name in gone:
+                store.rm_file(f"{path}/{name}")
+        except Exception as error:
+            raise UserError(f"cannot write {self.url} ({_reason(error)}): run the same command again") from error
+        self._there = here
+
+
+def _stamp(path: Path) -> list[int]:
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns]
+
+
+def _folder_of(url: str) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "scaling-perception" / "copies"
     address = url.rstrip("/")
-    folder = base / hashlib.sha256(address.encode()).hexdigest()[:16] / address.rsplit("/", 1)[1]
+    return base / hashlib.sha256(address.encode()).hexdigest()[:16] / address.rsplit("/", 1)[1]
+
+
+def _copying(url: str, folder: Path) -> contextlib.AbstractContextManager[None]:
+    lock = folder.parent.with_name(f".{folder.parent.name}.lock")
+    return hold(lock, f"another process is copying {url}", "wait for it", wait=True)
+
+
+def _store(url: str) -> tuple[Any, str]:
+    import fsspec
+
     try:
-        store, path = fsspec.core.url_to_fs(address)
-        store.invalidate_cache()
-        there = {name: about for name, about in store.find(path, detail=True).items() if about["type"] == "file"}
+        store, path = fsspec.core.url_to_fs(url.rstrip("/"))
     except Exception as error:  # of every store's own kind
         raise UserError(f"cannot read {url} ({_reason(error)}): check the address and your rights") from error
-    if not there:
-        raise UserError(f"{url} holds nothing: check the address")
+    store.invalidate_cache()
+    return store, path
+
+
+def _listing(url: str) -> tuple[Any, dict[str, tuple[str, Any]]]:
+    """The store, and of the files there: name below ``url`` -> (name in the store, what the store says of it)."""
+    store, path = _store(url)
+    try:
+        there = {name: about for name, about in store.find(path, detail=True).items() if about["type"] == "file"}
+    except FileNotFoundError:
+        there = {}
+    except Exception as error:
+        raise UserError(f"cannot read {url} ({_reason(error)}): check the address and your rights") from error
     files = {name.removeprefix(path).lstrip("/"): (name, about) for name, about in there.items()}
     if "" in files:
         raise UserError(f"{url} is a file: give the folder that it lies in")
     if bad := next((name for name in files if ".." in Path(name).parts or Path(name).is_absolute()), None):
         raise UserError(f"{url} has a file called {bad}, which cannot be copied to a folder: rename it")
-    with hold(base / f".{folder.parent.name}.lock", f"another process is copying {url}", "wait for it", wait=True):
-        _bring_up_to_date(url, store, files, folder)
-    return folder
+    return store, files
 
 
-def _bring_up_to_date(url: str, store: Any, files: Mapping[str, tuple[str, Any]], folder: Path) -> None:
+def _bring_up_to_date(
+    url: str, store: Any, files: Mapping[str, tuple[str, Any]], folder: Path, alone: bool = True
+) -> None:
+    """Args: ``alone``: these are all files there, and others here are removed."""
     from scaling_perception.support.progress import progress
 
     lines = {name: [int(about["size"]), _version(about)] for name, (_, about) in files.items()}
     known = dict(_known(folder))
     left = [name for name, line in lines.items() if known.get(name) != line or not _whole(folder / name, line[0])]
     gone = [path for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in lines]
-    for path in gone:
+    for path in gone if alone else ():
         if path.name != _INDEX:
             path.unlink()
     if not left:

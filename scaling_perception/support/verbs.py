@@ -166,7 +166,8 @@ def _words_of_flags(parser: argparse.ArgumentParser, many: int) -> dict[str, int
 def run_verb(verb: str, words: list[str]) -> int:
     """Run a verb with the words a person would type; returns its exit code.
 
-    A verb with ``split_overrides`` (``train``) also takes ``--config.some.key=value`` words. In messages the arguments
+    Folders of the flags in a verb's ``REMOTE`` may be written in a bucket. A verb with ``split_overrides`` (``train``)
+    also takes ``--config.some.key=value`` words. In messages the arguments
     that its ``FLAGS`` hold are called by their flags; a message without any gets the one that was typed.
 
     Raises:
@@ -178,7 +179,7 @@ def run_verb(verb: str, words: list[str]) -> int:
     if hasattr(module, "split_overrides"):
         words, overrides = module.split_overrides(words)
     args = parser.parse_args(_with_negative_values(words))
-    place_arguments(args)
+    place_arguments(args, getattr(module, "REMOTE", ()))
     args.overrides = overrides
     try:
         return module.run(args) or 0

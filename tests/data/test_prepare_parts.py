@@ -271,3 +271,47 @@ def test_any_number_of_devices_makes_the_same_bytes(tmp_path, stand_in, monkeypa
     assert re.search(
         r"encoded in bfloat16: on the first pictures of each shard \(2 in all\) .* differ", said["precision"]
     )
+
+
+def test_a_cache_in_a_bucket(tmp_path, whole, stand_in, monkeypatch):
+    """In parts, one of which is stopped and goes on at another machine, whose copies are its own."""
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    url = "memory://bucket/latents"
+    write = latents.write_shard
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            latents, "write_shard", lambda path, made: write(path, made) if "00000-of" in path.name else stop()
+        )
+        stand_ins.prepare(url, "--shard", "0/1")
+    assert {path.rsplit("/", 1)[1] for path in store.find("/bucket/latents")} == {
+        "ledger-part-0-of-1.json",
+        "latents-00000-of-00003.array_record",
+        "latents-00000-of-00003.samples.json",
+    }
+    with pytest.raises(UserError, match=r"unfinished \(1 of 3 shards\)"):
+        merge(url)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    made = []
+    monkeypatch.setattr(latents, "write_shard", lambda path, rows: (made.append(path.name), write(path, rows)))
+    stand_ins.prepare(url, "--shard", "0/1")
+    assert len(made) == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "three"))
+    merge(url)
+    names = {path.rsplit("/", 1)[1]: path for path in store.find("/bucket/latents")}
+    assert {name: store.cat_file(path) for name, path in names.items()} == files(whole / "whole")
+    CacheReader(url).verify()
+    stand_ins.prepare("memory://bucket/whole")
+    found = {path.rsplit("/", 1)[1]: store.cat_file(path) for path in store.find("/bucket/whole")}
+    assert found == files(whole / "whole")
+    with pytest.raises(UserError, match="--overwrite replaces local folders"):
+        stand_ins.prepare("memory://bucket/whole", "--overwrite")
+    with pytest.raises(UserError, match="a check is written to a local folder"):
+        run_verb("prepare", ["scenes", "--count", "2", "--out", "memory://bucket/check"])
+    store.store.clear()
+
+
+def stop():
+    raise KeyboardInterrupt
