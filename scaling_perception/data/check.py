@@ -63,8 +63,8 @@ def check_all(
         workers = min(workers, -(-len(missing) // 8))  # no more processes than there is work for: each takes seconds
         found = ordered_map(Checker, (spec,), map(int, missing), workers)
         with contextlib.closing(found):
-            for row in progress(found, len(missing), "check"):
-                part.add(row)
+            for index, row in zip(missing, progress(found, len(missing), "check"), strict=True):
+                part.add(int(index), row)
         summary = write_manifest(out, part.lines(), about, settings)
     (out / PART).unlink()
     return summary
@@ -115,7 +115,7 @@ class _Part:
         if first is not None:
             print(f"{path}: the data or the settings are others now, so the check begins anew", file=sys.stderr)
         self._file.truncate(0)
-        self._write(head)
+        self._write(json.dumps(head))
 
     def __enter__(self) -> "_Part":
         return self
@@ -123,9 +123,9 @@ class _Part:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Keep what was found of a sample: {index, stamp, line}."""
-        self.places[row["index"]] = self._write(row)
+    def add(self, index: int, row: str) -> None:
+        """Keep what was found of a sample: JSON of {index, stamp, line}."""
+        self.places[index] = self._write(row)
         if time.monotonic() - self._synced > _SYNC:
             with self._writing():
                 os.fsync(self._file.fileno())
@@ -160,8 +160,8 @@ class _Part:
             end += len(line)
         self._file.truncate(end)
 
-    def _write(self, row: Mapping[str, Any]) -> int:
-        data, handle = json.dumps(row).encode() + b"\n", self._file.fileno()
+    def _write(self, row: str) -> int:
+        data, handle = row.encode() + b"\n", self._file.fileno()
         place = os.fstat(handle).st_size
         with self._writing():
             while data:  # past Python's buffer: what a full disk does not take must not fail again when it is closed

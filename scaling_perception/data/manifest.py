@@ -242,13 +242,16 @@ def widen_depth(ranges: dict[str, list[float]], raw: Mapping[str, Any]) -> None:
 
 
 class Checker:
-    """``checker(index)`` -> {index, stamp of the sample's files, line of the manifest}; made once in each process."""
+    """``checker(index)`` -> JSON of {index, stamp of the sample's files, manifest line}; made once in each process.
+
+    Text, because a dictionary that comes from another process has its keys in another order.
+    """
 
     def __init__(self, spec: tuple[Any, ...]):
         with tolerating():
             self.samples = RawSamples(*spec)
 
-    def __call__(self, index: int) -> dict[str, Any]:
+    def __call__(self, index: int) -> str:
         stamp = self.samples.stamp(index)  # before it is read: what changes from now on is noticed next time
         try:
             raw, tasks = self.samples.read(index)
@@ -258,7 +261,7 @@ class Checker:
                 raise UserError(f"cannot read raw sample {index}: {why}") from error
             line = {"index": index, "ok": False, "reason": reason(error)}
             line |= {"left_out": True} if isinstance(error, LeftOut) else {}
-        return {"index": index, "stamp": stamp, "line": line}
+        return json.dumps({"index": index, "stamp": stamp, "line": line})
 
 
 _DEPTHS = (1e-3, 1e4)  # metres: 1 mm to 10 km

@@ -334,9 +334,8 @@ def test_a_kill_at_any_write_leaves_nothing_behind(begun, tmp_path, monkeypatch)
         assert {path.name for path in (tmp_path / str(number)).iterdir()} == names
 
 
-@pytest.mark.slow
 def test_worker_processes_find_the_same(tmp_path, monkeypatch):
-    root = make_folder(tmp_path / "raw", 40)
+    root = make_folder(tmp_path / "raw", 20)
     (root / "depth" / "07.png").write_bytes(b"")
     for workers in ("0", "2"):
         assert prepare("folder", root, tmp_path / workers, *FOLDER, "--workers", workers) == 1
