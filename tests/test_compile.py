@@ -121,6 +121,16 @@ def test_sampler_and_encoder(capsys):
     assert "sample on cpu:8: 8 devices (data 8), batch 4" in text and "at best" in text and "no avoidable" in text
 
 
+@pytest.mark.slow  # what `predict --mesh` places and sends; that it predicts the same: tests/inference/test_engine.py
+def test_sampler_with_weights_that_are_split():
+    sizes = {"data": 1, "fsdp": 2, "expert": 4}
+    split, whole = (report_of("sample", mesh, "model_changes.experts=4", batch=8) for mesh in (sizes, {"data": 8}))
+    weights = [one["memory"]["state"]["weights"] for one in (split, whole)]
+    assert weights[0] < weights[1] / 3  # the autoencoder is whole
+    assert {row["purpose"] for row in split["collectives"] if row["loops"]} == {"weights", "tokens", "results"}
+    assert not any(row["loops"] for row in whole["collectives"]) and split["warnings"] == whole["warnings"] == []
+
+
 def test_the_command(tmp_path, capsys):
     words = ["compile", "--config", NANO, "--topology", "cpu:8", "--what", "encode"]
     assert cli.main([*words, "--json", str(tmp_path / "report.json"), "--hlo", str(tmp_path / "program.txt")]) == 0
