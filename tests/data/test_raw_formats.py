@@ -159,7 +159,7 @@ def test_without_h5py_one_line_says_what_to_install(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     words = r"needs h5py: pip install 'scaling-perception\[hdf5\]'"
-    refuse(words, "hypersim", tmp_path / "h", "train", read=True)
+    refuse(words, "hypersim", tmp_path / "h", "train")  # when it is opened: not once for every frame
     refuse(words, "nyuv2", tmp_path / "n", "test")
 
 

@@ -40,17 +40,23 @@ def _array(file: Any, name: str, path: FilePath) -> Any:
     return array
 
 
-@contextlib.contextmanager
-def opened(path: FilePath) -> Iterator[Any]:
-    """The open file; whatever the library raises on reading it becomes one ``UserError``."""
+def need_hdf5(path: FilePath) -> Any:
+    """The library that reads HDF5 files; UserError that names ``path`` where it is not installed."""
     try:
         import h5py  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise UserError(f"{path} is an HDF5 file, which needs h5py: pip install 'scaling-perception[hdf5]'") from None
+        raise UserError(f"{path} needs h5py: pip install 'scaling-perception[hdf5]'") from None
+    return h5py
+
+
+@contextlib.contextmanager
+def opened(path: FilePath) -> Iterator[Any]:
+    """The open file; whatever the library raises on reading it becomes one ``UserError``."""
+    library = need_hdf5(path)
     with file_errors(path):
         open(path, "rb").close()  # for the system's reason, which h5py's message hides
     try:
-        with h5py.File(path, "r") as file:
+        with library.File(path, "r") as file:
             yield file
     except (UserError, MemoryError):
         raise

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from scaling_perception.data.sources.base import Entry, LeftOut
-from scaling_perception.data.sources.hdf5 import read_array
+from scaling_perception.data.sources.hdf5 import need_hdf5, read_array
 from scaling_perception.data.sources.lists import list_path
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.tables import read_table
@@ -139,12 +139,14 @@ def find(root: Path, split: str, listed: Sequence[str], split_file: str) -> tupl
     frames = [_frame(name) for name in listed] or _of_csv(_csv_path(root, split_file), split, notes)
     scenes = {path.parent.name for path in root.glob("*/images")}
     here = [frame for frame in frames if frame[0] in scenes]
-    if not here and frames:
+    if not here:
         raise UserError(f"{root} holds none of the {len({f[0] for f in frames})} scenes of '{split}': {LAYOUT}")
     if lost := len(frames) - len(here):
         count = len({frame[0] for frame in frames} - scenes)
         notes.append(f"{lost} of {len(frames)} frames are of {count} scenes that are not in {root} and are left out")
-    return [_entry(*frame) for frame in here], notes
+    entries = [_entry(*frame) for frame in here]
+    need_hdf5(root / entries[0].files["image"])  # once, and not for every frame
+    return entries, notes
 
 
 def _entry(scene: str, camera: str, frame: int) -> Entry:
