@@ -69,7 +69,7 @@ def test_parts_joined_are_the_result_of_one_job(evaluate, tmp_path, capsys):
     assert not out.exists() and len(list(out.parent.glob("r.json.part-*"))) == 3
     capsys.readouterr()
     assert evaluate(out, "--shard", "1/3", *WORDS) == 0  # a part again: nothing is left to do
-    assert "part 1/3 is finished: 3 images" in capsys.readouterr().out
+    assert "part 1 of 3 is finished: 3 images" in capsys.readouterr().out
     kept = shutil.copytree(out.parent, tmp_path / "kept") / "r.json"
     csv = tmp_path / "cells.csv"
     assert evaluate(out, "--merge", *WORDS, "--csv", str(csv)) == 1
@@ -118,10 +118,10 @@ def test_what_cannot_be_joined_is_said_in_one_line(evaluate, parts, tmp_path):
     for number, (harm, said) in enumerate(
         (
             (lambda path: path.unlink(), "1 of 2 parts are missing .*: run --shard 1/2"),
-            (no_last_line, r"part 1/2 .* unfinished \(2 of 3 groups of images\): run --shard 1/2 again"),
-            (lambda path: head(path, part=[0, 2]), "are both part 0/2"),
-            (lambda path: head(path, part=[0, 3]), "part 0/3 by its content"),
-            (lambda path: shutil.copy(path, path.with_name("r.json.part-0-of-1.journal")), "are both part 1/2"),
+            (no_last_line, r"part 1 of 2 .* unfinished \(2 of 3 groups of images\): run --shard 1/2 again"),
+            (lambda path: head(path, part=[0, 2]), "are both part 0 of 2"),
+            (lambda path: head(path, part=[0, 3]), "part 0 of 3 by its content"),
+            (lambda path: shutil.copy(path, path.with_name("r.json.part-0-of-1.journal")), "are both part 1 of 2"),
             (lambda path: head(path, identity={"seed": 9}), "are of other settings .*seed"),
             (other_plan, "are of other settings .*images was 2, is 1"),
             (lambda path: head(path, journal=7), "is no journal of this version"),

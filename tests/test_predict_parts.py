@@ -82,14 +82,14 @@ def test_what_cannot_be_joined_is_said_in_one_line(predict, command, pictures, t
     two = tmp_path / "two"
     harms = (
         (lambda path: path.unlink(), "1 of 2 parts are missing", "run --shard 1/2"),
-        (lambda path: change(path, summary=None), "part 1/2", "is unfinished"),
-        (lambda path: change(path, part=[0, 2]), "are both part 0/2", "remove one"),
-        (lambda path: change(path, part=[1, 4]), "part 1/4 by its content", "restore"),
+        (lambda path: change(path, summary=None), "part 1 of 2", "is unfinished"),
+        (lambda path: change(path, part=[0, 2]), "are both part 0 of 2", "remove one"),
+        (lambda path: change(path, part=[1, 4]), "part 1 of 4 by its content", "restore"),
         (lambda path: change(path, settings={"seed": 9}), "are of other settings", "settings.antithetic"),
         (lambda path: path.write_text("{}"), "is no file of `predict --shard`", "remove it"),
         (
             lambda path: next(path.parent.glob("frame_10_depth.npy")).unlink(),
-            "1 files of part 1/2 are gone",
+            "1 files of part 1 of 2 are gone",
             "frame_10",
         ),
         (

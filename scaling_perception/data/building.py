@@ -168,7 +168,7 @@ def _part(args: argparse.Namespace, work: _Work, ledger: dict[str, Any], part: P
             print(f"{out} is already finished: its parts are joined")
             return 0
         path = out / part_ledger(part)
-        ledger["shards"] = finished_shards(out, ledger, samples, table, path.name)
+        ledger["shards"] = finished_shards(out, ledger, samples, table, path.name, numbers)
         begin, before = time.monotonic(), len(ledger["shards"])
         _build(args, path, work, table, ledger, numbers, push)
     if before == len(numbers):

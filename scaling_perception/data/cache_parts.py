@@ -138,7 +138,12 @@ def begin_part(out: Path, part: Part, ledger: Mapping[str, Any]) -> bool:
         refuse_elsewhere(part, [Part(*one["part"]) for one in others.values() if "part" in one], out)
         for path, one in others.items():
             _same(path, one, ledger)
-        if out / part_ledger(part) not in others:
+        own = others.get(out / part_ledger(part))
+        if own is not None and own.get("part") != list(part):
+            raise UserError(
+                f"{out / part_ledger(part)} is not of part {part} by its content: remove it, then run again"
+            )
+        if own is None:
             write_json(out / part_ledger(part), ledger)
     return True
 
@@ -228,7 +233,7 @@ def _joined(out: Path, parts: Sequence[Part], ledgers: Mapping[str, Mapping[str,
         found = [shard["file"] for shard in ledger["shards"]]
         if found != wanted:
             raise UserError(
-                f"{out / part_ledger(part)} lists other shards than part {part} has: remove it and run --shard {part}"
+                f"{out / part_ledger(part)} lists other shards than part {part} has: remove it and run {part.flag}"
             )
         _refuse_damaged(out, ledger, part)
         shards += ledger["shards"]
@@ -237,7 +242,7 @@ def _joined(out: Path, parts: Sequence[Part], ledgers: Mapping[str, Mapping[str,
 
 def _refuse_damaged(out: Path, ledger: Mapping[str, Any], part: Part | None) -> None:
     shards, passes = ledger["shards"], ledger.get("passes")
-    mend = "prepare without --merge" if part is None else f"--shard {part}"
+    mend = "prepare without --merge" if part is None else f"{part.flag}"
     with ThreadPoolExecutor(_THREADS) as pool:
         problems = pool.map(lambda shard: check_shard(out, shard, True, passes), shards)
         label = "verify" if part is None else f"verify part {part}"

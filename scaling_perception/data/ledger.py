@@ -61,13 +61,18 @@ def shard_files(samples: RawSamples, part: range, table: Mapping[str, str]) -> d
 
 
 def finished_shards(
-    out: Path, ledger: Mapping[str, Any], samples: RawSamples, table: Mapping[str, str], name: str = LEDGER
+    out: Path,
+    ledger: Mapping[str, Any],
+    samples: RawSamples,
+    table: Mapping[str, str],
+    name: str = LEDGER,
+    numbers: range | None = None,
 ) -> list[dict[str, Any]]:
     """The shards that an earlier run finished, that still match their checksums, and whose files are still the same.
 
     Args:
         ledger: the one to be made, whose settings and entries count. table: :meth:`RawSamples.contents`. name: of the
-            ledger in ``out``.
+            ledger in ``out``. numbers: of the shards that are to be there; None: all.
 
     Raises:
         UserError: the folder holds a cache of other settings or samples; names what differs.
@@ -77,8 +82,10 @@ def finished_shards(
     found, size, total = read_ledger(out, name, mend=True), ledger["settings"]["shard_size"], len(samples)
     _same_settings(out, found, ledger, samples, table)
     good, adopted = [], False
+    count = ledger["settings"]["shards"]
+    names = {f"latents-{n:05d}-of-{count:05d}.array_record" for n in (range(count) if numbers is None else numbers)}
     for shard in found["shards"]:
-        if fault := row_fault(shard) or _unknown(shard["file"], good, ledger["settings"]["shards"]):
+        if fault := row_fault(shard) or _unknown(shard["file"], good, names):
             print(f"{out / name}: {fault}: mending it", file=sys.stderr)
             continue
         number = int(shard["file"].split("-")[1])
@@ -102,9 +109,9 @@ def finished_shards(
     return good
 
 
-def _unknown(file: str, good: list[dict[str, Any]], shards: int) -> str | None:
+def _unknown(file: str, good: list[dict[str, Any]], names: set[str]) -> str | None:
     """Why a row is none of a shard to be made, or not the only one."""
-    if file not in {f"latents-{number:05d}-of-{shards:05d}.array_record" for number in range(shards)}:
+    if file not in names:
         return f"'{file}' is none of its shards"
     return f"{file} is listed twice" if any(shard["file"] == file for shard in good) else None
 

@@ -106,7 +106,7 @@ def join(out: Path, task: str) -> tuple[dict[str, Any], dict[str, Any]]:
         made = [file for file in one["summary"]["files"] if "outputs" in file]
         names = [path for file in made for path in (*file["outputs"].values(), f"{file['name']}_{task}.json")]
         if gone := [name for name in names if not (out / name).is_file()]:
-            raise UserError(f"{len(gone)} files of part {part} are gone from {out} ({gone[0]}): run --shard {part}")
+            raise UserError(f"{len(gone)} files of part {part} are gone from {out} ({gone[0]}): run {part.flag}")
     files = [file for one in every for file in one["summary"]["files"]]
     if len(files) != (count := every[0]["items"]["count"]):
         raise UserError(f"the parts in {out} hold {len(files)} of {count} results: run them again")

@@ -21,7 +21,12 @@ class Part(NamedTuple):
     of: int
 
     def __str__(self) -> str:
-        return f"{self.index}/{self.of}"
+        return f"{self.index} of {self.of}"
+
+    @property
+    def flag(self) -> str:
+        """What asks for it."""
+        return f"--shard {self.index}/{self.of}"
 
     @property
     def name(self) -> str:
@@ -145,7 +150,7 @@ def all_parts(found: Mapping[str, Any], where: Any, finished: Callable[[Part], s
 
 
 def _flags(parts: list[Part]) -> str:
-    return ", ".join(f"--shard {part}" for part in parts[:5]) + (f" and {len(parts) - 5} more" if parts[5:] else "")
+    return ", ".join(part.flag for part in parts[:5]) + (f" and {len(parts) - 5} more" if parts[5:] else "")
 
 
 def refuse_other_flags(

@@ -107,7 +107,7 @@ def test_a_part_without_work_and_a_part_after_joining(tmp_path, whole, stand_in,
         stand_ins.prepare(tmp_path, "--shard", f"{i}/5")
     assert "3 shards for 5 parts" in capsys.readouterr().err
     stand_ins.prepare(tmp_path, "--shard", "4/5")
-    assert "part 4/5 of" in (out := capsys.readouterr().out) and "already finished: 3 records" not in out
+    assert "part 4 of 5 of" in (out := capsys.readouterr().out) and "already finished: 3 records" not in out
     merge(tmp_path)
     assert files(tmp_path) == files(whole / "whole")
     stand_ins.prepare(tmp_path, "--shard", "4/5")
@@ -126,7 +126,7 @@ def test_a_part_that_is_stopped_goes_on(tmp_path, whole, stand_in, monkeypatch):
     monkeypatch.setattr(latents, "write_shard", stop)
     with pytest.raises(KeyboardInterrupt):
         stand_ins.prepare(tmp_path, "--shard", "1/1")
-    with pytest.raises(UserError, match=r"part 0/1 .* unfinished \(1 of 3 shards\): run --shard 0/1 again"):
+    with pytest.raises(UserError, match=r"part 0 of 1 .* unfinished \(1 of 3 shards\): run --shard 0/1 again"):
         merge(tmp_path)
     with pytest.raises(UserError, match="holds parts of a cache"):  # and leaves what they are writing alone
         (tmp_path / ".latents-00001-of-00003.abc.array_record").write_bytes(b"half")
@@ -170,20 +170,20 @@ SHARD = "latents-00001-of-00003.array_record"
     ("harm", "said"),
     [
         (lambda out: (out / "ledger-part-1-of-3.json").unlink(), "1 of 3 parts are missing .*: run --shard 1/3"),
-        (lambda out: change(out / "ledger-part-1-of-3.json", complete=False), r"part 1/3 .* unfinished \(1 of 1"),
-        (lambda out: change(out / "ledger-part-1-of-3.json", part=[2, 3]), "are both part 2/3"),
+        (lambda out: change(out / "ledger-part-1-of-3.json", complete=False), r"part 1 of 3 .* unfinished \(1 of 1"),
+        (lambda out: change(out / "ledger-part-1-of-3.json", part=[2, 3]), "are both part 2 of 3"),
         (
             lambda out: shutil.copy(out / "ledger-part-1-of-3.json", out / "ledger-part-1-of-3 copy-of-3.json"),
-            "are both part 1/3",
+            "are both part 1 of 3",
         ),
-        (lambda out: change(out / "ledger-part-1-of-3.json", part=[1, 4]), "part 1/4 by its content"),
+        (lambda out: change(out / "ledger-part-1-of-3.json", part=[1, 4]), "part 1 of 4 by its content"),
         (lambda out: change(out / "ledger-part-1-of-3.json", shards=[]), r"unfinished \(0 of 1 shards\)"),
         (
             lambda out: change(
                 out / "ledger-part-1-of-3.json",
                 shards=json.loads((out / "ledger-part-2-of-3.json").read_text())["shards"],
             ),
-            "lists other shards than part 1/3 has",
+            "lists other shards than part 1 of 3 has",
         ),
         (lambda out: change(out / "ledger-part-1-of-3.json", entries=["x"]), "of other settings .*entries"),
         (lambda out: (out / "ledger-part-1-of-3.json").write_text('{"form'), "is not valid JSON"),
@@ -215,7 +215,13 @@ def test_parts_of_other_settings_or_numbers_are_refused_at_once(parts, stand_in)
     ):
         with pytest.raises(UserError, match=said):
             stand_ins.prepare(parts, *words)
+    shutil.copy(parts / "ledger-part-2-of-3.json", parts / "ledger-part-1-of-3.json")
+    with pytest.raises(UserError, match="ledger-part-1-of-3.json is not of part 1 of 3 by its content"):
+        stand_ins.prepare(parts, "--shard", "1/3")
     (parts.parent / "kept").rename(parts / "ledger-part-1-of-3.json")
+    assert files(parts) == before
+    change(parts / "ledger-part-1-of-3.json", shards=json.loads(before["ledger-part-2-of-3.json"])["shards"])
+    stand_ins.prepare(parts, "--shard", "1/3")  # rows of another part are not this one's
     assert files(parts) == before
     for words, said in (
         (["--resolution", "64"], "--resolution is 64, and the parts .* were made with 32"),
@@ -224,9 +230,9 @@ def test_parts_of_other_settings_or_numbers_are_refused_at_once(parts, stand_in)
         with pytest.raises(UserError, match=said):
             merge(parts, *words)
     with locks.hold(parts / ".part-2-of-3.lock", "", ""):
-        with pytest.raises(UserError, match="another prepare is making part 2/3"):
+        with pytest.raises(UserError, match="another prepare is making part 2 of 3"):
             merge(parts)
-        with pytest.raises(UserError, match="another prepare is making part 2/3"):
+        with pytest.raises(UserError, match="another prepare is making part 2 of 3"):
             stand_ins.prepare(parts, "--shard", "2/3")
     stand_ins.prepare(parts.parent / "begun", count=2)
     change(parts.parent / "begun" / "ledger.json", complete=False)
