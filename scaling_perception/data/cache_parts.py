@@ -242,7 +242,7 @@ def _joined(out: Path, parts: Sequence[Part], ledgers: Mapping[str, Mapping[str,
 
 def _refuse_damaged(out: Path, ledger: Mapping[str, Any], part: Part | None) -> None:
     shards, passes = ledger["shards"], ledger.get("passes")
-    mend = "prepare without --merge" if part is None else f"{part.flag}"
+    mend = "prepare without --merge" if part is None else part.flag
     with ThreadPoolExecutor(_THREADS) as pool:
         problems = pool.map(lambda shard: check_shard(out, shard, True, passes), shards)
         label = "verify" if part is None else f"verify part {part}"
