@@ -220,7 +220,7 @@ def _compare(names: list[str], cells: list[Any], out: Path) -> int:
 
 def _setting(text: str) -> tuple[str, int, int]:
     preset, *numbers = text.split(",")
-    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
         raise UserError(f"--compare …:{text}: write PRESET,STEPS,MEMBERS, such as fixed,10,5")
     return preset, int(numbers[0]), int(numbers[1])
 

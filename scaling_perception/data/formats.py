@@ -39,6 +39,12 @@ def _read_bytes(path: FilePath) -> bytes:
         return Path(path).read_bytes()
 
 
+def float32(array: np.ndarray) -> np.ndarray:
+    """``array`` as float32; what is larger than that holds becomes infinite, which is invalid everywhere."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(np.float32)
+
+
 # Optical flow
 
 
@@ -121,7 +127,7 @@ def read_flow(path: FilePath) -> tuple[np.ndarray, np.ndarray]:
         flow = read_pfm(path) if suffix == ".pfm" else read_npy(path)
         if flow.ndim != 3 or flow.shape[-1] not in (2, 3):
             raise UserError(f"{path} holds {flow.shape}: flow needs (H, W, 2)")
-        flow = flow[..., :2].astype(np.float32)
+        flow = float32(flow[..., :2])
     else:
         raise UserError(f"{path}: unknown flow format '{suffix}': give .flo, .png (KITTI), .pfm or .npy")
     valid = flow_valid(flow) if known is None else known & flow_valid(flow)
@@ -198,7 +204,7 @@ def read_normals(path: FilePath) -> tuple[np.ndarray, np.ndarray]:
         UserError: missing, damaged, or of another shape.
     """
     if Path(path).suffix.lower() == ".npy":
-        vectors = read_npy(path).astype(np.float32)
+        vectors = float32(read_npy(path))
         if vectors.ndim != 3 or vectors.shape[-1] != 3:
             raise UserError(f"{path} has shape {vectors.shape}: normals are (H, W, 3)")
         with np.errstate(invalid="ignore"):
@@ -237,20 +243,21 @@ def write_png16(path: FilePath, array: np.ndarray) -> None:
 DEPTH_SUFFIXES = (".png", ".tif", ".tiff", ".pfm", ".npy", ".exr")
 
 
-def read_depth(path: FilePath, scale: float | None = None) -> np.ndarray:
+def read_depth(path: FilePath, scale: float | None = None, eight_bits: bool | None = None) -> np.ndarray:
     """Depth by suffix, see ``read_stored``.
 
     Args:
         path: the file.
-        scale: stored units a metre. None: 1000 (millimetres) for integers, 1 for floats; a PNG of 8 bits, which is
-            more often a picture of depth than depth, is refused then.
+        scale: stored units a metre. None: 1000 (millimetres) for integers, 1 for floats.
+        eight_bits: take 8 bits too, which are more often a picture of depth than depth; None: where there is a scale.
 
     Returns:
         float32 (H, W) metres; whatever marks invalid pixels (0, NaN, inf) is kept.
     """
-    stored = read_stored(path, eight_bits=scale is not None)
+    stored = read_stored(path, eight_bits=scale is not None if eight_bits is None else eight_bits)
     divisor = scale if scale is not None else (1000.0 if stored.dtype.kind in "iu" else 1.0)
-    return stored.astype(np.float32) / np.float32(divisor)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float32(stored) / np.float32(divisor)
 
 
 def read_stored(path: FilePath, eight_bits: bool = False) -> np.ndarray:

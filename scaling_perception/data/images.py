@@ -120,7 +120,7 @@ def _max_pixels() -> int:
     text = os.environ.get(MAX_PIXELS_VARIABLE, "")
     if not text:
         return _MAX_PIXELS
-    if not text.isdigit() or not int(text):
+    if not text.isdecimal() or not int(text):
         raise UserError(f"{MAX_PIXELS_VARIABLE} is '{text}': give a number of pixels above 0")
     return int(text)
 

@@ -123,7 +123,7 @@ class _Found(NamedTuple):
 
 def _natural(path: Any) -> list[Any]:
     """Sort key by which frame_2 comes before frame_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def _picture_of(stem: str) -> str:

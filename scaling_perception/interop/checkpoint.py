@@ -200,7 +200,7 @@ def _joined(found: Found) -> TensorSource:
 
 def _joined_name(part: str, name: str) -> str:
     position, dot, rest = name.partition(".")
-    if not dot or not position.isdigit():
+    if not dot or not position.isdecimal():
         return name if name.startswith(part) else f"{part}/{name}"
     return f"{part}.layers.{int(position) - (part == 'decoder')}.{rest}"  # diffusers keeps the decoder's clamp outside
 

@@ -103,7 +103,7 @@ def _given(environment: Mapping[str, str]) -> tuple[int, int] | None:
     missing = [name for name in names if name not in given]
     if missing:
         raise UserError(f"{given[0]} is set but {missing[0]} is not: set all three or none ({PROCESSES}=1: no others)")
-    if not environment[COORDINATOR].rpartition(":")[2].isdigit() or ":" not in environment[COORDINATOR]:
+    if not environment[COORDINATOR].rpartition(":")[2].isdecimal() or ":" not in environment[COORDINATOR]:
         raise UserError(f"{COORDINATOR} is '{environment[COORDINATOR]}': give host:port of the first process")
     try:
         count, index = int(environment[PROCESSES]), int(environment[PROCESS])
@@ -149,7 +149,7 @@ def _hosts(environment: Mapping[str, str], name: str) -> int:
 
 
 def _number(text: str | None) -> int:
-    return int(text) if text and text.strip().isdigit() else 1
+    return int(text) if text and text.strip().isdecimal() else 1
 
 
 def _may_be_tpu() -> bool:
@@ -188,7 +188,7 @@ def _initialize(environment: Mapping[str, str], count: int, where: tuple[Any, ..
     import jax
 
     seconds = environment.get(JOIN_SECONDS, str(_SECONDS))
-    if not seconds.isdigit() or not int(seconds):
+    if not seconds.isdecimal() or not int(seconds):
         raise UserError(f"{JOIN_SECONDS} is '{seconds}': give a whole number of seconds above 0")
     named = f" ({', '.join(seen)})" if seen else ""
     waiting = (

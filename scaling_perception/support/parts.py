@@ -74,10 +74,12 @@ def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
     if which == "auto":
         which, known = _of_environment(text, environment)
         count = count if slash else known
-    if not re.fullmatch(r"\d+", which) or not re.fullmatch(r"\d+", count):
+    if not re.fullmatch(r"\d{1,9}", which) or not re.fullmatch(r"\d{1,9}", count):
         raise UserError(f"--shard '{text}': give i/n, such as 0/8, or auto in an array of jobs")
     index, of = int(which), int(count)
-    if not 0 <= index <= of or of < 1:
+    if of < 1:
+        raise UserError(f"--shard {text}: there is no part of {of}: give i/n, such as 0/8")
+    if index > of:
         raise UserError(f"--shard {text}: part {index} of {of} is none: give i from 0 to {of}")
     return Part(index % of, of)
 
@@ -90,12 +92,16 @@ def _of_environment(text: str, environment: Mapping[str, str]) -> tuple[str, str
             f"--shard {text}: neither SLURM_ARRAY_TASK_ID nor JOB_COMPLETION_INDEX is set: start it as an array of "
             "jobs, or give i/n"
         )
+    if not re.fullmatch(r"\d{1,9}", slurm or index):
+        name = "SLURM_ARRAY_TASK_ID" if slurm else "JOB_COMPLETION_INDEX"
+        raise UserError(f"--shard {text}: {name} is '{slurm or index}' and no number: give i/n")
     if "/" in text:
         return slurm or index, ""
     if not slurm:
         raise UserError("--shard auto: JOB_COMPLETION_INDEX does not say how many parts there are: give auto/n")
     first, last, count = (environment.get(f"SLURM_ARRAY_TASK_{word}", "") for word in ("MIN", "MAX", "COUNT"))
-    if not count or first not in ("", "0", "1") or (last and int(last) - int(first or 0) + 1 != int(count)):
+    usual = {str(int(count) - 1 + start): str(start) for start in (0, 1)} if re.fullmatch(r"\d{1,9}", count) else {}
+    if not usual or first not in ("", "0", "1") or (last and usual.get(last) != (first or "0")):
         raise UserError(
             f"--shard auto: the array {first or '?'}-{last or '?'} of {count or '?'} jobs is none of 0-(n-1) or 1-n: "
             "give auto/n"

@@ -68,7 +68,7 @@ def source_options(words: list[str]) -> dict[str, Any]:
             raise UserError(f"--option '{word}' has no value: write NAME=VALUE")
         if name in options:
             raise UserError(f"--option {name} is given twice: leave one out")
-        options[name] = int(value) if value.lstrip("-").isdigit() else value
+        options[name] = int(value) if re.fullmatch(r"-?\d{1,18}", value) else value
     return options
 
 

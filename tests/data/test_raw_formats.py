@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import math
+import os
 import pickle
 
 import numpy as np
@@ -222,7 +223,9 @@ def test_nyu_as_published(tmp_path):
     mat.write_bytes(data[: len(data) // 2])
     refuse("nyu_depth_v2_labeled.mat is cut short or no HDF5 file", "nyuv2", tmp_path, "all")
     write_hdf5(mat, images=images.transpose(0, 3, 2, 1), depths=filled.transpose(0, 2, 1))
-    refuse("has no array 'rawDepths', it holds depths, images", "nyuv2", tmp_path, "all", read=True)
+    refuse("has no array 'rawDepths', it holds depths, images", "nyuv2", tmp_path, "all")
+    write_hdf5(mat, images=images.transpose(0, 3, 2, 1), rawDepths=known.transpose(0, 2, 1)[:3])
+    refuse(r"rawDepths has the shape \(3, 16, 12\), and images", "nyuv2", tmp_path, "all")
     write_hdf5(mat, images=images)
     refuse(r"images has the shape \(5, 12, 16, 3\)", "nyuv2", tmp_path, "all")
 
@@ -348,3 +351,60 @@ def test_lists_with_tabs_may_have_spaces_in_their_names(tmp_path):
     assert len(open_source("vkitti2", tmp_path, "train", "depth", list="l.txt")) == 1
     (tmp_path / "l.txt").write_text(f"{image} {depth}\n")
     refuse("is missing .and 1 more files: my", "vkitti2", tmp_path, "train", list="l.txt")
+
+
+@pytest.mark.parametrize(
+    ("colour", "depth", "shift"), [((0, 0), (H, W), 1e3), ((24, 32), (0, 4), 1e3), ((24, 32), (H, W), 1e-38)]
+)
+def test_recordings_of_no_size_or_unit_are_refused(tmp_path, colour, depth, shift):
+    stored = np.ones(depth, np.uint16)
+    data = sens_bytes([(np.zeros((24, 32, 3), np.uint8), stored)], colour, depth, shift)
+    (tmp_path / "a.sens").write_bytes(data)
+    refuse("a.sens says .*: copy or download it again", "scannet", tmp_path, "val")
+
+
+@pytest.mark.parametrize("number", ["²", "-1", "1e1", "9" * 5000])
+def test_frames_of_the_split_csv_are_plain_numbers(tmp_path, number):
+    make_hypersim(tmp_path)
+    path = tmp_path / "metadata_images_split_scene_v1.csv"
+    text = path.read_text()
+    path.write_text(text.replace(",", " , "))
+    assert len(open_source("hypersim", tmp_path, "train", "depth")) == 2
+    path.write_text(text.replace("cam_00,1,", f"cam_00,{number},"))
+    refuse(f"line 3 has frame_id '{number[:20]}", "hypersim", tmp_path, "train")
+
+
+def test_depth_beyond_float32_is_unknown(tmp_path):
+    make_hypersim(tmp_path)
+    distance = np.full((H, W), 2.0)
+    distance[:2] = 1e300
+    write_frame(tmp_path, "ai_001_001", "cam_00", 0, np.ones((H, W, 3), "f4"), distance, np.ones((H, W), "i4"))
+    valid = open_source("hypersim", tmp_path, "train", "depth")[0]["valid"]
+    assert not valid[:2].any() and valid[2:].all()
+
+
+def test_depth_in_8_bits_is_refused_where_16_are_published(tmp_path):
+    make_vkitti(tmp_path)
+    for path in tmp_path.rglob("depth_*.png"):
+        Image.fromarray(np.full((H, W), 200, np.uint8)).save(path)
+    refuse("depth_00000.png is a PNG picture of 8 bits", "vkitti2", tmp_path, "train", read=True)
+    assert open_source("vkitti2", tmp_path, "train", "depth", depth_scale=10)[0]["depth"][0, 0] == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("scannet", {"every": 2.5}), ("scannet", {"every": None}), ("folder", {"val_share": [1]})]
+)
+def test_options_of_another_type_are_refused(tmp_path, name, options):
+    refuse("option '.*' of .* is .*: give a (whole )?number", name, tmp_path, "all", **options)
+
+
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_names_that_are_no_text_are_refused(tmp_path, name):
+    task, split, top = {"folder": ("depth", "all", ""), "imagenet": ("generation", "train", "n01440764")}[name]
+    for folder in ("image", "depth") if name == "folder" else (top,):
+        (tmp_path / folder).mkdir()
+        try:
+            (tmp_path / folder / os.fsdecode(b"a\xff.png")).write_bytes(b"x")
+        except OSError:
+            pytest.skip("this file system refuses such names")
+    refuse(r"a file called .*a\\xff.png, which is not UTF-8", name, tmp_path, split, task=task)

@@ -161,7 +161,11 @@ def _convert(value: Any, default: Any, what: str) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
         if isinstance(default, (int, float)) and isinstance(value, str):
             return type(default)(value)
+        if isinstance(default, int) and value != int(value):
+            raise ValueError(value)
+        if isinstance(default, (bool, int, float)):
+            return type(default)(value)
         return str(value) if isinstance(default, str) and isinstance(value, (int, float)) else value
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
         raise UserError(f"{what} is '{value}': give {kind}") from None

@@ -81,6 +81,8 @@ class FileSource:
 
     depth_scale: float | None = 1000.0
     """Stored units a metre; None lets the kind of file decide (see ``formats.read_depth``)."""
+    eight_bits = False
+    """Whether depth may be stored in 8 bits: not where all that is published has 16, unless a scale was given."""
     depth_range: tuple[float, float] = (1e-5, float("inf"))
     """Metres, both ends excluded; other depths are invalid."""
 
@@ -143,6 +145,7 @@ class FileSource:
     def _check_files(self) -> tuple[str, str]:
         """Refuse missing and empty files; return a hash of names, sizes and values, and one without sizes."""
         wanted = sorted({path for entry in self.entries for path in entry.files.values()})
+        refuse_no_text(self.root, wanted)
         sizes = file_sizes(self.root, wanted)
         missing = [path for path in wanted if path not in sizes]
         if missing and not TOLERANT.get():
@@ -247,7 +250,8 @@ class FileSource:
         if field in _MASKS:
             return read_mask(path, upright=False)
         if field == "depth":
-            return formats.read_depth(path, entry.values.get("depth_scale", self.depth_scale))
+            eight_bits = self.eight_bits or "depth_scale" in entry.values
+            return formats.read_depth(path, entry.values.get("depth_scale", self.depth_scale), eight_bits)
         return formats.VECTORS[field](path)
 
     def _refuse_invalid(self, entry: Entry, raw: Mapping[str, Any]) -> None:
@@ -282,6 +286,16 @@ def _misfit(found: Mapping[str, Any]) -> str:
 
 
 # Finding files
+
+
+def refuse_no_text(root: Path, names: Iterable[str]) -> None:
+    """UserError when a file's name is no text: it would be part of a sample's key."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+            raise UserError(f"{root} has a file called {shown}, which is not UTF-8: rename it") from None
 
 
 def file_sizes(root: Path, paths: Iterable[str]) -> dict[str, int]:

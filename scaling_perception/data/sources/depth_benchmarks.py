@@ -45,7 +45,8 @@ class DepthBenchmark(Benchmark):
     ) -> None:
         if not (depth_scale >= 0 and math.isfinite(depth_scale)):
             raise UserError(f"depth_scale {depth_scale} must be above 0 (units a metre), or 0: that of {self.NAME}")
-        self.list, self.depth_scale = list, depth_scale or self.depth_scale
+        self.list, self.eight_bits = list, bool(depth_scale)
+        self.depth_scale = depth_scale or self.depth_scale
         super().__init__(root, split, task, count=count)
 
     def options(self) -> dict[str, Any]:
@@ -124,7 +125,7 @@ class NYUv2(DepthBenchmark):
         pairs = [] if self.mat or self.truth != "raw" else super().find()
         name = self.mat or nyu_mat.NAME
         if not (self.list or pairs) and (self.root / name).is_file():
-            return nyu_mat.find(self.root, name, self.split)
+            return nyu_mat.find(self.root, name, self.split, self.truth)
         if self.truth != "raw":
             raise UserError(f"truth '{self.truth}' is of {self.root / name} without a list: leave it out")
         return pairs

@@ -83,7 +83,7 @@ class Folder(FileSource):
             raise UserError(f"depth_scale {depth_scale} must be above 0 (units a metre), or 0: the file decides")
         if not 0 <= min_depth < max_depth:
             raise UserError(f"min_depth {min_depth} and max_depth {max_depth} must rise from 0: give both in metres")
-        self.depth_scale = depth_scale or None
+        self.depth_scale, self.eight_bits = depth_scale or None, bool(depth_scale)
         self.depth_range = (min_depth, max_depth)
         self.depth_kind, self.focal_baseline, self.relative = depth_kind, focal_baseline, relative
         self.val_share, self.manifest = val_share, ""
@@ -140,8 +140,9 @@ class Folder(FileSource):
             raise UserError(
                 f"{path} holds integers: give depth_scale, stored units of {self.depth_kind} (256 in KITTI)"
             )
-        values, factor = stored.astype(np.float32) / np.float32(scale or 1), self.focal_baseline or 1.0
+        factor = self.focal_baseline or 1.0
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            values = formats.float32(stored) / np.float32(scale or 1)
             return np.where(values > 0, np.float32(factor) / values, np.float32(0))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -269,7 +270,7 @@ def _check_kind(kind: str, focal_baseline: float, relative: bool) -> None:
         raise UserError(f"focal_baseline is for depth_kind=disparity, not for {kind}: leave it out")
     if kind == "disparity" and bool(focal_baseline) == relative:
         raise UserError(
-            "depth of disparity needs focal_baseline (focal length in pixels times baseline in metres), or "
+            "depth_kind=disparity needs focal_baseline (focal length in pixels times baseline in metres), or "
             "relative=true for depth without a unit: give one of them"
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from scaling_perception.data.formats import float32
 from scaling_perception.data.sources.base import Entry, LeftOut
 from scaling_perception.data.sources.hdf5 import need_hdf5, read_array
 from scaling_perception.data.sources.lists import list_path
@@ -101,7 +102,7 @@ def read(root: Path, entry: Entry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         depth = planar_depth(distance)
     depth[~valid] = 0
     try:
-        return tone_map(colour, valid), depth.astype(np.float32), valid
+        return tone_map(colour, valid), float32(depth), valid
     except LeftOut as error:
         raise LeftOut(f"{root / entry.files['image']}: {error}: {WITHOUT}") from None
 
@@ -177,15 +178,15 @@ def _csv_path(root: Path, split_file: str) -> Path:
 
 def _of_csv(path: Path, split: str, notes: list[str]) -> list[tuple[str, str, int]]:
     table = read_table(path)
-    scenes, cameras, numbers, public, parts = (table.text(name) for name in _COLUMNS)
+    scenes, cameras, numbers, public, parts = ([word.strip() for word in table.text(name)] for name in _COLUMNS)
     frames, hidden = [], 0
     for at, line in enumerate(table.lines):
         if split not in ("all", parts[at]):
             continue
-        if public[at].strip().lower() not in ("true", "false", "1", "0") or not numbers[at].strip().isdigit():
+        if public[at].lower() not in ("true", "false", "1", "0") or not re.fullmatch(r"\d{1,9}", numbers[at]):
             row = f"frame_id '{numbers[at]}', included_in_public_release '{public[at]}'"
             raise UserError(f"{path} line {line} has {row}: give a number, and True or False")
-        if public[at].strip().lower() in ("true", "1"):
+        if public[at].lower() in ("true", "1"):
             frames.append((scenes[at], cameras[at], int(numbers[at])))
         else:
             hidden += 1

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from scaling_perception.data.images import AGAIN
-from scaling_perception.data.sources.base import TOLERANT
+from scaling_perception.data.sources.base import TOLERANT, refuse_no_text
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.tables import read_text
 
@@ -114,6 +114,8 @@ def decode(data: bytes, where: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.array(image.convert("RGB"))
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow reports damage with many kinds of exceptions
         text = " ".join(str(error).split()).split(" <")[0] or type(error).__name__
         raise UserError(f"{where} is damaged or no picture ({text}): {AGAIN}") from None
@@ -131,6 +133,7 @@ class _Folders:
         if self.top == root and (split != "train" or split_folders):
             raise UserError(f"{root} has no folder {_PLACES[split][0]}: give it, or choose another split")
         pictures = _pictures(self.top)
+        refuse_no_text(self.top, itertools.chain.from_iterable(pictures.values()))
         if not pictures:
             raise UserError(f"{self.top} holds no class folders with pictures: it should hold CLASS/*.JPEG")
         numbers = _read_labels(Path(labels), list(pictures)) if labels else self._numbers(places, pictures, split)
@@ -252,7 +255,7 @@ def _read_labels(path: Path, folders: list[str]) -> dict[str, int]:
     for row, line in enumerate(lines):
         name, *rest = [line] if line in folders else line.rsplit(maxsplit=1)  # a folder's name may have spaces
         number = rest[0] if rest else str(row)
-        if name in numbers or not number.isdecimal():
+        if name in numbers or not re.fullmatch(r"\d{1,7}", number):
             what = "comes twice" if name in numbers else f"has the label '{number}'"
             raise UserError(f"labels {path}: {name} {what}: give each folder once, with a whole number or none")
         numbers[name] = int(number)

@@ -23,6 +23,7 @@ from scaling_perception.data.sources.imagenet import decode
 from scaling_perception.support.errors import UserError
 
 _VERSION = 4
+_MOST = 1 << 14  # pixels of a side
 _FRAME = struct.Struct("<64x16xQQ")  # pose and times are not needed
 
 
@@ -102,7 +103,10 @@ def _header(file: BinaryIO, path: FilePath) -> Recording:
         raise UserError(f"{path} is compressed in a way that is not read (colour {colour}, depth {depth}): export it")
     if frames * _FRAME.size > os.fstat(file.fileno()).st_size:
         raise _cut(path, f"it says {frames} frames")
-    if not scale > 0:
+    if not all(0 < one <= _MOST for one in (width, height, depth_width, depth_height)):
+        sizes = f"colour of {width}x{height} and depth of {depth_width}x{depth_height}"
+        raise UserError(f"{path} says {sizes}: {AGAIN}")
+    if not 1e-3 < scale < 1e9:
         raise UserError(f"{path} says {scale:g} depth units a metre: {AGAIN}")
     return Recording((height, width), (depth_height, depth_width), scale, (colour, depth), frames, file.tell())
 
