@@ -7,6 +7,7 @@ import numpy as np
 from scaling_perception.data.latents import CacheReader, split_record
 from scaling_perception.support.errors import UserError
 
+_WIDE = np.arange(1 << 16, dtype="<u2").view("<f2").astype(np.float32)  # float16's bits -> float32: half a cast's time
 _IN_MEMORY = 4 << 30  # caches up to this size (and up to half of the free memory) are held in memory
 
 
@@ -99,6 +100,8 @@ class Cached:
         else:
             rows = self._decode(self._records(indices), flips)
         fields = rows.latents.reshape(len(indices), len(self._names), h, w, c)
-        out: dict[str, Any] = {name: fields[:, i].astype(np.float32) for i, name in enumerate(self._names)}
+        out: dict[str, Any] = {}
+        for i, name in enumerate(self._names):
+            out[name] = _WIDE.take(fields[:, i].view("<u2"), mode="wrap")
         out["valid"] = np.unpackbits(rows.bits, axis=1, count=h * w).reshape(-1, h, w).astype(bool)
         return {**out, "pass_id": rows.pass_id, "label": rows.label, "key": rows.keys}

@@ -21,7 +21,7 @@ from scaling_perception.data.cached import Cached
 from scaling_perception.data.contents import contents_of, described
 from scaling_perception.data.latents import CacheReader
 from scaling_perception.data.selection import chosen_records, classes_of, open_subset
-from scaling_perception.data.workers import Made, Reading, spread
+from scaling_perception.data.workers import Made, Reading, in_thread, spread
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.places import split_places
 from scaling_perception.tasks import TaskOptions, fields_of, get_task
@@ -251,9 +251,10 @@ class Batches:
         """
         elements = self._held[start * self._count :]
         if self.cached:
-            orders = spread(elements.batch(self._count, batch_fn=_order), self._workers, _AHEAD)
-            gathered = orders.map(self._gathered)
-            return Reading(grain.experimental.ThreadPrefetchIterDataset(gathered, prefetch_buffer_size=_AHEAD))
+            orders = elements.batch(self._count, batch_fn=_order)
+            if self._workers <= 1:
+                return Reading(spread(orders.map(self._gathered), 1, _AHEAD))
+            return Reading(in_thread(spread(orders, self._workers, _AHEAD).map(self._gathered), _AHEAD))
         assert self.online is not None
         samples = spread(elements.map(self.online), self._workers, -(-self._count // max(1, self._workers)))
         return Reading(samples.batch(self._count, batch_fn=self.online.stacked))
