@@ -13,6 +13,7 @@ import jax
 
 from scaling_perception.data import latents
 from scaling_perception.data.cache_parts import (
+    NoBucket,
     asked_of,
     begin_part,
     contents_of_part,
@@ -36,6 +37,7 @@ from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_json
 from scaling_perception.support.parts import Part, note_idle
 from scaling_perception.support.progress import progress
+from scaling_perception.support.remote import WorkingCopy
 from scaling_perception.tasks import ALL_PASSES, FIELDS, TaskOptions, fields_of, get_pass
 
 # Pictures an encoder call: fixed, so that the encoder is compiled once. On a CPU core small batches stay in its caches:
@@ -72,12 +74,12 @@ def make_cache(args: argparse.Namespace, spec: tuple[Any, ...], part: Part | Non
     with open_bucket(args) as bucket:
         if part is None:
             bucket.fetch(lambda name: True)
-            code = _whole(args, work, ledger, bucket.push)
+            code = _whole(args, work, ledger, bucket)
         else:
             count = ledger["settings"]["shards"]
             own = tuple(f"latents-{number:05d}-of-{count:05d}." for number in part.block(count))
             bucket.fetch(lambda name: name.startswith(("ledger", *own)))
-            code = _part(args, work, ledger, part, bucket.push)
+            code = _part(args, work, ledger, part, bucket)
         bucket.push()
     return code
 
@@ -125,7 +127,7 @@ def _work(args: argparse.Namespace, spec: tuple[Any, ...]) -> tuple[_Work, dict[
     return _Work(samples, spec, encoding.to_dict(), autoencoder, exact), ledger
 
 
-def _whole(args: argparse.Namespace, work: _Work, ledger: dict[str, Any], push: Callable[[], None]) -> int:
+def _whole(args: argparse.Namespace, work: _Work, ledger: dict[str, Any], bucket: WorkingCopy | NoBucket) -> int:
     out, samples, numbers = Path(args.out), work.samples, range(ledger["settings"]["shards"])
     with contextlib.ExitStack() as held:
         restore_folder(out)
@@ -145,32 +147,34 @@ def _whole(args: argparse.Namespace, work: _Work, ledger: dict[str, Any], push: 
             except UserError:
                 (place / LEDGER).unlink()
         begin, before = time.monotonic(), len(ledger["shards"])
-        _build(args, place / LEDGER, work, table, ledger, numbers, push)
+        _build(args, place / LEDGER, work, table, ledger, numbers, bucket.push)
         if place != out:
             _replace(out, place)
     if before == len(numbers) and place == out:
-        print(f"{out} is already finished: {count_records(ledger['shards'])}, all checksums match")
+        print(f"{bucket.url} is already finished: {count_records(ledger['shards'])}, all checksums match")
     else:
-        _say_made(str(out), ledger["shards"], before, time.monotonic() - begin)
+        _say_made(bucket.url, ledger["shards"], before, time.monotonic() - begin)
     return 0
 
 
-def _part(args: argparse.Namespace, work: _Work, ledger: dict[str, Any], part: Part, push: Callable[[], None]) -> int:
+def _part(
+    args: argparse.Namespace, work: _Work, ledger: dict[str, Any], part: Part, bucket: WorkingCopy | NoBucket
+) -> int:
     out, samples = Path(args.out), work.samples
     count, size = ledger["settings"]["shards"], args.shard_size
-    numbers, said = part.block(count), f"part {part} of {out}"
+    numbers, said = part.block(count), f"part {part} of {bucket.url}"
     indices = range(numbers.start * size, min(len(samples), numbers.stop * size))
     note_idle(part, count, "shards", "--shard-size")
     ledger = {"part": list(part), "asked": asked_of(args), **ledger}
     table = contents_of_part(samples, indices)
     with hold_part(out, part, numbers, count):
         if not begin_part(out, part, ledger):
-            print(f"{out} is already finished: its parts are joined")
+            print(f"{bucket.url} is already finished: its parts are joined")
             return 0
         path = out / part_ledger(part)
         ledger["shards"] = finished_shards(out, ledger, samples, table, path.name, numbers)
         begin, before = time.monotonic(), len(ledger["shards"])
-        _build(args, path, work, table, ledger, numbers, push)
+        _build(args, path, work, table, ledger, numbers, bucket.push)
     if before == len(numbers):
         print(f"{said} is already finished: {count_records(ledger['shards'])}, all checksums match")
     else:

@@ -68,8 +68,11 @@ def say_precision(ledger: dict[str, Any]) -> None:
     )
 
 
-class _NoBucket:
+class NoBucket:
     """A folder of this machine needs neither."""
+
+    def __init__(self, folder: str) -> None:
+        self.url = folder
 
     def fetch(self, wanted: Callable[[str], bool]) -> None:
         pass
@@ -79,21 +82,26 @@ class _NoBucket:
 
 
 @contextlib.contextmanager
-def open_bucket(args: argparse.Namespace) -> Iterator[WorkingCopy | _NoBucket]:
+def open_bucket(args: argparse.Namespace) -> Iterator[WorkingCopy | NoBucket]:
     """Where ``args.out`` is an address, a copy of it, which ``args.out`` is within the block; nothing is fetched yet.
 
     Raises:
         UserError: a cache in a bucket is to be replaced.
     """
     if not is_remote(args.out):
-        yield _NoBucket()
+        yield NoBucket(args.out)
         return
     if args.overwrite:
         raise UserError(f"--overwrite replaces local folders: remove {args.out}, or choose another --out")
     with WorkingCopy(args.out, f"-{(args.shard or 'all').replace('/', '-')}") as copy:
-        url, args.out = args.out, str(copy.folder)
-        yield copy
-        args.out = url
+        args.out = str(copy.folder)
+        try:
+            yield copy
+        except UserError as error:  # the copy is gone when it is read
+            error.args = (str(error).replace(str(copy.folder), copy.url),)
+            raise
+        finally:
+            args.out = copy.url
 
 
 # Making a part
@@ -170,11 +178,11 @@ def merge_cache(args: argparse.Namespace, add_arguments: Callable[[argparse.Argu
         raise UserError("--merge joins the parts in a folder: give it with --out")
     with open_bucket(args) as bucket:
         bucket.fetch(lambda name: True)
-        return _merge(args, add_arguments, bucket.push)
+        return _merge(args, add_arguments, bucket)
 
 
 def _merge(
-    args: argparse.Namespace, add_arguments: Callable[[argparse.ArgumentParser], None], push: Callable[[], None]
+    args: argparse.Namespace, add_arguments: Callable[[argparse.ArgumentParser], None], bucket: WorkingCopy | NoBucket
 ) -> int:
     out = Path(args.out)
     if not out.is_dir():
@@ -186,7 +194,7 @@ def _merge(
             whole = read_ledger(out)
             _refuse_damaged(out, whole, None)
             state = "" if whole["complete"] else "; it is unfinished: run it again without --shard and --merge"
-            print(f"{out} holds no parts to join, and a cache of {count_records(whole['shards'])}{state}")
+            print(f"{bucket.url} holds no parts to join, and a cache of {count_records(whole['shards'])}{state}")
             return 0 if whole["complete"] else 1
         ledgers = {name: read_ledger(out, name) for name in paths}
         parts = all_parts(
@@ -205,13 +213,13 @@ def _merge(
         if "precision" in whole:
             say_precision(whole)
         write_json(out / LEDGER, whole)
-        push()
+        bucket.push()
         for path in paths.values():
             path.unlink()
-        push()
+        bucket.push()
     skipped = sum(len(shard["bad"]) for shard in shards)
     left = f"; {skipped} bad samples left out (see {LEDGER})" if skipped else ""
-    print(f"{out}: {len(parts)} parts joined, {count_records(shards)}, all checksums match{left}")
+    print(f"{bucket.url}: {len(parts)} parts joined, {count_records(shards)}, all checksums match{left}")
     return 0
 
 

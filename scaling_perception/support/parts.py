@@ -78,7 +78,7 @@ def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
         raise UserError(f"--shard '{text}': give i/n, such as 0/8, or auto in an array of jobs")
     index, of = int(which), int(count)
     if of < 1:
-        raise UserError(f"--shard {text}: there is no part of {of}: give i/n, such as 0/8")
+        raise UserError(f"--shard {text}: part {index} of {of} is none: give i/n, such as 0/8")
     if index > of:
         raise UserError(f"--shard {text}: part {index} of {of} is none: give i from 0 to {of}")
     return Part(index % of, of)

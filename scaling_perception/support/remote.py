@@ -125,6 +125,8 @@ def _stamp(path: Path) -> list[int]:
 def _folder_of(url: str) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "scaling-perception" / "copies"
     address = url.rstrip("/")
+    if not re.fullmatch(_ADDRESS.pattern + ".*[^/.].*", address):
+        raise UserError(f"{url} names no folder: give its whole address, such as gs://BUCKET/FOLDER")
     return base / hashlib.sha256(address.encode()).hexdigest()[:16] / address.rsplit("/", 1)[1]
 
 

@@ -279,7 +279,7 @@ def test_any_number_of_devices_makes_the_same_bytes(tmp_path, stand_in, monkeypa
     )
 
 
-def test_a_cache_in_a_bucket(tmp_path, whole, stand_in, monkeypatch):
+def test_a_cache_in_a_bucket(tmp_path, whole, stand_in, monkeypatch, capsys):
     """In parts, one of which is stopped and goes on at another machine, whose copies are its own."""
     fsspec = pytest.importorskip("fsspec")
     store = fsspec.filesystem("memory")
@@ -297,7 +297,7 @@ def test_a_cache_in_a_bucket(tmp_path, whole, stand_in, monkeypatch):
         "latents-00000-of-00003.array_record",
         "latents-00000-of-00003.samples.json",
     }
-    with pytest.raises(UserError, match=r"unfinished \(1 of 3 shards\)"):
+    with pytest.raises(UserError, match=rf"part 0 of 1 in {url} is unfinished \(1 of 3 shards\)"):
         merge(url)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
     made = []
@@ -306,6 +306,8 @@ def test_a_cache_in_a_bucket(tmp_path, whole, stand_in, monkeypatch):
     assert len(made) == 2
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "three"))
     merge(url)
+    said = capsys.readouterr().out
+    assert f"part 0 of 1 of {url}: " in said and f"{url}: 1 parts joined" in said
     names = {path.rsplit("/", 1)[1]: path for path in store.find("/bucket/latents")}
     assert {name: store.cat_file(path) for name, path in names.items()} == files(whole / "whole")
     CacheReader(url).verify()

@@ -136,6 +136,11 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path, store, monkeypatch):
     for url, told in (("memory://b/none", "holds nothing"), ("memory://b/file.bin", "is a file: give the folder")):
         with pytest.raises(UserError, match=told):
             remote.local(url)
+    for url in ("memory://", "memory:///", "memory://.."):
+        with pytest.raises(UserError, match="names no folder"):
+            remote.local(url)
+        with pytest.raises(UserError, match="names no folder"):
+            remote.WorkingCopy(url)
     usage = collections.namedtuple("usage", "total used free")(10, 10, 0)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="needs 1e-09 GB more and .* has 0 GB free"):
         patch.setattr(shutil, "disk_usage", lambda place: usage)
