@@ -24,12 +24,15 @@ from scaling_perception.support.errors import UserError
 _ALONE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
+_ANSWERED = (signal.SIGINT, signal.SIGTERM)  # they reach the whole group: the parent alone answers them
+
+
 def _start(index: int, count: int) -> None:
     """What each worker does first."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # grain imports JAX: the accelerator is the parent's
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group: the parent alone answers them
+    for number in _ANSWERED:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
     # A worker that is asked to stop ends without a flush: its queue would wait for a parent that no longer reads.
@@ -76,6 +79,10 @@ class Reading(grain.DatasetIterator):
     def __init__(self, source: grain.IterDataset | grain.DatasetIterator, then: Callable[[Any], Any] | None = None):
         super().__init__(iter(source))
         self._then = then
+        if isinstance(source, grain.IterDataset):
+            starting = threading.Thread(target=_begin, args=(self._parent,))
+            starting.start()
+            starting.join()
 
     def __next__(self) -> Any:
         try:
@@ -94,6 +101,13 @@ class Reading(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state(state)
+
+
+def _begin(iterator: grain.DatasetIterator) -> None:
+    """Start reading ahead, in a thread of its own, whose workers inherit that interrupts are held back."""
+    iterator.get_state()  # makes what starts below; multiprocessing lifts the mask meanwhile
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ANSWERED)
+    iterator.start_prefetch()
 
 
 class Made:
