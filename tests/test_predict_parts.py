@@ -93,6 +93,11 @@ def test_what_cannot_be_joined_is_said_in_one_line(predict, command, pictures, t
             "frame_10",
         ),
         (
+            lambda path: next(path.parent.glob("frame_10_depth.npy")).write_bytes(b"x"),
+            "1 files of part 1 of 2",
+            "no longer of the size",
+        ),
+        (
             lambda path: [one.unlink() for one in path.parent.glob("depth.part*")],
             "holds no parts to join",
             "--shard i/n",

@@ -1,8 +1,8 @@
 """A list of predictions made by several jobs into one folder: what each has done, and the index that joins them.
 
 A part predicts a block of the list, in the batches that one job would form, and keeps ``TASK.part-i-of-n.json`` in the
-folder of results; joining verifies that all parts and all their files are there, and writes ``TASK.index.json``: of
-every prediction its name, inputs, and files, or why it failed.
+folder of results; joining verifies that all parts and all their files are there, of the sizes that were written, and
+writes ``TASK.index.json``: of every prediction its name, inputs, and files, or why it failed.
 """
 
 import hashlib
@@ -81,8 +81,15 @@ def run_part(
     else:
         about = {"task": request.task, "model": request.model, "out": str(out)}
         summary = {**summary_of(about, [], 0.0, 0.0), "anew": None}
-    write_json(path, {**kept, "summary": summary})
+    sizes = {name: (out / name).stat().st_size for name in _written(summary, request.task)}
+    write_json(path, {**kept, "summary": summary, "bytes": sizes})
     return summary
+
+
+def _written(summary: Mapping[str, Any], task: str) -> list[str]:
+    """Names of all files of a part's results."""
+    made = [file for file in summary["files"] if "outputs" in file]
+    return [path for file in made for path in (*file["outputs"].values(), f"{file['name']}_{task}.json")]
 
 
 def join(out: Path, task: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -90,7 +97,7 @@ def join(out: Path, task: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
         UserError: parts are missing, unfinished, there twice, or of other settings than each other, or files of theirs
-            are gone.
+            are gone, or of another size than was written.
     """
     found = {path.name: _read(path) for path in part_files(out, task)}
 
@@ -103,10 +110,12 @@ def join(out: Path, task: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if told := _differing(every[0], one):
             first, name = (part_file(out, task, which).name for which in (parts[0], part))
             raise UserError(f"{first} and {name} are of other settings ({told}): run one of them again")
-        made = [file for file in one["summary"]["files"] if "outputs" in file]
-        names = [path for file in made for path in (*file["outputs"].values(), f"{file['name']}_{task}.json")]
+        names, sizes = _written(one["summary"], task), one.get("bytes", {})
         if gone := [name for name in names if not (out / name).is_file()]:
             raise UserError(f"{len(gone)} files of part {part} are gone from {out} ({gone[0]}): run {part.flag}")
+        if other := [name for name in names if sizes and sizes.get(name) != (out / name).stat().st_size]:
+            what = f"{len(other)} files of part {part} in {out} are no longer of the size that was written"
+            raise UserError(f"{what} ({other[0]}): remove them and run {part.flag} again")
     files = [file for one in every for file in one["summary"]["files"]]
     if len(files) != (count := every[0]["items"]["count"]):
         raise UserError(f"the parts in {out} hold {len(files)} of {count} results: run them again")

@@ -156,6 +156,7 @@ def _listing(url: str) -> tuple[Any, dict[str, tuple[str, Any]]]:
     except Exception as error:
         raise UserError(f"cannot read {url} ({_reason(error)}): check the address and your rights") from error
     files = {name.removeprefix(path).lstrip("/"): (name, about) for name, about in there.items()}
+    files.pop(_INDEX, None)  # of a copy that was itself put there
     if "" in files:
         raise UserError(f"{url} is a file: give the folder that it lies in")
     if bad := next((name for name in files if ".." in Path(name).parts or Path(name).is_absolute()), None):
@@ -188,16 +189,18 @@ def _bring_up_to_date(
 
     def one(name: str) -> str:
         target = folder / name
-        half = target.with_name(f".{target.name}.half")
-        target.parent.mkdir(parents=True, exist_ok=True)
+        half = target.with_name(f".{hashlib.sha256(target.name.encode()).hexdigest()[:16]}.half")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             store.get_file(files[name][0], str(half))
-        except Exception as error:
+            if not _whole(half, lines[name][0]):
+                raise UserError(f"{url}/{name} has {half.stat().st_size} bytes instead of {lines[name][0]}: run again")
+            os.replace(half, target)
+        except UserError:
+            raise
+        except Exception as error:  # of every store's own kind, or of the disk
             half.unlink(missing_ok=True)
-            raise UserError(f"cannot read {url}/{name} ({_reason(error)}): run the same command again") from error
-        if not _whole(half, lines[name][0]):
-            raise UserError(f"{url}/{name} has {half.stat().st_size} bytes instead of {lines[name][0]}: run again")
-        os.replace(half, target)
+            raise UserError(f"cannot copy {url}/{name} ({_reason(error)}): run the same command again") from error
         return name
 
     with ThreadPoolExecutor(_THREADS) as pool, open(folder / _INDEX, "a", encoding="utf-8") as index:
@@ -215,7 +218,7 @@ def _known(folder: Path) -> Iterator[tuple[str, list[Any]]]:
     for line in (folder / _INDEX).read_text(encoding="utf-8").splitlines():
         try:
             name, *rest = json.loads(line)
-        except ValueError:  # a line that a kill cut short
+        except (ValueError, TypeError):  # a line that a kill cut short
             continue
         yield name, rest
 

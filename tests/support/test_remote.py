@@ -141,6 +141,13 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path, store, monkeypatch):
             remote.local(url)
         with pytest.raises(UserError, match="names no folder"):
             remote.WorkingCopy(url)
+    store.pipe_file("/long/" + "x" * 300, b"x")
+    with pytest.raises(UserError, match="cannot copy memory://long/x.*too long"):
+        remote.local("memory://long")
+    store.pipe_file("/index/.copied.jsonl", b"1\n")
+    store.pipe_file("/index/a", b"x")
+    assert [path.name for path in Path(remote.local("memory://index")).iterdir() if path.name[0] != "."] == ["a"]
+    assert (Path(remote.local("memory://index")) / "a").read_bytes() == b"x"
     usage = collections.namedtuple("usage", "total used free")(10, 10, 0)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="needs 1e-09 GB more and .* has 0 GB free"):
         patch.setattr(shutil, "disk_usage", lambda place: usage)
