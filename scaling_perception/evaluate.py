@@ -34,13 +34,15 @@ FLAGS = {
     "a root": "--data",
     "step_tolerance": "--step-tolerance",
     **{name: f"--{name}" for name in ("task", "model", "autoencoder", "dtype", "steps", "solver", "preset", "reduce")},
-    **{name: f"--{name}" for name in ("option", "tolerance", "seed")},
+    **{name: f"--{name}" for name in ("option", "tolerance", "seed", "cache")},
+    "cache_interval": "--cache-interval",
 }
 """What messages of the library call by name -> the flag."""
 
 _FORMAT = 1
 _ASKED = ("task", "dataset", "split", "count", "option", "steps", "ensemble", "preset", "solver", "tolerance", "first")
 _ASKED += ("step_tolerance", "step_chunk", "metrics", "reduce", "seed", "dtype", "panels", "controls")
+_CACHING = ("cache", "cache_interval")  # of what was asked where a cache was
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_several(parser, "ensemble", "5")
     add_several(parser, "preset")
     add_several(parser, "solver", "ddim")
+    add_several(parser, "cache", "none")
+    add_several(parser, "cache_interval")
     add_several(parser, "tolerance")
     parser.add_argument("--first", type=COUNT, default=2, metavar="N", help=help_of("first"))
     add_several(parser, "step_tolerance")
@@ -152,6 +156,18 @@ def _check_folder(path: Path) -> None:
         raise UserError(f"cannot write {path}: choose another place")
 
 
+def _caches(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Every cache with every interval.
+
+    Raises:
+        UserError: an unknown cache, an interval that is no whole number above 0, or intervals without a cache.
+    """
+    from scaling_perception.diffusion.caching import combinations
+
+    names, chosen = words(args.cache), args.cache_interval
+    return combinations(names, None if chosen is None else numbers(chosen, "--cache-interval"))
+
+
 def open_data(args: argparse.Namespace) -> Any:
     """The source that the flags name.
 
@@ -173,6 +189,7 @@ def open_data(args: argparse.Namespace) -> Any:
 def run(args: argparse.Namespace) -> int:
     from scaling_perception import Predictor
     from scaling_perception.data.contents import contents_of, described
+    from scaling_perception.diffusion.caching import NO_CACHE
     from scaling_perception.evaluation.budget_table import check_entry
     from scaling_perception.evaluation.nested import Adaptive
     from scaling_perception.evaluation.parts import part_journal, refuse_parts
@@ -199,6 +216,7 @@ def run(args: argparse.Namespace) -> int:
         tolerances(args.step_tolerance, "--step-tolerance"),
         args.step_chunk,
     )
+    caches = _caches(args)
     mode = task.reduce_mode(args.reduce)
     protocol = get_protocol(args.task, args.dataset)
     named = [*protocol["metrics"], *task.reported, *words(args.metrics)]
@@ -228,6 +246,8 @@ def run(args: argparse.Namespace) -> int:
     protocol = get_protocol(args.task, args.dataset, metrics, **own)  # as the model's answers are made
     asked = {name: getattr(args, name) for name in _ASKED}
     asked |= {"weights": predictor.id, "autoencoder": predictor.autoencoder_id, "data": data, "protocol": protocol}
+    if any(name != NO_CACHE for name, _ in caches):
+        asked |= {name: getattr(args, name) for name in _CACHING}
     if times:
         asked["intermediates"] = args.intermediates
     for path in (args.csv, args.per_image):
@@ -262,6 +282,7 @@ def run(args: argparse.Namespace) -> int:
         panels=args.panels,
         progress=progress,
         solvers=words(args.solver),
+        caches=caches,
         adaptive=adaptive,
         journal=journal,
         show=None if out is None else _Panels(args.task, protocol, out, predictor, times, args.seed),
@@ -380,7 +401,7 @@ def _check_merged(args: argparse.Namespace, out: Path, result: Any, folder: Path
 
     if not isinstance(result, dict) or "asked" not in result:
         raise UserError(f"{out} is no result of this version: choose another --json")
-    asked = {name: value for name, value in result["asked"].items() if name in _ASKED}
+    asked = {name: value for name, value in result["asked"].items() if name in (*_ASKED, *_CACHING)}
     refuse_other_flags(add_arguments, args, {**asked, "model": result["model"]}, out.parent)
     for path in (args.csv, args.per_image):
         check_output(path, result["asked"], args.overwrite)
@@ -460,7 +481,7 @@ class _Panels:
         cell, raw = shown.cell, shown.raw
         preset = None if cell["preset"] == "own" else cell["preset"]
         settings = {"steps": cell["steps"], "ensemble": cell["ensemble"], "preset": preset, "solver": cell["solver"]}
-        settings["reduce"] = cell["reduce"]
+        settings |= {name: cell[name] for name in ("reduce", *_CACHING) if name in cell}
         grid = np.asarray(Settings(**settings).tables(self.predictor.choose_diffusion(preset)).t)
         nearest = {time: int(np.abs(grid - time).argmin()) for time in self.times}
         steps = sorted(set(nearest.values()))

@@ -46,8 +46,9 @@ FLAGS = {
 
 _USUAL = {"model": "mini", "dtype": "float32", "seed": 0, "every": 1, "start": 0}
 _BUDGETS = ("budget", "macs", "seconds")
-_CHOSEN_BY_BUDGET = ("steps", "ensemble", "preset", "spacing", "solver")
+_CHOSEN_BY_BUDGET = ("steps", "ensemble", "preset", "spacing", "solver", "cache", "cache_interval")
 _GO_WITH = {"align_space": "align", "align_fit": "align", "first": "tolerance", "step_chunk": "step_tolerance"}
+_GO_WITH |= {"cache_interval": "cache"}
 _WITH_REPEAT = ("out", "overwrite", "json", "workers", "model", "autoencoder", "mesh", "repeat")
 _OF_THE_RUN = (
     *("inputs", "list", "null", "recursive", "every", "start", "end", "mask"),
@@ -264,12 +265,12 @@ def _by_budget(
     from scaling_perception.inference.outputs import chosen_before
     from scaling_perception.interop.find import find_model
 
-    names = ("steps", "ensemble", "preset", "solver")
+    names = ("steps", "ensemble", "preset", "solver", "cache", "cache_interval")
     asked = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
     before = None if args.overwrite else chosen_before(out, items, args.task, asked, predictor.id)
     if before is not None:
         settings, budget = before
-        chosen = {name: settings[name] for name in names if settings[name] is not None}
+        chosen = {name: settings[name] for name in names if settings.get(name) is not None}
         _say_choice(asked, chosen, budget["expected"])
         return chosen, budget
     table = load_budgets(find_model(args.model))
@@ -292,6 +293,8 @@ def _say_choice(asked: dict[str, Any], chosen: dict[str, Any], expected: dict[st
     )
     parts = [f"{chosen['steps']} steps, {chosen['ensemble']} members"]
     parts += [f"{word} {chosen[name]}" for name, word in (("preset", "grid"), ("solver", "solver")) if name in chosen]
+    if chosen.get("cache", "none") != "none":
+        parts.append(f"blocks every {chosen['cache_interval']} steps ({chosen['cache']})")
     cost = f"{expected['macs'] / 1e9:.3g} GMACs and {expected['seconds']:.2g} s an image"
     error = f"{expected.get('metric', 'error')} {expected['error']:.3g}"
     print(f"{budget}: {', '.join(parts)}; expected {error}, {cost}", file=sys.stderr)

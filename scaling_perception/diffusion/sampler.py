@@ -16,9 +16,10 @@ import numpy as np
 from scaling_perception.diffusion.solvers import SamplerTables, sampler_tables
 from scaling_perception.support.shapes import AnyArray, Array, Float, Int
 
-__all__ = ["SamplerTables", "State", "advance", "ddim_sample", "sample", "sampler_tables", "start_state"]
+__all__ = ["SamplerTables", "State", "advance", "ddim_sample", "final_memory", "sample", "sampler_tables"]
+__all__ += ["start_state"]
 
-Denoise = Callable[[Array, SamplerTables], Array]
+Denoise = Callable[..., Any]  # (x, row) -> output, or with memory (x, row, memory) -> (output, memory)
 Noise = Float[AnyArray, "S ..."] | Callable[[SamplerTables], Array] | None
 
 
@@ -39,13 +40,24 @@ class State(NamedTuple):
 
 @overload
 def sample(
-    denoise: Denoise, tables: SamplerTables, x_T: Float[AnyArray, "*shape"], noise: Noise = None, keep: None = None
+    denoise: Denoise,
+    tables: SamplerTables,
+    x_T: Float[AnyArray, "*shape"],
+    noise: Noise = None,
+    keep: None = None,
+    memory: Any = None,
 ) -> Float[Array, "*shape"]: ...
 
 
 @overload
 def sample(
-    denoise: Denoise, tables: SamplerTables, x_T: Float[AnyArray, "*shape"], noise: Noise = None, *, keep: Sequence[int]
+    denoise: Denoise,
+    tables: SamplerTables,
+    x_T: Float[AnyArray, "*shape"],
+    noise: Noise = None,
+    *,
+    keep: Sequence[int],
+    memory: Any = None,
 ) -> tuple[Float[Array, "*shape"], Float[Array, " K *shape"]]: ...
 
 
@@ -55,6 +67,7 @@ def sample(
     x_T: Float[AnyArray, "*shape"],
     noise: Noise = None,
     keep: Sequence[int] | None = None,
+    memory: Any = None,
 ) -> Float[Array, "*shape"] | tuple[Float[Array, "*shape"], Float[Array, " K *shape"]]:
     """Sample with one ``lax.scan`` over the tables.
 
@@ -73,6 +86,8 @@ def sample(
             noise.
         keep: the numbers of some steps, all different (-1 is the last one): their clean estimates are returned, too.
             They alone take memory.
+        memory: arrays that ``denoise`` carries from step to step: it is then called as (x, row, memory) and returns
+            (output, memory).
 
     Returns:
         x, (...); or (x, clean estimates (K, ...) in the order of ``keep``).
@@ -83,16 +98,24 @@ def sample(
     """
     state = start_state(tables, x_T)
     if keep is None:
-        return _scan(denoise, tables, state, noise)[0].x
+        return _scan(denoise, tables, state, noise, memory=memory)[0].x
     steps = len(tables.t)
     wanted = [step + steps if step < 0 else step for step in map(int, keep)]
     if len(set(wanted)) < len(wanted) or not set(wanted) <= set(range(steps)):
         raise ValueError(f"cannot keep the estimates of steps {list(keep)}: give different steps in 0..{steps - 1}")
     slots = np.full(steps, len(wanted), np.int32)  # one past the end: not kept
     slots[wanted] = np.arange(len(wanted))
-    state, kept = _scan(denoise, tables, state, noise, slots, jnp.broadcast_to(state.x, (len(wanted), *state.x.shape)))
+    room = jnp.broadcast_to(state.x, (len(wanted), *state.x.shape))
+    state, kept, _ = _scan(denoise, tables, state, noise, slots, room, memory)
     assert kept is not None
     return state.x, kept
+
+
+def final_memory(
+    denoise: Denoise, tables: SamplerTables, x_T: Float[AnyArray, "*shape"], noise: Noise, memory: Any
+) -> Any:
+    """What ``denoise`` carries after the last step of `sample`."""
+    return _scan(denoise, tables, start_state(tables, x_T), noise, memory=memory)[2]
 
 
 def start_state(tables: SamplerTables, x_T: Float[AnyArray, "*shape"]) -> State:
@@ -160,8 +183,10 @@ def _scan(
     noise: Noise,
     slots: np.ndarray | None = None,
     kept: jax.Array | None = None,
-) -> tuple[State, jax.Array | None]:
-    """All rows of the tables; ``kept[slots[i]]`` becomes the clean estimate of row i, where there is such a slot."""
+    memory: Any = None,
+) -> tuple[State, jax.Array | None, Any]:
+    """All rows of the tables; ``kept[slots[i]]`` becomes the clean estimate of row i, where there is such a slot.
+    ``memory`` is what ``denoise`` carries."""
     steps, shape, dtype = len(tables.t), state.x.shape, state.x.dtype
     _needs_noise(tables, noise)
     if (state.older is None) != (tables.history is None):
@@ -171,8 +196,11 @@ def _scan(
         raise ValueError(f"noise has shape {array.shape}; {steps} steps of {shape} need {(steps, *shape)}")
 
     def step(carry: Any, row: Any) -> tuple[Any, None]:
-        (state, kept), (at, fresh, slot) = carry, row
-        out = denoise(state.x, at)
+        (state, kept, memory), (at, fresh, slot) = carry, row
+        if memory is None:
+            out = denoise(state.x, at)
+        else:
+            out, memory = denoise(state.x, at, memory)
         if out.shape != shape:
             raise ValueError(f"the network returned {out.shape} for an input of {shape}")
         x0 = jnp.clip(at.x0_x * state.x + at.x0_out * out.astype(dtype), -at.limit, at.limit)
@@ -188,10 +216,10 @@ def _scan(
             state = state._replace(x=state.x + at.sigma * fresh.astype(dtype))
         if kept is not None:
             kept = kept.at[slot].set(x0, mode="drop")
-        return (state, kept), None
+        return (state, kept, memory), None
 
     def column(values: Any) -> jax.Array:
         return jnp.asarray(values, dtype if jnp.issubdtype(values.dtype, jnp.floating) else jnp.int32)
 
     rows = (jax.tree.map(column, tables), array, slots)
-    return jax.lax.scan(step, (state, kept), rows)[0]
+    return jax.lax.scan(step, (state, kept, memory), rows)[0]

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Float, Int
 
+from scaling_perception.diffusion.caching import CacheRows
 from scaling_perception.diffusion.schedules import TRAIN_STEPS, DiffusionPreset, choose_name, timestep_grid
 from scaling_perception.support.errors import UserError
 
@@ -83,8 +84,9 @@ class SamplerTables(NamedTuple):
         x <- next_x y + next_x0 x0 + next_last last + sigma noise
 
     ``t_next`` is -1 at the end. ``limit`` is infinite without clipping; the noise estimate is that of the clipped x0,
-    because it appears in no other way. One row of a table (this tuple, of scalars) is what `sampler.sample` calls the
-    denoising function with.
+    because it appears in no other way. ``cache`` says which steps compute the network's blocks
+    (`caching`; the denoising function looks at it). One row of a table (this tuple, of scalars) is what
+    `sampler.sample` calls the denoising function with.
     """
 
     index: Column
@@ -97,6 +99,7 @@ class SamplerTables(NamedTuple):
     next_x0: Column
     sigma: Column
     history: History | None = None
+    cache: CacheRows | None = None
 
 
 def sampler_tables(

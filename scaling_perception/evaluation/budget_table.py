@@ -11,7 +11,7 @@ from scipy.optimize import nnls
 
 from scaling_perception.evaluation.comparisons import evaluations_of
 from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
-from scaling_perception.inference.budgets import CELL, FILE, FORMAT, Timing, load_budgets
+from scaling_perception.inference.budgets import CACHE_CELL, CELL, FILE, FORMAT, Timing, load_budgets
 from scaling_perception.support.again import refuse_other
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_text
@@ -55,6 +55,7 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
         numbers = {"error": _short(values.mean()), "ci95": _ends(values)}
         numbers["excess"] = {"mean": _short(excess.mean()), "ci95": _ends(excess)}
         known = {name: cell.get(name, "ddim") if name == "solver" else cell[name] for name in CELL[:5]}
+        known |= {name: cell[name] for name in CACHE_CELL if name in cell}
         cells.append({**known, "seconds": _short(cell["seconds"]), **numbers})
     trivial = {
         name: float(error_rows(task, found["rows"]).mean())

@@ -29,12 +29,20 @@ def kind(cell: Cell) -> str:
 
 
 def way(cell: Cell) -> tuple[str, str]:
-    """Preset and solver."""
-    return cell["preset"], cell.get("solver", "ddim")
+    """Preset, and solver with its cache."""
+    return cell["preset"], solver_of(cell)
 
 
-def evaluations_of(cell: Cell) -> int:
-    """Network evaluations of one member of a cell of constant compute."""
+def solver_of(cell: Cell) -> str:
+    """The solver, and the cache where there is one: ``ddim``, ``ddim + fora 3``."""
+    solver = cell.get("solver", "ddim")
+    return f"{solver} + {cell['cache']} {cell['cache_interval']}" if "cache" in cell else solver
+
+
+def evaluations_of(cell: Cell) -> float:
+    """Network evaluations of one member of a cell of constant compute (with a cache by MACs, `Model.evaluations`)."""
+    if "evaluations" in cell:
+        return cell["evaluations"]
     from scaling_perception.diffusion.solvers import evaluations  # `report --help` need not wait for it
 
     return evaluations(cell.get("solver", "ddim"), cell["steps"])

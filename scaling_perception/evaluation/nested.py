@@ -132,11 +132,11 @@ class Nested:
         raw: dict[str, Any],
         sampled: Sampled,
         index: int,
-        total: int,
+        total: float,
         images: int,
         encoding: float,
     ) -> None:
-        """Args: image ``index`` of the ``images`` in ``sampled``; steps in ``total``; seconds of encoding the group."""
+        """Args: image ``index`` of the ``images`` in ``sampled``; evaluations ``total``; seconds of encoding all."""
         self.way, self.raw, self.sampled, self.index, self.total = way, raw, sampled, index, total
         self._encoding, self._sampling, self._decoding = (
             seconds / images for seconds in (encoding, sampled.seconds, sampled.decoding)
@@ -148,7 +148,7 @@ class Nested:
         self._rows: dict[Any, tuple[dict[str, float], float]] = {}
         self._early: dict[tuple[int, int], np.ndarray] = {}
 
-    def cell(self, cell: Mapping[str, Any]) -> tuple[int, float, dict[str, float]]:
+    def cell(self, cell: Mapping[str, Any]) -> tuple[float, float, dict[str, float]]:
         """Network evaluations of each pass, seconds, metrics."""
         if cell["kind"] == "adaptive":
             return self.adaptive(cell["tolerance"])
@@ -156,12 +156,12 @@ class Nested:
             return self.stopped(cell["ensemble"], cell["step_tolerance"])
         return self.fixed(cell["ensemble"])
 
-    def fixed(self, size: int) -> tuple[int, float, dict[str, float]]:
+    def fixed(self, size: int) -> tuple[float, float, dict[str, float]]:
         """An ensemble of ``size``."""
         row, merging = self._row(size, self.members[:size])
         return self.total * size, self._seconds(size, self.total * size) + merging, row
 
-    def adaptive(self, tolerance: float) -> tuple[int, float, dict[str, float]]:
+    def adaptive(self, tolerance: float) -> tuple[float, float, dict[str, float]]:
         """Members until the prediction rests."""
         way, rounds = self.way, self.way.adaptive.rounds(self.way.most)
         for size in rounds:
@@ -171,7 +171,7 @@ class Nested:
         forwards, seconds, row = self.fixed(size)
         return forwards, seconds + sum(self._reduced[one][1] for one in rounds if one < size), row
 
-    def stopped(self, size: int, tolerance: float) -> tuple[int, float, dict[str, float]]:
+    def stopped(self, size: int, tolerance: float) -> tuple[float, float, dict[str, float]]:
         """Steps until the estimate rests. Members that are sampled together stop together, as the predictor has it."""
         looks, at_once = self.sampled, self.way.plan.members
         parts, stops, forwards = [], [], 0
@@ -214,7 +214,7 @@ class Nested:
             self._rows[name] = self.way.measure(estimate, self.raw), seconds
         return self._rows[name]
 
-    def _seconds(self, size: int, forwards: int) -> float:
+    def _seconds(self, size: int, forwards: float) -> float:
         """Encoding, and the share of sampling and decoding that is this cell's."""
         share = size / self.way.most
         return self._encoding + self._sampling * forwards / (self.total * self.way.most) + self._decoding * share

@@ -9,6 +9,7 @@ Adaptive compute is read off the same members (``nested``), so that its curves c
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from scipy.ndimage import distance_transform_edt
 
 from scaling_perception.data.contents import contents_of, described
 from scaling_perception.data.manifest import widen_depth
+from scaling_perception.diffusion.caching import NO_CACHE
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
 from scaling_perception.diffusion.solvers import SOLVERS, solver_name
@@ -81,6 +83,7 @@ def sweep(
     panels: int = 0,
     progress: Callable[..., Iterable[int]] | None = None,
     solvers: Sequence[str] = ("ddim",),
+    caches: Sequence[tuple[str, int]] = ((NO_CACHE, 1),),
     adaptive: Adaptive | None = None,
     journal: Path | None = None,
     show: Callable[[Shown, int], Any] | None = None,
@@ -96,6 +99,8 @@ def sweep(
         protocol: of ``protocols.get_protocol``.
         steps, ensemble, presets, solvers: the grid; preset None is the model's own. ``single`` takes one step whatever
             ``steps`` are.
+        caches: also of the grid: (method, interval), see ``diffusion.caching``; those that would compute every step of
+            a step count are left out there.
         reduce: how members are merged; None is the task's default.
         key: of all noise.
         batch_size: images × members at once; None chooses by memory.
@@ -124,13 +129,14 @@ def sweep(
             another evaluation.
     """
     predictor.check_task(task)
-    for name, values in (("steps", steps), ("ensemble", ensemble), ("presets", presets), ("solvers", solvers)):
+    grid = {"steps": steps, "ensemble": ensemble, "presets": presets, "solvers": solvers, "caches": caches}
+    for name, values in grid.items():
         if not values:
             raise UserError(f"no {name} to evaluate: give one or more")
     sizes, mode, adaptive = sorted(set(ensemble)), get_task(task).reduce_mode(reduce), adaptive or Adaptive()
-    points = _points(predictor, steps, sizes, presets, solvers, mode, adaptive)
+    points = _points(predictor, task, steps, sizes, presets, solvers, caches, mode, adaptive)
     forward = predictor.macs_per_forward if macs_per_forward is None else macs_per_forward
-    largest = max(points, key=lambda point: point.settings.evaluations).tables
+    largest = max(points, key=_size).tables
     plan = predictor.plan(task, sizes[-1], len(source), batch_size, largest if batch_size is None else None)
     way = SweepContext(predictor, task, protocol, mode, sizes[-1], adaptive, key, plan)
     run = _Run(way, source, points, sizes, panels, show, controls)
@@ -155,26 +161,35 @@ def sweep(
 
 def _points(
     predictor: Predictor,
+    task: str,
     steps: Sequence[int],
     sizes: list[int],
     presets: Sequence[str | None],
     solvers: Sequence[str],
+    caches: Sequence[tuple[str, int]],
     mode: str,
     adaptive: Adaptive,
 ) -> list[Point]:
-    points = []
+    points: list[Point] = []
     for preset in dict.fromkeys(presets):
         diffusion = predictor.choose_diffusion(preset)
         name = preset or _grid_name(diffusion)
-        for solver in dict.fromkeys(map(solver_name, solvers)):
+        for solver, (cache, interval) in itertools.product(dict.fromkeys(map(solver_name, solvers)), caches):
             for count in dict.fromkeys([1] if SOLVERS[solver].at_once else steps):
-                settings = Settings(count, sizes[-1], solver=solver, first=adaptive.first)
-                tables = settings.tables(diffusion)
+                more = {"cache": cache, "cache_interval": interval}
+                settings = Settings(count, sizes[-1], preset=preset, solver=solver, first=adaptive.first, **more)
+                tables = predictor.tables(settings, task, diffusion)
+                if cache != NO_CACHE and tables.cache is None:
+                    continue
                 looks = bool(adaptive.step_tolerances) and count > 2 * adaptive.step_chunk
                 known = {"preset": name, "spacing": diffusion.spacing, "schedule": diffusion.schedule}
                 known |= {"solver": solver, "steps": count, "reduce": mode}
+                if tables.cache is not None:
+                    known |= {**more, "evaluations": predictor.evaluations(settings)}
                 cells = tuple(_cells(known, sizes, settings, adaptive, looks))
                 points.append(Point(name, settings, tables, looks, cells))
+    if not points:
+        raise UserError("cache: every cell would compute every step: give a shorter cache_interval, or more steps")
     return points
 
 
@@ -194,6 +209,18 @@ def _cells(
         more = {"step_tolerance": tolerance, "step_chunk": adaptive.step_chunk}
         for size in sizes if looks else ():
             yield {"kind": "steps", **known, "ensemble": size, **more}
+
+
+def _size(point: Point) -> tuple[int, bool, bool]:
+    """What orders points by the memory that they take."""
+    cache = point.tables.cache
+    return len(point.tables.t), cache is not None, cache is not None and cache.features == "blocks"
+
+
+def _way(point: Point) -> tuple[Any, ...]:
+    """All of a point's settings but for the number of steps."""
+    settings = point.settings
+    return point.preset, settings.solver, settings.cache, settings.cache_interval
 
 
 def _grid_name(own: DiffusionPreset) -> str:
@@ -225,7 +252,7 @@ class _Run:
     ) -> None:
         self.way, self.source, self.points, self.sizes, self.controls = way, source, points, sizes, controls
         self.panels, self.show = panels, show or (lambda shown, number: shown)
-        first = [p for p in points if p.preset == points[0].preset and p.settings.solver == points[0].settings.solver]
+        first = [p for p in points if _way(p) == _way(points[0])]
         self.pictured = max(first, key=lambda point: point.settings.steps)
         self.controlled = min(first, key=lambda point: point.settings.steps)
         self.groups: list[dict[str, Any]] = []
@@ -237,6 +264,7 @@ class _Run:
         from scaling_perception import __version__
 
         way, predictor = self.way, self.way.predictor
+        caches = list(dict.fromkeys((p.settings.cache, p.settings.cache_interval) for p in self.points))
         return {
             "version": __version__,
             "task": way.task,
@@ -252,6 +280,7 @@ class _Run:
             "solvers": list(dict.fromkeys(point.settings.solver for point in self.points)),
             "steps": list(dict.fromkeys(point.settings.steps for point in self.points)),
             "ensemble": self.sizes,
+            **({"caches": [list(one) for one in caches]} if caches != [(NO_CACHE, 1)] else {}),
             "reduce": way.mode,
             "adaptive": way.adaptive._asdict(),
             "seed": way.key,
@@ -352,7 +381,9 @@ class _Run:
             if group:
                 sampled = (sample_with_looks if point.looks else sample_all)(way, point.tables, latents, group)
                 for index, (raw, image) in enumerate(zip(group, record["images"], strict=True)):
-                    found = Nested(way, raw, sampled, index, point.settings.evaluations, len(group), encoding)
+                    found = Nested(
+                        way, raw, sampled, index, predictor.evaluations(point.settings), len(group), encoding
+                    )
                     image["cells"] += [found.cell(cell) for cell in point.cells]
                     number = self.before + len(self.shown) + len(record["shown"])
                     if point is self.pictured and number < self.panels:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from scaling_perception.evaluation.comparisons import evaluations_of
+from scaling_perception.evaluation.comparisons import evaluations_of, solver_of
 from scaling_perception.evaluation.intervals import interval_text
 from scaling_perception.tasks import TASKS
 
@@ -18,6 +18,7 @@ _CELL = (
     *("kind", "preset", "spacing", "schedule", "solver", "steps", "ensemble", "reduce"),
     *("tolerance", "first", "step_tolerance", "step_chunk", "mean_steps", "mean_members", "macs", "seconds"),
 )
+_CACHE = ("cache", "cache_interval")  # columns of an evaluation that has such cells
 _IMAGE = ("kind", "preset", "spacing", "solver", "steps", "ensemble", "tolerance", "step_tolerance")
 
 
@@ -32,10 +33,11 @@ def cells_csv(result: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for cell in result["cells"] for name in cell["metrics"]))
     ends = [f"{column}{end}" for name in names for column in _columns(name) for end in ("", "_low", "_high")]
     head = [*[result.get(name) for name in _WHOLE], result["protocol"].get("fingerprint")]
-    lines = [[*_WHOLE, "protocol", *_CELL, *ends]]
+    own = [*_CELL, *_caches(result)]
+    lines = [[*_WHOLE, "protocol", *own, *ends]]
     for cell in result["cells"]:
         figures = [figure for name in names for figure in _figures(name, cell["metrics"].get(name))]
-        lines.append([*head, *[cell.get(name) for name in _CELL], *figures])
+        lines.append([*head, *[cell.get(name) for name in own], *figures])
     return _text(lines)
 
 
@@ -45,7 +47,8 @@ def images_csv(result: dict[str, Any]) -> str:
     ``forwards`` are the network evaluations of each pass that the image took, ``macs`` all that they cost.
     """
     names = list(dict.fromkeys(n for found in _answers(result) for row in found[1]["rows"] for n in row if n != "key"))
-    lines = [["task", "dataset", "model", "key", "answer", *_IMAGE, "forwards", "macs", *names]]
+    own = [*_IMAGE, *_caches(result)]
+    lines = [["task", "dataset", "model", "key", "answer", *own, "forwards", "macs", *names]]
     for answer, found in _answers(result):
         for index, row in enumerate(found["rows"]):
             spent: list[Any] = [None, None]
@@ -56,8 +59,12 @@ def images_csv(result: dict[str, Any]) -> str:
                 each = result.get("macs_per_forward")
                 spent = [forwards, None if each is None else each * forwards]
             head = [result["task"], result["dataset"], result["model"], row["key"], answer]
-            lines.append([*head, *[found.get(name) for name in _IMAGE], *spent, *[row.get(name) for name in names]])
+            lines.append([*head, *[found.get(name) for name in own], *spent, *[row.get(name) for name in names]])
     return _text(lines)
+
+
+def _caches(result: dict[str, Any]) -> tuple[str, ...]:
+    return _CACHE if any("cache" in cell for cell in result["cells"]) else ()
 
 
 def _answers(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -98,14 +105,14 @@ def print_table(result: dict[str, Any]) -> None:
         steps, members = f"{cell['mean_steps']:.3g}", f"{cell['mean_members']:.3g}"
         stops = cell.get("tolerance", cell.get("step_tolerance", ""))
         name = {"fixed": "", "adaptive": "members", "steps": "steps"}[cell["kind"]]
-        head = [cell["preset"], cell["solver"], steps, members, f"{name} {stops}".strip(), macs]
+        head = [cell["preset"], solver_of(cell), steps, members, f"{name} {stops}".strip(), macs]
         rows.append([*head, f"{cell['seconds']:.3g}", *figures(cell["metrics"])])
     rows += [[name, *[""] * 6, *figures(value["metrics"])] for name, value in result["baselines"].items()]
     controls = {name: value for name, value in result.get("controls", {}).items() if name != "cell"}
     for name, value in controls.items():
         cell = result["controls"]["cell"]
         rows.append(
-            [name, cell["solver"], *map(str, (cell["steps"], cell["ensemble"])), *[""] * 3, *figures(value["metrics"])]
+            [name, solver_of(cell), *map(str, (cell["steps"], cell["ensemble"])), *[""] * 3, *figures(value["metrics"])]
         )
         rows.append([f"picture against {name}", *[""] * 6, *figures(value["adds"])])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -127,13 +127,14 @@ def _sample(
     first: int,
     count: int,
     plan: BatchPlan,
-) -> tuple[np.ndarray, list[int]]:
-    """Pixels (images of the group, P, M, R, R, 3) of members ``first`` …, and the steps that each image took."""
+) -> tuple[np.ndarray, list[float]]:
+    """Pixels (images of the group, P, M, R, R, 3) of members ``first`` …, and the evaluations that each
+    image took."""
     padded = np.stack([*latents, *[latents[0]] * (plan.images - len(latents))])
     draw = draw_members(key, model.image_ids(group, plan.images), first, count, settings.antithetic)
     if settings.step_tolerance is None:
         pixels = model.engine.sample(*model.weights, padded, draw, model.passes(task), tables)
-        return np.asarray(pixels)[: len(group)], [settings.evaluations] * len(group)
+        return np.asarray(pixels)[: len(group)], [model.evaluations(settings)] * len(group)
     wanted = min(count, settings.ensemble - first)
     return _until_settled(model, padded, len(group), task, settings, tables, draw, wanted)
 

@@ -39,6 +39,7 @@ NAMES = ("fast", "balanced", "best")
 OWN = "own"  # the preset's name where a model's own grid of timesteps is none of the presets'
 _BALANCED, _FAST = 0.9, 0.5
 CELL = ("steps", "ensemble", "preset", "solver", "macs", "seconds", "error", "ci95")
+CACHE_CELL = ("cache", "cache_interval", "evaluations")  # of cells with a cache; the last as `Model.evaluations`
 
 
 class Choice(NamedTuple):
@@ -51,6 +52,8 @@ class Choice(NamedTuple):
     macs: float
     seconds: float
     error: float
+    cache: str | None = None
+    cache_interval: int | None = None
 
 
 class Timing(NamedTuple):
@@ -78,9 +81,14 @@ def load_budgets(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         raise UserError(f"{path} has format {table.get('format')}, this version reads {FORMAT}: make it again")
     for entry in table["tasks"].values():
         cells = entry.get("cells") if isinstance(entry, dict) else None
-        if not cells or not all(isinstance(cell, dict) and set(CELL) <= set(cell) for cell in cells):
+        if not cells or not all(_complete(cell) for cell in cells):
             raise UserError(wrong)
     return table
+
+
+def _complete(cell: Any) -> bool:
+    """Whether a cell has all its fields, those of a cache together or not at all."""
+    return isinstance(cell, dict) and set(CELL) <= set(cell) and len(set(CACHE_CELL) & set(cell)) in (0, 3)
 
 
 def choose(
@@ -163,7 +171,8 @@ def _choice(cell: Mapping[str, Any], entry: Mapping[str, Any], here: tuple[float
     seconds, timing = float(cell["seconds"]), entry.get("timing")
     if here is not None and timing is not None:
         # Evaluations go as evaluations do between the machines, the rest as the fixed cost does.
-        forwards = evaluations(cell.get("solver", "ddim"), cell["steps"]) * cell["ensemble"]
+        each = cell.get("evaluations") or evaluations(cell.get("solver", "ddim"), cell["steps"])
+        forwards = each * cell["ensemble"]
         spent = min(timing["per_forward"] * forwards, seconds)
         there = entry.get("reference", timing)
         fixed, forward = (
@@ -173,7 +182,9 @@ def _choice(cell: Mapping[str, Any], entry: Mapping[str, Any], here: tuple[float
         seconds = (seconds - spent) * fixed + spent * forward
     preset = None if cell["preset"] == OWN else cell["preset"]
     numbers = float(cell["macs"]), seconds, float(cell["error"])
-    return Choice(int(cell["steps"]), int(cell["ensemble"]), preset, cell["solver"], *numbers)
+    return Choice(
+        int(cell["steps"]), int(cell["ensemble"]), preset, cell["solver"], *numbers, *map(cell.get, CACHE_CELL[:2])
+    )
 
 
 def _tied(cell: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from scaling_perception.diffusion.sampler import SamplerTables, State, advance, sample, start_state
+from scaling_perception.diffusion.sampler import SamplerTables, State, advance, final_memory, sample, start_state
 from scaling_perception.models.autoencoders import Autoencoder
 from scaling_perception.models.config import DiTConfig
 from scaling_perception.models.dit import DiT, PrecomputedConditioning, abstract_params, embed_conditions, modulations
@@ -61,6 +61,10 @@ def draw_members(key: jax.Array, ids: np.ndarray, first: int, count: int, antith
     signs = np.where(numbers % 2, -1.0, 1.0) if antithetic else np.ones(count)
     members = numbers // 2 if antithetic else numbers
     return NoiseKeys(key, ids, members.astype(np.uint32), signs.astype(np.float32))
+
+
+def _inner(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32))
 
 
 class Engine:
@@ -146,6 +150,13 @@ class Engine:
         analysis = self.compiled(name, function, *given).memory_analysis()
         return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
 
+    def cache_moments(
+        self, params: Any, latents: Any, draw: NoiseKeys, passes: Passes, tables: SamplerTables
+    ) -> np.ndarray:
+        """(T, 5), what `caching.fit_weights` needs, of a run that computes every step; ``tables`` have a cache."""
+        function = partial(self._cache_moments, noisy=bool(np.asarray(tables.sigma).any()))
+        return np.asarray(self.run("cache moments", function, params, latents, draw, passes, tables))
+
     def init_state(
         self, params: Any, latents: Any, draw: NoiseKeys, passes: Passes, tables: SamplerTables
     ) -> tuple[Any, Any, State]:
@@ -163,7 +174,9 @@ class Engine:
         first: int,
         count: int,
     ) -> State:
-        """Steps ``first`` to ``first + count - 1`` of a table without noise."""
+        """Steps ``first`` to ``first + count - 1`` of a table without noise and without a cache."""
+        if tables.cache is not None:
+            raise ValueError("a cache goes with whole runs: use sample")
         function = partial(self._run_steps, count=count)
         return self.run(
             f"{count} steps", function, params, cond_tokens, modulation_table, state, labels, tables, np.int32(first)
@@ -226,9 +239,10 @@ class Engine:
             return None
         return modulations(self.config, params, jnp.asarray(tables.t, jnp.float32), labels)
 
-    def _denoise(
+    def _network(
         self, params: Any, cond_tokens: jax.Array, modulation_table: Any, labels: jax.Array, members: int
-    ) -> Callable[[jax.Array, SamplerTables], jax.Array]:
+    ) -> Callable[..., Any]:
+        """(x, row, **more of ``DiT``'s arguments) -> the network's output, or with ``mutable`` also a collection."""
         images, passes = cond_tokens.shape[:2]
         rows = (images, members, passes)
         tokens = jnp.broadcast_to(cond_tokens[:, None], (*rows, *cond_tokens.shape[2:])).reshape(
@@ -243,7 +257,7 @@ class Engine:
             whole = jnp.broadcast_to(values[..., None, None, :, :], (*lead, *rows, width))
             return whole.reshape(*lead, -1, width)
 
-        def denoise(x: jax.Array, row: SamplerTables) -> jax.Array:
+        def network(x: jax.Array, row: SamplerTables, **more: Any) -> Any:
             if modulation_table is None:
                 blocks, final = (
                     m[0] for m in modulations(self.config, params, row.t[None].astype(jnp.float32), labels)
@@ -251,10 +265,75 @@ class Engine:
             else:
                 blocks, final = (jax.lax.dynamic_index_in_dim(m, row.index, keepdims=False) for m in modulation_table)
             fixed = PrecomputedConditioning(tokens, each_row(blocks), each_row(final))
-            out: Any = self.model.apply({"params": params}, self._spread(x), row.t[None], label, fixed=fixed)
-            return out[..., : self.config.in_channels]  # what follows is the learned variance
+            return self.model.apply({"params": params}, self._spread(x), row.t[None], label, fixed=fixed, **more)
 
-        return denoise
+        return network
+
+    def _plain(self, network: Callable[..., Any]) -> Callable[[jax.Array, SamplerTables], jax.Array]:
+        return lambda x, row: network(x, row)[..., : self.config.in_channels]  # what follows is the learned variance
+
+    def _features(self, network: Callable[..., Any], kind: str, x: jax.Array, row: SamplerTables) -> Any:
+        """The network's output and the features that a cache of this kind keeps."""
+        out, found = network(x, row, mutable=["features"])
+        features = found["features"]
+        kept = {"trunk": features["trunk"]} if kind == "trunk" else {"blocks": features["blocks"]}
+        return out[..., : self.config.in_channels], kept
+
+    def _cached(self, network: Callable[..., Any], tables: SamplerTables, x: jax.Array) -> tuple[Any, Any]:
+        """(denoise, its memory before the first step): the blocks are computed in the steps that the table's cache
+        says, in both kinds of steps with the same shapes. The memory are the features of the last two of them."""
+        assert tables.cache is not None
+        kind = tables.cache.features
+
+        def compute(x: jax.Array, row: SamplerTables, memory: Any) -> Any:
+            out, features = self._features(network, kind, x, row)
+            return out, (features, memory[0])
+
+        def reuse(x: jax.Array, row: SamplerTables, memory: Any) -> Any:
+            assert row.cache is not None
+            last, older = row.cache.last, row.cache.older
+            features = jax.tree.map(lambda a, b: last * a.astype(x.dtype) + older * b.astype(x.dtype), *memory)
+            return network(x, row, features=features)[..., : self.config.in_channels], memory
+
+        def denoise(x: jax.Array, row: SamplerTables, memory: Any) -> Any:
+            assert row.cache is not None
+            return jax.lax.cond(row.cache.compute > 0, compute, reuse, x, row, memory)
+
+        return denoise, (self._no_features(network, tables, x),) * 2
+
+    def _no_features(self, network: Callable[..., Any], tables: SamplerTables, x: jax.Array) -> Any:
+        """Zeros in the shapes of a cache's features."""
+        assert tables.cache is not None
+        row = jax.tree.map(lambda column: jnp.asarray(column)[0], tables)
+        shapes = jax.eval_shape(partial(self._features, network, tables.cache.features), x, row)[1]
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def _cache_moments(
+        self, params: Any, latents: jax.Array, draw: NoiseKeys, passes: Passes, tables: SamplerTables, noisy: bool
+    ) -> jax.Array:
+        assert tables.cache is not None
+        kind, steps = tables.cache.features, len(tables.t)
+        network, x, fresh = self._start(params, latents, draw, passes, tables, noisy)
+        nothing = self._no_features(network, tables, x)
+
+        def denoise(x: jax.Array, row: SamplerTables, memory: Any) -> Any:
+            assert row.cache is not None
+            last, older, moments = memory
+            out, now = self._features(network, kind, x, row)
+            ahead, change = (
+                jax.tree.map(lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), *pair)
+                for pair in ((last, older), (now, last))
+            )
+            pairs = ((last, last), (last, ahead), (ahead, ahead), (last, change), (ahead, change))
+            sums = jnp.stack([sum(jax.tree.leaves(jax.tree.map(_inner, *pair))) for pair in pairs])
+            computes = row.cache.compute > 0
+            older, last = (
+                jax.tree.map(lambda new, old: jnp.where(computes, new, old), *pair)
+                for pair in ((last, older), (now, last))
+            )
+            return out, (last, older, moments.at[row.index].set(sums))
+
+        return final_memory(denoise, tables, x, fresh, (nothing, nothing, jnp.zeros((steps, 5))))[2]
 
     def _shapes(
         self, latents: jax.Array, draw: NoiseKeys, passes: Passes
@@ -274,6 +353,20 @@ class Engine:
         keep: tuple[int, ...] | None,
     ) -> jax.Array:
         rows, latent = self._shapes(latents, draw, passes)
+        network, x, fresh = self._start(params, latents, draw, passes, tables, noisy)
+        cached = tables.cache is not None
+        denoise, memory = self._cached(network, tables, x) if cached else (self._plain(network), None)
+        if keep:
+            _, kept = sample(denoise, tables, x, fresh, keep=keep, memory=memory)
+            return jax.lax.map(lambda z: self._decode(vae, z.reshape(*rows, *latent), passes), kept)
+        z = sample(denoise, tables, x, fresh, memory=memory)
+        return self._decode(vae, z.reshape(*rows, *latent), passes)
+
+    def _start(
+        self, params: Any, latents: jax.Array, draw: NoiseKeys, passes: Passes, tables: SamplerTables, noisy: bool
+    ) -> tuple[Any, jax.Array, Any]:
+        """The network with what it knows ahead, the starting noise of every row, and the noise of a step or None."""
+        rows, latent = self._shapes(latents, draw, passes)
 
         def every_pass(noise: jax.Array) -> jax.Array:  # passes share their noise
             return self._spread(jnp.broadcast_to(noise[:, :, None], (*rows, *latent)).reshape(-1, *latent))
@@ -282,14 +375,9 @@ class Engine:
             self._cond_tokens(params, latents, passes.labels),
             self._modulation_table(params, passes.labels, tables),
         )
-        denoise = self._denoise(params, cond_tokens, modulation_table, passes.labels, rows[1])
+        network = self._network(params, cond_tokens, modulation_table, passes.labels, rows[1])
         fresh = (lambda row: every_pass(self._noise(draw, latent, row.index))) if noisy else None
-        x = every_pass(self._noise(draw, latent))
-        if keep:
-            _, kept = sample(denoise, tables, x, fresh, keep=keep)
-            return jax.lax.map(lambda z: self._decode(vae, z.reshape(*rows, *latent), passes), kept)
-        z = sample(denoise, tables, x, fresh)
-        return self._decode(vae, z.reshape(*rows, *latent), passes)
+        return network, every_pass(self._noise(draw, latent)), fresh
 
     def _init_state(
         self, params: Any, latents: jax.Array, draw: NoiseKeys, passes: Passes, tables: SamplerTables
@@ -311,7 +399,7 @@ class Engine:
         count: int,
     ) -> State:
         shape = state.x.shape
-        denoise = self._denoise(params, cond_tokens, modulation_table, labels, shape[1])
+        denoise = self._plain(self._network(params, cond_tokens, modulation_table, labels, shape[1]))
         flat = jax.tree.map(lambda array: self._spread(array.reshape(-1, *shape[3:])), state)
         return jax.tree.map(lambda array: array.reshape(shape), advance(denoise, tables, flat, first, count))
 

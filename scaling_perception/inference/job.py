@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from scaling_perception.diffusion.caching import NO_CACHE
 from scaling_perception.inference.find import Item
 from scaling_perception.inference.metric_depth import Points, check_inside, fit_points, points_of, read_points
 from scaling_perception.inference.outputs import (
@@ -200,7 +201,7 @@ def run_job(
             "options": {kind: choice[kind] for kind in files},
             "model": request.model,
             "autoencoder": predictor.autoencoder.name,
-            "forwards": int(estimate.forwards),
+            "forwards": estimate.forwards,
             "macs": None if math.isnan(macs) else macs,
             "largest_uncertainty": float(np.max(estimate.uncertainty)) if request.settings.ensemble > 1 else None,
             "metric": None if fit is None else {"file": request.align, **fit.to_dict()},
@@ -327,6 +328,8 @@ def decided(request: Request, predictor: Predictor) -> dict[str, Any]:
     """All that decides a result besides the inputs."""
     settings = request.settings.to_dict()
     diffusion = predictor.choose_diffusion(settings.pop("preset"), settings.pop("spacing"))
+    if settings["cache"] == NO_CACHE:  # results of versions without caches are the same
+        del settings["cache"], settings["cache_interval"]
     return {
         "weights": predictor.id,
         "autoencoder_weights": predictor.autoencoder_id,

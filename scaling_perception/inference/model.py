@@ -16,15 +16,17 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from scaling_perception.diffusion.caching import CACHES, CacheRows, cache_rows, computed_steps, fit_weights
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion
 from scaling_perception.inference.batches import BatchPlan, free_bytes, shrink, split
 from scaling_perception.inference.engine import Engine, Passes, draw_members
 from scaling_perception.inference.inputs import raw_samples
+from scaling_perception.inference.settings import Settings
 from scaling_perception.interop.find import find_model
 from scaling_perception.interop.model_folder import load_model
 from scaling_perception.models.autoencoders import Autoencoder, load_autoencoder, tree_hash
-from scaling_perception.models.compute import forward_macs
+from scaling_perception.models.compute import cached_macs, forward_macs
 from scaling_perception.models.config import config_from_dict
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.errors import UserError, did_you_mean
@@ -34,6 +36,7 @@ from scaling_perception.tasks.base import Estimate
 # Decoded pixels in one batch where no larger batch is faster; then memory decides (see ``Predictor.plan``).
 _PIXELS_AT_ONCE = {"cpu": 2**20}
 _PIXELS_AT_ONCE_ELSEWHERE = 2**24
+_FIT_SCENES, _FIT_MEMBERS = 4, 2  # what the weights of a cache are fitted to, unless pictures are given
 _NO_TASK = (
     "this model knows no task: it was made for classes of pictures (an imported DiT); fine-tune it first "
     "(scaling-perception train --config configs/from_dit.py:init=FOLDER …)"
@@ -89,6 +92,7 @@ class Model:
         self._autoencoder_params = self.engine.place(self.autoencoder.params)
         self.macs_per_forward = float(forward_macs(self.config))
         self._rows = tuple(meta.get("passes", RELEASED))
+        self._fitted: dict[Any, CacheRows] = {}
 
     @classmethod
     def from_pretrained(
@@ -124,8 +128,77 @@ class Model:
         return self.engine.compile_seconds
 
     def macs(self, task: str, steps: int, ensemble: int) -> float:
-        """Multiply-accumulates of the DiT for one image: a forward pass × passes × steps × members."""
+        """Multiply-accumulates of the DiT for one image: a forward pass × passes × steps × members. With a cache,
+        ``steps`` are `evaluations`."""
         return self.macs_per_forward * len(get_task(task).passes) * steps * ensemble
+
+    def evaluations(self, settings: Settings) -> float:
+        """Network evaluations of one member, by MACs: a step whose blocks come from a cache counts as the part of an
+        evaluation that it computes."""
+        entry = CACHES[settings.cache]
+        if entry is None:
+            return settings.evaluations
+        whole = computed_steps(settings.steps, settings.cache_interval)
+        if whole == settings.steps:
+            return whole
+        return whole + (settings.steps - whole) * cached_macs(self.config, entry.features) / self.macs_per_forward
+
+    def tables(self, settings: Settings, task: str, diffusion: DiffusionPreset) -> SamplerTables:
+        """The sampler's table with its cache. The weights of ``l2p`` are fitted when they are first needed (see
+        `fit_cache`) and then kept.
+
+        Raises:
+            UserError: as `Settings.tables`.
+        """
+        tables, entry = settings.tables(diffusion), CACHES[settings.cache]
+        rows = cache_rows(settings.cache, settings.steps, settings.cache_interval)
+        if entry is None or rows is None:
+            return tables
+        tables = tables._replace(cache=rows)
+        if entry.weights is not None:
+            return tables
+        name = _fit_name(settings, task, diffusion)
+        if name not in self._fitted:
+            self._fitted[name] = self._fit(tables, task, None)
+        return tables._replace(cache=self._fitted[name])
+
+    def fit_cache(self, images: Sequence[Any], task: str, settings: Settings, prompt: Any = None) -> CacheRows:
+        """Fit the weights of a cache such as ``l2p`` to the features of these pictures, for all later calls with the
+        same settings; without this call they are fitted to 4 drawn scenes. No truth is needed.
+
+        Args:
+            images, prompt: as for calling the predictor; a few are enough.
+
+        Raises:
+            UserError: as calling; a cache without weights to fit, or one that computes every step.
+        """
+        entry, diffusion = CACHES[settings.cache], self.choose_diffusion(settings.preset, settings.spacing)
+        rows = cache_rows(settings.cache, settings.steps, settings.cache_interval)
+        if entry is None or entry.weights is not None or rows is None:
+            fitted = ", ".join(name for name, one in CACHES.items() if one is not None and one.weights is None)
+            raise UserError(
+                f"cache '{settings.cache}' every {settings.cache_interval} of {settings.steps} steps has no weights to "
+                f"fit: choose {fitted}, and an interval of 2 to {settings.steps} steps"
+            )
+        raws = self.raw_inputs(list(images), task, prompt)
+        found = self._fit(settings.tables(diffusion)._replace(cache=rows), task, raws)
+        self._fitted[_fit_name(settings, task, diffusion)] = found
+        return found
+
+    def _fit(self, tables: SamplerTables, task: str, raws: list[dict[str, Any]] | None) -> CacheRows:
+        assert tables.cache is not None
+        if raws is None:
+            from scaling_perception.data.sources import open_source  # rarely needed
+
+            scenes = open_source("scenes", "", "train", task, count=_FIT_SCENES)
+            raws = [scenes[index] for index in range(_FIT_SCENES)]
+        moments = np.zeros((len(tables.t), 5))
+        plan = BatchPlan(1, _FIT_MEMBERS)
+        for raw in raws:  # one at a time: little memory, and one graph whatever their number
+            draw = draw_members(jax.random.key(0), self.image_ids([raw], 1), 0, _FIT_MEMBERS, False)
+            latents = self.encode([raw], task, plan)
+            moments += self.engine.cache_moments(self.params, latents, draw, self.passes(task), tables)
+        return fit_weights(tables.cache, moments)
 
     def raw_inputs(self, images: Sequence[Any], task: str, prompt: Any = None) -> list[dict[str, Any]]:
         """Pictures and prompts as raw samples (the fields that ``tasks.conditions`` reads).
@@ -282,7 +355,7 @@ class Model:
         size: tuple[int, int],
         mode: str,
         prompt: np.ndarray | None = None,
-        forwards: int = 0,
+        forwards: float = 0,
         reduced: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Estimate:
         """Merge members (M, R, R[, C]) at the model's resolution, then resize to ``size`` (H, W), as Marigold does.
@@ -326,6 +399,12 @@ def key_of(key: int | jax.Array) -> jax.Array:
     if not 0 <= key < 2**32:
         raise UserError(f"key {key}: give a whole number from 0 to {2**32 - 1}")
     return jax.random.key(int(key))
+
+
+def _fit_name(settings: Settings, task: str, diffusion: DiffusionPreset) -> Any:
+    """All that fitted weights depend on besides the model."""
+    names = ("steps", "solver", "eta", "clip", "cache", "cache_interval")
+    return task, diffusion, *(getattr(settings, name) for name in names)
 
 
 def _own_autoencoder(meta: dict[str, Any]) -> Autoencoder:

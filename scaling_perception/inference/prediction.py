@@ -24,7 +24,8 @@ class Prediction:
         members: what was merged, resized to the image: (M, H, W), (M, H, W, 2), amodal (M, H, W, 3) RGB in [-1, 1].
             Computed when asked for.
         whole: amodal only: float32 (H, W, 3) in [-1, 1], the painted object on white.
-        forwards: network evaluations of each pass for each image: steps × members, which may differ between images.
+        forwards: network evaluations of each pass for each image: steps × members, which may differ between images;
+            a step whose blocks come from a cache counts as the part of an evaluation that it computes, by MACs.
         macs: float64, multiply-accumulates of the DiT for each image (NaN if nobody can count them).
     """
 

@@ -49,7 +49,7 @@ class Predictor(Model):
             key: integer or JAX key; the same key gives the same prediction.
             prompt: flow: the second frame of each image; amodal: the mask of the object's visible part.
             steps, ensemble, preset, spacing, reduce, more: see ``inference.settings.Settings``; ``more``: solver,
-                eta, clip, antithetic, aspect, tolerance, first, step_tolerance or step_chunk.
+                eta, clip, antithetic, aspect, tolerance, first, step_tolerance, step_chunk, cache or cache_interval.
             batch_size: images × members sampled at once; None chooses by memory. When given, short batches are padded
                 to it, so that calls of any length share one graph.
 
@@ -94,16 +94,16 @@ class Predictor(Model):
         (raw,) = raws = self.raw_inputs([image], task, [prompt])
         diffusion = self.choose_diffusion(chosen.preset, chosen.spacing)
         mode = get_task(task).reduce_mode(chosen.reduce)
-        tables = chosen.tables(diffusion)
+        tables = self.tables(chosen, task, diffusion)
         plan = BatchPlan(1, chosen.ensemble)
         draw = draw_members(key_of(key), self.image_ids(raws, 1), 0, chosen.ensemble, chosen.antithetic)
         latents = self.encode(raws, task, plan)
         rows = tuple(evaluations(chosen.solver, step + 1) - 1 for step in steps)
         kept = np.asarray(self.engine.sample(*self.weights, latents, draw, self.passes(task), tables, rows))
         found, size = [], (raw["image"].shape[0], raw["image"].shape[1])
-        for row, pixels in zip(rows, kept, strict=True):
+        for step, pixels in zip(steps, kept, strict=True):
             members = self.decode_members(pixels[0], task)
-            forwards = (row + 1) * chosen.ensemble
+            forwards = self.evaluations(dataclasses.replace(chosen, steps=step + 1)) * chosen.ensemble
             estimate = self.merge(members, task, size, mode, prompt_of(raw, task), forwards)
             found.append(Prediction(task, [estimate], self.macs(task, 1, 1), single=True))
         return found
@@ -123,7 +123,7 @@ class Predictor(Model):
             count: how many samples there are, if that is known: short runs then take smaller batches.
         """
         key, mode = key_of(key), get_task(task).reduce_mode(settings.reduce)
-        tables = settings.tables(self.choose_diffusion(settings.preset, settings.spacing))
+        tables = self.tables(settings, task, self.choose_diffusion(settings.preset, settings.spacing))
         if settings.aspect == "tile":
             count = None  # windows: more than there are samples
         members = min(settings.first, settings.ensemble) if settings.tolerance is not None else settings.ensemble
@@ -148,7 +148,7 @@ class Predictor(Model):
     ) -> Iterator[Estimate]:
         """One result for each raw sample, squashed and with constant compute, in the batches of ``plan``."""
         key = key_of(key)
-        samples, forwards = iter(raws), settings.evaluations * settings.ensemble
+        samples, forwards = iter(raws), self.evaluations(settings) * settings.ensemble
         while group := list(itertools.islice(samples, plan.images)):
             latents = self.encode(group, task, plan)
             pixels = self.sample(latents, group, task, settings.ensemble, tables, key, plan, settings.antithetic)

@@ -51,6 +51,9 @@ class Settings:
         step_tolerance: early exit: an image takes no further steps once its clean latent changes by less than this
             (root mean square, in the latents' training units) over ``step_chunk`` steps. None takes all.
         step_chunk: steps between two looks.
+        cache: what stands in for the transformer's blocks in the steps that do not compute them: none, fora,
+            taylorseer, l2p, or one of these with ``-trunk`` (``diffusion.caching``).
+        cache_interval: every so many steps, from the first one on, the blocks are computed; 1 is without a cache.
     """
 
     steps: int = setting(10, STEPS, "T", "denoising steps")
@@ -73,14 +76,23 @@ class Settings:
         None, NOT_NEGATIVE, "X", "early exit: stop an image's steps once it changes by less than this", "all steps"
     )
     step_chunk: int = setting(2, COUNT, "T", "steps between two looks of the early exit")
+    cache: str = setting(
+        "none",
+        str,
+        "NAME",
+        "blocks between computed steps: none, fora, taylorseer, l2p, fora-trunk, taylorseer-trunk, l2p-trunk",
+    )
+    cache_interval: int = setting(2, COUNT, "K", "with a cache: compute the blocks every so many steps")
 
     def __post_init__(self) -> None:
+        from scaling_perception.diffusion.caching import NO_CACHE, cache_name
         from scaling_perception.diffusion.solvers import SOLVERS, solver_name
         from scaling_perception.inference.aspect import check_aspect
 
         check_aspect(self.aspect)
         object.__setattr__(self, "solver", solver_name(self.solver))  # an alias is recorded by the one name
-        for name in ("ensemble", "first", "step_chunk"):
+        object.__setattr__(self, "cache", cache_name(self.cache))
+        for name in ("ensemble", "first", "step_chunk", "cache_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: give a whole number above 0")
         for name in ("tolerance", "step_tolerance"):
@@ -90,6 +102,13 @@ class Settings:
             raise UserError(f"step_tolerance goes with solvers without noise: eta 0, and not {self.solver}")
         if self.step_tolerance is not None and self.evaluations != self.steps:
             raise UserError(f"step_tolerance goes with one evaluation a step: leave it out, or solver '{self.solver}'")
+        if self.cache != NO_CACHE and self.step_tolerance is not None:
+            raise UserError(f"cache '{self.cache}' does not go with step_tolerance: leave out one of them")
+        if self.cache != NO_CACHE and SOLVERS[self.solver].evaluations(9) != 9:
+            raise UserError(
+                f"cache '{self.cache}' goes with solvers of one evaluation a step: leave it out, or solver "
+                f"'{self.solver}'"
+            )
 
     @property
     def adaptive(self) -> bool:
@@ -104,7 +123,7 @@ class Settings:
         return evaluations(self.solver, self.steps)
 
     def tables(self, diffusion: DiffusionPreset) -> SamplerTables:
-        """The sampler's table for a model's diffusion on the chosen grid.
+        """The sampler's table for a model's diffusion on the chosen grid; the cache is put in by `Model.tables`.
 
         Raises:
             UserError: a value that the solver does not take, or a single step that would return amplified noise.

@@ -26,15 +26,32 @@ def forward_macs(config: DiTConfig, resolution: int | None = None) -> int:
     if resolution is not None:
         config = at_resolution(config, resolution)
     width, tokens = config.dim, config.tokens
+    condition = 2 * TIME_FREQUENCIES * width + width**2 + config.context_dim * width
+    ends = tokens * config.patch_size**2 * width * (config.input_channels + config.out_channels) + 2 * width**2
+    return config.depth * _block_macs(config) + condition + ends
+
+
+def _block_macs(config: DiTConfig) -> int:
+    """MACs of one block over one sample, its modulation (6 D^2) included."""
+    width, tokens = config.dim, config.tokens
     mlp = 2 * width * config.hidden
     if config.experts:
         matrices = 3 if config.expert_mlp == "swiglu" else 2
         routed = matrices * width * config.hidden * config.active_experts + config.experts * width
         mlp = routed + 3 * width * config.shared_experts * width
-    block = tokens * (4 * width**2 + mlp) + 2 * tokens**2 * width + 6 * width**2
-    condition = 2 * TIME_FREQUENCIES * width + width**2 + config.context_dim * width
-    ends = tokens * config.patch_size**2 * width * (config.input_channels + config.out_channels) + 2 * width**2
-    return config.depth * block + condition + ends
+    return tokens * (4 * width**2 + mlp) + 2 * tokens**2 * width + 6 * width**2
+
+
+def cached_macs(config: DiTConfig, features: str) -> int:
+    """MACs of a denoising step whose blocks come from a cache (``diffusion/caching.py``), over one sample.
+
+    All but the blocks' own products, L [T (4 D^2 + M) + 2 T^2 D] of `forward_macs`: the condition path with the
+    modulation of all blocks, and both ends; and 2 T D for the weighted sum of the trunk's features, or 4 L T D for that
+    of attention and MLP and 2 L T D for their gates.
+    """
+    width, tokens = config.dim, config.tokens
+    kept = forward_macs(config) - config.depth * (_block_macs(config) - 6 * width**2)
+    return kept + (2 if features == "trunk" else 6 * config.depth) * tokens * width
 
 
 def inference_macs(config: DiTConfig, steps: int, members: int, passes: int = 1, resolution: int | None = None) -> int:

@@ -200,6 +200,33 @@ class Mlp(nn.Module):
         return out.reshape(x.shape)
 
 
+def remember(module: nn.Module, name: str, value: Any) -> None:
+    """Put a value into the collection ``features``, where a caller asks for that (``mutable``)."""
+    module.sow("features", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
+def feature_update(features: Params, blocks: Float[AnyArray, "L B _"]) -> Float[Array, "B T D"]:
+    """What all blocks add to the tokens, in float32.
+
+    Args:
+        features: the collection ``features`` of a `DiT`, or a part: ``trunk`` (B, T, D) is that itself; else
+            ``blocks`` holds the outputs of attention (``attended``) and MLP (``widened``) before their gates,
+            (L, B, T, D).
+        blocks: (L, B, 6 D) modulation of the step, see `PrecomputedConditioning`.
+    """
+    if "trunk" in features:
+        return features["trunk"].astype(jnp.float32)
+    attended, widened = features["blocks"]["attended"], features["blocks"]["widened"]
+
+    def add(total: jax.Array, layer: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        modulation, attended, widened = layer
+        _, _, gate_a, _, _, gate_m = jnp.split(modulation[:, None, :], 6, axis=-1)
+        return total + gate_a * attended + gate_m * widened, None
+
+    # Layer by layer: XLA's CPU backend (jax 0.10.2) fuses one sum over all layers wrongly into the final norm.
+    return jax.lax.scan(add, jnp.zeros(attended.shape[1:], jnp.float32), (blocks, attended, widened))[0]
+
+
 class Block(nn.Module):
     """adaLN-Zero block: (B, T, D) tokens and (B, D) condition (already through SiLU) to tokens.
 
@@ -230,12 +257,14 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(wide, 6, axis=-1)
         attend = Attention(config.heads, dtype, config.qk_norm, self.mesh, name="attn")
         mixed = attend(modulate(layer_norm(x), shift_a, scale_a))
+        remember(self, "attended", mixed)
         x = (x + gate_a[:, None, :] * mixed).astype(stream)
         inner, stats = modulate(layer_norm(x), shift_m, scale_m), None
         if config.experts:
             mixed, stats = MoE(config, dtype, self.dispatch, self.mesh, name="moe")(inner)
         else:
             mixed = Mlp(config.hidden, dtype, name="mlp")(inner)
+        remember(self, "widened", mixed)
         return (x + gate_m[:, None, :] * mixed).astype(stream), stats
 
 
@@ -296,7 +325,8 @@ class DiT(nn.Module):
 
     With ``with_stats`` the result is (output, statistics): ``moe.routing_stats`` with a leading layer axis, or {} for a
     dense model. With ``fixed``, x holds the noisy latent's channels alone, t is not looked at, and label only chooses
-    the patch embedding of a routed model.
+    the patch embedding of a routed model. With ``mutable=["features"]`` it also returns what its blocks computed (see
+    `feature_update`); with ``features`` (and ``fixed``) these take the place of the blocks, which are not computed.
     """
 
     config: DiTConfig
@@ -314,6 +344,7 @@ class DiT(nn.Module):
         label: Int[AnyArray, " B"],
         with_stats: bool = False,
         fixed: PrecomputedConditioning | None = None,
+        features: Params | None = None,
     ) -> Float[Array, "B h w C"] | tuple[Float[Array, "B h w C"], dict[str, Float[Array, "L ..."]]]:
         config = self.config
         x, t, label = (split_batch(jnp.asarray(array), self.mesh) for array in (x, t, label))
@@ -346,13 +377,18 @@ class DiT(nn.Module):
         kept = policies.nothing_saveable if self.remat else dots
         stack = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=kept),
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0, "intermediates": 0, "features": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             length=config.depth,
         )
         every = stack(config, self.dtype, self.dispatch, self.mesh, self.stream, name="blocks")
-        tokens, stats = every(tokens, condition, blocks)
+        if features is not None and blocks is not None:
+            tokens, stats = (tokens + feature_update(features, blocks)).astype(stream), None
+        else:
+            before = tokens
+            tokens, stats = every(tokens, condition, blocks)
+            remember(self, "trunk", tokens.astype(jnp.float32) - before.astype(jnp.float32))
         out = unpatchify(Final(config, name="final")(tokens, condition, final), config.patch_size, config.grid)
         return (out, stats or {}) if with_stats else out
 

@@ -92,7 +92,7 @@ class Estimate(NamedTuple):
     members: np.ndarray
     whole: np.ndarray | None  # native size; only of tasks that paint a picture and make their answer of it
     size: tuple[int, int]
-    forwards: int = 0  # network evaluations that each pass took, steps × members
+    forwards: float = 0  # network evaluations that each pass took, steps × members; see ``Model.evaluations``
     painted: np.ndarray | None = None  # native size: the answer made of ``whole`` alone, without the prompt
 
 

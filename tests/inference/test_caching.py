@@ -1,0 +1,141 @@
+"""Caching of blocks between steps: the tables of weights, what they reproduce exactly, and the network's part."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from scaling_perception.diffusion.caching import CACHES, cache_rows, combinations, computed_steps, fit_weights
+from scaling_perception.inference.settings import Settings
+from scaling_perception.models.compute import cached_macs, forward_macs
+from scaling_perception.models.dit import DiT, PrecomputedConditioning, feature_update
+from scaling_perception.support.errors import UserError
+
+pytest_plugins = ("nano",)
+
+
+def _replayed(rows, features):
+    """What a run uses as features (T, ...) when the network computes ``features``, by the definition of the table."""
+    last = older = np.zeros_like(features[0])
+    used = []
+    for step, feature in enumerate(features):
+        if rows.compute[step]:
+            older, last = last, feature
+            used.append(feature)
+        else:
+            used.append(rows.last[step] * last + rows.older[step] * older)
+    return np.stack(used)
+
+
+@pytest.mark.parametrize("steps, interval", [(10, 3), (9, 2), (7, 7), (5, 12)])
+def test_a_line_is_extrapolated_exactly_once_two_steps_are_computed(steps, interval):
+    start, slope = np.random.default_rng(0).normal(size=(2, 4))
+    features = start + np.arange(steps)[:, None] * slope
+    line, held = (_replayed(cache_rows(name, steps, interval), features) for name in ("taylorseer", "fora"))
+    np.testing.assert_allclose(line[interval:], features[interval:], atol=1e-5)
+    np.testing.assert_array_equal(held, features[np.arange(steps) // interval * interval])
+    np.testing.assert_array_equal(line[:interval], held[:interval], "there is one computed step until then")
+
+
+def _moments(rows, features):
+    last = older = np.zeros_like(features[0])
+    found = []
+    for step, now in enumerate(features):
+        ahead, change = last - older, now - last
+        found.append([last @ last, last @ ahead, ahead @ ahead, last @ change, ahead @ change])
+        if rows.compute[step]:
+            older, last = last, now
+    return np.asarray(found)
+
+
+def test_fitted_weights_find_a_recurrence_and_never_do_worse_than_the_line():
+    rows, rng = cache_rows("l2p", 9, 3), np.random.default_rng(1)
+    basis = rng.normal(size=(2, 50))
+    curves = np.stack([np.cos(0.2 * np.arange(9)), 0.7 ** np.arange(9)], axis=1) @ basis  # two modes: two weights do
+    fitted = fit_weights(rows, _moments(rows, curves))
+    np.testing.assert_allclose(_replayed(fitted, curves)[3:], curves[3:], atol=1e-3)
+    noisy = curves + rng.normal(size=curves.shape)
+    fitted, line = fit_weights(rows, _moments(rows, noisy)), cache_rows("taylorseer", 9, 3)
+    errors = [np.square(_replayed(one, noisy) - noisy).sum(1) for one in (fitted, line)]
+    assert (errors[0] <= errors[1] * (1 + 1e-5)).all() and errors[0].sum() < errors[1].sum()
+    with pytest.raises(UserError, match="NaN or infinite"):
+        fit_weights(rows, np.full((9, 5), np.nan))
+
+
+def test_tables_and_what_is_refused():
+    assert cache_rows("fora", 10, 1) is None and cache_rows("none", 10, 3) is None and cache_rows("l2p", 1, 2) is None
+    assert [computed_steps(10, k) for k in (1, 2, 3, 10, 99)] == [10, 5, 4, 1, 1]
+    assert list(cache_rows("fora", 7, 3).compute) == [1, 0, 0, 1, 0, 0, 1]
+    assert combinations(["none", "fora", "none"], [2, 4]) == [("none", 1), ("fora", 2), ("fora", 4)]
+    for word, options in [
+        ("unknown cache 'furo'.*fora", {"cache": "furo"}),
+        ("cache_interval 0", {"cache": "fora", "cache_interval": 0}),
+        ("does not go with step_tolerance", {"cache": "fora", "step_tolerance": 0.1}),
+        ("one evaluation a step", {"cache": "l2p", "solver": "heun", "steps": 1}),
+    ]:
+        with pytest.raises(UserError, match=word):
+            Settings(**options)
+    with pytest.raises(UserError, match="goes with cache"):
+        combinations(["none"], [2])
+
+
+def test_features_take_the_place_of_the_blocks(make_predictor):
+    """At the step that made them both kinds of features give the network's output."""
+    predictor = make_predictor(model={"depth": 2})
+    config, params, rng = predictor.config, predictor.params, np.random.default_rng(0)
+    shapes = ((3, config.tokens, config.dim), (2, 3, 6 * config.dim), (3, 2 * config.dim))
+    fixed = PrecomputedConditioning(*[rng.normal(size=shape).astype(np.float32) for shape in shapes])
+    x = rng.normal(size=(3, config.input_size, config.input_size, 4)).astype(np.float32)
+
+    @jax.jit
+    def network(x):
+        def run(**more):
+            t, label = np.zeros(1), np.zeros(3, np.int32)
+            return DiT(config).apply({"params": params}, x, t, label, fixed=fixed, **more)
+
+        out, found = run(mutable=["features"])
+        kinds = [{name: found["features"][name]} for name in ("blocks", "trunk")]
+        return run(), out, [run(features=one) for one in kinds], [feature_update(one, fixed.blocks) for one in kinds]
+
+    plain, out, again, updates = network(x)
+    np.testing.assert_allclose(out, plain, atol=1e-6)
+    np.testing.assert_allclose(*updates, atol=1e-5)
+    for other in again:
+        np.testing.assert_allclose(other, plain, atol=1e-5)
+
+
+def test_macs_of_a_cached_step_are_all_but_the_blocks(predictor):
+    config = predictor.config
+    deeper = dataclasses.replace(config, depth=config.depth + 3)
+    modulation = 6 * config.dim**2  # of a block, which every step has
+    assert cached_macs(deeper, "trunk") - cached_macs(config, "trunk") == 3 * modulation
+    more = cached_macs(config, "blocks") - cached_macs(config, "trunk")
+    assert more == (6 * config.depth - 2) * config.tokens * config.dim
+    assert cached_macs(config, "trunk") < forward_macs(config)
+    settings = Settings(steps=10, cache="fora-trunk", cache_interval=4)
+    expected = 3 * forward_macs(config) + 7 * cached_macs(config, "trunk")
+    assert predictor.macs("flow", predictor.evaluations(settings), 2) == pytest.approx(4 * expected)
+    assert predictor.evaluations(Settings(steps=10, cache="fora", cache_interval=1)) == 10
+
+
+def test_predictions_with_a_cache(make_predictor, make_image):
+    """Without cached steps bit for bit as without a cache; weights of methods are arguments of one program."""
+    predictor, image, options = make_predictor(model={"depth": 2}), make_image(), {"steps": 4, "ensemble": 2}
+    plain = predictor(image, **options)
+    whole = predictor(image, cache="taylorseer", cache_interval=1, **options)
+    np.testing.assert_array_equal(whole.prediction, plain.prediction)
+    assert whole.macs == plain.macs and predictor.traces["sample"] == 1
+    names = [name for name, entry in CACHES.items() if entry is not None and entry.features == "trunk"]
+    found = {name: predictor(image, cache=name, **options) for name in names}
+    assert predictor.traces["sample"] == 2 and predictor.traces["cache moments"] == 1
+    predictions = [one.prediction for one in found.values()]
+    assert all(np.abs(one - plain.prediction).max() > 1e-4 for one in predictions)
+    assert all(np.abs(one - predictions[0]).max() > 1e-5 for one in predictions[1:])
+    assert all(one.macs < plain.macs and one.forwards < 8 for one in found.values())
+    fitted = predictor.fit_cache([image], "depth", Settings(**options, cache="l2p-trunk"))
+    assert fitted.last[0] == 1 and predictor.traces["cache moments"] == 1
+    own = predictor(image, cache="l2p-trunk", **options).prediction
+    assert np.abs(own - found["l2p-trunk"].prediction).max() > 0, "fitted to other pictures"
+    with pytest.raises(UserError, match="has no weights to fit"):
+        predictor.fit_cache([image], "depth", Settings(**options, cache="fora"))
