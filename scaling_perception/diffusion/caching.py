@@ -127,8 +127,8 @@ def cache_rows(name: str, steps: int, interval: int) -> CacheRows | None:
     number = np.arange(steps)
     last = number // interval * interval
     weights = (entry.weights or hold)(number, last, last - interval)
-    real = [np.asarray(column, np.float32) for column in weights]
-    return CacheRows((number == last).astype(np.int32), *real, entry.features)
+    ahead, behind = (np.asarray(column, np.float32) for column in weights)
+    return CacheRows((number == last).astype(np.int32), ahead, behind, entry.features)
 
 
 def fit_weights(rows: CacheRows, moments: Float[np.ndarray, "T 5"]) -> CacheRows:

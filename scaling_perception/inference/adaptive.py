@@ -69,7 +69,8 @@ def adaptive_stream(
             for row in np.asarray(model.encode(pool[start : start + plan.images], task, plan))
         ][: len(pool)]
         members: list[list[np.ndarray]] = [[] for _ in pool]
-        forwards, estimates, open_images = [0] * len(pool), {}, list(range(len(pool)))
+        forwards: list[float] = [0] * len(pool)
+        estimates, open_images = {}, list(range(len(pool)))
         while open_images:
             done = len(members[open_images[0]])  # all that are open have as many
             for start in range(0, len(open_images), plan.images):
@@ -136,7 +137,8 @@ def _sample(
         pixels = model.engine.sample(*model.weights, padded, draw, model.passes(task), tables)
         return np.asarray(pixels)[: len(group)], [model.evaluations(settings)] * len(group)
     wanted = min(count, settings.ensemble - first)
-    return _until_settled(model, padded, len(group), task, settings, tables, draw, wanted)
+    pixels, taken = _until_settled(model, padded, len(group), task, settings, tables, draw, wanted)
+    return pixels, [*taken]
 
 
 def _until_settled(

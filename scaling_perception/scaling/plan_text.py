@@ -144,6 +144,8 @@ def commands_of(
         words = ["evaluate", "--task", task, "--dataset", dataset, "--model", model]
         for name, flag in (("steps", "--steps"), ("members", "--ensemble")):
             words += [flag, f"{choice[name]:g}"] if choice.get(name) else []
+        if choice.get("cache"):
+            words += ["--cache", choice["cache"], "--cache-interval", str(choice["cache_interval"])]
         out.append([*words, *(["--preset", preset] if preset else []), "--json", "runs/plan/evaluation.json"])
     why = "" if out else "the law does not say into how many steps and members the MACs go; give --members or --steps"
     return ["scaling-perception " + " ".join(map(shlex.quote, words)) for words in out], why

@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 
 from scaling_perception.diffusion.caching import CACHES, cache_rows, combinations, computed_steps, fit_weights
+from scaling_perception.evaluation.comparisons import evaluations_of, solver_of
+from scaling_perception.evaluation.protocols import get_protocol, measure, prepare_raw
+from scaling_perception.evaluation.sweep import sweep
+from scaling_perception.evaluation.tables import images_csv
+from scaling_perception.inference.budgets import CACHE_CELL, CELL, choose, load_budgets
 from scaling_perception.inference.settings import Settings
 from scaling_perception.models.compute import cached_macs, forward_macs
 from scaling_perception.models.dit import DiT, PrecomputedConditioning, feature_update
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import write_json
 
 pytest_plugins = ("nano",)
 
@@ -117,6 +123,43 @@ def test_macs_of_a_cached_step_are_all_but_the_blocks(predictor):
     expected = 3 * forward_macs(config) + 7 * cached_macs(config, "trunk")
     assert predictor.macs("flow", predictor.evaluations(settings), 2) == pytest.approx(4 * expected)
     assert predictor.evaluations(Settings(steps=10, cache="fora", cache_interval=1)) == 10
+
+
+def test_evaluations_and_budgets_of_cells_with_a_cache(make_predictor, make_raw, tmp_path):
+    """A cell is what the predictor gives, with its MACs, and is found again by a budget."""
+    predictor, raws = make_predictor(), [make_raw(40, 56, seed) for seed in (0, 1)]
+    protocol, caches = get_protocol("depth", "scenes"), [("none", 1), ("taylorseer-trunk", 2), ("fora-trunk", 9)]
+    found, _ = sweep(predictor, raws, "depth", protocol, [1, 4], [1, 2], caches=caches, batch_size=4)
+    settings = [(c["steps"], c["ensemble"], c.get("cache"), c.get("cache_interval")) for c in found["cells"]]
+    plain = [(steps, size, None, None) for steps in (1, 4) for size in (1, 2)]
+    assert settings == plain + [(4, size, *cache) for cache in caches[1:] for size in (1, 2)], "one step computes all"
+    for cell in found["cells"][4:]:
+        chosen = {name: cell[name] for name in ("steps", "ensemble", "cache", "cache_interval")}
+        for raw, row in zip(raws, cell["rows"], strict=True):
+            one = predictor(raw["image"], batch_size=4, **chosen)
+            expected = measure(one.prediction, prepare_raw(raw, protocol), protocol)
+            assert row["abs_rel"] == pytest.approx(expected["abs_rel"], rel=1e-5)
+            assert cell["macs"] == pytest.approx(one.macs) and evaluations_of(cell) * cell["ensemble"] == one.forwards
+    result = {**found, "task": "depth", "dataset": "scenes", "model": "nano", "protocol": protocol}
+    lines = [line.split(",") for line in images_csv(result).splitlines()]
+    at = lines[0].index("cache")
+    assert lines[0][at + 1] == "cache_interval" and lines[-len(found["baselines"]) * 2 - 1][at] == "fora-trunk"
+    names = {solver_of(cell) for cell in found["cells"]}
+    assert names == {"ddim", "ddim + taylorseer-trunk 2", "ddim + fora-trunk 9"}
+    cells = [{**{n: c[n] for n in CACHE_CELL if n in c}, **{n: c.get(n) for n in CELL}} for c in found["cells"]]
+    cells = [{**cell, "error": 1 / (1 + number), "ci95": [0, 1]} for number, cell in enumerate(cells)]
+    table = {"format": 1, "tasks": {"depth": {"cells": cells, "timing": {"fixed": 1.0, "per_forward": 1e-9}}}}
+    choice = choose(table, "depth", macs=1e15, here=(1.0, 1e-9))
+    assert (choice.cache, choice.cache_interval, choice.steps, choice.ensemble) == ("fora-trunk", 9, 4, 2)
+    assert choose(table, "depth", macs=cells[0]["macs"]).cache is None
+    write_json(tmp_path / "budgets.json", table)
+    assert load_budgets(tmp_path) == table
+    del cells[-1]["evaluations"]
+    write_json(tmp_path / "budgets.json", table)
+    with pytest.raises(UserError, match="no table of budgets"):
+        load_budgets(tmp_path)
+    with pytest.raises(UserError, match="every cell would compute every step"):
+        sweep(predictor, raws, "depth", protocol, [1], [1], caches=[("fora", 2)])
 
 
 def test_predictions_with_a_cache(make_predictor, make_image):
