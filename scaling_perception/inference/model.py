@@ -188,8 +188,12 @@ class Model:
     def _fit(self, tables: SamplerTables, task: str, raws: list[dict[str, Any]] | None) -> CacheRows:
         assert tables.cache is not None
         if raws is None:
-            from scaling_perception.data.sources import open_source  # rarely needed
+            from scaling_perception.data.sources import SOURCES, open_source  # rarely needed
 
+            if task not in SOURCES["scenes"].tasks:
+                raise UserError(
+                    f"cache: drawn scenes do not serve {task}: call Predictor.fit_cache, or choose taylorseer"
+                )
             scenes = open_source("scenes", "", "train", task, count=_FIT_SCENES)
             raws = [scenes[index] for index in range(_FIT_SCENES)]
         moments = np.zeros((len(tables.t), 5))
