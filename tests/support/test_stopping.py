@@ -112,6 +112,7 @@ def inputs(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # twenty moments of a cold start each
 @pytest.mark.parametrize("cache", ["cold", "warm"])
 @pytest.mark.parametrize("verb", ["evaluate", "predict", "prepare", "generate", "fit", "convert"])
 def test_interrupted_at_many_moments(verb, cache, inputs, tmp_path):
