@@ -185,7 +185,7 @@ def _part(
 
 def _say_made(what: str, shards: list[dict[str, Any]], before: int, seconds: float) -> None:
     size, new = sum(shard["bytes"] for shard in shards) / 1e6, sum(shard["records"] for shard in shards[before:])
-    skipped = sum(len(shard["bad"]) for shard in shards)
+    skipped = sum(len(shard.get("bad", ())) for shard in shards)
     print(
         f"{what}: {count_records(shards)}, {size:.1f} MB; {new} of them now, {new / seconds:.1f} a second"
         + (f"; {skipped} bad samples left out (see ledger.json)" if skipped else "")

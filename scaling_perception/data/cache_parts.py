@@ -143,7 +143,7 @@ def begin_part(out: Path, part: Part, ledger: Mapping[str, Any]) -> bool:
             raise UserError(
                 f"{out} holds a cache that was begun without --shard: finish it so, or choose another --out"
             )
-        refuse_elsewhere(part, [Part(*one["part"]) for one in others.values() if "part" in one], out)
+        refuse_elsewhere(part, [one.get("part") for one in others.values()], out)
         for path, one in others.items():
             _same(path, one, ledger)
         own = others.get(out / part_ledger(part))
@@ -217,7 +217,7 @@ def _merge(
         for path in paths.values():
             path.unlink()
         bucket.push()
-    skipped = sum(len(shard["bad"]) for shard in shards)
+    skipped = sum(len(shard.get("bad", ())) for shard in shards)
     left = f"; {skipped} bad samples left out (see {LEDGER})" if skipped else ""
     print(f"{bucket.url}: {len(parts)} parts joined, {count_records(shards)}, all checksums match{left}")
     return 0

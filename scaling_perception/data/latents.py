@@ -253,6 +253,8 @@ def row_fault(row: Any) -> str | None:
     for name, kind in _ROW.items():
         if not isinstance(row, dict) or not isinstance(row.get(name), kind):
             return f"a shard has no {name}"
+    if not isinstance(row.get("bad", []), list):
+        return f"{row['file']} has bad samples that are no list"
     if not all(isinstance(count, int) and count >= 0 for count in row["passes"].values()):
         return f"{row['file']} has passes that are no counts"
     if sum(row["passes"].values()) != row["records"]:

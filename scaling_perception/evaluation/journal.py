@@ -58,7 +58,7 @@ class Journal:
             lock = self.path.with_name(f".{self.path.name}.lock")
             opening.enter_context(hold(lock, what, "wait for it, or choose another result"))
             try:
-                self._file = opening.enter_context(open(self.path, "a+b"))
+                self._file = opening.enter_context(open(self.path, "a+b", buffering=0))
             except OSError as error:
                 raise UserError(f"cannot write {explain_os(error, self.path)}") from None
             if lines := self._read():
@@ -98,13 +98,14 @@ class Journal:
         Raises:
             UserError: the disk is full.
         """
+        data = json.dumps(group).encode() + b"\n"
         try:
             with finished_first():
-                self._file.write(json.dumps(group).encode() + b"\n")
-                self._file.flush()
+                while data:  # past Python's buffer: what a full disk does not take must not fail again on closing
+                    data = data[self._file.write(data) or 0 :]
                 os.fsync(self._file.fileno())
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; free space, then run again") from None
+            raise UserError(f"cannot write {explain_os(error, self.path)}") from None
 
     def __enter__(self) -> Self:
         return self

@@ -55,7 +55,7 @@ def plan_of_others(journal: Path, part: Part, identity: Mapping[str, Any], plan:
             raise UserError(
                 f"{path} is of other settings ({told}): give all parts the same, choose another result, or remove it"
             )
-        refuse_elsewhere(part, [Part(*lines[0].get("part", part))], out.parent)
+        refuse_elsewhere(part, [lines[0].get("part")], out.parent)
         plan = lines[0]["plan"]
     return plan
 

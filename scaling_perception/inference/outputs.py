@@ -21,7 +21,7 @@ from scaling_perception.inference.metric_depth import MetricFit, Points, to_metr
 from scaling_perception.inference.point_cloud import Camera, camera_of_fov, unproject, write_ply
 from scaling_perception.inference.settings import Settings
 from scaling_perception.support.errors import UserError, did_you_mean
-from scaling_perception.support.files import atomic_path, read_json, write_json
+from scaling_perception.support.files import atomic_path, read_json, save_npy, write_json
 from scaling_perception.support.stopping import removed_when_stopped
 from scaling_perception.tasks import get_task
 from scaling_perception.tasks.base import Estimate, File
@@ -88,7 +88,7 @@ class _Context(NamedTuple):
 
 def _write_npy(path: Path, array: np.ndarray, context: _Context) -> None:
     with atomic_path(path) as temporary:
-        np.save(temporary, np.ascontiguousarray(array, np.float32))
+        save_npy(temporary, np.ascontiguousarray(array, np.float32))
 
 
 def _write_cloud(path: Path, depth: np.ndarray, context: _Context) -> None:

@@ -63,7 +63,7 @@ def run_part(
     others = {one: _read(one) for one in part_files(out, request.task)}
     if not others and not overwrite and index.is_file() and not _differing(_read(index), what):
         return None
-    refuse_elsewhere(part, [Part(*one["part"]) for one in others.values() if "part" in one], out)
+    refuse_elsewhere(part, [one.get("part") for one in others.values()], out)
     for other, found in others.items():
         if told := _differing(found, what):
             raise UserError(f"{other} is of other settings ({told}): give all parts the same, or choose another --out")

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.failures import explain_os
 from scaling_perception.support.stopping import making_temporary
@@ -76,6 +78,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. NaN and infinity are refused by ``json`` readers, so by us."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def save_npy(path: str | os.PathLike[str], array: np.ndarray) -> None:
+    """As ``numpy.save``, whose error on a full disk has only a number of bytes: here it is the system's."""
+    array = np.ascontiguousarray(array) if array.ndim else array
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

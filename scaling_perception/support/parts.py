@@ -38,6 +38,12 @@ class Part(NamedTuple):
         return range(count * self.index // self.of, count * (self.index + 1) // self.of)
 
 
+def stated_part(said: Any) -> Part | None:
+    """The part that a file says it is, as ``[index, of]``; None where that is none."""
+    two = isinstance(said, list | tuple) and len(said) == 2 and all(type(one) is int for one in said)
+    return Part(*said) if two and 0 <= said[0] < said[1] else None
+
+
 def add_parts(parser: Any, what: str, joined: str) -> None:
     """The flags of a verb whose work can be split."""
     parser.add_argument(
@@ -115,9 +121,13 @@ def note_idle(part: Part, pieces: int, what: str, mend: str) -> None:
         print(f"note: {pieces} {what} for {part.of} parts: some have nothing to do (see {mend})", file=sys.stderr)
 
 
-def refuse_elsewhere(own: Part, others: Iterable[Part], where: Any) -> None:
-    """UserError when the work in ``where`` was split into another number of parts."""
-    if other := next((one for one in others if one.of != own.of), None):
+def refuse_elsewhere(own: Part, others: Iterable[Any], where: Any) -> None:
+    """UserError when the work in ``where`` was split into another number of parts.
+
+    Args:
+        others: what the files of the other parts say of themselves.
+    """
+    if other := next((one for said in others if (one := stated_part(said)) and one.of != own.of), None):
         raise UserError(f"{where} holds parts of {other.of}: give --shard i/{other.of}, or choose another place")
 
 
@@ -135,8 +145,7 @@ def all_parts(found: Mapping[str, Any], where: Any, finished: Callable[[Part], s
         raise UserError(f"{where} holds no parts to join: run the command with --shard i/n first")
     known: dict[Part, str] = {}
     for file, said in sorted(found.items()):
-        part = Part(*said) if isinstance(said, list | tuple) and len(said) == 2 else None
-        if part is None:
+        if (part := stated_part(said)) is None:
             raise UserError(f"{file} does not say which part it is: remove it and run that part again")
         if part in known:
             raise UserError(f"{file} and {known[part]} are both part {part}: remove one of them")

@@ -31,7 +31,7 @@ from scaling_perception.models.autoencoders import (
 )
 from scaling_perception.parallel.rules import WHOLE_RULES
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.files import atomic_path, read_json, write_json
+from scaling_perception.support.files import atomic_path, read_json, save_npy, write_json
 from scaling_perception.support.progress import progress
 from scaling_perception.training.objective import Objective, Parts, own_share
 
@@ -139,7 +139,7 @@ def _make_block(path: Path, block: int, teacher: Autoencoder, resolution: int) -
     # The latents come last: their presence says that the block is whole.
     for name, array in (("pictures", pictures), ("targets", targets), ("latents", latents)):
         with atomic_path(path.with_suffix(f".{name}.npy")) as temporary:
-            np.save(temporary, array)
+            save_npy(temporary, array)
 
 
 def encode_all(model: Autoencoder, pictures: np.ndarray, batch: int = 10) -> np.ndarray:
@@ -351,5 +351,5 @@ def _own_latents(folder: Path, bank: Bank, network: tiny_vae.TinyVAEConfig, enco
         blocks = progress(bank.pictures, len(bank.pictures), "latents of the frozen encoder")
         latents = np.concatenate([encode_all(model, pictures).astype(np.float16) for pictures in blocks])
         with atomic_path(path) as temporary:
-            np.save(temporary, latents)
+            save_npy(temporary, latents)
     return np.load(path), own_id

@@ -21,7 +21,7 @@ from scaling_perception.data.latents import CacheReader
 from scaling_perception.models import autoencoders
 from scaling_perception.support import locks
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.parts import Part, parse_part
+from scaling_perception.support.parts import Part, all_parts, parse_part, refuse_elsewhere, stated_part
 from scaling_perception.support.verbs import run_verb
 
 
@@ -79,6 +79,9 @@ JOB = {"JOB_COMPLETION_INDEX": "5"}
         ("3", {}, "--shard '3': give i/n"),
         ("9/8", {}, "part 9 of 8 is none"),
         ("0/0", {}, "part 0 of 0 is none"),
+        ("auto/8", {"SLURM_ARRAY_TASK_ID": "x"}, "SLURM_ARRAY_TASK_ID is 'x' and no number"),
+        ("auto", {**SLURM, "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "x"}, "give auto/n"),
+        ("9" * 5000 + "/8", {}, "give i/n"),
         ("-1/8", {}, "--shard '-1/8': give i/n"),
         ("auto", {}, "neither SLURM_ARRAY_TASK_ID nor JOB_COMPLETION_INDEX is set"),
         ("auto", JOB, "give auto/n"),
@@ -323,3 +326,11 @@ def test_a_cache_in_a_bucket(tmp_path, whole, stand_in, monkeypatch, capsys):
 
 def stop():
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("said", [None, 3, [1], [0, None], [[0], 1], [2, 2], [-1, 2], [True, 2]])
+def test_files_that_do_not_say_which_part_they_are(tmp_path, said):
+    assert stated_part(said) is None
+    refuse_elsewhere(Part(0, 2), [said], tmp_path)
+    with pytest.raises(UserError, match="does not say which part it is"):
+        all_parts({"ledger": said}, tmp_path, lambda part: None)

@@ -1,6 +1,7 @@
 """The sweep equals calling the predictor cell by cell, shares its work, goes on after a stop, and hides nothing."""
 
 import json
+import resource
 from types import SimpleNamespace
 
 import numpy as np
@@ -290,3 +291,19 @@ def test_two_runs_do_not_write_one_journal(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "SAME_MACHINE", 0.0)
     with Journal(tmp_path / "j", {"a": 1}, {}), pytest.raises(UserError, match="in use by another evaluation"):
         Journal(tmp_path / "j", {"a": 1}, {})
+
+
+def test_a_journal_on_a_full_disk_names_itself_and_goes_on(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with (
+            pytest.raises(UserError, match="cannot write .*/j: File too large"),
+            Journal(tmp_path / "j", {}, {}) as one,
+        ):
+            one.append({"a": 1})
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "j").stat().st_size + 5, limit[1]))
+            one.append({"a": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with Journal(tmp_path / "j", {}, {}) as one:
+        assert one.groups == [{"a": 1}]

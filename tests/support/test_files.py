@@ -4,10 +4,11 @@ import errno
 import os
 import stat
 
+import numpy as np
 import pytest
 
 from scaling_perception.support.errors import UserError, did_you_mean
-from scaling_perception.support.files import atomic_path, read_json, write_json, write_text
+from scaling_perception.support.files import atomic_path, read_json, save_npy, write_json, write_text
 
 
 def test_written_whole_with_ordinary_rights(tmp_path):
@@ -70,3 +71,13 @@ def test_json_refuses_nan_and_explains_broken_files(tmp_path):
 def test_suggestions_name_the_nearest_and_all():
     assert did_you_mean("dept", ["depth", "flow"]) == "; did you mean 'depth'? known: depth, flow"
     assert did_you_mean("zzz", ["depth", "flow"]) == "; known: depth, flow"
+
+
+@pytest.mark.parametrize("array", [np.ones((3, 4), np.float32).T, np.zeros((0, 4), np.float16), np.array(3.0)])
+def test_npy_files_are_numpys_and_a_full_disk_is_called_full(tmp_path, array):
+    save_npy(tmp_path / "a.npy", array)
+    np.save(tmp_path / "b.npy", np.ascontiguousarray(array) if array.ndim else array)
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+    with pytest.raises(OSError, match="No space left") as error:
+        save_npy("/dev/full", array)
+    assert error.value.errno == errno.ENOSPC
