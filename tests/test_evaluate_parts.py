@@ -126,6 +126,8 @@ def test_what_cannot_be_joined_is_said_in_one_line(evaluate, parts, tmp_path):
             (other_plan, "are of other settings .*images was 2, is 1"),
             (lambda path: head(path, journal=7), "is no journal of this version"),
             (lambda path: path.write_bytes(b"x\n" + path.read_bytes()), "is damaged"),
+            (lambda path: path.write_bytes(path.read_bytes().replace(b'"described_by"', b'"x"', 1)), "no described_by"),
+            (lambda path: path.write_bytes(path.read_bytes().replace(b'"identity"', b'"x"', 1)), "what it is of"),
             (lambda path: [one.unlink() for one in path.parent.glob("*.journal")], "holds no parts to join"),
         )
     ):

@@ -86,6 +86,7 @@ def test_what_cannot_be_joined_is_said_in_one_line(predict, command, pictures, t
         (lambda path: change(path, part=[0, 2]), "are both part 0 of 2", "remove one"),
         (lambda path: change(path, part=[1, 4]), "part 1 of 4 by its content", "restore"),
         (lambda path: change(path, settings={"seed": 9}), "are of other settings", "settings.antithetic"),
+        (lambda path: change(path, summary={"files": [{"name": 3}]}), "part-1-of-2.json is damaged", "remove it"),
         (lambda path: path.write_text("{}"), "is no file of `predict --shard`", "remove it"),
         (
             lambda path: next(path.parent.glob("frame_10_depth.npy")).unlink(),

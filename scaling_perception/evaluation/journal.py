@@ -133,8 +133,10 @@ def identity_of(path: Path, head: Any) -> dict[str, Any]:
     Raises:
         UserError: it is no such line.
     """
-    if not isinstance(head, dict) or head.get("journal") != _FORMAT:
+    if not isinstance(head, dict) or head.get("journal") != _FORMAT or "plan" not in head:
         raise UserError(f"{path} is no journal of this version: remove it to start anew")
+    if not isinstance(head.get("identity"), dict):
+        raise UserError(f"{path} does not say what it is of: remove it to start anew")
     return head["identity"]
 
 

@@ -84,6 +84,9 @@ def joined(out: Path) -> Iterator[dict[str, Any]]:
         lines = {name: _read(path) for name, path in paths.items()}
         for name, found in lines.items():
             identity_of(paths[name], found[0] if found else None)
+            kinds = {"groups": int, "about": dict, "described_by": dict}
+            if lacking := [field for field, kind in kinds.items() if not isinstance(found[0].get(field), kind)]:
+                raise UserError(f"{paths[name]} is damaged (no {lacking[0]}): remove it and run its part again")
 
         def unfinished(part: Part) -> str | None:
             head, *groups = lines[part_journal(out, part).name]

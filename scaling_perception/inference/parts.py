@@ -152,7 +152,25 @@ def _read(path: Path) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict) or found.get("format") != _FORMAT or not all(name in found for name in _WHAT):
         raise UserError(f"{path} is no file of `predict --shard` of this version: remove it and run its part again")
+    if not _sound(found.get("summary")) or not isinstance(found["items"], dict):
+        raise UserError(f"{path} is damaged: remove it and run its part again")
     return found
+
+
+def _sound(summary: Any) -> bool:
+    """Whether a summary, or none yet, holds what joining reads."""
+
+    def of_file(file: Any) -> bool:
+        if not isinstance(file, dict) or not all(isinstance(file.get(name), str) for name in ("name", "status")):
+            return False
+        outputs = file.get("outputs", {})
+        return isinstance(outputs, dict) and all(isinstance(name, str) for name in outputs.values())
+
+    if not isinstance(summary, dict):
+        return summary is None
+    numbers = [summary.get(name) for name in ("seconds", "compile_seconds")]
+    files = summary.get("files")
+    return all(isinstance(one, int | float) for one in numbers) and isinstance(files, list) and all(map(of_file, files))
 
 
 def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
