@@ -265,7 +265,7 @@ def _loop(
 
 
 def _objective(config: Any, mesh: Any, resumed: Mapping[str, Any] | None) -> Any:
-    if config.objective == "diffusion":
+    if config.objective != "autoencoder":
         from scaling_perception.training.diffusion import diffusion_objective
 
         return diffusion_objective(config, mesh=mesh, resumed=resumed)

@@ -65,7 +65,7 @@ def test_every_argument_is_documented_accepted_and_used(name):
     plain = json.dumps(load_config(f"configs/{name}").to_dict())
     told = set(re.findall(r"``(\w+)``", doc))
     samples = {"model": "a2", "res": 96, "recipe": "ablation", "diffusion": "released", "phase": "decoder"}
-    samples |= {"flip": "false", "task": "flow", "size": "s5", "lr": 0.1}
+    samples |= {"flip": "false", "task": "flow", "noise": "gaussian", "size": "s5", "lr": 0.1}
     samples |= {"source": "scenes", "gating": "paper", "gain": "released", "active": 4, "schedule": "linear"}
     only_with = {"active": "experts=4,", "gating": "experts=4,"} if name == "scenes_study.py" else {}
     for key, default in args.items():

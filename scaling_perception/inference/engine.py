@@ -75,9 +75,12 @@ class Engine:
         compile_seconds: spent compiling so far.
     """
 
-    def __init__(self, config: DiTConfig, autoencoder: Autoencoder, dtype: str, mesh: Any = None) -> None:
-        """Args: ``mesh``: devices to split rows and weights over; None is one device."""
-        self.config, self.autoencoder = config, autoencoder
+    def __init__(
+        self, config: DiTConfig, autoencoder: Autoencoder, dtype: str, mesh: Any = None, zero_start: bool = False
+    ) -> None:
+        """Args: ``mesh``: devices to split rows and weights over; None is one device. ``zero_start``: sampling starts
+        from zeros in place of noise, as some models of one step were trained."""
+        self.config, self.autoencoder, self.zero_start = config, autoencoder, zero_start
         self.mesh = mesh if mesh is not None and mesh.size > 1 else None
         self.model = DiT(config, dtype=jnp.dtype(dtype), mesh=self.mesh)
         self.traces: Counter[str] = Counter()
@@ -200,6 +203,8 @@ class Engine:
 
     def _noise(self, draw: NoiseKeys, shape: tuple[int, ...], step: jax.Array | None = None) -> jax.Array:
         """(I, M, *shape): a member's noise depends on key, image and member alone; step None is the start's."""
+        if step is None and self.zero_start:
+            return jnp.zeros((len(draw.ids), len(draw.members), *shape))
 
         def one(image: jax.Array, member: jax.Array, sign: jax.Array) -> jax.Array:
             key = jax.random.fold_in(jax.random.fold_in(draw.key, image), member)

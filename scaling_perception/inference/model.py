@@ -87,7 +87,8 @@ class Model:
         self.id, self.autoencoder_id = tree_hash(params), tree_hash(self.autoencoder.params)
         if mesh is None and jax.default_backend() != "cpu":
             mesh = make_mesh(devices=jax.local_devices())
-        self.engine = Engine(self.config, self.autoencoder, dtype, mesh)
+        self.one_step = _one_step(meta)
+        self.engine = Engine(self.config, self.autoencoder, dtype, mesh, self.one_step == "zeros")
         self.params = self.engine.place(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params))
         self._autoencoder_params = self.engine.place(self.autoencoder.params)
         self.macs_per_forward = float(forward_macs(self.config))
@@ -150,6 +151,7 @@ class Model:
         Raises:
             UserError: as `Settings.tables`.
         """
+        self._warn_of_steps(settings, diffusion)
         tables, entry = settings.tables(diffusion), CACHES[settings.cache]
         rows = cache_rows(settings.cache, settings.steps, settings.cache_interval)
         if entry is None or rows is None:
@@ -251,6 +253,20 @@ class Model:
                 stacklevel=3,
             )
         return own
+
+    def _warn_of_steps(self, settings: Settings, diffusion: DiffusionPreset) -> None:
+        """Warn where a model of one step is sampled in another way than it was trained for."""
+        if not self.one_step:
+            return
+        if settings.evaluations > 1 or diffusion.spacing != "trailing":
+            warnings.warn(
+                "this model was fine-tuned for one step on the trailing grid, and is no denoiser any more: use steps 1",
+                stacklevel=4,
+            )
+        if self.one_step == "zeros" and settings.ensemble > 1:
+            warnings.warn(
+                "this model starts from zeros in place of noise, so all members are equal: use ensemble 1", stacklevel=4
+            )
 
     def plan(
         self,
@@ -420,6 +436,16 @@ def _own_autoencoder(meta: dict[str, Any]) -> Autoencoder:
         raise UserError(_NO_TASK)
 
     return Autoencoder(meta["autoencoder"], "", {}, refuse, refuse)
+
+
+def _one_step(meta: dict[str, Any]) -> str:
+    """What a model of one step starts from: ``zeros`` or ``gaussian`` noise; '' for any other model."""
+    if "one_step" not in meta:
+        return ""
+    noise = meta["one_step"].get("noise") if isinstance(meta["one_step"], dict) else meta["one_step"]
+    if noise not in ("zeros", "gaussian"):
+        raise UserError(f"one_step of the model has the noise {noise!r}: give zeros or gaussian, or export it again")
+    return noise
 
 
 def _own_diffusion(fields: dict[str, Any]) -> DiffusionPreset:

@@ -197,7 +197,10 @@ def model_card(meta: Mapping[str, Any]) -> str:
         "",
     ]
     if tasks:
-        command = f"predict --task {tasks[0]} --model . --steps 10 --ensemble 5 --out predictions IMAGE"
+        way = "--steps 10 --ensemble 5"
+        if "one_step" in meta:  # made by objective=one_step
+            way = "--steps 1 --ensemble 1" if meta["one_step"]["noise"] == "zeros" else "--steps 1 --ensemble 5"
+        command = f"predict --task {tasks[0]} --model . {way} --out predictions IMAGE"
         lines += ["```", f"scaling-perception {command}", "```", ""]
     else:
         lines += [

@@ -39,6 +39,7 @@ from scaling_perception.models.dit import (
     frozen_paths,
     init_params,
 )
+from scaling_perception.models.presets import LATENT_FACTOR
 from scaling_perception.parallel.mesh import AXES, BATCH_AXES
 from scaling_perception.parallel.rules import tree_shardings
 from scaling_perception.support.configs import Config
@@ -49,6 +50,7 @@ from scaling_perception.support.remote import local
 from scaling_perception.tasks import fields_of, get_task
 from scaling_perception.training.averaging import left_of_start, start_warning
 from scaling_perception.training.diffusion import network_of, tasks_of
+from scaling_perception.training.one_step import AT_ONCE
 from scaling_perception.training.optim import make_optimizer
 from scaling_perception.training.state import abstract_state
 
@@ -60,6 +62,8 @@ LENGTHS = {name: counts["train"] for name, counts in PUBLISHED.items() if "train
 
 _NETWORK = ("activations_kept", "activations_at_work", "attention_scores", "layer_weights")
 _ENCODING = "autoencoder_activations"
+_DECODING = "decoder_activations"
+DECODINGS = 3  # of a predicted picture by `one_step`: forward, again in the backward pass, and back to its latent
 _ITEM = {"float32": 4, "bfloat16": 2}
 
 
@@ -78,7 +82,7 @@ def describe_run(config: Config, devices: int | None = None, mfu: float = MFU) -
         UserError: a field is wrong, or the batch does not divide over the devices.
     """
     check_config(config)
-    if config.objective != "diffusion":
+    if config.objective == "autoencoder":
         raise UserError(f"objective is '{config.objective}': a dry run is known for diffusion models")
     dit = network_of(config)
     batch, steps = int(config.train.batch_size), int(config.train.steps)
@@ -114,7 +118,12 @@ def describe_run(config: Config, devices: int | None = None, mfu: float = MFU) -
         "memory": memory,
         "data": _data(config, samples),
         "time": _time(useful * samples, 2 * encoding * samples, memory, mfu),
-        "run": {"steps": steps, "batch_size": batch, "accumulate": int(config.train.get("accumulate", 1))}
+        "run": {
+            "objective": config.objective,
+            "steps": steps,
+            "batch_size": batch,
+            "accumulate": int(config.train.get("accumulate", 1)),
+        }
         | {"left_of_start": left_of_start(config.optim, steps), "warning": start_warning(config.optim, steps)},
     }
 
@@ -168,7 +177,7 @@ def _memory(config: Config, dit: DiTConfig, devices: int | None) -> dict[str, An
         "dtype": config.train.dtype,
         "bytes": kinds,
         "total": sum(kinds.values()) - min(sum(kinds[name] for name in _NETWORK), kinds.get(_ENCODING, 0)),
-        "estimated": [name for name in (*_NETWORK, _ENCODING) if name in kinds],
+        "estimated": [name for name in (*_NETWORK, _ENCODING, _DECODING) if name in kinds],
     }
 
 
@@ -230,23 +239,38 @@ def encoder_family(config: Config) -> tuple[Any, Any]:
 
 
 def encoding_macs(config: Config) -> int:
-    """MACs of encoding one sample's pictures in the step; 0 with a cache."""
-    if config.data.cache:
-        return 0
+    """MACs of one sample in the autoencoder: encoding its pictures (0 with a cache), decoding for ``one_step``."""
     family, sizes = encoder_family(config)
-    return _pictures(config, network_of(config)) * family.macs("encoder", sizes, config.resolution, config.resolution)
+
+    def macs(part: str) -> int:
+        return family.macs(part, sizes, config.resolution, config.resolution)
+
+    one_step, cached = config.objective == "one_step", bool(config.data.cache)
+    pictures = 0 if cached else _pictures(config, network_of(config)) - one_step
+    return pictures * macs("encoder") + one_step * (DECODINGS + cached) * macs("decoder")
 
 
 def _autoencoder(config: Config, dit: DiTConfig, samples: int) -> dict[str, int]:
     """Weights, whole on each device, and the widest layer's input, output and normalised input."""
-    if config.data.cache:
+    if config.data.cache and config.objective != "one_step":
         return {}
     family, sizes = encoder_family(config)
     weights = sum(4 * math.prod(s) for part in ("encoder", "decoder") for s in family.part_shapes(part, sizes).values())
+    if config.objective == "one_step":  # at work in one turn, besides the network's activations
+        return {"autoencoder": weights, _DECODING: _decoding_bytes(config, sizes, samples)}
     widest = sizes.block_out_channels[0] if hasattr(sizes, "block_out_channels") else sizes.encoder_widths[0]
     pixels = config.resolution**2 // getattr(sizes, "patch", 1) ** 2
     shown = samples * _pictures(config, dit)
     return {"autoencoder": weights, _ENCODING: 3 * shown * pixels * widest * 4}
+
+
+def _decoding_bytes(config: Config, sizes: Any, samples: int) -> int:
+    """What the decoder keeps of the rows of one turn, whose widest maps are at full size: some 20 of them."""
+    widths = sizes.block_out_channels if hasattr(sizes, "block_out_channels") else sizes.decoder_widths[::-1]
+    pixels = config.resolution**2 // getattr(sizes, "patch", 1) ** 2
+    latents = (config.resolution // LATENT_FACTOR) ** 2
+    rows = max(1, min(samples, AT_ONCE // latents))
+    return 20 * rows * pixels * widths[0] * _ITEM[config.train.dtype]
 
 
 def _data(config: Config, samples: int) -> dict[str, Any]:
@@ -335,7 +359,10 @@ def run_text(told: Mapping[str, Any]) -> str:
     if encoding := compute["autoencoder_macs_per_sample"]:
         share = encoding / compute["training_factor"] / forward
         more = f"adds {encoding:.3g} MACs a sample ({share:.0%})"
-        lines.append(f"          encoding pictures in each step {more}: `prepare --latents` does it once")
+        if run["objective"] == "one_step":
+            lines.append(f"          the autoencoder in each step {more}")
+        else:
+            lines.append(f"          encoding pictures in each step {more}: `prepare --latents` does it once")
     mesh = " x ".join(f"{name} {size}" for name, size in memory["mesh"].items() if size > 1) or "whole"
     each = f"{memory['samples_per_device']} samples at a time, {memory['dtype']}"
     lines.append(f"memory    of each of {memory['devices']} device(s) ({mesh}), {each}:")

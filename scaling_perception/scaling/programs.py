@@ -23,6 +23,7 @@ from scaling_perception.models.dit import abstract_params
 from scaling_perception.models.presets import LATENT_FACTOR
 from scaling_perception.parallel.mesh import AXES, BATCH_AXES, batch_sharding, replicated
 from scaling_perception.parallel.rules import spec_for, tree_shardings
+from scaling_perception.scaling.dry_run import DECODINGS
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import get_task
@@ -101,14 +102,14 @@ def _without_files(config: Config) -> Config:
     return plain
 
 
-def abstract_autoencoder(name: str) -> Autoencoder:
+def abstract_autoencoder(name: str, limits: Any = None, dtype: Any = "float32") -> Autoencoder:
     """``tiny``, or for any other name Stable Diffusion's AutoencoderKL; parameters are shapes."""
     if name == "tiny":
-        found = load_autoencoder(name)
+        found = load_autoencoder(name, dtype=dtype)
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found.params)
     else:
         sizes = vae.VAEConfig()
-        found = make_kl(name, sizes, {"encoder": {}, "decoder": {}})
+        found = make_kl(name, sizes, {"encoder": {}, "decoder": {}}, limits, dtype)
         params = {part: jax.eval_shape(lambda p=part: vae.init_part(p, sizes, jax.random.key(0))) for part in vae.PARTS}
     fields = {field: getattr(found, field) for field in found.__dataclass_fields__}
     return Autoencoder(**{**fields, "params": params})
@@ -137,8 +138,10 @@ def train_program(config: Config, mesh: Mesh) -> Program:
     Raises:
         UserError: another objective than diffusion, or a batch that the mesh cannot share.
     """
-    if config.objective != "diffusion":
-        raise UserError(f"compile knows the objective 'diffusion', and this config's is '{config.objective}'")
+    if config.objective == "autoencoder":
+        raise UserError(
+            f"compile knows the objectives 'diffusion' and 'one_step', and this config's is '{config.objective}'"
+        )
     batch, count = config.train.batch_size, config.train.accumulate
     if batch < 1 or count < 1 or batch % (_parts(mesh) * count):
         raise UserError(
@@ -149,11 +152,14 @@ def train_program(config: Config, mesh: Mesh) -> Program:
     latents = bool(config.data.cache)
     side, channels = (config.resolution // LATENT_FACTOR, LATENT) if latents else (config.resolution, 3)
     stand = AbstractBatches(batch, side, channels, not all(get_task(task).conditioned for task in tasks))
-    objective = diffusion_objective(plain, stand, mesh)
+    objective = diffusion_objective(plain, stand, mesh, load=abstract_autoencoder)
     flops = 2.0 * TRAINING_FACTOR * forward_macs(objective.model) * batch
     if not latents:
         pictures = objective.model.cond_channels // LATENT + 1
-        flops += 2.0 * _encoder_macs(config.autoencoder, config.resolution) * batch * pictures
+        pictures -= config.objective == "one_step"  # the target stays as it is
+        flops += 2.0 * _autoencoder_macs(config, "encoder") * batch * pictures
+    if config.objective == "one_step":
+        flops += 2.0 * _autoencoder_macs(config, "decoder") * batch * (DECODINGS + latents)
     tx, _ = make_optimizer(config.optim, config.train.steps, objective.frozen)
     state = abstract_state(objective.init, tx)
     places, whole = tree_shardings(state, mesh), replicated(mesh)
@@ -184,8 +190,8 @@ def train_program(config: Config, mesh: Mesh) -> Program:
     )
 
 
-def _encoder_macs(autoencoder: str, resolution: int) -> int:
-    return part_size(abstract_autoencoder(autoencoder), "encoder", resolution, resolution)[1]
+def _autoencoder_macs(config: Config, part: str) -> int:
+    return part_size(abstract_autoencoder(config.autoencoder), part, config.resolution, config.resolution)[1]
 
 
 def _engine(config: Config, mesh: Mesh) -> tuple[Engine, int]:

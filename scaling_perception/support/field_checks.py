@@ -150,8 +150,12 @@ def _check_together(config: Any) -> None:
             f"train.batch_size is {train.batch_size}: give a multiple of train.accumulate, {train.accumulate}"
         )
     _check_kept(train)
-    if config.objective == "diffusion":
+    if config.objective != "autoencoder":
         _check_network(config)
+    if config.noise == "zeros" and config.objective != "one_step":
+        raise UserError(f"noise is 'zeros', which objective={config.objective} cannot learn from: give gaussian")
+    if config.objective == "one_step":
+        resolve("training.one_step:check_one_step")(config)
     for name in ("phase", "teacher", "bank", "vae"):
         if (name in config) != (config.objective == "autoencoder"):
             what = (

@@ -65,7 +65,11 @@ _SKIP = ("none", "skip", "raise")
 
 FIELDS: dict[str, Field] = {
     "seed": Field(2024, "what all random numbers of the run come from", "[0, 4294967295]"),
-    "objective": Field("diffusion", "what is trained", choices=("diffusion", "autoencoder")),
+    "objective": Field(
+        "diffusion",
+        "what is trained; one_step: a model's one step, by the task's loss in pixels",
+        choices=("diffusion", "one_step", "autoencoder"),
+    ),
     "model": Field("XL/2", "a preset of `presets`", choices="models.presets:preset_names"),
     "model_changes": Field({}, "sizes of the preset to change"),
     "model_changes.name": Field(str, "name in the model's description"),
@@ -124,7 +128,11 @@ FIELDS: dict[str, Field] = {
         "draws of timesteps; high_noise: half of them from the noisiest tenth; logit_normal: the middle most",
         choices=("uniform", "high_noise", "logit_normal"),
     ),
-    "noise": Field("gaussian", "or annealed multi-resolution noise (Marigold)", choices=("gaussian", "multires")),
+    "noise": Field(
+        "gaussian",
+        "or annealed multi-resolution noise (Marigold); zeros: one_step starts without noise",
+        choices=("gaussian", "multires", "zeros"),
+    ),
     "balance_loss": Field(0.01, "weight alpha of the balance loss of models with experts", _FROM_0),
     "label_dropout": Field(0.1, "share of class labels that pre-training drops", _SHARE),
     "samples": Field({}, "pictures that a finished pre-training draws"),

@@ -89,7 +89,7 @@ def place_fields(config: Any, path: str = "", remote: bool | None = None) -> Non
         UserError: as ``place``.
     """
     if remote is None:  # the bank of an autoencoder is written, too
-        remote = config.get("objective", "") == "diffusion"
+        remote = config.get("objective", "") in ("diffusion", "one_step")
     for name in config:
         value = config[name]
         if isinstance(value, Mapping) or hasattr(value, "to_dict"):

@@ -113,6 +113,13 @@ def restore(merged: np.ndarray, size: tuple[int, int], options: TaskOptions, pro
     return Answer(mask, plain_native(merged, size), painted)
 
 
+def pixel_loss(prediction: Any, truth: Any, valid: Any, options: TaskOptions, /) -> Any:
+    """See ``tasks.pixel_losses.amodal_loss``."""
+    from scaling_perception.tasks import pixel_losses  # JAX: data workers load tasks without it
+
+    return pixel_losses.amodal_loss(prediction, truth, valid, options, GREY_WEIGHTS)
+
+
 FILES = {
     "mask": {"mask": File("amodal_mask.png", "image", lambda estimate: estimate.prediction.astype(np.uint8) * 255)},
     "whole": {"whole": File("amodal_whole.png", "image", lambda estimate: whole_picture(np.asarray(estimate.whole)))},
@@ -182,6 +189,7 @@ TASK = Task(
     passes=PASSES,
     encode=encode,
     conditions=conditions,
+    loss=pixel_loss,
     prompt=Prompt("visible_mask", "the mask of the object's visible part", frame=False, cli="--mask"),
     columns=("image", "visible_mask"),
     optional_columns=("whole", "whole_mask"),

@@ -134,6 +134,10 @@ class Merge(Protocol):
     def __call__(self, members: np.ndarray, mode: str, options: Any, /) -> tuple[np.ndarray, np.ndarray]: ...
 
 
+class PixelLoss(Protocol):
+    def __call__(self, prediction: Any, truth: Any, valid: Any, options: Any, /) -> Any: ...
+
+
 class Restore(Protocol):
     def __call__(self, merged: np.ndarray, size: tuple[int, int], options: Any, prompt: Any, /) -> Answer: ...
 
@@ -205,6 +209,8 @@ class Task:
         truth: the dense field (H, W[, C]) of a raw sample that answers are compared with; '' where there is none.
         ranges: what ``inspect`` finds -> its unit.
         inspect: (raw sample, (H, W)) -> value ranges of the truth. UserError: it cannot be learned from.
+        loss: what a decoded picture costs, in JAX: (prediction (R, R, 3), truth (R, R, 3), valid (R, R), options) ->
+            float32 () of one pass of one sample (``tasks.pixel_losses``); None where there is none.
         default: taken where a data set serves it and no task was named.
         dataset: what it is usually trained on.
 
@@ -251,6 +257,7 @@ class Task:
     one_of: tuple[str, ...] = ()
     pictures: tuple[str, ...] = ("image",)
     truth: str = ""
+    loss: PixelLoss | None = None
     default: bool = True
     dataset: str = ""
     check: Callable[[Raw], None] = nothing_to_check

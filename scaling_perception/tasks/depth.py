@@ -172,6 +172,13 @@ def _png16(estimate: Estimate) -> np.ndarray:
     return np.round(np.clip(estimate.prediction, 0, 1) * 65535).astype(np.uint16)
 
 
+def pixel_loss(prediction: Any, truth: Any, valid: Any, options: TaskOptions, /) -> Any:
+    """See ``tasks.pixel_losses.depth_loss``."""
+    from scaling_perception.tasks import pixel_losses  # JAX: data workers load tasks without it
+
+    return pixel_losses.depth_loss(prediction, truth, valid, options)
+
+
 FILES = {
     "png16": {"png16": File("depth_16bit.png", "png16", _png16)},
     "npy": {"npy": File("depth.npy", "npy", prediction_of)},
@@ -297,6 +304,7 @@ TASK = Task(
     passes=PASSES,
     encode=encode,
     conditions=conditions,
+    loss=pixel_loss,
     columns=("image", "depth"),
     optional_columns=("valid_mask",),
     truth="depth",

@@ -114,6 +114,13 @@ def native(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resize_bilinear(array, size) * np.float32(size[1] / array.shape[1])
 
 
+def pixel_loss(prediction: Any, truth: Any, valid: Any, options: TaskOptions, /) -> Any:
+    """See ``tasks.pixel_losses.flow_loss``."""
+    from scaling_perception.tasks import pixel_losses  # JAX: data workers load tasks without it
+
+    return pixel_losses.flow_loss(prediction, truth, valid, options)
+
+
 FILES = {
     "flo": {"flo": File("flow.flo", "flo", prediction_of)},
     "color": {"color": File("flow_color.png", "image", lambda estimate: flow_to_color(estimate.prediction))},
@@ -190,6 +197,7 @@ TASK = Task(
     passes=PASSES,
     encode=encode,
     conditions=conditions,
+    loss=pixel_loss,
     prompt=Prompt("image2", "the second frame", frame=True, cli="A,B"),
     columns=("image", "image2", "flow"),
     optional_columns=("valid_mask",),

@@ -150,6 +150,13 @@ def normals_to_color(normals: np.ndarray, valid: np.ndarray | None = None) -> np
     return colour.astype(np.uint8) if valid is None else np.where(valid[..., None], colour, 0).astype(np.uint8)
 
 
+def pixel_loss(prediction: Any, truth: Any, valid: Any, options: TaskOptions, /) -> Any:
+    """See ``tasks.pixel_losses.normals_loss``."""
+    from scaling_perception.tasks import pixel_losses  # JAX: data workers load tasks without it
+
+    return pixel_losses.normals_loss(prediction, truth, valid, options)
+
+
 FILES = {
     "color": {"color": File("normals_color.png", "image", lambda estimate: normals_to_color(estimate.prediction))},
     "npy": {"npy": File("normals.npy", "npy", prediction_of)},
@@ -257,6 +264,7 @@ TASK = Task(
     passes=PASSES,
     encode=encode,
     conditions=conditions,
+    loss=pixel_loss,
     columns=("image", "normals"),
     optional_columns=("valid_mask",),
     truth="normals",

@@ -232,7 +232,7 @@ def make_levers(case: Case, parts: Parts) -> dict[str, Function]:
         known = encode(coder, parts.picture)
         return np.stack([whole(params, coder, known, start[None], tables)[0] for start in noise])
 
-    plain = Engine(config, engine.autoencoder, model.dtype, engine.mesh)
+    plain = Engine(config, engine.autoencoder, model.dtype, engine.mesh, engine.zero_start)
 
     def without() -> np.ndarray:
         def einsum(query: Any, key: Any, value: Any, mesh: Any) -> Any:

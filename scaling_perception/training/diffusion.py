@@ -9,7 +9,8 @@ Per sample, with z = (target latent - shift[task]) / scale[task] and (alpha, sig
 
 where y is eps, z or v (``diffusion.targets``). Variance channels, if the network has them, are not trained here: they
 exist so that released checkpoints fit (facts 10, row 21). No label is ever dropped (row 23). Pre-training, whose task
-is ``generation``, has another loss (``training/pretrain.py``) and shares the rest.
+is ``generation`` (``training/pretrain.py``), and ``one_step`` (``training/one_step.py``) have other losses, and share
+the rest.
 
 Words: B batch, h w latent sides, R pixels; latents are (B, h, w, 4) float32.
 """
@@ -27,6 +28,7 @@ import numpy as np
 
 from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion
 from scaling_perception.diffusion.targets import latent_mask, masked_squares, mean_of_cells
+from scaling_perception.models.autoencoders import Autoencoder
 from scaling_perception.models.dit import DiT, DiTConfig, frozen_paths, init_params
 from scaling_perception.models.presets import at_resolution, get_preset
 from scaling_perception.support.configs import Config
@@ -41,7 +43,7 @@ from scaling_perception.tasks import (
     model_passes,
     pass_names,
 )
-from scaling_perception.training import pretrain
+from scaling_perception.training import one_step, pretrain
 from scaling_perception.training.balance import balance_known, routing_tally, with_balance
 from scaling_perception.training.noising import LATENT, make_noising
 from scaling_perception.training.noising import sample_timesteps as sample_timesteps
@@ -118,6 +120,20 @@ def loss_parts(
     return Parts(tally, ("cells", *(f"cells_{name}" for name in told), *balance_known(config)), score)
 
 
+def one_step_inputs(
+    config: Config, dit: DiTConfig, encode: Callable[..., Any] | None
+) -> Callable[[Mapping[str, Any]], tuple[list[jax.Array], jax.Array, jax.Array, jax.Array, jax.Array]]:
+    """What ``one_step.one_step_parts`` needs of a batch; the target stays as it is, latents or pixels."""
+    names, fields = passes_of(config, dit), ["image", "prompt"][: dit.cond_channels // LATENT]
+
+    def inputs(batch: Mapping[str, Any]) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array, jax.Array]:
+        row = rows_of(batch["pass_id"], names)
+        conditions = _latents(batch, encode, fields)
+        return list(conditions.values()), batch["target"].astype(jnp.float32), batch["valid"], row, labels_of(row, dit)
+
+    return inputs
+
+
 def latents_of(
     batch: Mapping[str, Any], encode: Callable[..., Any] | None, cond_channels: int
 ) -> tuple[Any, jax.Array | None, jax.Array, jax.Array]:
@@ -127,15 +143,20 @@ def latents_of(
     """
     names = {0: ["target"], LATENT: ["image", "target"]}.get(cond_channels, ["image", "prompt", "target"])
     valid = batch["valid"]
-    if encode is None:
-        found = {name: batch[name].astype(jnp.float32) for name in names}
-    else:
-        # one call over all of them: fewer, larger convolutions
-        pixels = jnp.concatenate([batch[name].astype(jnp.float32) for name in names])
-        latents = jax.lax.stop_gradient(encode(batch["constants"], pixels))
-        found = dict(zip(names, jnp.split(latents.astype(jnp.float32), len(names)), strict=True))
+    found = _latents(batch, encode, names)
+    if encode is not None:
         valid = latent_mask(valid, valid.shape[1] // found["target"].shape[1])
     return found.get("image"), found.get("prompt"), found["target"], valid
+
+
+def _latents(batch: Mapping[str, Any], encode: Callable[..., Any] | None, names: Sequence[str]) -> dict[str, jax.Array]:
+    """The fields ``names`` as latents float32 (B, h, w, 4)."""
+    if encode is None:
+        return {name: batch[name].astype(jnp.float32) for name in names}
+    # one call over all of them: fewer, larger convolutions
+    pixels = jnp.concatenate([batch[name].astype(jnp.float32) for name in names])
+    latents = jax.lax.stop_gradient(encode(batch["constants"], pixels))
+    return dict(zip(names, jnp.split(latents.astype(jnp.float32), len(names)), strict=True))
 
 
 def measure_latent_norm(
@@ -202,15 +223,20 @@ def rows_of(pass_id: jax.Array, names: Sequence[str]) -> jax.Array:
 
 
 def diffusion_objective(
-    config: Config, batches: LatentBatches | None = None, mesh: Any = None, resumed: Mapping[str, Any] | None = None
+    config: Config,
+    batches: LatentBatches | None = None,
+    mesh: Any = None,
+    resumed: Mapping[str, Any] | None = None,
+    load: Callable[..., Autoencoder] | None = None,
 ) -> Objective:
-    """The objective of a config with ``objective = "diffusion"``.
+    """The objective of a config with ``objective = "diffusion"`` or ``"one_step"``.
 
     Args:
         config: see ``configs/common.py``.
         mesh: the mesh that the step runs on, which models with experts need to know; None = one device.
         batches: batches to use in place of those that ``config.data`` describes.
         resumed: ``meta`` of a checkpoint that will be restored: then ``config.init`` is not opened, nor changed anew.
+        load: (name, dtype=…) -> autoencoder, in place of ``load_autoencoder``; its parameters may be shapes.
 
     Raises:
         UserError: a field with an unknown value, or fields that contradict each other or the data.
@@ -228,7 +254,7 @@ def diffusion_objective(
         whole = open_batches(data, config.train.batch_size, config.seed)
         batches = own_share(whole, mesh, config.train.batch_size)
         held_out = held_out_batches(config, data, batches)
-    moments, constants, encoder_id = _encoder(config, batches)
+    moments, decode, constants, encoder_id = _autoencoder(config, batches, load)
     encode = None if moments is None else _mean_of(moments)
 
     dit, table = prompt_table(config, dit, tasks_of(config))
@@ -239,6 +265,8 @@ def diffusion_objective(
             f"init {config.init} was trained in the latents of autoencoder {start_meta['autoencoder']}, which is not "
             f"'{config.autoencoder}' of this config: use the same"
         )
+    if decode is not None and start_meta and not start_meta.get("tasks"):
+        raise UserError(f"init {config.init} was trained for no task yet: fine-tune it first (objective=diffusion)")
     # what is measured must not depend on this process's share
     norm = (resumed or {}).get("latent_norm")
     norm = norm or _latent_norm(config, whole, encode, constants, start_meta, dit.cond_channels, passes_of(config, dit))
@@ -267,7 +295,13 @@ def diffusion_objective(
     elif resumed is not None and "init" in resumed:
         meta["init"] = resumed["init"]
 
-    if generation:
+    if decode is not None:
+        meta["one_step"] = {"noise": config.noise}
+        names = passes_of(config, dit)
+        trained = {name: names.index(name) for name in pass_names(tasks_of(config))}
+        given = one_step_inputs(config, dit, encode)
+        parts = one_step.one_step_parts(model, preset, config, norm, given, decode, trained, mesh)
+    elif generation:
         parts = pretrain.generation_parts(model, preset, config, norm, moments)
     else:
         parts = loss_parts(model, preset, config, norm, encode)
@@ -330,17 +364,24 @@ def _mean_of(moments: Callable[..., Any]) -> Callable[..., Any]:
     return lambda params, images: moments(params, images)[0]
 
 
-def _encoder(config: Config, batches: LatentBatches) -> tuple[Callable[..., Any] | None, Any, str]:
-    """((params, pixels) -> (mean, log-variance or None), its params, its id) when batches are pixels.
+def _autoencoder(
+    config: Config, batches: LatentBatches, load: Callable[..., Autoencoder] | None = None
+) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None, Any, str]:
+    """((params, pixels) -> (mean, log-variance or None), decode, their params, the id) of what the loss needs.
 
-    (None, None, id or "") when they are latents that fit.
+    The first is None when batches are latents (that fit), the second but for ``one_step``; it decodes in
+    ``train.dtype``. Without both there are no params, and the id is that of the latents or "".
     """
     from scaling_perception.models.autoencoders import load_autoencoder
 
+    load, decode, constants = load or load_autoencoder, None, None
+    if config.objective == "one_step":
+        vae = load(config.autoencoder, dtype=config.train.dtype)
+        decode, constants = vae.decode, {"decoder": vae.params["decoder"]}
     target = batches.at(0)["target"]
     if target.shape[-1] == 3:
-        vae = load_autoencoder(config.autoencoder)
-        return vae.encode, vae.params, vae.id
+        vae = load(config.autoencoder)
+        return vae.encode, decode, vae.params, vae.id
     side = config.resolution // 8
     if target.shape[1:] != (side, side, LATENT):
         raise UserError(
@@ -349,12 +390,12 @@ def _encoder(config: Config, batches: LatentBatches) -> tuple[Callable[..., Any]
         )
     made = ""
     for made in batches.autoencoders:
-        if made != load_autoencoder(config.autoencoder).id:
+        if made != load(config.autoencoder).id:
             raise UserError(
                 f"data.cache {config.data.cache} was encoded by autoencoder {made}, which is not "
                 f"'{config.autoencoder}': set autoencoder to the one it was prepared with, or prepare another cache"
             )
-    return None, None, made
+    return None, decode, constants, made
 
 
 def _latent_norm(
