@@ -145,6 +145,7 @@ def test_the_command(tmp_path, capsys):
     [
         (["--mesh", "fdsp=8"], "did you mean 'fsdp'"),
         (["--mesh", "fsdp=many"], "give a whole number, such as fsdp=4"),
+        (["--mesh", "fsdp=2,fsdp=4"], "fsdp is given twice"),
         (["--mesh", "fsdp=3"], "does not fit 8 devices"),
         (["--batch", "12"], "give a multiple of 8"),
         (["--batch", "0"], "--batch 0"),

@@ -36,12 +36,13 @@ def make_mesh(
     chosen = list(jax.devices() if devices is None else devices)
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"mesh {sizes}: give sizes of 1 or more, and -1 (what is left) at most once")
+        raise UserError(f"mesh {_text(sizes)}: give sizes of 1 or more, and -1 (what is left) at most once")
     fixed = prod(size for size in sizes.values() if size != -1)
     if free and len(chosen) % fixed == 0:
         sizes[free[0]] = len(chosen) // fixed
     if prod(sizes.values()) != len(chosen):
-        raise UserError(f"mesh {sizes} does not fit {len(chosen)} devices: the sizes must multiply to that number")
+        number = f"{len(chosen)} device" + ("" if len(chosen) == 1 else "s")
+        raise UserError(f"mesh {_text(sizes)} does not fit {number}: the sizes must multiply to that number")
     grid = _arrange(tuple(sizes.values()), chosen)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -58,18 +59,25 @@ def _arrange(shape: tuple[int, ...], devices: list[Any]) -> Any:
     return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
+def _text(sizes: dict[str, int]) -> str:
+    """``data=-1,fsdp=4``: what is not 1."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "of one device"
+
+
 def mesh_sizes(text: str) -> dict[str, int]:
     """``fsdp=4,expert=2`` as sizes of axes.
 
     Raises:
-        UserError: no such axis, or no number.
+        UserError: no such axis, one that is given twice, or no number.
     """
     sizes = {}
     for part in filter(None, text.split(",")):
         axis, _, size = part.strip().partition("=")
         if axis not in AXES:
             raise UserError(f"--mesh: unknown axis '{axis}'{did_you_mean(axis, AXES)}")
-        if not re.fullmatch(r"-?\d+", size):
+        if axis in sizes:
+            raise UserError(f"--mesh {text}: {axis} is given twice: leave one out")
+        if not re.fullmatch(r"-?\d{1,9}", size):
             raise UserError(f"--mesh {part}: give a whole number, such as {axis}=4")
         sizes[axis] = int(size)
     return sizes
