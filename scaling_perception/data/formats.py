@@ -256,7 +256,7 @@ def read_depth(path: FilePath, scale: float | None = None, eight_bits: bool | No
     """
     stored = read_stored(path, eight_bits=scale is not None if eight_bits is None else eight_bits)
     divisor = scale if scale is not None else (1000.0 if stored.dtype.kind in "iu" else 1.0)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         return float32(stored) / np.float32(divisor)
 
 

@@ -317,3 +317,24 @@ def test_sizes_that_no_turn_explains_are_refused_with_the_tag(tmp_path):
     np.save(tmp_path / "depth" / "a.npy", np.ones((12, 9), np.float32))
     with pytest.raises(UserError, match="EXIF orientation is 6"):
         _ = open_source("folder", tmp_path, "all", "depth")[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"image": "x" * 5000 + ".png"}, "1 file does not exist"),
+        ({"image": "x" * 5000 + "/a.png"}, "1 file does not exist"),
+        ({"key": "\ud800"}, "line 1: the key .*, which is not UTF-8"),
+        ({"depth_scale": True}, "depth_scale 'True' must be above 0"),
+        ({"depth_scale": 10**400}, "must be above 0"),
+        ({"depth_scale": 1e-320}, "has no valid pixel"),
+        ({"label": 1e300}, "is no class"),
+    ],
+)
+def test_values_that_are_none_in_a_manifest(tmp_path, row, words):
+    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    formats.write_depth_png(tmp_path / "d.png", np.full((H, W), 2.0))
+    (tmp_path / "manifest.jsonl").write_text(json.dumps({"image": "a.png", "depth": "d.png"} | row))
+    refuse(words, tmp_path, read=True)
+    (tmp_path / "manifest.jsonl").write_text("[" * 100000)
+    refuse("line 1 is no JSON", tmp_path)

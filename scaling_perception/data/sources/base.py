@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import errno
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -98,7 +99,7 @@ class FileSource:
         if not str(root):
             raise UserError(f"{self.NAME} needs a root: the folder that holds {self.LAYOUT}")
         self.root = Path(root).expanduser()
-        if not self.root.exists():
+        if not os.path.exists(self.root):
             raise UserError(f"{self.root} does not exist: give the folder that holds {self.LAYOUT}")
         if not self.root.is_dir():
             self.root = self._root_of_file(self.root)
@@ -288,14 +289,17 @@ def _misfit(found: Mapping[str, Any]) -> str:
 # Finding files
 
 
-def refuse_no_text(root: Path, names: Iterable[str]) -> None:
-    """UserError when a file's name is no text: it would be part of a sample's key."""
+def refuse_no_text(root: Path, names: Iterable[str], what: str = "") -> None:
+    """UserError when a file's name is no text, or what else would be a sample's key and is called ``what``."""
     for name in names:
         try:
             name.encode()
         except UnicodeEncodeError:
-            shown = os.fsencode(name).decode("utf-8", "backslashreplace")
-            raise UserError(f"{root} has a file called {shown}, which is not UTF-8: rename it") from None
+            shown = name.encode("utf-8", "surrogatepass").decode("utf-8", "backslashreplace")
+            with contextlib.suppress(UnicodeEncodeError):  # as it is on the disk
+                shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+            what = what or f"{root} has a file called"
+            raise UserError(f"{what} {shown}, which is not UTF-8: rename it") from None
 
 
 def file_sizes(root: Path, paths: Iterable[str]) -> dict[str, int]:
@@ -316,6 +320,9 @@ def file_sizes(root: Path, paths: Iterable[str]) -> dict[str, int]:
             continue
         except PermissionError:
             raise UserError(f"{root / folder} cannot be read: give yourself permission to read it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise
     return sizes
 
 

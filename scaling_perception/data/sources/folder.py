@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from scaling_perception.data import formats
-from scaling_perception.data.sources.base import Entry, FileSource, list_files
+from scaling_perception.data.sources.base import Entry, FileSource, list_files, refuse_no_text
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.tables import read_table, read_text
 from scaling_perception.tasks import TASKS
@@ -190,7 +190,7 @@ class Folder(FileSource):
                 continue
             if not isinstance(name, str):
                 raise UserError(f"{where}: {column} is {name!r}: give the name of a file")
-            if not (self.root / name).is_file():
+            if not os.path.isfile(self.root / name):  # which is no error where the name is none
                 missing.append(f"line {where.rsplit(' ', 1)[1]}: {column} {name}")
             files[column] = name
         for column in SERVED[self.task].columns:
@@ -205,10 +205,11 @@ class Folder(FileSource):
             values["depth_scale"] = scale
         if row.get("label") not in (None, ""):
             values["label"] = _number(row["label"], int)
-            if values["label"] is None or values["label"] < 0:
+            if values["label"] is None or not 0 <= values["label"] < 2**31:
                 raise UserError(f"{where}: label '{row['label']}' is no class: give an integer from 0, or nothing")
-        key = row.get("key")
-        return Entry(str(key) if key not in (None, "") else os.path.splitext(files["image"])[0], files, values)
+        key = str(row.get("key") or os.path.splitext(files["image"])[0])
+        refuse_no_text(self.root, [key], f"{where}: the key")
+        return Entry(key, files, values)
 
     def _need_whole(self, files: dict[str, str], where: str) -> None:
         any_of = SERVED[self.task].one_of
@@ -280,9 +281,11 @@ def _fraction(key: str) -> float:
 
 
 def _number(value: Any, kind: type) -> Any:
+    if isinstance(value, bool):
+        return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     if kind is int:
         return int(number) if math.isfinite(number) and number == int(number) else None
@@ -309,7 +312,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} is no JSON ({error}): write one object a line") from None
         if not isinstance(row, dict):
             raise UserError(f"{path} line {number} is no JSON object: write one object a line")
