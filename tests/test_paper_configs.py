@@ -144,9 +144,9 @@ def test_places_and_mistakes(tmp_path, monkeypatch):
 def test_every_line_of_the_recipes_is_accepted():
     lines = (ROOT / "docs" / "recipes.md").read_text().replace("\\\n", " ").splitlines()
     told = [line.split() for line in lines if line.startswith("scaling-perception ")]
-    assert {words[1] for words in told} == {"train", "prepare", "generate", "convert"}
+    assert {words[1] for words in told} == {"train", "prepare", "generate", "convert", "compile", "evaluate"}
     for _, verb, *words in told:
-        if verb == "train":
+        if verb in ("train", "compile"):
             words, overrides = train.split_overrides(words)
             network_of(load_config(words[words.index("--config") + 1], overrides))
         make_parser(verb).parse_args(words)

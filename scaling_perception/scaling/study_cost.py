@@ -183,10 +183,9 @@ def _evaluation(cell: Cell, known: Mapping[str, Cell]) -> Cost:
 
 def _length(dataset: str, split: str) -> int:
     """How many images a dataset's split has by what is published; 0: not known."""
-    from scaling_perception.evaluation.protocols import RECORDS
+    from scaling_perception.data.sources.published import published
 
-    found = RECORDS.get(dataset, {}).get("samples", {}).get(split, 0)
-    return max(found) if isinstance(found, list) else found
+    return max(published(dataset, split), default=0)
 
 
 def _of_folder(name: str) -> DiTConfig | None:

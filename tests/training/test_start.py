@@ -44,6 +44,7 @@ class SceneLatents:
         vae = load_autoencoder("tiny")
         encode = jax.jit(lambda params, images: vae.encode(params, images)[0])
         self.fingerprint, self.batches = {"name": "scenes"}, []
+        self.autoencoders, self.class_count = set(), 0
         for step in range(4):
             batch = dict(pixels.at(step))
             found = latents_of({**batch, "constants": vae.params}, encode, 8)
