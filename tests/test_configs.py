@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -190,3 +191,14 @@ def test_loading_a_config_needs_no_jax():
         "sys.exit('jax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_an_edit_within_the_same_second_counts(tmp_path):
+    path = tmp_path / "own.py"
+    text = "from ml_collections import ConfigDict\nfrom . import common\n\n\ndef get_config(arg=''):\n"
+    text += "    config = common.defaults()\n    config.seed = 3\n    return config\n"
+    for seed in "34":
+        path.write_text(text.replace("3", seed))
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        assert load_config(str(path)).seed == int(seed)
+    assert not (tmp_path / "__pycache__").exists()

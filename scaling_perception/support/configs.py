@@ -5,6 +5,7 @@ A config is a Python file with ``get_config(arg: str = "") -> ConfigDict``; what
 
 import ast
 import contextlib
+import importlib.machinery
 import importlib.util
 import sys
 import traceback
@@ -140,13 +141,20 @@ def _package(folder: Path) -> str:
     return name
 
 
+class _Fresh(importlib.machinery.SourceFileLoader):
+    """Compiles the file every time: cached bytecode is that of any edit of the same size within the same second."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _execute(path: Path) -> types.ModuleType:
     """Run ``path`` as part of a package made for its folder, so that ``from . import common`` finds the common file.
 
     A file elsewhere, copied from ours, finds ours: the shipped folders come after its own.
     """
     name = f"{_package(path.parent)}.{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Fresh(name, str(path)))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
