@@ -1,5 +1,7 @@
 """What all configs share: their defaults, and the parser of the argument after the colon."""
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -8,6 +10,7 @@ from scaling_perception.support import fields
 from scaling_perception.support.configs import Config, convert
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.field_checks import check_argument
+from scaling_perception.support.files import read_json
 
 # Arguments of the configs of the paper's fine-tuning; each adds where its data comes from.
 PAPER_ARGS = {
@@ -77,6 +80,20 @@ def entry(args: Config, task: str, usual: str, root: str = "", count: int = 0, s
     if args.cache:
         return ConfigDict({**source(given, task, args.get("root", ""), args.get("count", 0)), "split": ""})
     return source(given or usual, task, root or args.get("root", ""), count, start)
+
+
+def keep_labels(config: Config, init: str) -> None:
+    """A start that knows more passes than the preset keeps its rows: of a shipped name, a local folder or run."""
+    if not init:
+        return
+    from scaling_perception.interop.find import find_model, shipped_models  # imports JAX
+    from scaling_perception.models.presets import get_preset
+
+    with contextlib.suppress(UserError):  # training says what is wrong with it, and fetches what lies elsewhere
+        if init in shipped_models() or Path(init).is_dir():
+            known = read_json(find_model(init) / "config.json")["model"].get("task_labels", 0)
+            if known > max(get_preset(config.model).task_labels, config.model_changes.get("task_labels", 0)):
+                config.model_changes.task_labels = known
 
 
 def apply(config: Config, args: Config) -> None:

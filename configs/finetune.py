@@ -38,6 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     common.apply(config, args)
     config.data.mixture = ConfigDict({args.task: common.entry(args, args.task, "folder")})
     config.data.flip = args.flip
+    common.keep_labels(config, args.init)
     common.shipped_masks(config)
     config.latent_norm = "auto"  # the starting model's own
     config.train.update({"steps": args.steps, "batch_size": args.batch, "log_every": 10, "checkpoint_every": 100})

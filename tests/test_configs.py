@@ -9,6 +9,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+from scaling_perception.interop.find import SHIPPED
 from scaling_perception.models import presets
 from scaling_perception.models.dit import abstract_params
 from scaling_perception.models.presets import get_preset, preset_names
@@ -202,3 +203,10 @@ def test_an_edit_within_the_same_second_counts(tmp_path):
         os.utime(path, (1_000_000_000, 1_000_000_000))
         assert load_config(str(path)).seed == int(seed)
     assert not (tmp_path / "__pycache__").exists()
+
+
+@pytest.mark.parametrize("spec", ["finetune.py:", "one_step.py:", "upcycle.py:task=generalist,model=mini,res=128,"])
+def test_a_start_keeps_the_passes_that_it_knows(spec, tmp_path):
+    for init, rows in (("mini", 5), ("mini-scenes", 4), (str(SHIPPED / "mini"), 5), (str(tmp_path), 4)):
+        config = load_config(f"configs/{spec}init={init}")
+        assert network_of(config).task_labels == rows
