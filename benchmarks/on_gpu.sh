@@ -152,7 +152,7 @@ print(':'.join(path.removesuffix('/ledger.json') for path, _ in whole))" "$work/
 one_model() { # one_model SIZE[:STEPS] CACHES
   local size=${1%%:*} dim=128 depth=6 lr=2e-3 place run
   place=$work/$size-$res
-  case $size in small) dim=256 depth=8 lr=1.5e-3 ;; esac
+  [ "$size" = small ] && dim=256 depth=8 lr=1.5e-3
   run=("${verb[@]}" train --config "configs/worlds.py:dim=$dim,depth=$depth,res=$res,batch=$batch,cache=$2,lr=${LR:-$lr}")
   if [ "$size" != "$1" ]; then
     echo "${1#*:}" >"$place.steps"
@@ -176,6 +176,12 @@ print(max(int((int(sys.argv[2]) - 100) * 0.92 / seconds), 20))  # 100 s: compili
 
 model() {
   local size res=${RES:-128} batch=${BATCH:-256} sample=256 tries=200 cores caches
+  for size in ${SIZE:-mini}; do
+    case ${size%%:*} in
+      mini | small) ;;
+      *) echo "$0: SIZE $size: give mini or small, or mini:STEPS" >&2; exit 2 ;;
+    esac
+  done
   cores=$(nproc)
   [ "$device" = cpu ] && batch=${BATCH:-32} sample=8 tries=20
   [ -f "$work/worlds/done" ] || { renders && touch "$work/worlds/done"; }

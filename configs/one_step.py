@@ -50,12 +50,9 @@ def get_config(arg: str = "") -> ConfigDict:
     tasks = args.task.split("+")
     for task in tasks:
         config.data.mixture[task] = common.entry(args, task, "folder", count=args.count)
-    if "flow" in tasks and len(tasks) > 1:
-        config.data.mixture.flow.weight = 2.0  # two passes, each with the weight of depth's one
+        config.data.mixture[task].weight = float(len(pass_names([task])))  # every pass weighs the same
     preset, passes = get_preset(args.model), model_passes(tasks)
-    if (
-        not preset.cond_channels
-    ):  # the paper's sizes; their fine-tuned form is that of configs/depth.py and its siblings
+    if not preset.cond_channels:  # the paper's sizes, fine-tuned as configs/depth.py and its siblings do
         config.model_changes.cond_channels = 4 if tasks == ["depth"] else 8
         if len(pass_names(tasks)) > 1:
             config.model_changes.update({"task_labels": len(passes), "routed": len(tasks) > 1})

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from listed import Source
 
 from scaling_perception.cli import main
 from scaling_perception.data.formats import read_image
@@ -19,17 +20,6 @@ from scaling_perception.support.again import differing
 from scaling_perception.support.errors import UserError
 
 pytest_plugins = ("nano",)
-
-
-class Source(list):
-    def fingerprint(self):
-        return {"name": "tiny", "length": len(self)}
-
-    def __getitem__(self, index):
-        sample = super().__getitem__(index)
-        if isinstance(sample, Exception):
-            raise sample
-        return sample
 
 
 @pytest.fixture

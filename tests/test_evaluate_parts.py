@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from listed import Source
 
 from scaling_perception.cli import main
 from scaling_perception.support import locks
@@ -16,17 +17,6 @@ pytest_plugins = ("nano",)
 
 GRID = ["--steps", "2", "--ensemble", "1,2", "--tolerance", "0.05", "--seed", "3", "--batch-size", "4"]
 WORDS = [*GRID, "--controls", "3", "--panels", "2"]
-
-
-class Source(list):
-    def fingerprint(self):
-        return {"name": "tiny", "length": len(self)}
-
-    def __getitem__(self, index):
-        sample = super().__getitem__(index)
-        if isinstance(sample, Exception):
-            raise sample
-        return sample
 
 
 @pytest.fixture

@@ -214,11 +214,10 @@ PRESETS: dict[str, DiffusionPreset] = {
     "released": DiffusionPreset("scaled_linear", "v", "leading", steps_offset=1, final_alpha_one=False),
     # Default of new training: the grid starts at pure noise, and the target is well scaled there.
     "fixed": DiffusionPreset("cosine", "v", "trailing", steps_offset=0, final_alpha_one=True),
-    # The same by the name that says what it is.
-    "v_trailing": DiffusionPreset("cosine", "v", "trailing", steps_offset=0, final_alpha_one=True),
     # Rectified flow: the straight path and its velocity; a trailing grid takes steps of equal length.
     "rectified": DiffusionPreset("rectified", "velocity", "trailing", steps_offset=0, final_alpha_one=True),
 }
+PRESETS["v_trailing"] = PRESETS["fixed"]  # the name that says what it is
 
 
 def get_diffusion(name: str, **changes: Any) -> DiffusionPreset:
