@@ -81,18 +81,22 @@ while :; do sleep 0.05; done
 """
 
 
-def slurm(stubs, tmp_path, ask=False, state="RUNNING", **environment: str):
+def submitted(stubs, tmp_path, script, words, ask, state, environment):
     """Exit code, output, and whether the job was requeued."""
-    stubs.add("srun", SRUN)
-    stubs.add("scancel", '[[ $1 == --signal=TERM && $2 == 77 ]] && kill -TERM "$(cat "$STUBS/pid")"')
     stubs.add("squeue", f"echo {state}")
     stubs.add("scontrol")
-    process = stubs.start("slurm.sbatch", *TRAIN, SLURM_JOB_ID="77", **environment)
+    process = stubs.start(script, *words, SLURM_JOB_ID="77", **environment)
     if ask:
         wait_for(tmp_path / "pid")
         process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=30)
     return process.returncode, out.splitlines(), ["scontrol", "requeue", "77"] in stubs.calls()
+
+
+def slurm(stubs, tmp_path, ask=False, state="RUNNING", **environment: str):
+    stubs.add("srun", SRUN)
+    stubs.add("scancel", '[[ $1 == --signal=TERM && $2 == 77 ]] && kill -TERM "$(cat "$STUBS/pid")"')
+    return submitted(stubs, tmp_path, "slurm.sbatch", TRAIN, ask, state, environment)
 
 
 def test_a_job_that_ends_by_itself_is_not_requeued(stubs, tmp_path):
@@ -129,16 +133,8 @@ while :; do sleep 0.05; done
 
 
 def part(stubs, tmp_path, ask=False, state="RUNNING", **environment: str):
-    """Exit code, output, and whether the part was requeued."""
     stubs.add("python3", PART)
-    stubs.add("squeue", f"echo {state}")
-    stubs.add("scontrol")
-    process = stubs.start("slurm_parts.sbatch", *EVALUATE, SLURM_JOB_ID="77", **environment)
-    if ask:
-        wait_for(tmp_path / "pid")
-        process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=30)
-    return process.returncode, out.splitlines(), ["scontrol", "requeue", "77"] in stubs.calls()
+    return submitted(stubs, tmp_path, "slurm_parts.sbatch", EVALUATE, ask, state, environment)
 
 
 def test_a_task_of_an_array_does_its_part_and_a_job_after_it_joins(stubs, tmp_path):
