@@ -7,6 +7,8 @@ What is done is kept in OUT.journal until the end: after a kill the same command
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -14,12 +16,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scaling_perception.inference.settings import add_setting, add_several, help_of
+from scaling_perception.inference.settings import FLAGS as SETTING_FLAGS
+from scaling_perception.inference.settings import (
+    SETTINGS,
+    Settings,
+    add_model_settings,
+    add_settings,
+    given,
+    shared_settings,
+    values_of,
+    words,
+)
 from scaling_perception.support.again import add_overwrite, check_output, refuse_other, replacing
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json, write_json, write_text
 from scaling_perception.support.parts import add_parts, part_of, refuse_other_flags
-from scaling_perception.support.verbs import COUNT, FROM_0, SEED, add_mesh, add_source_options, source_options
+from scaling_perception.support.verbs import FROM_0, add_source_options, source_options
 
 EXAMPLES = """
 scaling-perception evaluate --task depth --dataset scenes --model mini --count 32 --json runs/depth.json
@@ -32,17 +44,15 @@ scaling-perception evaluate --task depth --dataset scenes --model runs/depth --s
 FLAGS = {
     "data source": "--dataset",
     "a root": "--data",
-    "step_tolerance": "--step-tolerance",
-    **{name: f"--{name}" for name in ("task", "model", "autoencoder", "dtype", "steps", "solver", "preset", "reduce")},
-    **{name: f"--{name}" for name in ("option", "tolerance", "seed", "cache")},
-    "cache_interval": "--cache-interval",
+    **SETTING_FLAGS,
+    **{name: f"--{name}" for name in ("task", "model", "autoencoder", "dtype", "option", "seed")},
 }
 """What messages of the library call by name -> the flag."""
 
 _FORMAT = 1
-_ASKED = ("task", "dataset", "split", "count", "option", "steps", "ensemble", "preset", "solver", "tolerance", "first")
-_ASKED += ("step_tolerance", "step_chunk", "metrics", "reduce", "seed", "dtype", "panels", "controls")
-_CACHING = ("cache", "cache_interval")  # of what was asked where a cache was
+_ASKED = ("task", "dataset", "split", "count", "option", "metrics", "seed", "dtype", "panels", "controls")
+_USUAL = {"steps": "10", "ensemble": "5", "solver": "ddim", "first": 2, "step_chunk": 2, "seed": 0, "dtype": "float32"}
+"""Flags that a result records at their default too; of the other settings those alone that differ from it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,23 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=0, help="at most so many images (default all; scenes 64)")
     add_source_options(parser)
     parser.add_argument("--model", required=True, help="model folder, training run, hub id, or a name such as mini")
-    parser.add_argument("--autoencoder", help="another autoencoder than the model's: name, folder or hub id")
-    add_several(parser, "steps", "10")
-    add_several(parser, "ensemble", "5")
-    add_several(parser, "preset")
-    add_several(parser, "solver", "ddim")
-    add_several(parser, "cache", "none")
-    add_several(parser, "cache_interval")
-    add_several(parser, "tolerance")
-    parser.add_argument("--first", type=COUNT, default=2, metavar="N", help=help_of("first"))
-    add_several(parser, "step_tolerance")
-    parser.add_argument("--step-chunk", type=COUNT, default=2, metavar="T", help=help_of("step_chunk"))
+    add_model_settings(parser)
+    add_settings(parser, sweep=True)
     parser.add_argument("--metrics", help="further metrics, comma-separated, or all")
-    add_setting(parser, "reduce")
-    parser.add_argument("--seed", type=SEED, default=0, help="key of all noise (default 0)")
-    parser.add_argument("--batch-size", type=COUNT, help="images × members at once (default: by memory)")
-    parser.add_argument("--dtype", default="float32", help="of the transformer's products: float32 or bfloat16")
-    add_mesh(parser)
     parser.add_argument("--json", metavar="OUT", help="result to write; without it the table is all")
     parser.add_argument("--csv", metavar="OUT", help="also write one line a cell (columns: docs/evaluate.md)")
     parser.add_argument("--per-image", metavar="OUT", help="also write a CSV of one line an image and cell")
@@ -95,54 +91,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def numbers(text: str, flag: str) -> list[int]:
-    """``1,2,5`` as whole numbers above 0.
-
-    Raises:
-        UserError: anything else.
-    """
-    values = _parts(text, int)
-    if not values or min(values) < 1:
-        raise UserError(f"{flag} '{text}': give whole numbers above 0, such as 1,2,5")
-    return values
-
-
-def times_of(text: str) -> list[int]:
-    """``1000,500,0`` as times of the diffusion, all different.
-
-    Raises:
-        UserError: anything else.
-    """
-    values = _parts(text, int)
-    if not values or len(set(values)) < len(values) or not all(0 <= value <= 1000 for value in values):
-        raise UserError(f"--intermediates '{text}': give different whole numbers from 1000 to 0, such as 1000,500,0")
-    return values
-
-
-def tolerances(text: str | None, flag: str) -> tuple[float, ...]:
-    """``0.01,0.02`` as numbers of 0 or more; None is none.
+def times_of(text: str | None) -> list[int]:
+    """``1000,500,0`` as times of the diffusion, all different; None is none.
 
     Raises:
         UserError: anything else.
     """
     if text is None:
-        return ()
-    values = _parts(text, float)
-    if not values or not all(0 <= value < float("inf") for value in values):
-        raise UserError(f"{flag} '{text}': give numbers of 0 or more, such as 0.01,0.02")
-    return tuple(values)
-
-
-def _parts(text: str, kind: Any) -> list[Any]:
-    try:
-        return [kind(part) for part in words(text)]
-    except ValueError:
         return []
+    values = [int(part) if part.isdecimal() else -1 for part in words(text)]
+    if not values or len(set(values)) < len(values) or not all(0 <= value <= 1000 for value in values):
+        raise UserError(f"--intermediates '{text}': give different whole numbers from 1000 to 0, such as 1000,500,0")
+    return values
 
 
-def words(text: str | None) -> list[str]:
-    """``a,b`` as a list; empty for None."""
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What a result records of the flags that decide its figures."""
+    for name, value in _USUAL.items():
+        if not given(args, name):
+            setattr(args, name, value)
+    usual = {name: str(one["default"]) for name, one in SETTINGS.items()}
+    more = [name for name in usual if given(args, name) and (name in _USUAL or str(getattr(args, name)) != usual[name])]
+    return {name: getattr(args, name) for name in (*_ASKED, *more)}
 
 
 def _check_folder(path: Path) -> None:
@@ -154,18 +124,6 @@ def _check_folder(path: Path) -> None:
         raise UserError(f"cannot make {folder}: {error.strerror}; choose another place for {path.name}") from None
     if not os.access(folder, os.W_OK) or path.is_dir():
         raise UserError(f"cannot write {path}: choose another place")
-
-
-def _caches(args: argparse.Namespace) -> list[tuple[str, int]]:
-    """Every cache with every interval.
-
-    Raises:
-        UserError: an unknown cache, an interval that is no whole number above 0, or intervals without a cache.
-    """
-    from scaling_perception.diffusion.caching import combinations
-
-    names, chosen = words(args.cache), args.cache_interval
-    return combinations(names, None if chosen is None else numbers(chosen, "--cache-interval"))
 
 
 def open_data(args: argparse.Namespace) -> Any:
@@ -189,7 +147,7 @@ def open_data(args: argparse.Namespace) -> Any:
 def run(args: argparse.Namespace) -> int:
     from scaling_perception import Predictor
     from scaling_perception.data.contents import contents_of, described
-    from scaling_perception.diffusion.caching import NO_CACHE
+    from scaling_perception.diffusion.caching import combinations
     from scaling_perception.evaluation.budget_table import check_entry
     from scaling_perception.evaluation.nested import Adaptive
     from scaling_perception.evaluation.parts import part_journal, refuse_parts
@@ -207,17 +165,16 @@ def run(args: argparse.Namespace) -> int:
     if task.measure is None:
         measured = [name for name, one in TASKS.items() if one.measure is not None]
         raise UserError(f"--task {args.task} has no truth to measure against: give {', '.join(measured)}")
-    steps, ensemble = numbers(args.steps, "--steps"), numbers(args.ensemble, "--ensemble")
-    if max(steps) > 1000:
-        raise UserError(f"--steps '{args.steps}': give whole numbers from 1 to 1000, such as 1,2,5")
-    adaptive = Adaptive(
-        tolerances(args.tolerance, "--tolerance"),
-        args.first,
-        tolerances(args.step_tolerance, "--step-tolerance"),
-        args.step_chunk,
-    )
-    caches = _caches(args)
-    mode = task.reduce_mode(args.reduce)
+    shared = shared_settings(args)
+    tolerances = [tuple(values_of(args, name)) for name in ("tolerance", "step_tolerance")]
+    adaptive = Adaptive(tolerances[0], shared.first, tolerances[1], shared.step_chunk)
+    intervals = values_of(args, "cache_interval") if given(args, "cache_interval") else None
+    caches = combinations(values_of(args, "cache"), intervals)
+    task.reduce_mode(shared.reduce)
+    solvers = values_of(args, "solver")
+    for solver, (cache, _), early in itertools.product(solvers, caches, tolerances[1] or [None]):
+        dataclasses.replace(shared, solver=solver, cache=cache, step_tolerance=early)  # refused before anything is read
+    asked = _asked(args)
     protocol = get_protocol(args.task, args.dataset)
     named = [*protocol["metrics"], *task.reported, *words(args.metrics)]
     metrics = "all" if args.metrics == "all" else list(dict.fromkeys(named))
@@ -225,9 +182,11 @@ def run(args: argparse.Namespace) -> int:
     out = None if args.json is None else Path(args.json).expanduser()
     if part is not None:
         _check_part(args)
+    if times_of(args.intermediates) and shared.aspect != "squash":
+        raise UserError(f"--intermediates do not go with --aspect {shared.aspect}: leave out one of them")
     if out is None and args.panels:
         raise UserError("--panels are written beside the result: give --json OUT, or leave them out")
-    times = [] if args.intermediates is None else times_of(args.intermediates)
+    times = times_of(args.intermediates)
     if times and not args.panels:
         raise UserError("--intermediates are pictures of --panels: give --panels K, or leave them out")
     for path in filter(None, (args.json, args.csv, args.per_image)):
@@ -244,10 +203,7 @@ def run(args: argparse.Namespace) -> int:
     own = {"threshold": predictor.options.mask_threshold, "keep_visible": predictor.options.keep_visible}
     own = {name: value for name, value in own.items() if name in protocol}
     protocol = get_protocol(args.task, args.dataset, metrics, **own)  # as the model's answers are made
-    asked = {name: getattr(args, name) for name in _ASKED}
     asked |= {"weights": predictor.id, "autoencoder": predictor.autoencoder_id, "data": data, "protocol": protocol}
-    if any(name != NO_CACHE for name, _ in caches):
-        asked |= {name: getattr(args, name) for name in _CACHING}
     if times:
         asked["intermediates"] = args.intermediates
     for path in (args.csv, args.per_image):
@@ -273,19 +229,19 @@ def run(args: argparse.Namespace) -> int:
         source,
         args.task,
         protocol,
-        steps,
-        ensemble,
-        words(args.preset) or [None],
-        mode,
-        key=args.seed,
+        values_of(args, "steps"),
+        values_of(args, "ensemble"),
+        values_of(args, "preset") or [None],
+        shared,
+        key=asked["seed"],
         batch_size=args.batch_size,
         panels=args.panels,
         progress=progress,
-        solvers=words(args.solver),
+        solvers=solvers,
         caches=caches,
         adaptive=adaptive,
         journal=journal,
-        show=None if out is None else _Panels(args.task, protocol, out, predictor, times, args.seed),
+        show=None if out is None else _Panels(args.task, protocol, out, predictor, times, asked["seed"]),
         controls=args.controls,
         part=part,
         described_by=about,
@@ -321,8 +277,8 @@ def _about(
         "resolution": predictor.resolution,
         "prediction_type": predictor.diffusion.prediction,
         "task_options": predictor.options.to_dict(),
-        "dtype": args.dtype,
-        "seed": args.seed,
+        "dtype": asked["dtype"],
+        "seed": asked["seed"],
         "version": __version__,
         "data": data,
         "protocol": protocol,
@@ -378,7 +334,9 @@ def _merge(args: argparse.Namespace) -> int:
         from scaling_perception.parallel.mesh import local_mesh
 
         mesh = local_mesh(args.mesh)
-        return Predictor.from_pretrained(args.model, autoencoder=args.autoencoder, dtype=args.dtype, mesh=mesh)
+        return Predictor.from_pretrained(
+            args.model, autoencoder=args.autoencoder, dtype=args.dtype or _USUAL["dtype"], mesh=mesh
+        )
 
     if out.exists() and not part_journals(out):
         result = read_json(out)
@@ -401,7 +359,9 @@ def _check_merged(args: argparse.Namespace, out: Path, result: Any, folder: Path
 
     if not isinstance(result, dict) or "asked" not in result:
         raise UserError(f"{out} is no result of this version: choose another --json")
-    asked = {name: value for name, value in result["asked"].items() if name in (*_ASKED, *_CACHING)}
+    usual = {name: str(one["default"]) if one["swept"] else one["default"] for name, one in SETTINGS.items()}
+    asked = {name: result["asked"].get(name, value) for name, value in usual.items()}
+    asked |= {name: result["asked"][name] for name in _ASKED if name in result["asked"]}
     refuse_other_flags(add_arguments, args, {**asked, "model": result["model"]}, out.parent)
     for path in (args.csv, args.per_image):
         check_output(path, result["asked"], args.overwrite)
@@ -475,14 +435,14 @@ class _Panels:
         """The prediction at each time, as `Predictor.intermediates` has it; of a grid without it at the nearest."""
         import numpy as np
 
-        from scaling_perception.inference.settings import Settings
+        from scaling_perception.inference.budgets import OWN
         from scaling_perception.tasks import get_task
 
         cell, raw = shown.cell, shown.raw
-        preset = None if cell["preset"] == "own" else cell["preset"]
-        settings = {"steps": cell["steps"], "ensemble": cell["ensemble"], "preset": preset, "solver": cell["solver"]}
-        settings |= {name: cell[name] for name in ("reduce", *_CACHING) if name in cell}
-        grid = np.asarray(Settings(**settings).tables(self.predictor.choose_diffusion(preset)).t)
+        preset = None if cell["preset"] == OWN else cell["preset"]
+        settings: dict[str, Any] = {name: cell[name] for name in SETTINGS if name in cell} | {"preset": preset}
+        diffusion = self.predictor.choose_diffusion(preset, cell["spacing"])
+        grid = np.asarray(Settings(**settings).tables(diffusion).t)
         nearest = {time: int(np.abs(grid - time).argmin()) for time in self.times}
         steps = sorted(set(nearest.values()))
         asks = get_task(self.task).prompt

@@ -16,10 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scaling_perception.inference.settings import SETTINGS, add_setting, flag_of
+from scaling_perception.inference.settings import (
+    FLAGS as SETTING_FLAGS,
+)
+from scaling_perception.inference.settings import SETTINGS, add_model_settings, add_settings, check_together, flag_of
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.parts import Part, add_parts, part_of, refuse_other_flags
-from scaling_perception.support.verbs import COUNT, POSITIVE, SEED, add_mesh
+from scaling_perception.support.verbs import POSITIVE
 
 if TYPE_CHECKING:
     from scaling_perception.inference.find import Item
@@ -39,7 +42,7 @@ scaling-perception predict --repeat out/photo_depth.json --out again
 """
 
 FLAGS = {
-    **{name: flag_of(name) for name in SETTINGS if name != "first"},
+    **SETTING_FLAGS,
     **{name: f"--{name}" for name in ("task", "model", "autoencoder", "dtype", "budget", "seed")},
 }
 """What messages of the library call by name -> the flag."""
@@ -47,8 +50,7 @@ FLAGS = {
 _USUAL = {"model": "mini", "dtype": "float32", "seed": 0, "every": 1, "start": 0}
 _BUDGETS = ("budget", "macs", "seconds")
 _CHOSEN_BY_BUDGET = ("steps", "ensemble", "preset", "spacing", "solver", "cache", "cache_interval")
-_GO_WITH = {"align_space": "align", "align_fit": "align", "first": "tolerance", "step_chunk": "step_tolerance"}
-_GO_WITH |= {"cache_interval": "cache"}
+_GO_WITH = {"align_space": "align", "align_fit": "align"}
 _WITH_REPEAT = ("out", "overwrite", "json", "workers", "model", "autoencoder", "mesh", "repeat")
 _OF_THE_RUN = (
     *("inputs", "list", "null", "recursive", "every", "start", "end", "mask"),
@@ -78,13 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--task", help="depth, flow, amodal or normals, as the model knows them")
     group.add_argument("--model", help="model folder, training run, hub id or name (default mini)")
-    group.add_argument("--autoencoder", help="another autoencoder than the model's: name, folder or hub id")
-    group.add_argument("--dtype", help="of the transformer's products: float32 (default) or bfloat16")
-    add_mesh(group)
-    group = parser.add_argument_group("compute")
-    for name in SETTINGS:
-        add_setting(group, name)
-    group.add_argument("--seed", type=SEED, help="key of all noise (default 0)")
+    add_model_settings(group)
+    add_settings(parser.add_argument_group("compute"))
     group = parser.add_argument_group(
         "budget", "instead of --steps and --ensemble, from the table that the model ships"
     )
@@ -134,7 +131,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("throughput")
     add_parts(group, "the list", "one index, OUT/TASK.index.json")
-    group.add_argument("--batch-size", type=COUNT, metavar="N", help="images × members at once (default: by memory)")
     group.add_argument(
         "--workers", type=int, metavar="N", help="threads that read ahead (0: read, compute, write in turn)"
     )
@@ -195,9 +191,7 @@ def _check_flags(args: argparse.Namespace) -> None:
             if getattr(args, name) is not None and getattr(args, other) is not None:
                 one, two = flag_of(name), flag_of(other)
                 raise UserError(f"{one} chooses {other} from the model's table: leave out {one} or {two}")
-    for name, other in _GO_WITH.items():
-        if getattr(args, name) is not None and getattr(args, other) is None:
-            raise UserError(f"{flag_of(name)} goes with {flag_of(other)}: give that too, or leave it out")
+    check_together(args, _GO_WITH)
 
 
 def _request(args: argparse.Namespace, chosen: dict[str, Any] | None = None, budget: Any = None) -> "Request":

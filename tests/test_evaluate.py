@@ -213,6 +213,8 @@ def test_budgets_are_written_and_read(evaluate, nano_folder, tmp_path, make_raw)
     entry = table["tasks"]["amodal"]
     assert len(entry["cells"]) == 4 and entry["weights"] == result["weights"] and entry["metric"] == "1-iou"
     assert choose(table, "amodal", macs=1e99).error == min(cell["error"] for cell in entry["cells"])
+    text = evaluate("depth", "--eta", "0.5", "--write-budgets", str(model), code=2)
+    assert "of the usual eta: leave out --eta" in text.err
     (model / "budgets.json").write_text("{")
     text = evaluate("depth", "--write-budgets", str(model), code=2)
     assert "budgets.json is not valid JSON" in text.err
@@ -282,15 +284,15 @@ def test_mistakes_are_one_line(evaluate, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for words, message in (
         (("dept",), "did you mean 'depth'"),
-        (("depth", "--steps", "1,x"), "--steps '1,x'"),
-        (("depth", "--steps", "0"), "--steps '0'"),
-        (("depth", "--ensemble", ""), "--ensemble ''"),
+        (("depth", "--steps", "1,x"), "--steps: '1,x' has 'x': give"),
+        (("depth", "--steps", "0"), "--steps: '0': give"),
+        (("depth", "--ensemble", ""), "--ensemble: '': give"),
         (("depth", "--preset", "fixd"), "did you mean 'fixed'"),
         (("depth", "--reduce", "mean"), "merge depth members"),
         (("depth", "--count", "-1"), "--count"),
         (("depth", "--option", "x"), "--option 'x'"),
-        (("depth", "--tolerance", "-1"), "--tolerance '-1'"),
-        (("depth", "--step-tolerance", "nan"), "--step-tolerance 'nan'"),
+        (("depth", "--tolerance", "-1"), "--tolerance: '-1': give"),
+        (("depth", "--step-tolerance", "nan"), "--step-tolerance: 'nan': give"),
         (("depth", "--step-tolerance", "0.1", "--solver", "ddpm"), "without noise"),
         (("depth", "--tolerance", "0.1", "--first", "0"), "--first"),
         (("depth", "--solver", "ddmi"), "did you mean"),

@@ -163,17 +163,6 @@ def read_pfm(path: FilePath) -> np.ndarray:
     return rows if channels == 3 else rows[..., 0]
 
 
-def write_pfm(path: FilePath, array: np.ndarray) -> None:
-    """Write (H, W) or (H, W, 3) float32 as little-endian .pfm."""
-    array = np.asarray(array)
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] != 3):
-        raise ValueError(f"array has shape {array.shape}, expected (H, W) or (H, W, 3)")
-    kind = "PF" if array.ndim == 3 else "Pf"
-    with atomic_path(path) as temporary:
-        header = f"{kind}\n{array.shape[1]} {array.shape[0]}\n-1.0\n".encode()
-        temporary.write_bytes(header + np.ascontiguousarray(array[::-1], "<f4").tobytes())
-
-
 def read_npy(path: FilePath, kinds: str = "fiu") -> np.ndarray:
     """The array of an ``.npy`` file, of one of the numpy ``kinds``; nothing is unpickled.
 
@@ -238,9 +227,6 @@ def write_png16(path: FilePath, array: np.ndarray) -> None:
             for kind, data in chunks
         )
         temporary.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
-
-
-DEPTH_SUFFIXES = (".png", ".tif", ".tiff", ".pfm", ".npy", ".exr")
 
 
 def read_depth(path: FilePath, scale: float | None = None, eight_bits: bool | None = None) -> np.ndarray:

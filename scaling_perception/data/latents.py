@@ -452,27 +452,3 @@ class CacheReader:
                     ranges.append(np.arange(start, start + count, dtype=np.int64))
                 start += count
         return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
-
-    def statistics(self, pass_name: str, limit: int = 4096) -> tuple[np.ndarray, np.ndarray]:
-        """Per-channel mean and standard deviation, float64 (c,), of a pass's target latents over their valid cells.
-
-        At most ``limit`` records are read, evenly spread over the cache, the same ones every time.
-
-        Raises:
-            UserError: the cache holds no valid cell of that pass.
-        """
-        chosen = self.indices(pass_name)
-        if len(chosen) > limit:
-            chosen = chosen[np.linspace(0, len(chosen) - 1, limit).astype(np.int64)]
-        count, total, square = 0, np.zeros(self.shape[-1]), np.zeros(self.shape[-1])
-        for begin in range(0, len(chosen), 256):
-            for data in self.raw(chosen[begin : begin + 256].tolist()):
-                record = decode_record(data)
-                cells = record["target"][record["valid"]].astype(np.float64)
-                count += len(cells)
-                total += cells.sum(axis=0)
-                square += np.square(cells).sum(axis=0)
-        if not count:
-            raise UserError(f"{self.path} has no valid latent of the pass '{pass_name}': prepare one with its task")
-        mean = total / count
-        return mean, np.sqrt(np.maximum(square / count - np.square(mean), 0.0))

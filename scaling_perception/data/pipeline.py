@@ -264,20 +264,6 @@ class Batches:
         indices = np.array([self._picked[stream][index] for stream, index in order[:, :2].tolist()])
         return self.cached.batch(indices, order[:, 2] != 0)
 
-    def target_statistics(self, limit: int = 4096) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Pass -> per-channel (mean, deviation) of its target latents, from the first cache that holds it.
-
-        Raises:
-            UserError: the batches are pixels.
-        """
-        if not self.cached:
-            raise UserError("statistics of latents need a latent cache: prepare one and set data.cache")
-        found = {}
-        for name in {stream.pass_name for stream in self.streams}:
-            reader = next(reader for reader in self.cached.readers if len(reader.indices(name)))
-            found[name] = reader.statistics(name, limit)
-        return found
-
 
 def open_batches(data_config: Any, batch_size: int, seed: int) -> Batches:
     """Open the batches that a config describes.

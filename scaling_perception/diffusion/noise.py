@@ -1,8 +1,9 @@
 """Multi-resolution noise: Gaussian noise with upsampled coarser noise added (Marigold; Kasiopy 2023).
 
-Two paths. On the host, `host_noise` follows the published ladders, including the random sizes of ``original`` and the
-division by one standard deviation of the whole batch. Under jit, `pyramid_noise` uses a fixed ladder (each level half
-the last) and divides every sample by its own standard deviation, so that a sample's noise does not depend on its batch.
+Two paths. On the host, `ladder` and `combine_levels` follow what was published, including the random sizes of
+``original`` and the division by one standard deviation of the whole batch. Under jit, `pyramid_noise` uses a fixed
+ladder (each level half the last) and divides every sample by its own standard deviation, so that a sample's noise does
+not depend on its batch.
 """
 
 import math
@@ -113,29 +114,6 @@ def combine_levels(
     total = _sum_levels(np, draws, strength)
     axes = (1, 2, 3) if per_sample else None
     return (total / total.std(axis=axes, ddof=1, keepdims=True)).astype(np.float32)
-
-
-def host_noise(
-    rng: np.random.Generator,
-    shape: tuple[int, int, int, int],
-    strength: float | Float[np.ndarray, " B"] = 0.9,
-    strategy: str = "original",
-    per_sample: bool = True,
-) -> Float[np.ndarray, "B h w C"]:
-    """Multi-resolution noise drawn on the host, for data paths that need the published random ladder.
-
-    Args:
-        shape: (B, H, W, C) of the latents.
-        strength, per_sample: see `combine_levels`.
-        strategy: see `ladder`.
-
-    Returns:
-        float32 (B, H, W, C).
-    """
-    batch, height, width, channels = shape
-    sizes = [(height, width), *ladder(strategy, height, width, rng)]
-    draws = [rng.standard_normal((batch, h, w, channels), dtype=np.float32) for h, w in sizes]
-    return combine_levels(draws, strength, per_sample)
 
 
 def pyramid_noise(

@@ -84,35 +84,12 @@ def to_x0_eps(
     raise _unknown(prediction)
 
 
-def masked_mse(
-    pred: Float[AnyArray, "B *cells C"], target: Float[AnyArray, "..."], valid: Bool[AnyArray, "..."] | None = None
-) -> Float[Array, ""]:
-    """Mean squared error over the valid cells, in float32.
-
-    Values under invalid cells may be NaN; they reach neither the loss nor its gradient. If no cell of the whole batch
-    is valid the loss and its gradient are 0.
-
-    Args:
-        pred, target: (B, h, w, C).
-        valid: (B, h, w) bool; None takes every cell.
-
-    Returns:
-        float32 (): the sum of squares over valid cells and channels / (valid cells x C).
-
-    Raises:
-        ValueError: shapes do not agree (a learned-variance output must be cut to its first C channels before).
-    """
-    if valid is None and pred.shape == target.shape:
-        return jnp.mean(jnp.square(pred.astype(jnp.float32) - target.astype(jnp.float32)))
-    valid = jnp.ones(pred.shape[:-1], bool) if valid is None else valid
-    squares, cells = masked_squares(pred, target, valid)
-    return mean_of_cells(squares, cells, pred.shape[-1])
-
-
 def masked_squares(
     pred: Float[AnyArray, "B *cells C"], target: Float[AnyArray, "..."], valid: Bool[AnyArray, "..."]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The two sums of `masked_mse`, float32 (): squared errors over valid cells and channels, and valid cells.
+    """The two sums of a mean squared error, float32 (): squares over valid cells and channels, and valid cells.
+
+    Values under invalid cells may be NaN; they reach neither the sums nor their gradients.
 
     Raises:
         ValueError: shapes do not agree.

@@ -12,6 +12,7 @@ from scipy.optimize import nnls
 from scaling_perception.evaluation.comparisons import evaluations_of
 from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
 from scaling_perception.inference.budgets import CACHE_CELL, CELL, FILE, FORMAT, Timing, load_budgets
+from scaling_perception.inference.settings import NAMED, flag_of
 from scaling_perception.support.again import refuse_other
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_text
@@ -93,8 +94,12 @@ def check_entry(folder: str | os.PathLike[str], task: str, asked: Mapping[str, A
     """Refuse to replace a task's entry of the folder's table by one of an evaluation with other settings.
 
     Raises:
-        UserError: the settings differ, or the entry does not say its own.
+        UserError: the settings differ, or the entry does not say its own; or ``asked`` has a setting that no budget
+            chooses.
     """
+    for name in ("spacing", *NAMED):
+        if name in asked:
+            raise UserError(f"a table of budgets is of the usual {name}: leave out {flag_of(name)} or --write-budgets")
     entry = ((load_budgets(folder) or {}).get("tasks") or {}).get(task)
     if entry is not None and not overwrite:
         refuse_other(f"{Path(folder) / FILE} ({task})", entry.get("asked"), asked)

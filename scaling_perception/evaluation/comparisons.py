@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from scaling_perception.inference.settings import NAMED
+
 Cell = dict[str, Any]
 
 
@@ -34,8 +36,9 @@ def way(cell: Cell) -> tuple[str, str]:
 
 
 def solver_of(cell: Cell) -> str:
-    """The solver, and the cache where there is one: ``ddim``, ``ddim + fora 3``."""
-    solver = cell.get("solver", "ddim")
+    """The solver and what else decides its result, as far as it is not usual: ``ddim``, ``ddim eta 1 + fora 3``."""
+    more = (name if cell[name] is True else f"{name} {cell[name]}" for name in NAMED if name in cell)
+    solver = " ".join([cell.get("solver", "ddim"), *more])
     return f"{solver} + {cell['cache']} {cell['cache_interval']}" if "cache" in cell else solver
 
 

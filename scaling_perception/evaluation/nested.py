@@ -6,7 +6,7 @@ known: its own rules are asked for it.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +15,12 @@ import numpy as np
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.evaluation.protocols import measure
 from scaling_perception.inference.adaptive import estimate_change, rests, settled
+from scaling_perception.inference.aspect import Box, join
 from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.engine import draw_members
 from scaling_perception.inference.model import prompt_of
 from scaling_perception.inference.predictor import Predictor
+from scaling_perception.inference.settings import Settings
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks.base import Estimate
 
@@ -42,7 +44,8 @@ CONSTANT = "constant_prediction"
 
 
 class SweepContext(NamedTuple):
-    """What is the same for all images: ``most`` members, merged by ``mode``; noise of ``key``; batches of ``plan``."""
+    """What is the same for all images: ``most`` members, merged by ``mode``; noise of ``key``; batches of ``plan``;
+    of ``shared`` the settings that are not of the grid."""
 
     predictor: Predictor
     task: str
@@ -52,6 +55,7 @@ class SweepContext(NamedTuple):
     adaptive: Adaptive
     key: int
     plan: BatchPlan
+    shared: Settings = Settings()
 
     def measure(self, estimate: Estimate, raw: Mapping[str, Any]) -> dict[str, float]:
         """The metrics of one image, and ``CONSTANT`` where the prediction is the same everywhere.
@@ -93,7 +97,7 @@ class Sampled(NamedTuple):
 
 def sample_all(way: SweepContext, tables: SamplerTables, latents: Any, group: list[dict[str, Any]]) -> Sampled:
     """All members of the group in one piece: nothing can be said of early exits."""
-    arguments = (latents, group, way.task, way.most, tables, way.key, way.plan)
+    arguments = (latents, group, way.task, way.most, tables, way.key, way.plan, way.shared.antithetic)
     return Sampled(*way.timed(lambda: way.predictor.sample(*arguments)))
 
 
@@ -104,7 +108,7 @@ def sample_with_looks(way: SweepContext, tables: SamplerTables, latents: Any, gr
     looks = range(chunk, total, chunk)
 
     def steps(first: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        draw = draw_members(jax.random.key(way.key), ids, first, way.plan.members, False)
+        draw = draw_members(jax.random.key(way.key), ids, first, way.plan.members, way.shared.antithetic)
         cond_tokens, modulation_table, state = engine.init_state(params, latents, draw, passes, tables)
         clean = []
         for done in range(0, total, chunk):
@@ -124,7 +128,7 @@ def sample_with_looks(way: SweepContext, tables: SamplerTables, latents: Any, gr
 
 
 class Nested:
-    """What every cell makes of one image's members. Nothing is merged twice."""
+    """What every cell makes of the members of one picture that the model sees. Nothing is merged twice."""
 
     def __init__(
         self,
@@ -144,34 +148,34 @@ class Nested:
         begin = time.perf_counter()
         self.members = way.predictor.decode_members(sampled.pixels[index], way.task)
         self._decoding += time.perf_counter() - begin
-        self._reduced: dict[Any, tuple[tuple[np.ndarray, np.ndarray], float]] = {}
-        self._rows: dict[Any, tuple[dict[str, float], float]] = {}
         self._early: dict[tuple[int, int], np.ndarray] = {}
+        self._merged: dict[Any, np.ndarray] = {}
+        self._reduced: dict[Any, tuple[tuple[np.ndarray, np.ndarray], float]] = {}
 
-    def cell(self, cell: Mapping[str, Any]) -> tuple[float, float, dict[str, float]]:
-        """Network evaluations of each pass, seconds, metrics."""
+    def cell(self, cell: Mapping[str, Any]) -> tuple[float, float, Any]:
+        """Network evaluations of each pass, seconds without merging, and the name of the estimate."""
         if cell["kind"] == "adaptive":
             return self.adaptive(cell["tolerance"])
         if cell["kind"] == "steps":
             return self.stopped(cell["ensemble"], cell["step_tolerance"])
         return self.fixed(cell["ensemble"])
 
-    def fixed(self, size: int) -> tuple[float, float, dict[str, float]]:
+    def fixed(self, size: int) -> tuple[float, float, Any]:
         """An ensemble of ``size``."""
-        row, merging = self._row(size, self.members[:size])
-        return self.total * size, self._seconds(size, self.total * size) + merging, row
+        self._merged[size] = self.members[:size]
+        return self.total * size, self._seconds(size, self.total * size), size
 
-    def adaptive(self, tolerance: float) -> tuple[float, float, dict[str, float]]:
+    def adaptive(self, tolerance: float) -> tuple[float, float, Any]:
         """Members until the prediction rests."""
         way, rounds = self.way, self.way.adaptive.rounds(self.way.most)
         for size in rounds:
-            (_, uncertainty), _ = self._reduce(size, self.members[:size])
+            forwards, seconds, name = self.fixed(size)
+            (_, uncertainty), _ = self._reduce(name)
             if settled(uncertainty, size, way.most, way.mode, tolerance):
                 break
-        forwards, seconds, row = self.fixed(size)
-        return forwards, seconds + sum(self._reduced[one][1] for one in rounds if one < size), row
+        return forwards, seconds + sum(self._reduced[one][1] for one in rounds if one < size), name
 
-    def stopped(self, size: int, tolerance: float) -> tuple[float, float, dict[str, float]]:
+    def stopped(self, size: int, tolerance: float) -> tuple[float, float, Any]:
         """Steps until the estimate rests. Members that are sampled together stop together, as the predictor has it."""
         looks, at_once = self.sampled, self.way.plan.members
         parts, stops, forwards = [], [], 0
@@ -184,35 +188,24 @@ class Nested:
             forwards += (self.total if stop is None else looks.steps[stop]) * (members.stop - members.start)
             parts.append(self.members[members] if stop is None else self._at(stop, first)[: members.stop - first])
         name = size if set(stops) == {None} else (size, *stops)
-        row, merging = self._row(name, np.concatenate(parts))
-        return forwards, self._seconds(size, forwards) + merging, row
+        self._merged[name] = np.concatenate(parts)
+        return forwards, self._seconds(size, forwards), name
 
-    def estimate(self, size: int) -> Estimate:
-        """The first ``size`` members, merged."""
-        return self._merge(size, self.members[:size])
+    def estimate(self, name: Any) -> tuple[Estimate, float]:
+        """The members of that name merged, and the seconds of merging."""
+        way, size, prompt = self.way, self.raw["image"].shape[:2], prompt_of(self.raw, self.way.task)
+        reduced, seconds = self._reduce(name)
+        begin = time.perf_counter()
+        merged = way.predictor.merge(self._merged[name], way.task, size, way.mode, prompt, 0, reduced)
+        return merged, seconds + time.perf_counter() - begin
 
-    def _reduce(self, name: Any, members: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], float]:
+    def _reduce(self, name: Any) -> tuple[tuple[np.ndarray, np.ndarray], float]:
         """Prediction and uncertainty at the model's resolution, and the seconds it took."""
         if name not in self._reduced:
             begin = time.perf_counter()
-            reduced = self.way.predictor.reduce(self.way.task, members, self.way.mode)
+            reduced = self.way.predictor.reduce(self.way.task, self._merged[name], self.way.mode)
             self._reduced[name] = reduced, time.perf_counter() - begin
         return self._reduced[name]
-
-    def _merge(self, name: Any, members: np.ndarray) -> Estimate:
-        size, prompt = self.raw["image"].shape[:2], prompt_of(self.raw, self.way.task)
-        reduced, _ = self._reduce(name, members)
-        return self.way.predictor.merge(members, self.way.task, size, self.way.mode, prompt, 0, reduced)
-
-    def _row(self, name: Any, members: np.ndarray) -> tuple[dict[str, float], float]:
-        """Metrics, and the seconds of merging."""
-        if name not in self._rows:
-            _, seconds = self._reduce(name, members)
-            begin = time.perf_counter()
-            estimate = self._merge(name, members)
-            seconds += time.perf_counter() - begin
-            self._rows[name] = self.way.measure(estimate, self.raw), seconds
-        return self._rows[name]
 
     def _seconds(self, size: int, forwards: float) -> float:
         """Encoding, and the share of sampling and decoding that is this cell's."""
@@ -228,3 +221,30 @@ class Nested:
             pixels = way.predictor.engine.decode(way.predictor.weights[1], filled, way.predictor.passes(way.task))
             self._early[stop, first] = way.predictor.decode_members(np.asarray(pixels)[0, :, : len(clean)], way.task)
         return self._early[stop, first]
+
+
+class Whole:
+    """What every cell makes of one image, of the pictures that the model sees of it (one, but for windows)."""
+
+    def __init__(self, way: SweepContext, raw: dict[str, Any], boxes: list[Box], parts: Sequence[Nested]) -> None:
+        self.way, self.raw, self.boxes, self.parts = way, raw, boxes, parts
+        self._rows: dict[tuple[Any, ...], tuple[dict[str, float], float]] = {}
+
+    def cell(self, cell: Mapping[str, Any]) -> tuple[float, float, dict[str, float]]:
+        """Network evaluations of each pass, seconds, metrics."""
+        forwards, seconds, names = zip(*(part.cell(cell) for part in self.parts), strict=True)
+        if names not in self._rows:
+            estimate, merging = self._join(names)
+            self._rows[names] = self.way.measure(estimate, self.raw), merging
+        row, merging = self._rows[names]
+        return sum(forwards), sum(seconds) + merging, row
+
+    def estimate(self, cell: Mapping[str, Any]) -> Estimate:
+        """The image's result in a cell."""
+        return self._join([part.cell(cell)[2] for part in self.parts])[0]
+
+    def _join(self, names: Sequence[Any]) -> tuple[Estimate, float]:
+        found = [part.estimate(name) for part, name in zip(self.parts, names, strict=True)]
+        begin, size = time.perf_counter(), (self.raw["image"].shape[0], self.raw["image"].shape[1])
+        whole = join(self.way.task, self.way.shared.aspect, size, self.boxes, [estimate for estimate, _ in found])
+        return whole, sum(seconds for _, seconds in found) + time.perf_counter() - begin

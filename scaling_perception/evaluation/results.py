@@ -61,6 +61,8 @@ def _summary(
     rows = [{"key": key, **row} for key, _, _, row in found]
     constant = sum(row.pop(CONSTANT, 0) > 0 for row in rows)
     spent: dict[str, Any] = {"constant_predictions": constant} if constant else {}
+    if cell.get("aspect") == "tile":  # every window is sampled, and images have as many as they are large
+        spent |= {"evaluations": mean / cell["ensemble"], "forwards": forwards}
     if cell["kind"] != "fixed":
         by = evaluations_of(cell) if cell["kind"] == "adaptive" else cell["ensemble"]
         counts = Counter(count / by for count in forwards)

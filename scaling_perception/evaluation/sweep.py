@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,10 +28,19 @@ from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
 from scaling_perception.diffusion.solvers import SOLVERS, solver_name
 from scaling_perception.evaluation.controls import control_inputs
 from scaling_perception.evaluation.journal import Journal
-from scaling_perception.evaluation.nested import CONSTANT, Adaptive, Nested, SweepContext, sample_all, sample_with_looks
+from scaling_perception.evaluation.nested import (
+    CONSTANT,
+    Adaptive,
+    Nested,
+    SweepContext,
+    Whole,
+    sample_all,
+    sample_with_looks,
+)
 from scaling_perception.evaluation.parts import plan_of_others
 from scaling_perception.evaluation.protocols import baseline_rows, prepare_raw, unmeasurable
 from scaling_perception.evaluation.results import result_of
+from scaling_perception.inference.aspect import Box, cut, with_aspect
 from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.budgets import OWN
 from scaling_perception.inference.model import prompt_of
@@ -76,7 +86,7 @@ def sweep(
     steps: Sequence[int] = (10,),
     ensemble: Sequence[int] = (5,),
     presets: Sequence[str | None] = (None,),
-    reduce: str | None = None,
+    shared: Settings = Settings(),  # noqa: B008
     key: int = 0,
     batch_size: int | None = None,
     macs_per_forward: float | None = None,
@@ -101,7 +111,8 @@ def sweep(
             ``steps`` are.
         caches: also of the grid: (method, interval), see ``diffusion.caching``; those that would compute every step of
             a step count are left out there.
-        reduce: how members are merged; None is the task's default.
+        shared: the settings of all cells: spacing, eta, clip, reduce, antithetic, aspect. Those that the grid or
+            ``adaptive`` has are not read.
         key: of all noise.
         batch_size: images × members at once; None chooses by memory.
         macs_per_forward: of the DiT on one image; None takes the predictor's own count.
@@ -133,12 +144,14 @@ def sweep(
     for name, values in grid.items():
         if not values:
             raise UserError(f"no {name} to evaluate: give one or more")
-    sizes, mode, adaptive = sorted(set(ensemble)), get_task(task).reduce_mode(reduce), adaptive or Adaptive()
-    points = _points(predictor, task, steps, sizes, presets, solvers, caches, mode, adaptive)
+    sizes, mode, adaptive = sorted(set(ensemble)), get_task(task).reduce_mode(shared.reduce), adaptive or Adaptive()
+    if shared.aspect == "tile" and (adaptive.tolerances or adaptive.step_tolerances):
+        raise UserError("aspect 'tile' is measured with constant compute: leave out tolerance and step_tolerance")
+    points = _points(predictor, task, steps, sizes, presets, solvers, caches, mode, adaptive, shared)
     forward = predictor.macs_per_forward if macs_per_forward is None else macs_per_forward
     largest = max(points, key=_size).tables
     plan = predictor.plan(task, sizes[-1], len(source), batch_size, largest if batch_size is None else None)
-    way = SweepContext(predictor, task, protocol, mode, sizes[-1], adaptive, key, plan)
+    way = SweepContext(predictor, task, protocol, mode, sizes[-1], adaptive, key, plan, shared)
     run = _Run(way, source, points, sizes, panels, show, controls)
     about = run.about(forward)
     if journal is None:
@@ -169,21 +182,23 @@ def _points(
     caches: Sequence[tuple[str, int]],
     mode: str,
     adaptive: Adaptive,
+    shared: Settings,
 ) -> list[Point]:
     points: list[Point] = []
     for preset in dict.fromkeys(presets):
-        diffusion = predictor.choose_diffusion(preset)
-        name = preset or _grid_name(diffusion)
+        diffusion = predictor.choose_diffusion(preset, shared.spacing)
+        name = preset or _grid_name(predictor.diffusion)
         for solver, (cache, interval) in itertools.product(dict.fromkeys(map(solver_name, solvers)), caches):
             for count in dict.fromkeys([1] if SOLVERS[solver].at_once else steps):
                 more = {"cache": cache, "cache_interval": interval}
-                settings = Settings(count, sizes[-1], preset=preset, solver=solver, first=adaptive.first, **more)
+                grid = {"steps": count, "ensemble": sizes[-1], "preset": preset, "solver": solver, **more}
+                settings = dataclasses.replace(shared, first=adaptive.first, **grid)
                 tables = predictor.tables(settings, task, diffusion)
                 if cache != NO_CACHE and tables.cache is None:
                     continue
                 looks = bool(adaptive.step_tolerances) and count > 2 * adaptive.step_chunk
                 known = {"preset": name, "spacing": diffusion.spacing, "schedule": diffusion.schedule}
-                known |= {"solver": solver, "steps": count, "reduce": mode}
+                known |= {"solver": solver, "steps": count, "reduce": mode, **shared.named}
                 if tables.cache is not None:
                     known |= {**more, "evaluations": predictor.evaluations(settings)}
                 cells = tuple(_cells(known, sizes, settings, adaptive, looks))
@@ -231,6 +246,9 @@ def _grid_name(own: DiffusionPreset) -> str:
         ):
             return name
     return OWN
+
+
+_Seen = tuple[list[dict[str, Any]], Any, float]  # pictures, their latents, and the seconds of encoding
 
 
 class _Run:
@@ -282,6 +300,8 @@ class _Run:
             "ensemble": self.sizes,
             **({"caches": [list(one) for one in caches]} if caches != [(NO_CACHE, 1)] else {}),
             "reduce": way.mode,
+            **({"spacing": way.shared.spacing} if way.shared.spacing else {}),
+            **way.shared.named,
             "adaptive": way.adaptive._asdict(),
             "seed": way.key,
             "panels": self.panels,
@@ -332,7 +352,16 @@ class _Run:
         ]
         settings = dataclasses.replace(point.settings, ensemble=way.most)
         raws = (inputs for _, _, _, inputs in asked)
-        answers = way.predictor.sampled(raws, way.task, settings, point.tables, way.key, way.mode, way.plan)
+        run = partial(
+            way.predictor.sampled,
+            task=way.task,
+            settings=settings,
+            tables=point.tables,
+            key=way.key,
+            mode=way.mode,
+            plan=way.plan,
+        )
+        answers = with_aspect(run, raws, way.task, settings.aspect, way.predictor.resolution)
         for (image, raw, name, _), estimate in zip(asked, answers, strict=True):
             row = way.measure(estimate, raw)
             row.pop(CONSTANT, None)
@@ -369,28 +398,43 @@ class _Run:
 
     def _add(self, group: list[dict[str, Any]], record: dict[str, Any], count: Iterator[int]) -> None:
         """Evaluate one group of images in every cell."""
-        way, predictor, latents, encoding = self.way, self.way.predictor, None, 0.0
+        way, aspect, resolution = self.way, self.way.shared.aspect, self.way.predictor.resolution
+        boxes: list[list[Box]] = []
+        seen: list[_Seen] = []
         if group:
             record["images"] = [
                 {"key": str(raw["key"]), "baselines": floors, "cells": []}
                 for raw, floors in zip(group, self._baselines(group), strict=True)
             ]
             self._compile_merging()
-            latents, encoding = way.timed(lambda: predictor.encode(group, way.task, way.plan))
+            pieces = []
+            for raw in group:
+                where, own = cut(raw, aspect, resolution)
+                boxes.append(where)
+                pieces += own
+            for start in range(0, len(pieces), way.plan.images):
+                chunk = pieces[start : start + way.plan.images]
+                seen.append((chunk, *way.timed(partial(way.predictor.encode, chunk, way.task, way.plan))))
         for point in self.points:
-            if group:
-                sampled = (sample_with_looks if point.looks else sample_all)(way, point.tables, latents, group)
-                for index, (raw, image) in enumerate(zip(group, record["images"], strict=True)):
-                    found = Nested(
-                        way, raw, sampled, index, predictor.evaluations(point.settings), len(group), encoding
-                    )
-                    image["cells"] += [found.cell(cell) for cell in point.cells]
-                    number = self.before + len(self.shown) + len(record["shown"])
-                    if point is self.pictured and number < self.panels:
-                        shown = Shown(raw, found.estimate(way.most), point.cells[len(self.sizes) - 1])
-                        record["shown"].append(self.show(shown, number))
+            parts = self._sampled(point, seen)
+            for raw, where, image in zip(group, boxes, record["images"], strict=True):
+                found = Whole(way, raw, where, list(itertools.islice(parts, len(where))))
+                image["cells"] += [found.cell(cell) for cell in point.cells]
+                number = self.before + len(self.shown) + len(record["shown"])
+                if point is self.pictured and number < self.panels:
+                    cell = point.cells[len(self.sizes) - 1]
+                    record["shown"].append(self.show(Shown(raw, found.estimate(cell), cell), number))
             for _ in range(point.settings.evaluations):
                 next(count, None)
+
+    def _sampled(self, point: Point, seen: list[_Seen]) -> Iterator[Nested]:
+        """All members of each picture in ``seen``, in order; few batches of them are held at a time."""
+        way, sample = self.way, sample_with_looks if point.looks else sample_all
+        total = way.predictor.evaluations(point.settings)
+        for chunk, latents, encoding in seen:
+            sampled = sample(way, point.tables, latents, chunk)
+            for index, raw in enumerate(chunk):
+                yield Nested(way, raw, sampled, index, total, len(chunk), encoding)
 
     def _compile_merging(self) -> None:
         """Merge once for nothing, so that compiling it is in no cell's time."""

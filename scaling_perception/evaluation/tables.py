@@ -8,6 +8,7 @@ from typing import Any
 
 from scaling_perception.evaluation.comparisons import evaluations_of, solver_of
 from scaling_perception.evaluation.intervals import interval_text
+from scaling_perception.inference.settings import NAMED
 from scaling_perception.tasks import TASKS
 
 MORE_IS_BETTER = tuple(name for task in TASKS.values() for name in task.more_is_better)
@@ -18,7 +19,7 @@ _CELL = (
     *("kind", "preset", "spacing", "schedule", "solver", "steps", "ensemble", "reduce"),
     *("tolerance", "first", "step_tolerance", "step_chunk", "mean_steps", "mean_members", "macs", "seconds"),
 )
-_CACHE = ("cache", "cache_interval")  # columns of an evaluation that has such cells
+_NAMED = (*NAMED, "cache", "cache_interval")  # columns of an evaluation that has such cells
 _IMAGE = ("kind", "preset", "spacing", "solver", "steps", "ensemble", "tolerance", "step_tolerance")
 
 
@@ -33,7 +34,7 @@ def cells_csv(result: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for cell in result["cells"] for name in cell["metrics"]))
     ends = [f"{column}{end}" for name in names for column in _columns(name) for end in ("", "_low", "_high")]
     head = [*[result.get(name) for name in _WHOLE], result["protocol"].get("fingerprint")]
-    own = [*_CELL, *_caches(result)]
+    own = [*_CELL, *_named(result)]
     lines = [[*_WHOLE, "protocol", *own, *ends]]
     for cell in result["cells"]:
         figures = [figure for name in names for figure in _figures(name, cell["metrics"].get(name))]
@@ -47,7 +48,7 @@ def images_csv(result: dict[str, Any]) -> str:
     ``forwards`` are the network evaluations of each pass that the image took, ``macs`` all that they cost.
     """
     names = list(dict.fromkeys(n for found in _answers(result) for row in found[1]["rows"] for n in row if n != "key"))
-    own = [*_IMAGE, *_caches(result)]
+    own = [*_IMAGE, *_named(result)]
     lines = [["task", "dataset", "model", "key", "answer", *own, "forwards", "macs", *names]]
     for answer, found in _answers(result):
         for index, row in enumerate(found["rows"]):
@@ -63,8 +64,8 @@ def images_csv(result: dict[str, Any]) -> str:
     return _text(lines)
 
 
-def _caches(result: dict[str, Any]) -> tuple[str, ...]:
-    return _CACHE if any("cache" in cell for cell in result["cells"]) else ()
+def _named(result: dict[str, Any]) -> list[str]:
+    return [name for name in _NAMED if any(name in cell for cell in result["cells"])]
 
 
 def _answers(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

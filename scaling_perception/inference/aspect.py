@@ -64,17 +64,12 @@ def with_aspect(predict: Predict, raws: Iterable[Raw], task: str, aspect: str, r
         predict: raw samples to estimates, one each, in order, lazily; it squashes.
         resolution: the model's side R in pixels.
     """
-    if aspect == "squash":
-        yield from predict(raws)
-        return
-    cut = _pad_to_square if aspect == "letterbox" else _cut
-    join = _unpad if aspect == "letterbox" else _blend_windows
     sizes: list[tuple[tuple[int, int], list[Box]]] = []
 
     def parts() -> Iterator[Raw]:
         for raw in raws:
             height, width = raw["image"].shape[:2]
-            boxes, pieces = cut(raw, resolution)
+            boxes, pieces = cut(raw, aspect, resolution)
             sizes.append(((height, width), boxes))
             yield from pieces
 
@@ -82,7 +77,22 @@ def with_aspect(predict: Predict, raws: Iterable[Raw], task: str, aspect: str, r
     for first in stream:  # pulling one estimate makes its sample known
         size, boxes = sizes.pop(0)
         rest = list(itertools.islice(stream, len(boxes) - 1))
-        yield join(task, size, boxes, [first, *rest])
+        yield join(task, aspect, size, boxes, [first, *rest])
+
+
+def cut(raw: Raw, aspect: str, resolution: int) -> tuple[list[Box], list[Raw]]:
+    """The pictures that the model sees of a raw sample, with all that goes with them, and where each lies."""
+    if aspect == "squash":
+        height, width = raw["image"].shape[:2]
+        return [Box(0, 0, height, width)], [raw]
+    return _pad_to_square(raw) if aspect == "letterbox" else _cut(raw, resolution)
+
+
+def join(task: str, aspect: str, size: tuple[int, int], boxes: list[Box], estimates: list[Estimate]) -> Estimate:
+    """The estimate of a whole picture of ``size`` (H, W) from those of the pictures that `cut` made of it."""
+    if aspect == "squash":
+        return estimates[0]
+    return (_unpad if aspect == "letterbox" else _blend_windows)(task, size, boxes, estimates)
 
 
 def _maps(raw: Raw) -> dict[str, np.ndarray]:
@@ -91,8 +101,7 @@ def _maps(raw: Raw) -> dict[str, np.ndarray]:
     return {name: value for name, value in raw.items() if isinstance(value, np.ndarray) and value.shape[:2] == size}
 
 
-def _pad_to_square(raw: Raw, resolution: int) -> tuple[list[Box], list[Raw]]:
-    del resolution
+def _pad_to_square(raw: Raw) -> tuple[list[Box], list[Raw]]:
     height, width = raw["image"].shape[:2]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
@@ -121,7 +130,9 @@ def _unpad(task: str, size: tuple[int, int], boxes: list[Box], estimates: list[E
     if get_task(task).relative:
         prediction, uncertainty = _restretch(prediction, uncertainty)
     whole = None if estimate.whole is None else crop(estimate.whole)
-    return Estimate(prediction, uncertainty, estimate.members[:, rows, columns], whole, size, estimate.forwards)
+    painted = None if estimate.painted is None else crop(estimate.painted)
+    members = estimate.members[:, rows, columns]
+    return Estimate(prediction, uncertainty, members, whole, size, estimate.forwards, painted)
 
 
 def _restretch(depth: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -215,9 +226,14 @@ def _blend_windows(task: str, size: tuple[int, int], boxes: list[Box], estimates
     left_out = overview.whole is not None  # of an amodal picture, windows without a part of the mask
     uncertainty = blend(spreads, places, size, overview.uncertainty if left_out else None)
     if overview.whole is not None:  # votes of the windows that saw a part of the object
-        votes = blend([p.astype(np.float32) for p in predictions], places, size, overview.prediction)
+
+        def votes(seen: list[Any], rest: np.ndarray) -> np.ndarray:
+            return blend([one.astype(np.float32) for one in seen], places, size, rest) >= 0.5
+
+        prediction, painted = votes(predictions, overview.prediction), overview.painted
+        painted = None if painted is None else votes([p.painted for p in parts], painted)
         whole = blend([p.whole for p in parts if p.whole is not None], places, size, overview.whole)
-        return Estimate(votes >= 0.5, uncertainty, overview.members, whole, size, forwards)
+        return Estimate(prediction, uncertainty, overview.members, whole, size, forwards, painted)
     prediction = blend(predictions, places, size)
     if relative:
         prediction, uncertainty = _restretch(prediction, uncertainty)

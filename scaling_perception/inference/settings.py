@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.verbs import COUNT, NOT_NEGATIVE, POSITIVE, STEPS
+from scaling_perception.support.verbs import COUNT, NOT_NEGATIVE, POSITIVE, SEED, STEPS, add_mesh
 
 if TYPE_CHECKING:  # JAX, which --help does not wait for
     from scaling_perception.diffusion.sampler import SamplerTables
     from scaling_perception.diffusion.schedules import DiffusionPreset
 
 
-def setting(default: Any, kind: Callable[[str], Any], placeholder: str, text: str, unset: str = "") -> Any:
+def setting(
+    default: Any,
+    kind: Callable[[str], Any],
+    placeholder: str,
+    text: str,
+    unset: str = "",
+    swept: bool = False,
+    goes_with: str = "",
+) -> Any:
     """A field of ``Settings``, from which its flags and the table of docs/reference.md are made.
 
     Args:
         kind: converts the value of a flag; bool: the flag has none.
         unset: what None stands for, in words.
+        swept: `evaluate` takes several values of it; of all others one, which all its cells share.
+        goes_with: the setting without which this one has no effect.
     """
     known = {"kind": kind, "placeholder": placeholder, "text": text, "default": unset or default}
-    return dataclasses.field(default=default, metadata=known)
+    return dataclasses.field(default=default, metadata=known | {"swept": swept, "goes_with": goes_with})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +66,13 @@ class Settings:
         cache_interval: every so many steps, from the first one on, the blocks are computed; 1 is without a cache.
     """
 
-    steps: int = setting(10, STEPS, "T", "denoising steps")
-    ensemble: int = setting(5, COUNT, "N", "members that are merged")
-    preset: str | None = setting(None, str, "NAME", "timestep grid: fixed, paper, released", "the model's own")
+    steps: int = setting(10, STEPS, "T", "denoising steps", swept=True)
+    ensemble: int = setting(5, COUNT, "N", "members that are merged", swept=True)
+    preset: str | None = setting(
+        None, str, "NAME", "timestep grid: fixed, paper, released", "the model's own", swept=True
+    )
     spacing: str | None = setting(None, str, "NAME", "spacing alone: leading, trailing, linspace", "the grid's")
-    solver: str = setting("ddim", str, "NAME", "ddim (euler), ddpm, dpm++2m, unipc, heun, single")
+    solver: str = setting("ddim", str, "NAME", "ddim (euler), ddpm, dpm++2m, unipc, heun, single", swept=True)
     eta: float = setting(0.0, NOT_NEGATIVE, "X", "noise of ddim and dpm++2m: 0 none, 1 as much as ancestral sampling")
     clip: float | None = setting(None, POSITIVE, "X", "bound of the clean latent's estimate in each step", "none")
     reduce: str | None = setting(
@@ -69,20 +81,33 @@ class Settings:
     antithetic: bool = setting(False, bool, "", "members in pairs whose noise differs in sign alone")
     aspect: str = setting("squash", str, "NAME", "pictures that are not square: squash, letterbox, tile")
     tolerance: float | None = setting(
-        None, NOT_NEGATIVE, "X", "adaptive members: stop an image once it would move by less than this", "all members"
+        None,
+        NOT_NEGATIVE,
+        "X",
+        "adaptive members: stop an image once it would move by less than this",
+        "all members",
+        swept=True,
     )
-    first: int = setting(2, COUNT, "N", "members of each round of adaptive members")
+    first: int = setting(2, COUNT, "N", "members of each round of adaptive members", goes_with="tolerance")
     step_tolerance: float | None = setting(
-        None, NOT_NEGATIVE, "X", "early exit: stop an image's steps once it changes by less than this", "all steps"
+        None,
+        NOT_NEGATIVE,
+        "X",
+        "early exit: stop an image's steps once it changes by less than this",
+        "all steps",
+        swept=True,
     )
-    step_chunk: int = setting(2, COUNT, "T", "steps between two looks of the early exit")
+    step_chunk: int = setting(2, COUNT, "T", "steps between two looks of the early exit", goes_with="step_tolerance")
     cache: str = setting(
         "none",
         str,
         "NAME",
         "blocks between computed steps: none, fora, taylorseer, l2p, fora-trunk, taylorseer-trunk, l2p-trunk",
+        swept=True,
     )
-    cache_interval: int = setting(2, COUNT, "K", "with a cache: compute the blocks every so many steps")
+    cache_interval: int = setting(
+        2, COUNT, "K", "with a cache: compute the blocks every so many steps", swept=True, goes_with="cache"
+    )
 
     def __post_init__(self) -> None:
         from scaling_perception.diffusion.caching import NO_CACHE, cache_name
@@ -133,13 +158,20 @@ class Settings:
 
         return refuse_amplified(sampler_tables(diffusion, self.steps, self.eta, solver=self.solver, clip=self.clip))
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """Those of ``NAMED`` that are not the default: what a cell of an evaluation says besides its place in the
+        grid."""
+        return {name: getattr(self, name) for name in NAMED if getattr(self, name) != getattr(Settings, name)}
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
         return dataclasses.asdict(self)
 
 
+NAMED = ("eta", "clip", "antithetic", "aspect")
 SETTINGS = {one.name: one.metadata for one in dataclasses.fields(Settings)}
-"""Name of each setting -> ``kind``, ``placeholder``, ``text`` and ``default`` of its flag."""
+"""Name of each setting -> the arguments of `setting`; ``default`` in words."""
 
 
 def flag_of(name: str) -> str:
@@ -147,22 +179,83 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def help_of(name: str) -> str:
-    """A setting in words, with its default."""
-    one = SETTINGS[name]
-    return one["text"] if one["kind"] is bool else f"{one['text']} (default: {one['default']})"
+FLAGS = {name: flag_of(name) for name in SETTINGS if name != "first"}  # a common word: "of the first 5 images"
+"""What messages of the library call by name -> the flag, in every verb that has the settings."""
 
 
-def add_setting(parser: Any, name: str) -> None:
-    """The flag of one setting; None where it was not given."""
-    one = SETTINGS[name]
-    if one["kind"] is bool:
-        parser.add_argument(flag_of(name), action="store_true", default=None, help=one["text"])
-    else:
-        parser.add_argument(flag_of(name), type=one["kind"], metavar=one["placeholder"], help=help_of(name))
+def add_settings(parser: Any, sweep: bool = False) -> None:
+    """The flags of all settings and of what else decides a prediction's figures; None where one was not given.
+
+    Args:
+        sweep: swept settings take several values, with commas between them, and keep them as text (see `values_of`).
+    """
+    for name, one in SETTINGS.items():
+        flag, text, many = flag_of(name), one["text"], sweep and one["swept"]
+        if one["kind"] is bool:
+            parser.add_argument(flag, action="store_true", default=None, help=text)
+            continue
+        kind, placeholder = (
+            (_several(one["kind"]), f"{one['placeholder']},…") if many else (one["kind"], one["placeholder"])
+        )
+        text = f"{text}{'; several, with commas' if many else ''} (default: {one['default']})"
+        parser.add_argument(flag, type=kind, metavar=placeholder, help=text)
+    parser.add_argument("--seed", type=SEED, help="key of all noise (default 0)")
+    parser.add_argument("--batch-size", type=COUNT, metavar="N", help="images × members at once (default: by memory)")
 
 
-def add_several(parser: argparse.ArgumentParser, name: str, usual: str | None = None) -> None:
-    """The flag of a setting of which a sweep takes several values, with commas between them."""
-    text = f"{SETTINGS[name]['text']}; several, with commas (default: {usual or SETTINGS[name]['default']})"
-    parser.add_argument(flag_of(name), default=usual, metavar=f"{SETTINGS[name]['placeholder']},…", help=text)
+def add_model_settings(parser: Any) -> None:
+    """The flags of how a model is loaded, besides ``--model``; None where one was not given."""
+    parser.add_argument("--autoencoder", help="another autoencoder than the model's: name, folder or hub id")
+    parser.add_argument("--dtype", help="of the transformer's products: float32 (default) or bfloat16")
+    add_mesh(parser)
+
+
+def _several(kind: Callable[[str], Any]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not words(text):
+            raise argparse.ArgumentTypeError(f"'{text}': give a value, or several with commas between them")
+        for part in words(text):
+            try:
+                kind(part)
+            except argparse.ArgumentTypeError as error:
+                raise argparse.ArgumentTypeError(f"{error}" if part == text else f"'{text}' has {error}") from None
+        return text
+
+    return parse
+
+
+def words(text: str | None) -> list[str]:
+    """``a,b`` as a list; empty for None."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def values_of(args: argparse.Namespace, name: str) -> list[Any]:
+    """The values of a swept setting's flag; the default alone where it was not given, and none where that is None."""
+    text = getattr(args, name)
+    default = getattr(Settings, name)
+    if text is None:
+        return [] if default is None else [default]
+    return [SETTINGS[name]["kind"](part) for part in words(text)]
+
+
+def shared_settings(args: argparse.Namespace) -> Settings:
+    """Settings of the flags that are not swept.
+
+    Raises:
+        UserError: as ``Settings``; a flag without the one that it goes with.
+    """
+    check_together(args)
+    return Settings(**{n: getattr(args, n) for n, one in SETTINGS.items() if not one["swept"] and given(args, n)})
+
+
+def given(args: argparse.Namespace, name: str) -> bool:
+    """Whether a flag was."""
+    return getattr(args, name) is not None
+
+
+def check_together(args: argparse.Namespace, more: Mapping[str, str] | None = None) -> None:
+    """UserError for a flag without the one that it goes with; ``more`` pairs than those of the settings."""
+    pairs = {name: one["goes_with"] for name, one in SETTINGS.items() if one["goes_with"]} | dict(more or {})
+    for name, other in pairs.items():
+        if given(args, name) and not given(args, other):
+            raise UserError(f"{flag_of(name)} goes with {flag_of(other)}: give that too, or leave it out")

@@ -11,13 +11,8 @@ from typing import Any
 from scaling_perception.models.dit import DiTConfig
 from scaling_perception.models.presets import LATENT_FACTOR, get_preset
 
-INPUT_ORDER = ("image", "prompt", "noisy")
-"""Order of the input's latents, four channels each (facts 2)."""
-
 TASK_LABELS = {"depth": (1000,), "amodal": (1001,), "flow": (1002, 1003)}
 """Rows of the label table by task; flow takes two passes, its horizontal part first (facts 2)."""
-
-NULL_LABEL = 1004
 
 # DiT's training: facts 4.1, 4.2, 8. `leading` without offset is the grid that its code names "ddimN": every
 # (1000 // N)-th timestep from 0. Its ancestral sampler takes N rounded points of 0..999 instead, here `linspace`.

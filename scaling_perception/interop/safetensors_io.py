@@ -206,26 +206,3 @@ def save_tree(path: str | os.PathLike[str], tree: Mapping[str, Any], metadata: M
     """
     with atomic_path(path) as temporary:
         write_tensors(temporary, tree, metadata or {})
-
-
-def load_tree(path: str | os.PathLike[str]) -> tuple[Tree, dict[str, str]]:
-    """Read a safetensors file: (nested dict of numpy arrays on the host, metadata).
-
-    Raises:
-        UserError: the file is missing, unreadable, truncated or no safetensors file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: check the path")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = dict(file.metadata() or {})
-            flat = {name: file.get_tensor(name) for name in file.keys()}
-        return unflatten_tree(flat), metadata
-    except SafetensorError as error:
-        why = foreign_content(path) or f"is no whole safetensors file ({error}): copy or download it again"
-        raise UserError(f"{path} {why}") from error
-    except ValueError as error:
-        raise UserError(f"{path} holds names that make no tree: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error

@@ -1,7 +1,7 @@
-"""Rows sorted by expert, each times its expert's matrix: one signature, a program for each platform, one oracle.
+"""Rows sorted by expert, each times its expert's matrix: one signature, a program for each platform.
 
 No row is ever dropped and every shape is static. ``sizes`` (E,) int32 says how many rows each expert has; rows past
-their sum belong to nobody and come out 0. Never ``vmap`` over these: flatten instead.
+their sum are no expert's and come out 0. Never ``vmap`` over these: flatten instead.
 """
 
 import importlib.util
@@ -24,65 +24,6 @@ def block_rows(rows: int, experts: int) -> int:
     """Rows that are computed together: a power of two, 16 to 512, near the mean number of rows of an expert."""
     mean = max(rows // max(experts, 1), 1)
     return min(max(1 << (mean.bit_length() - 1), 16), LARGEST_BLOCK)
-
-
-def grouped_matmul_oracle(
-    x: Float[AnyArray, "R D"],
-    kernel: Float[AnyArray, "E D F"],
-    sizes: Int[AnyArray, " E"],
-    bias: Float[AnyArray, "E F"] | None = None,
-) -> Float[Array, "R F"]:
-    """Every row times every expert's matrix, of which one is kept. See ``grouped_matmul``."""
-    owner = jax.nn.one_hot(row_expert(sizes, x.shape[0]), kernel.shape[0], dtype=jnp.float32)
-    every = jnp.einsum("md,edf->emf", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-    if bias is not None:
-        every = every + bias.astype(jnp.float32)[:, None]
-    return jnp.einsum("me,emf->mf", owner, every).astype(x.dtype)
-
-
-def grouped_matmul(
-    x: Float[AnyArray, "R D"],
-    kernel: Float[AnyArray, "E D F"],
-    sizes: Int[AnyArray, " E"],
-    bias: Float[AnyArray, "E F"] | None = None,
-) -> Float[Array, "R F"]:
-    """The rows of expert e times ``kernel[e]``, plus ``bias[e]``, with gradients to x, kernel and bias.
-
-    On a TPU the megablox kernel, on a GPU tokamax's where it is installed (else a dense lowering, with one warning),
-    on a CPU a loop over blocks of rows whose number depends on the data.
-
-    Args:
-        x: (M, D) float32 or bfloat16, sorted by expert. kernel: (E, D, F). bias: (E, F) or None.
-        sizes: (E,) int32, rows of each expert; rows past their sum come out 0 and get no gradient.
-
-    Returns:
-        (M, F) in the dtype of x; sums are float32. Gradients of kernel and bias are summed in float32.
-    """
-    out = _matmul(x, kernel, sizes)
-    if bias is None:
-        return out
-    return out + rows_of(bias.astype(x.dtype), sizes, x.shape[0])
-
-
-@jax.custom_vjp
-def _matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
-    return times(x, kernel.astype(x.dtype), sizes)
-
-
-def _matmul_forward(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> tuple[jax.Array, Any]:
-    return _matmul(x, kernel, sizes), (x, kernel, sizes)
-
-
-def _matmul_backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    x, kernel, sizes = kept
-    return (
-        times(gradient, kernel.astype(x.dtype), sizes, transpose=True),
-        outer(x, gradient, sizes).astype(kernel.dtype),
-        None,
-    )
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def row_expert(sizes: Int[AnyArray, " E"], rows: int) -> Int[Array, " R"]:
@@ -315,7 +256,10 @@ def times(
     x: Float[AnyArray, "R _"], kernel: Float[AnyArray, "E D F"], sizes: Int[AnyArray, " E"], transpose: bool = False
 ) -> Float[Array, "R _"]:
     """Rows (M, D) times their expert's matrix of kernel (E, D, F), or with ``transpose`` rows (M, F) times its
-    transpose; x and kernel of one dtype, which the result has. No gradient: see ``grouped_matmul``."""
+    transpose; x and kernel of one dtype, which the result has; sums are float32. No gradient.
+
+    On a TPU the megablox kernel, on a GPU tokamax's where it is installed (else a dense lowering, with one warning),
+    on a CPU a loop over blocks of rows whose number depends on the data."""
     return _times(x, kernel, sizes, transpose=transpose)
 
 

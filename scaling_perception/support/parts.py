@@ -188,4 +188,5 @@ def refuse_other_flags(
             continue
         if (there := asked[name]) != here:
             flag = name if name in words else f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} is {here}, and the parts in {where} were made with {there}: give that")
+            known = "without it: leave it out" if there is None else f"with {there}: give that"
+            raise UserError(f"{flag} is {here}, and the parts in {where} were made {known}")

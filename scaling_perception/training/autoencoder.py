@@ -210,37 +210,25 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def encoder_loss(config: tiny_vae.TinyVAEConfig, params: Any, batch: Mapping[str, Any]) -> tuple[jax.Array, dict]:
-    """Mean squared error of the latents, target-like pictures counting double. Metrics: plain errors of both sorts."""
-    return _score("latent_mse", encoder_tally(config, params, batch))
-
-
 def encoder_tally(config: tiny_vae.TinyVAEConfig, params: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The sums of :func:`encoder_loss` over the pictures."""
+    """Sums over the pictures of the squared error of the latents; target-like pictures count double."""
     z = tiny_vae.Encoder(config).apply({"params": params}, batch["image"].astype(jnp.float32))
     error = jnp.square(z - batch["latent"].astype(jnp.float32)).mean(axis=(1, 2, 3))  # type: ignore[operator]
     return _tally(error, error, batch["weight"])
 
 
-def decoder_loss(
-    config: tiny_vae.TinyVAEConfig, params: Any, batch: Mapping[str, Any], key: jax.Array
-) -> tuple[jax.Array, dict]:
-    """Reconstruction from mixed, slightly noisy latents.
-
-    Per picture: mean |d| + mean |d|^2 + half the mean |difference of neighbours of d| (both directions), with d the
-    difference of the decoded picture to the truth, weighted as in :func:`encoder_loss`. Where the truth is just black
-    or white (-1 or 1, as masks, the far plane and empty background are), going beyond it is no error: pictures are
-    clipped, and what lies beyond leaves room for a threshold close to white. The squared term keeps flat areas true,
-    the last one keeps edges in place. One picture in four is decoded from the teacher's latents; the noise has a
-    deviation of up to 0.03, uniform from picture to picture.
-    """
-    return _score("pixel_mse", decoder_tally(config, params, batch, key))
-
-
 def decoder_tally(
     config: tiny_vae.TinyVAEConfig, params: Any, batch: Mapping[str, Any], key: jax.Array
 ) -> dict[str, jax.Array]:
-    """The sums of :func:`decoder_loss` over the pictures. Each draws from ``key`` and its place in the batch alone."""
+    """Sums over the pictures of the error of what is decoded from mixed, slightly noisy latents.
+
+    Per picture: mean |d| + mean |d|^2 + half the mean |difference of neighbours of d| (both directions), with d the
+    difference of the decoded picture to the truth, weighted as in :func:`encoder_tally`. Where the truth is just black
+    or white (-1 or 1, as masks, the far plane and empty background are), going beyond it is no error: pictures are
+    clipped, and what lies beyond leaves room for a threshold close to white. The squared term keeps flat areas true,
+    the last one keeps edges in place. One picture in four is decoded from the teacher's latents; the noise has a
+    deviation of up to 0.03, uniform from picture to picture. Each draws from ``key`` and its place in the batch alone.
+    """
     image = batch["image"].astype(jnp.float32)
 
     def draw(place: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -59,13 +59,6 @@ def dropped_labels(label: jax.Array, dit: DiTConfig, rate: float, key: jax.Array
     return jnp.where(dropped | (label < 0), dit.null_label, label).astype(jnp.int32)
 
 
-def generation_loss(
-    model: Any, preset: DiffusionPreset, config: Config, norm: Mapping[str, Any], moments: Moments | None
-) -> Callable[[Any, Mapping[str, Any], jax.Array], tuple[jax.Array, Metrics]]:
-    """The loss of equation (2) as (params, batch, key) -> (scalar, metrics). Arguments as for `generation_parts`."""
-    return generation_parts(model, preset, config, norm, moments).loss
-
-
 def generation_parts(
     model: Any, preset: DiffusionPreset, config: Config, norm: Mapping[str, Any], moments: Moments | None
 ) -> Parts:

@@ -12,11 +12,33 @@ from PIL import Image
 from small_sets import check_raw, picture, refuse, write
 
 from scaling_perception.data.sources import open_source
-from scaling_perception.data.sources.coco_masks import mask_rle, polygon_mask, read_counts, rle_mask, segmentation_mask
+from scaling_perception.data.sources.coco_masks import polygon_mask, read_counts, rle_mask, segmentation_mask
 from scaling_perception.evaluation.protocols import get_protocol, measure, prepare_raw, unmeasurable
 from scaling_perception.support.errors import UserError
 
 H, W = 12, 16
+
+
+def write_counts(counts):
+    """The compressed string of counts."""
+    text = []
+    for index, count in enumerate(counts):
+        value = int(count) - (int(counts[index - 2]) if index > 2 else 0)
+        more = True
+        while more:
+            code = value & 31
+            value >>= 5
+            more = value != (-1 if code & 16 else 0)
+            text.append(chr(48 + code + (32 if more else 0)))
+    return "".join(text)
+
+
+def mask_rle(mask):
+    """The compressed run lengths of a bool (H, W)."""
+    flat = np.asarray(mask, bool).T.ravel()
+    changes = np.flatnonzero(np.diff(flat, prepend=False))
+    counts = np.diff(np.concatenate([[0], changes, [flat.size]]))
+    return {"size": [int(length) for length in np.shape(mask)], "counts": write_counts(counts.tolist())}
 
 
 def mask_of(rows, columns):

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import stand_ins
+from pfm import write_pfm
 from small_sets import H, W, picture, write, write_flow
 
 from scaling_perception.data import contents, latents
@@ -27,10 +28,6 @@ def own_index(tmp_path, monkeypatch):
 
 def depth(i, offset=0.0):
     return (1 + offset + np.random.default_rng(i).random((H, W))).astype(np.float32)
-
-
-def write_pfm(path, array):
-    path.write_bytes(b"Pf\n%d %d\n-1.0\n" % array.shape[::-1] + np.flipud(array).astype("<f4").tobytes())
 
 
 @pytest.fixture

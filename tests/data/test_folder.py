@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from pfm import write_pfm
 from PIL import Image
 
 from scaling_perception.data import formats
@@ -44,7 +45,7 @@ def data(tmp_path):
         whole[2:6, 2:9] = 30
         save(tmp_path / f"{name}_whole.png", whole)
         formats.write_png16(tmp_path / f"{name}_mm.png", np.round(depth_of(i) * 1000).astype(np.uint16))
-        formats.write_pfm(tmp_path / f"{name}.pfm", depth_of(i))
+        write_pfm(tmp_path / f"{name}.pfm", depth_of(i))
         formats.write_flo(tmp_path / f"{name}.flo", np.full((H, W, 2), (i + 1.0, -2.0)))
     return tmp_path
 
@@ -136,14 +137,14 @@ def test_fingerprint_holds_values_and_options(data):
 def test_depth_range_and_bad_depths(data):
     depth = depth_of(0)
     depth[0, 0], depth[0, 1], depth[0, 2], depth[0, 3] = np.nan, np.inf, 0, 99
-    formats.write_pfm(data / "odd.pfm", depth)
+    write_pfm(data / "odd.pfm", depth)
     root = manifest(data, "image,depth\na.png,odd.pfm\n")
     raw = open_source("folder", root, "all", "depth", max_depth=50.0)[0]
     assert (~raw["valid"]).sum() == 4 and not raw["valid"][0, :4].any()
     assert np.isfinite(raw["depth"]).all()
     assert open_source("folder", root, "all", "depth")[0]["valid"][0, 3]  # no upper limit unless given
     for value in (np.nan, 0.0):
-        formats.write_pfm(data / "odd.pfm", np.full((H, W), value, np.float32))
+        write_pfm(data / "odd.pfm", np.full((H, W), value, np.float32))
         refuse("odd.pfm has no valid pixel .*check depth_scale", root, read=True)
     refuse("a.pfm has no valid pixel", manifest(data, "image,depth\na.png,a.pfm\n"), read=True, min_depth=20.0)
     refuse("depth_scale -1", root, depth_scale=-1)

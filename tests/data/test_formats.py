@@ -5,6 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
+from pfm import write_pfm
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -108,7 +109,7 @@ def test_kitti_flow_saturates_instead_of_wrapping(tmp_path):
 @pytest.mark.parametrize("shape", [(7, 5), (7, 5, 3), (1, 1)])
 def test_pfm_round_trips(tmp_path, shape):
     array = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-    formats.write_pfm(tmp_path / "x.pfm", array)
+    write_pfm(tmp_path / "x.pfm", array)
     np.testing.assert_array_equal(formats.read_pfm(tmp_path / "x.pfm"), array)
 
 
@@ -159,7 +160,7 @@ def test_depth_png_round_trips_and_never_wraps(tmp_path):
 def test_float_depth_is_metres(tmp_path):
     depth = np.random.default_rng(4).uniform(1, 90, (6, 7)).astype(np.float32)
     np.save(tmp_path / "d.npy", depth)
-    formats.write_pfm(tmp_path / "d.pfm", depth)
+    write_pfm(tmp_path / "d.pfm", depth)
     np.testing.assert_array_equal(formats.read_depth(tmp_path / "d.npy"), depth)
     np.testing.assert_array_equal(formats.read_depth(tmp_path / "d.pfm"), depth)
     np.testing.assert_allclose(formats.read_depth(tmp_path / "d.npy", 10), depth / 10, rtol=1e-6)
@@ -169,7 +170,6 @@ def test_float_depth_is_metres(tmp_path):
     ("write", "array"),
     [
         (formats.write_flo, np.zeros((3, 3))),
-        (formats.write_pfm, np.zeros((3, 3, 2))),
         (formats.write_png16, np.zeros((3, 3), np.uint8)),
     ],
 )

@@ -128,20 +128,6 @@ def test_a_cache_of_another_user_is_one_line(cache):
         os.seteuid(0)
 
 
-def test_statistics_are_over_valid_cells(cache):
-    reader = CacheReader(cache)
-    cells = np.concatenate([r["target"][r["valid"]] for r in (reader[i] for i in reader.indices("depth"))])
-    assert len(cells) == 8 * (16 - 2)  # the stand-in's invalid corner touches two cells
-    mean, deviation = reader.statistics("depth")
-    np.testing.assert_allclose(mean, cells.astype(np.float64).mean(0), rtol=1e-12)
-    np.testing.assert_allclose(deviation, cells.astype(np.float64).std(0), rtol=1e-9)
-    few = reader.statistics("depth", limit=3)
-    np.testing.assert_array_equal(few, reader.statistics("depth", limit=3))
-    assert not np.allclose(few[0], mean)
-    with pytest.raises(UserError, match="other"):
-        reader.statistics("other")
-
-
 def test_one_flipped_bit_is_found_by_every_way_of_reading(cache):
     shard = cache / "latents-00001-of-00003.array_record"
     data = bytearray(shard.read_bytes())

@@ -5,6 +5,7 @@ import hashlib
 
 import numpy as np
 import pytest
+from pfm import write_pfm
 from PIL import Image
 from small_sets import H, W, check_raw, picture, refuse, write
 
@@ -49,13 +50,13 @@ MILLIMETRES = np.round(METRES.astype(np.float64) * 1000).astype(np.uint16)
         ("a.tif", tiff(METRES), {}),
         ("a.npy", made(np.save, METRES), {}),
         ("a.npy", made(np.save, METRES.astype(np.float64)[..., None]), {}),
-        ("a.pfm", made(formats.write_pfm, METRES), {}),
+        ("a.pfm", made(write_pfm, METRES), {}),
         ("a.exr", lambda path: write_exr(path, Z=METRES), {}),
         ("a.exr", lambda path: write_exr(path, R=METRES, G=METRES, B=METRES), {}),
         ("a.exr", lambda path: write_exr(path, R=METRES * 0, ViewLayer_Depth_Z=METRES), {}),
         ("a.EXR", lambda path: write_exr(path, anything=METRES), {}),
         ("a.npy", made(np.save, 1 / METRES), {"depth_kind": "inverse"}),
-        ("a.pfm", made(formats.write_pfm, 96.5 / METRES), {"depth_kind": "disparity", "focal_baseline": "96.5"}),
+        ("a.pfm", made(write_pfm, 96.5 / METRES), {"depth_kind": "disparity", "focal_baseline": "96.5"}),
     ],
 )
 def test_every_format_and_unit_gives_the_same_metres(tmp_path, name, make, options):

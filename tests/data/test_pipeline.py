@@ -178,8 +178,6 @@ def test_in_memory_or_not_and_several_folders(cache):
     assert [stream.length for stream in twice.streams] == [16] * 4
     assert_same(twice.at(1), open_(cached([cache, cache]), in_memory=False).at(1))
     assert_same(twice.at(1), open_(cached(f"{cache}{os.pathsep}{cache}")).at(1))
-    stats = twice.target_statistics()
-    assert set(stats) == set(RELEASED) and stats["depth"][0].shape == (4,)
 
 
 def test_worker_processes_make_the_same_batches(tmp_path, cache):
@@ -291,8 +289,6 @@ def test_what_does_not_fit_is_refused(cache, tmp_path):
         open_(cached(cache), 0)
     with pytest.raises(UserError, match="seed"):
         open_(cached(cache), seed=-1)
-    with pytest.raises(UserError, match="need a latent cache"):
-        open_(online()).target_statistics()
     stand_ins.prepare(tmp_path / "plain", "--flips", "none", "--tasks", "depth")
     with pytest.raises(UserError, match="no flipped copies"):
         open_(cached(str(tmp_path / "plain")))

@@ -12,11 +12,14 @@ from scaling_perception.evaluation.journal import Journal
 from scaling_perception.evaluation.nested import CONSTANT, Adaptive, SweepContext
 from scaling_perception.evaluation.protocols import get_protocol, measure, prepare_raw
 from scaling_perception.evaluation.sweep import fill_invalid, sweep
+from scaling_perception.inference.settings import Settings
 from scaling_perception.support import locks
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks.resize import resize_bilinear
 
 pytest_plugins = ("nano",)
+
+CACHES = [("none", 1)]
 
 
 class Source:
@@ -156,7 +159,11 @@ def test_refusals(predictor, source):
         (([1], [0]), "ensemble 0"),
         (([0], [1]), "0 sampling steps"),
         (([1], [1], ["fixd"]), "did you mean 'fixed'"),
-        (([1], [1], [None], "mean"), "merge depth members"),
+        (([1], [1], [None], Settings(reduce="mean")), "merge depth members"),
+        (
+            ([1], [1], [None], Settings(aspect="tile"), 0, 4, 1.0, 0, None, ["ddim"], CACHES, Adaptive((0.1,))),
+            "'tile' is",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             sweep(predictor, source, "depth", protocol, *arguments)
@@ -204,6 +211,46 @@ def test_adaptive_cells_are_what_the_predictor_does(predictor, make_raw, task):
         assert by[kind, 0.0]["rows"] == fixed["rows"] and by[kind, 0.0]["macs"] == fixed["macs"]
         assert len(by[kind, values[1]]["counts"]) > 1, "between the ends images differ"
         assert by[kind, 1e9]["counts"] == {str(least): 5}
+
+
+@pytest.mark.parametrize(
+    ("task", "shared"),
+    [
+        ("depth", {"spacing": "leading", "eta": 0.5, "clip": 1.0, "antithetic": True}),
+        ("flow", {"aspect": "letterbox", "antithetic": True}),
+        ("amodal", {"aspect": "tile"}),
+    ],
+)
+def test_settings_of_all_cells_are_those_of_the_predictor(make_predictor, make_raw, task, shared):
+    """Arrays of the sweep's last cell and of a call with the same settings; a letterbox and windows included."""
+    predictor = make_predictor(seed=1, task_options={"keep_visible": True, "mask_threshold": 110})
+    raws = [make_raw(40, 56, 0), make_raw(30, 44, 1)]
+    prompts = {"depth": None, "flow": [raw["image2"] for raw in raws], "amodal": [raw["visible_mask"] for raw in raws]}
+    found, shown = sweep(
+        predictor,
+        Source(raws),
+        task,
+        get_protocol(task, "scenes"),
+        [2],
+        [1, 3],
+        shared=Settings(**shared),
+        key=5,
+        batch_size=4,
+        panels=2,
+        controls=1,
+    )
+    out = predictor([r["image"] for r in raws], task, 2, 3, 5, prompts[task], batch_size=4, **shared)
+    for one, prediction in zip(shown, out.prediction, strict=True):
+        np.testing.assert_allclose(one.estimate.prediction, prediction, atol=2e-5)
+        assert one.estimate.prediction.shape[:2] == one.raw["image"].shape[:2]
+    cell = found["cells"][-1]
+    named = {name: value for name, value in shared.items() if name != "spacing"}
+    assert named.items() <= cell.items() and cell["spacing"] == shared.get("spacing", "trailing")
+    assert cell["macs"] == np.mean(out.forwards) * found["macs_per_forward"], "windows are counted"
+    if task == "amodal":
+        assert out.forwards[0] > 6 and cell["forwards"] == out.forwards.tolist()
+        assert all((one.estimate.painted <= one.estimate.prediction).all() for one in shown), "the mask joins it"
+        assert (shown[0].estimate.painted != shown[0].estimate.prediction).any()
 
 
 def test_early_exit_cells_of_nested_sizes(predictor, source):
@@ -272,7 +319,9 @@ def test_a_journal_of_other_settings_is_refused(predictor, source, tmp_path):
         ({"steps": [2, 3]}, r"steps was \[2\], is \[2, 3\]"),
         ({"key": 1}, "seed was 0, is 1"),
         ({"presets": ["paper"]}, "presets was"),
-        ({"reduce": "median"}, "reduce was"),
+        ({"shared": Settings(reduce="median")}, "reduce was"),
+        ({"shared": Settings(eta=0.5)}, "eta was null, is 0.5"),
+        ({"shared": Settings(spacing="leading", aspect="tile")}, "spacing was null, is .*; aspect was null, is"),
         ({"adaptive": Adaptive((0.1,))}, "adaptive was"),
     ):
         before = path.read_bytes()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from scaling_perception.inference.settings import SETTINGS, Settings, flag_of
+from scaling_perception.inference.settings import SETTINGS, Settings, flag_of, values_of
+from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import make_parser
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "reference.md"
@@ -18,14 +19,41 @@ def test_the_page_lists_what_is_declared():
     assert rows == [f"| `{name}` | {one['default']} | {one['text']} |" for name, one in SETTINGS.items()]
 
 
-@pytest.mark.parametrize("verb", ["predict", "evaluate"])
-def test_flags_are_the_settings(verb):
-    known = {word: action for action in make_parser(verb)._actions for word in action.option_strings}
-    missing = [name for name in SETTINGS if flag_of(name) not in known]
-    assert missing == ([] if verb == "predict" else ["spacing", "eta", "clip", "antithetic", "aspect"])
-    for name, one in SETTINGS.items():
-        if flag_of(name) in known:
-            assert one["text"] in (known[flag_of(name)].help or "")
+MODEL = ("autoencoder", "dtype", "mesh", "seed", "batch_size")
+REQUIRED = {"predict": ["--out", "o"], "evaluate": ["--task", "depth", "--dataset", "scenes", "--model", "m"]}
+
+
+def test_predict_and_evaluate_have_the_same_flags():
+    """All settings are in both verbs, with one text, default and check; `evaluate` takes several values of some."""
+    parsers = {verb: make_parser(verb) for verb in REQUIRED}
+    actions = {verb: {one.dest: one for one in parser._actions} for verb, parser in parsers.items()}
+    for name in (*SETTINGS, *MODEL):
+        predict, evaluate = actions["predict"][name], actions["evaluate"][name]
+        assert predict.option_strings == evaluate.option_strings == [flag_of(name)]
+        assert predict.default is None and evaluate.default is None
+        assert (evaluate.help or "").replace("; several, with commas", "") == predict.help
+        several = name in SETTINGS and SETTINGS[name]["swept"]
+        assert (evaluate.metavar, evaluate.type) == (predict.metavar, predict.type) or several
+        for value in ("-1", "0", "x", "inf") if predict.type not in (None, str) else ():
+            said = []
+            for verb, parser in parsers.items():
+                try:
+                    parser.parse_args([*REQUIRED[verb], f"{flag_of(name)}={value}"])
+                except UserError as error:
+                    said.append(str(error).split(" (see")[0])
+            assert len(said) in (0, 2) and len(set(said)) < 2, said
+
+
+def test_several_values_are_checked_one_by_one():
+    args = make_parser("evaluate").parse_args([*REQUIRED["evaluate"], "--steps", "1, 2,5", "--tolerance=0.1"])
+    assert [values_of(args, name) for name in ("steps", "tolerance", "ensemble", "preset")] == [
+        [1, 2, 5],
+        [0.1],
+        [5],
+        [],
+    ]
+    with pytest.raises(UserError, match="--steps: '1,0' has '0': give"):
+        make_parser("evaluate").parse_args([*REQUIRED["evaluate"], "--steps", "1,0"])
 
 
 def test_defaults_are_the_fields():

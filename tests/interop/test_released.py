@@ -7,7 +7,7 @@ import pytest
 
 from scaling_perception.diffusion.sampler import sampler_tables
 from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion
-from scaling_perception.interop.released import INPUT_ORDER, NULL_LABEL, RELEASED, TASK_LABELS, describe
+from scaling_perception.interop.released import RELEASED, TASK_LABELS, describe
 from scaling_perception.models.dit import config_from_dict, count_active_params, count_params
 from scaling_perception.models.presets import get_preset
 from scaling_perception.tasks import TaskOptions, get_task
@@ -48,9 +48,9 @@ def test_sizes_and_labels():
     config = config_from_dict(RELEASED["model"])
     assert config == get_preset("XL-8E2A") and RELEASED["resolution"] == 512
     assert (count_params(config), count_active_params(config)) == (2_758_511_264, 973_915_808)  # facts 1.2
-    assert (config.label_rows, config.null_label, config.gating, config.qk_norm) == (1005, NULL_LABEL, "paper", False)
+    assert (config.label_rows, config.null_label, config.gating, config.qk_norm) == (1005, 1004, "paper", False)
     assert (config.input_channels, config.out_channels, config.shared_experts) == (12, 8, 0)
-    assert INPUT_ORDER == ("image", "prompt", "noisy") and list(TASK_LABELS) == RELEASED["tasks"]
+    assert list(TASK_LABELS) == RELEASED["tasks"]
     for task, labels in TASK_LABELS.items():
         assert tuple(config.task_label(one.id) for one in get_task(task).passes) == labels
     assert np.shape(RELEASED["latent_norm"]["shift"]) == (4, 4) and not np.any(RELEASED["latent_norm"]["shift"])

@@ -21,6 +21,14 @@ NARROW = tiny_vae.TinyVAEConfig(
 SIDE = 16
 
 
+def encoder_loss(*arguments):
+    return autoencoder._score("latent_mse", autoencoder.encoder_tally(*arguments))
+
+
+def decoder_loss(*arguments):
+    return autoencoder._score("pixel_mse", autoencoder.decoder_tally(*arguments))
+
+
 @pytest.fixture
 def teacher(tmp_path):
     """A network to be taught by: any folder that load_autoencoder reads."""
@@ -152,14 +160,14 @@ def test_the_encoder_s_loss_is_the_weighted_error():
     z = np.asarray(tiny_vae.Encoder(NARROW).apply({"params": params}, image.astype(np.float32)))
     off = np.array([0.5, 0.1], np.float32).reshape(2, 1, 1, 1)
     batch = {"image": image, "latent": z + off, "weight": np.array([1, 2], np.float32)}
-    loss, metrics = autoencoder.encoder_loss(NARROW, params, batch)
+    loss, metrics = encoder_loss(NARROW, params, batch)
     np.testing.assert_allclose(loss, (0.25 + 2 * 0.01) / 3, rtol=1e-4)
     np.testing.assert_allclose(metrics["latent_mse_rgb"], 0.25, rtol=1e-4)
     np.testing.assert_allclose(metrics["latent_mse_target"], 0.01, rtol=1e-3)
-    only = autoencoder.encoder_loss(NARROW, params, {k: v[:1] for k, v in batch.items()})[1]
+    only = encoder_loss(NARROW, params, {k: v[:1] for k, v in batch.items()})[1]
     assert np.isnan(only["latent_mse_target"])
     # gradient of the head's bias: 2 / 4 channels * mean error, weighted
-    gradient = jax.grad(lambda p: autoencoder.encoder_loss(NARROW, p, batch)[0])(params)
+    gradient = jax.grad(lambda p: encoder_loss(NARROW, p, batch)[0])(params)
     expected = 2 / 4 * (-0.5 - 2 * 0.1) / 3
     np.testing.assert_allclose(gradient["head"]["bias"], np.full(4, expected), rtol=1e-3)
 
@@ -171,9 +179,9 @@ def test_the_decoder_s_loss_falls_to_its_parts(monkeypatch):
     picture = np.zeros((1, SIDE, SIDE, 3), np.float16)
     latent = np.zeros((1, 2, 2, 4), np.float16)
     batch = {"image": picture, "latent": latent, "own": latent, "weight": np.ones(1, np.float32)}
-    assert float(autoencoder.decoder_loss(NARROW, params, batch, jax.random.key(0))[0]) == 0
+    assert float(decoder_loss(NARROW, params, batch, jax.random.key(0))[0]) == 0
     picture[:, :, SIDE // 2 :] = 0.5  # one edge: half the pixels off by 0.5, one jump of 0.5 in each row's 15 steps
-    loss, metrics = autoencoder.decoder_loss(NARROW, params, batch, jax.random.key(0))
+    loss, metrics = decoder_loss(NARROW, params, batch, jax.random.key(0))
     np.testing.assert_allclose(loss, 0.25 + 0.125 + 0.5 * 0.5 / 15, rtol=1e-5)
     np.testing.assert_allclose(metrics["pixel_mse_rgb"], 0.125, rtol=1e-5)
 
@@ -185,7 +193,7 @@ def test_beyond_white_is_no_error_and_below_it_is():
         params["head"]["bias"] = jnp.full(12, (painted + 1) / 2)
         picture = np.full((1, SIDE, SIDE, 3), truth, np.float16)
         batch = {"image": picture, "latent": latent, "own": latent, "weight": np.ones(1, np.float32)}
-        loss = autoencoder.decoder_loss(NARROW, params, batch, jax.random.key(0))[0]
+        loss = decoder_loss(NARROW, params, batch, jax.random.key(0))[0]
         np.testing.assert_allclose(loss, wrong + wrong**2, atol=1e-6)
 
 

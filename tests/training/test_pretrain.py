@@ -78,7 +78,7 @@ def dit():
 def test_loss_is_mse_plus_bound_of_what_was_drawn(dit):
     model, config, batch = Stub(dit), config_of("label_dropout=0.5"), latents()
     del batch["target_logvar"]
-    loss = pretrain.generation_loss(model, PRESET, config, NORM, None)
+    loss = pretrain.generation_parts(model, PRESET, config, NORM, None).loss
     value, metrics = loss(jnp.asarray(0.3), {k: jnp.asarray(v) for k, v in batch.items()}, jax.random.key(5))
     noisy, t = np.asarray(model.seen["x"], np.float64), np.asarray(model.seen["t"])
     assert noisy.shape[-1] == 4  # the noisy latent alone
@@ -136,7 +136,7 @@ def test_the_bound_trains_the_variance_channels_alone(dit, monkeypatch):
     for bound in (True, False):
         if not bound:
             monkeypatch.setattr(pretrain, "learned_range_bits", lambda *_: jnp.zeros(BATCH))
-        loss = pretrain.generation_loss(DiT(dit), PRESET, config, NORM, None)
+        loss = pretrain.generation_parts(DiT(dit), PRESET, config, NORM, None).loss
         slope = jax.jit(jax.value_and_grad(lambda p, loss=loss: loss(p, fields, jax.random.key(2)), has_aux=True))
         slopes.append(slope(params))
     (both, metrics), gradient = slopes[0]

@@ -42,20 +42,6 @@ def read_counts(text: str | bytes) -> list[int]:
     return counts
 
 
-def write_counts(counts: Sequence[int]) -> str:
-    """The compressed string of counts."""
-    text = []
-    for index, count in enumerate(counts):
-        value = int(count) - (int(counts[index - 2]) if index > 2 else 0)
-        more = True
-        while more:
-            code = value & 31
-            value >>= 5
-            more = value != (-1 if code & 16 else 0)
-            text.append(chr(48 + code + (32 if more else 0)))
-    return "".join(text)
-
-
 def rle_mask(rle: Mapping[str, Any], size: tuple[int, int] | None = None) -> np.ndarray:
     """The mask of ``{"size": [H, W], "counts": string, bytes or numbers}``.
 
@@ -82,14 +68,6 @@ def rle_mask(rle: Mapping[str, Any], size: tuple[int, int] | None = None) -> np.
         raise ValueError(f"counts cover {runs.sum()} pixels of {width}x{height}")
     inside = np.arange(runs.size) % 2 == 1
     return np.repeat(inside, runs).reshape(width, height).T.copy()
-
-
-def mask_rle(mask: np.ndarray) -> dict[str, Any]:
-    """The compressed run lengths of a bool (H, W)."""
-    flat = np.asarray(mask, bool).T.ravel()
-    changes = np.flatnonzero(np.diff(flat, prepend=False))
-    counts = np.diff(np.concatenate([[0], changes, [flat.size]]))
-    return {"size": [int(length) for length in np.shape(mask)], "counts": write_counts(counts.tolist())}
 
 
 def polygon_mask(points: Sequence[float], size: tuple[int, int]) -> np.ndarray:
