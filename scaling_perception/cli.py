@@ -6,6 +6,7 @@ says what and how to mend it), or the machine refuses it: no such device, no mem
 outside failure; 130 interrupted; 143 stopped by SIGTERM. Output that nobody reads (``| head``) ends no command.
 """
 
+import gc
 import sys
 import warnings
 from collections.abc import Sequence
@@ -107,6 +108,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     keep_standard_streams()
     if words is None:
+        gc.set_threshold(50_000, 20, 50)  # imports and traced programs are millions of objects that stay
         _warnings_as_notes()
         goes_on = sys.argv[1:2] and sys.argv[1] in GO_ON
         again = "the same command goes on from what is finished" if goes_on else "the same command starts anew"

@@ -296,14 +296,15 @@ def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     Raises:
         UserError: the file is missing, truncated or no safetensors file.
     """
+    import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
         raise UserError(f"{file} does not exist: give a folder with a whole autoencoder, or 'tiny'")
     try:
-        with safe_open(file, framework="flax") as handle:
+        # numpy's arrays: through JAX a program is compiled for each shape
+        with safe_open(file, framework="numpy") as handle:
             metadata = handle.metadata() or {}
-            # Through jax, because numpy alone has no bfloat16.
             state = {name: np.asarray(handle.get_tensor(name), np.float32) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is truncated or no safetensors file ({error}): copy or download it again") from None

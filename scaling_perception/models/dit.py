@@ -464,7 +464,7 @@ def init_params(config: DiTConfig, key: RandomKey) -> Params:
 @lru_cache(maxsize=64)
 def abstract_params(config: DiTConfig) -> Params:
     """The parameter tree as ``jax.ShapeDtypeStruct`` leaves; no array is built. Treat it as read-only."""
-    return jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))  # a key made outside is a compiled program
 
 
 def count_params(config: DiTConfig) -> int:

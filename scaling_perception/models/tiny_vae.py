@@ -165,9 +165,28 @@ def init_part(part: str, config: TinyVAEConfig, key: RandomKey) -> dict[str, Any
 
 
 def part_shapes(part: str, config: TinyVAEConfig) -> dict[str, tuple[int, ...]]:
-    """Parameter name (joined by '/') -> shape, without building an array."""
-    tree = jax.eval_shape(lambda: init_part(part, config, jax.random.key(0)))
-    return {name: leaf.shape for name, leaf in flatten(tree).items()}
+    """Parameter name (joined by '/') -> shape, without tracing the network: every loading of weights asks for it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def conv(name: str, ins: int, outs: int, bias: bool = True) -> None:
+        shapes.update({f"{name}/bias": (outs,)} if bias else {})
+        shapes[f"{name}/kernel"] = (3, 3, ins, outs)
+
+    pixels = 3 * config.patch**2
+    if part == "encoder":
+        widths, blocks, resize = config.encoder_widths, config.encoder_blocks, "down"
+        ins, outs = pixels, config.latent_channels
+    else:
+        widths, blocks, resize = config.decoder_widths, config.decoder_blocks, "up"
+        ins, outs = config.latent_channels, pixels
+    for level, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+        conv(f"{resize}{level}" if level else "stem", ins, width, bias=not level)
+        for block in range(count):
+            for index in range(3):
+                conv(f"level{level}_block{block}/conv{index}", width, width)
+        ins = width
+    conv("head", ins, outs)
+    return dict(sorted(shapes.items(), key=lambda named: named[0].split("/")))  # as trees are flattened
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
