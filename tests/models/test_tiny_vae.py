@@ -69,6 +69,15 @@ def random_params(part, config, seed):
     return tiny_vae.unflatten(flat)
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("config", [tiny_vae.TAESD, tiny_vae.SMALL, NARROW], ids=["taesd", "small", "narrow"])
+def test_shapes_are_those_of_the_network(part, config):
+    """In closed form, because every loading asks for them; in the order of the tree, in which weights are drawn."""
+    traced = jax.eval_shape(lambda: tiny_vae.init_part(part, config, jax.random.key(0)))
+    expected = {name: leaf.shape for name, leaf in tiny_vae.flatten(traced).items()}
+    assert list(tiny_vae.part_shapes(part, config).items()) == list(expected.items())
+
+
 def as32(tree):
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
 
