@@ -175,3 +175,20 @@ def test_workflows_pass_actionlint():
         pytest.skip("needs actionlint: https://github.com/rhysd/actionlint")
     done = subprocess.run(["actionlint", *map(str, WORKFLOWS)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
+    for module in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(module, reason="needs the extra docs: pip install 'scaling-perception[docs]'")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > len(list((ROOT / "docs").glob("*.md")))
+    loads = re.compile(
+        r"""<(?:script|img|iframe)[^>]*\ssrc="(?:https?:)?//|<link[^>]*rel="(?!canonical|edit)[^"]*"[^>]*href="https?://"""
+    )
+    for page in pages:
+        found = loads.search(page.read_text(encoding="utf-8"))
+        assert not found, f"{page}: {found[0]}"

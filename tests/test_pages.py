@@ -149,6 +149,14 @@ YOURS = {"predict": of_predict, "own_data": of_own_data, "laws": of_laws, "plan"
 YOURS["README"] = lambda folder: picture(folder / "photo.jpg", 0)
 
 
+def of_tutorial(folder):
+    of_own_data(folder)
+    picture(folder / "photo.jpg", 0)
+
+
+YOURS["tutorial"] = of_tutorial
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # predict.md: 5 minutes on two busy cores
 @pytest.mark.parametrize("page", [page for page in PAGES if any(lines(page))], ids=lambda page: page.stem)
