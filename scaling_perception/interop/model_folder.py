@@ -50,7 +50,7 @@ def save_model(
         meta: JSON-able; ``format`` (set here if absent), ``model`` (DiTConfig fields), ``resolution`` (pixels),
             ``autoencoder`` (name), ``diffusion``, ``tasks``, ``task_options``, ``latent_norm`` {"shift", "scale"},
             nested lists of shape (tasks, channels), ``training``. For the card alone: ``metrics`` (name -> value),
-            ``fingerprint`` (of the training data), ``source`` (where converted weights are from: text, or name -> text),
+            ``fingerprint`` (of the training data), ``source`` (origin of converted weights: text, or name -> text),
             ``license`` (ours if absent).
         max_shard_bytes: weights beyond it are written as several files and an index (``interop/sharded.py``).
 
