@@ -146,7 +146,7 @@ def of_convert(folder):
 
 
 YOURS = {"predict": of_predict, "own_data": of_own_data, "laws": of_laws, "plan": of_laws, "convert": of_convert}
-YOURS["README"] = lambda folder: picture(folder / "photo.jpg", 0)
+YOURS["README"] = YOURS["index"] = lambda folder: picture(folder / "photo.jpg", 0)
 
 
 def of_tutorial(folder):
