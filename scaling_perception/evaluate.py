@@ -19,7 +19,6 @@ from typing import Any
 from scaling_perception.inference.settings import FLAGS as SETTING_FLAGS
 from scaling_perception.inference.settings import (
     SETTINGS,
-    Settings,
     add_model_settings,
     add_settings,
     given,
@@ -150,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
     from scaling_perception.diffusion.caching import combinations
     from scaling_perception.evaluation.budget_table import check_entry
     from scaling_perception.evaluation.nested import Adaptive
+    from scaling_perception.evaluation.panels import PanelWriter
     from scaling_perception.evaluation.parts import part_journal, refuse_parts
     from scaling_perception.evaluation.protocols import count_note, get_protocol
     from scaling_perception.evaluation.sweep import sweep
@@ -241,7 +241,7 @@ def run(args: argparse.Namespace) -> int:
         caches=caches,
         adaptive=adaptive,
         journal=journal,
-        show=None if out is None else _Panels(args.task, protocol, out, predictor, times, asked["seed"]),
+        show=None if out is None else PanelWriter(protocol, out, predictor, times, asked["seed"]),
         controls=args.controls,
         part=part,
         described_by=about,
@@ -406,50 +406,6 @@ def _write_tables(
     if folder is not None:
         entry = budget_entry(result, measure_timing(load(), args.task))
         print(f"written: {write_budgets(folder, args.task, entry)}")
-
-
-class _Panels:
-    """Writes an image's pictures as soon as it is done, so that a run that goes on need not do it again."""
-
-    def __init__(
-        self, task: str, protocol: dict[str, Any], out: Path, predictor: Any, times: list[int], seed: int
-    ) -> None:
-        self.task, self.protocol, self.out = task, protocol, out
-        self.predictor, self.times, self.seed = predictor, times, seed
-
-    def __call__(self, shown: Any, number: int) -> dict[str, Any]:
-        from scaling_perception.data.formats import write_image
-        from scaling_perception.evaluation.panels import panel_pictures
-
-        entry: dict[str, Any] = {"key": str(shown.raw["key"])}
-        for name, pixels in panel_pictures(shown.raw, shown.estimate, self.protocol).items():
-            entry[name] = f"panels/{self.out.stem}_{number:02d}_{name}.png"
-            write_image(self.out.parent / entry[name], pixels)
-        for time, estimate in self._on_the_way(shown) if self.times else ():
-            entry[f"t{time}"] = f"panels/{self.out.stem}_{number:02d}_t{time}.png"
-            pixels = panel_pictures(shown.raw, estimate, self.protocol)["prediction"]
-            write_image(self.out.parent / entry[f"t{time}"], pixels)
-        return {**entry, "cell": shown.cell}
-
-    def _on_the_way(self, shown: Any) -> list[tuple[int, Any]]:
-        """The prediction at each time, as `Predictor.intermediates` has it; of a grid without it at the nearest."""
-        import numpy as np
-
-        from scaling_perception.inference.budgets import OWN
-        from scaling_perception.tasks import get_task
-
-        cell, raw = shown.cell, shown.raw
-        preset = None if cell["preset"] == OWN else cell["preset"]
-        settings: dict[str, Any] = {name: cell[name] for name in SETTINGS if name in cell} | {"preset": preset}
-        diffusion = self.predictor.choose_diffusion(preset, cell["spacing"])
-        grid = np.asarray(Settings(**settings).tables(diffusion).t)
-        nearest = {time: int(np.abs(grid - time).argmin()) for time in self.times}
-        steps = sorted(set(nearest.values()))
-        asks = get_task(self.task).prompt
-        prompt = None if asks is None else raw.get(asks.field)
-        found = self.predictor.intermediates(raw["image"], self.task, steps, self.seed, prompt, **settings)
-        estimates = dict(zip(steps, found, strict=True))
-        return [(time, estimates[step]) for time, step in nearest.items()]
 
 
 def _report_skipped(skipped: list[dict[str, str]]) -> int:

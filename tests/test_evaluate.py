@@ -93,12 +93,17 @@ def test_json_holds_what_is_promised(evaluate, tmp_path, task, metrics, baseline
         sizes = {read_image(path.parent / picture).shape[1::-1] for picture in pictures}
         assert sizes == {(56, 40) if panel["key"] == "raw/0" else (44, 30)}
         assert panel["cell"]["preset"] == "fixed" and panel["cell"]["ensemble"] == 2
+        assert [(one["steps"], one["ensemble"]) for one in panel["answers"]] == [(2, 1), (2, 2)]
+        assert panel["answers"][1]["error"] == panel["error"] != panel["answers"][0]["error"]
+        assert (path.parent / panel["answers"][0]["error"]).is_file() and panel["scales"]["error"]["words"]
+        spread = panel["scales"]["uncertainty"]
+        assert spread["high"] > spread["low"] == 0 and spread["colours"] == "inferno"
     with open(tmp_path / "cells.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 and float(rows[3][metrics[0]]) == result["cells"][3]["metrics"][metrics[0]]["mean"]
     assert all(word in text.out for word in (*metrics, *baselines, "autoencoder", "paper", "picture against blind"))
     page = write_report(tmp_path / "eval", tmp_path / "report.html", "t").read_text()
-    assert page.count('alt="prediction"') == 2, "the report reads what evaluate writes"
+    assert page.count('alt="prediction with ') == 2 * 2, "the report reads what evaluate writes"
 
 
 def test_unreadable_samples_are_named_and_fail_at_the_end(evaluate, tmp_path):

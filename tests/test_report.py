@@ -1,13 +1,18 @@
 """The page of results: self-contained, complete, honest about change; clear words for a folder without results."""
 
 import argparse
+import base64
+import copy
+import csv
 import json
 import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from scaling_perception.cli import main
+from scaling_perception.data.formats import write_image
 from scaling_perception.evaluation.comparisons import same_compute, savings
 from scaling_perception.report import (
     adaptive_table,
@@ -53,6 +58,38 @@ def _evaluation(task="depth", metric="abs_rel", change=-0.05):
     }  # fmt: skip
 
 
+class Seen(HTMLParser):
+    """Tags of a page with their attributes, and its text without scripts and styles."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.words, self._inside = [], [], ""
+        self.feed(page)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_data(self, data):
+        self.words += [data] if self._inside not in ("script", "style") else []
+
+    def all(self, tag, name):
+        return [found[name] for one, found in self.tags if one == tag and name in found]
+
+    def saved(self, end):
+        """The files that links save whose names end so: name -> text."""
+        links = [found for tag, found in self.tags if tag == "a" and found.get("download", "").endswith(end)]
+        return {one["download"]: base64.b64decode(one["href"].split(",")[1]).decode() for one in links}
+
+
+def report(folder, **evaluations):
+    """The page of evaluations, named by their files."""
+    for name, one in evaluations.items():
+        (folder / f"{name}.json").write_text(json.dumps(one))
+    return write_report(folder, folder / "report.html", "t").read_text()
+
+
 def test_page_is_self_contained_and_complete(tmp_path):
     (tmp_path / "run" / "panels").mkdir(parents=True)
     (tmp_path / "run" / "panels" / "a.png").write_bytes(PNG)
@@ -60,13 +97,124 @@ def test_page_is_self_contained_and_complete(tmp_path):
     (tmp_path / "run" / "other.json").write_text('{"not": "an evaluation"}')
     lines = [json.dumps({"step": i, "loss": 1.0 / (i + 1)}) for i in range(5)] + ['{"step": 6, "lo']
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines))
-    page = write_report(tmp_path, tmp_path / "report.html", "A <title>").read_text()
-    links = re.findall(r"(?:src|href)=[\"']([^\"']*)", page)
-    assert links and all(link.startswith("data:image/png;base64,") for link in links), "the page must open offline"
+    out = write_report(tmp_path, tmp_path / "report.html", "A <title>", "scaling-perception report x")
+    page, seen = out.read_text(), Seen(out.read_text())
+    assert out.read_text() == write_report(tmp_path, out, "A <title>", "scaling-perception report x").read_text()
+    assert len(page.encode()) < 2e6 and "://" not in page, "the page must open offline"
+    ids = {f"#{found['id']}" for _, found in seen.tags if "id" in found}
+    for target in seen.all("a", "href") + seen.all("img", "src"):
+        assert target in ids or re.match("data:(image/webp|text/csv);base64,", target)
+    contents = [found["href"] for tag, found in seen.tags if tag == "a" and found["href"].startswith("#")]
+    assert contents == sorted(ids) and len(contents) == 3  # the task, the training, how to read
     assert "A &lt;title&gt;" in page and "scenes &lt;val&gt;" in page
-    assert page.count('alt="plot"') == 4  # steps, members, MACs, training loss
-    assert 'alt="image"' in page and 'alt="truth"' not in page
+    assert re.search(r"Made on \d{4}-\d\d-\d\d by: scaling-perception report x", seen.text)
+    opening = page.index('class="lead"')
+    assert opening < page.index("<svg") < page.index("<nav") < page.index("<h2")
+    charts = [found for tag, found in seen.tags if tag == "svg" and found.get("role") == "img"]
+    assert len(charts) == 6  # what compute bought, steps, members, MACs twice, training loss
+    assert all(re.match(r"Line chart of .* \d", found["aria-label"]) for found in charts)
+    assert seen.all("img", "alt") == ["image of scene-1"]
     assert "steps at N = 5: AbsRel -0.05" in page and "— better." in page
+    for word in ("Name of a grid", "95 % bootstrap interval", "multiply-accumulate", "leading, as in the paper"):
+        assert word in seen.text
+    assert "abs_rel" not in seen.text.replace("abs_rel,", ""), "labels, not keys"
+    assert not seen.all("link", "href") and not seen.all("script", "src")
+
+
+def test_every_figure_has_its_numbers_and_its_command(tmp_path):
+    evaluation = _evaluation() | {"asked": {"steps": "1,10", "option": ["a=b"], "seed": 0, "count": 12, "data": {}}}
+    seen = Seen(report(tmp_path, eval=evaluation))
+    figures = [found for tag, found in seen.tags if tag == "figure"]
+    assert seen.text.count("data and command") == len(figures) == 5
+    command = "evaluate --task depth --dataset 'scenes <val>' --model mini --count 12 --option a=b --steps 1,10 --json"
+    assert seen.text.count(command) == len(figures) + 1 and seen.text.count("report " + str(tmp_path)) > len(figures)
+    tables = seen.saved("-steps.csv")
+    rows = list(csv.DictReader(tables["depth-scenes-val-steps.csv"].splitlines()))
+    cell = evaluation["cells"][1]["metrics"]["abs_rel"]
+    (row,) = [row for row in rows if row["line"] == "fixed, 5 members" and row["x"] == "1"]
+    found = [float(row[name]) for name in ("y", "low", "high")]
+    assert found == pytest.approx([cell["mean"], *cell["ci95"]], rel=1e-5)
+    assert len(seen.saved("-cells.csv")["eval-cells.csv"].splitlines()) == 9
+    dots = [found for tag, found in seen.tags if tag == "path" and "data-text" in found]
+    assert any("1 step × 5 members: AbsRel" in one["data-text"] and "10 GMAC" in one["data-text"] for one in dots)
+    assert len(seen.all("path", "data-x")) == len(dots) > 20
+
+
+def test_small_models_and_ceilings_are_readable(tmp_path):
+    evaluation = _evaluation("amodal", "iou")
+    for cell in evaluation["cells"]:
+        cell["macs"] /= 1e6
+    head, rows = compute_table(evaluation)
+    assert head[-1] == "kMAC / image, N = 1" and [row[-1] for row in rows[:2]] == ["2.000", "20.00"]
+    seen = Seen(report(tmp_path, eval=evaluation))
+    assert "round trip of the truth (ceiling)" in seen.text and "(floor)" not in seen.text
+    assert "2 kMAC per image" in str(seen.tags) and "0.00" not in "".join(seen.all("svg", "aria-label"))
+
+
+def _with_pictures(folder, cells=((1, 1), (10, 1), (10, 5)), side=8):
+    """An evaluation of one image with pictures of three settings, as `evaluate` writes them."""
+    (folder / "panels").mkdir(exist_ok=True)
+    names = {}
+    for i, (name, at) in enumerate([("truth", ""), *((n, at) for at in cells for n in ("prediction", "error"))]):
+        names[name, at] = f"panels/{name}{at and f'_{at[0]}_{at[1]}'}.png"
+        pixels = np.random.default_rng(i).integers(0, 255, (side, side, 3))
+        write_image(folder / names[name, at], pixels.astype(np.uint8))
+    answers = [
+        {"steps": at[0], "ensemble": at[1], **{name: names[name, at] for name in ("prediction", "error")}}
+        for at in cells
+    ]
+    scales = {"error": {"words": "|p - d| / d", "unit": "m", "low": 0.0, "high": 0.5, "colours": "inferno"}}
+    cell = {"preset": "fixed", "steps": cells[-1][0], "ensemble": cells[-1][1]}
+    sample = {"key": "k1", "truth": names["truth", ""], "scales": scales, "cell": cell}
+    panel = {**sample, **answers[-1], "answers": answers}
+    return {**_evaluation(), "panels": [panel]}
+
+
+def test_sliders_switch_pictures_that_are_in_the_page(tmp_path):
+    seen = Seen(report(tmp_path, eval=_with_pictures(tmp_path)))
+    answers = [found for _, found in seen.tags if found.get("class") == "answer"]
+    assert [one["data-key"] for one in answers] == ["1 1", "10 1", "10 5"]
+    assert ["hidden" in one for one in answers] == [True, True, False], "without a script the most compute is shown"
+    dials = [found for tag, found in seen.tags if tag == "input"]
+    assert [(one["data-values"], one["value"], one["max"]) for one in dials] == [("1 10", "1", "1"), ("1 5", "1", "1")]
+    assert seen.all("img", "alt")[0] == "truth of k1"
+    assert "error with 10 steps × 1 member for k1 (|p - d| / d)" in seen.all("img", "alt")
+    assert "10 steps × 5 members : AbsRel" in seen.text and "for this image, 100 GMAC" in seen.text
+    bars = [found["style"] for tag, found in seen.tags if tag == "i"]
+    assert len(bars) == 3 and all("#000004" in bar and "#fcffa4" in bar for bar in bars) and "0.5 m" in seen.text
+
+
+def test_pictures_become_coarser_until_the_page_is_small(tmp_path, monkeypatch):
+    evaluation = _with_pictures(tmp_path, [(step, 1) for step in range(1, 6)], side=300)
+    whole = report(tmp_path, eval=evaluation)
+    monkeypatch.setattr("scaling_perception.report.MOST_BYTES", len(whole.encode()) - 100_000)
+    smaller = report(tmp_path, eval=evaluation)
+    assert len(smaller.encode()) <= len(whole.encode()) - 100_000 and smaller.count("<img") == whole.count("<img")
+    monkeypatch.setattr("scaling_perception.report.MOST_BYTES", 1)
+    assert "1 more in the folder panels/" in report(tmp_path, eval=evaluation)
+
+
+def test_models_are_compared_by_image(tmp_path):
+    first, second = _with_pictures(tmp_path), _with_pictures(tmp_path)
+    second = copy.deepcopy(second) | {"model": "runs/long"}
+    for cell in second["cells"]:
+        for row in cell["rows"]:
+            row["abs_rel"] -= 0.02
+    second["cells"] = second["cells"][:4]
+    page = report(tmp_path, a=first, b=second)
+    seen = Seen(page)
+    assert "Depth on scenes <val>, 2 models" in seen.text and page.count("<h2") == 2
+    differences = re.findall(r"([-+][\d.]+ \[[-+][\d.]+, [-+][\d.]+\]) 12 (\w+)", seen.text)
+    assert len(differences) == 4 and all(word == "better" for _, word in differences)
+    assert all(text.startswith("-0.0200") for text, _ in differences)
+    assert [found["data-key"] for _, found in seen.tags if found.get("class") == "answer"] == [
+        *("1 1", "10 1", "10 5") * 2
+    ]
+    assert "long: 10 steps" in seen.text.replace(" :", ":") and page.count('class="dial"') == 1
+    second["cells"] = [{**cell, "rows": [{**row, "key": "other"} for row in cell["rows"]]} for cell in second["cells"]]
+    assert "nothing can be paired" in report(tmp_path, a=first, b=second)
+    same_name = report(tmp_path, a=first, b={**first, "images": 12})
+    assert "mini (a)" in same_name and "mini (b)" in same_name
 
 
 def test_table_holds_every_cell():
@@ -149,7 +297,7 @@ def test_figures_of_adaptive_cells_and_many_solvers(tmp_path):
     evaluation = _adaptive()
     (tmp_path / "depth.json").write_text(json.dumps(evaluation))
     page = write_report(tmp_path, tmp_path / "report.html", "t").read_text()
-    assert "Compute by image" in page and page.count('alt="plot"') == 3
+    assert "Compute by image" in page and "adaptive members" in page and page.count('role="img"') == 5
     for cell in evaluation["cells"]:
         cell["macs"] = None
     assert compute_figure(evaluation) == b""

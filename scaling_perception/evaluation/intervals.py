@@ -25,6 +25,7 @@ from scaling_perception.tasks.base import WEIGHT
 FEWEST_IMAGES = 5
 """Below this no interval is given: resampling so few images says nothing about those that were not drawn."""
 
+_AT_ONCE = 20_000  # draws: all of them would need resamples x n numbers
 _ENOUGH = 50  # images from which on the plain interval is used: the correction would be under 5 %
 
 
@@ -57,8 +58,10 @@ def bootstrap_ci(
         return None
     rng = np.random.default_rng(seed)
     means = np.empty(resamples)
-    for i in range(resamples):  # a row at a time: all draws at once would need resamples x n numbers
-        means[i] = values[rng.integers(0, values.size, values.size)].mean()
+    some = max(1, _AT_ONCE // values.size)  # the same draws as one by one, and of few images far faster
+    for first in range(0, resamples, some):
+        part = means[first : first + some]
+        part[:] = values[rng.integers(0, values.size, (part.size, values.size))].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     mean, wider = values.mean(), _widening(values.size, level)
     return float(mean + wider * (low - mean)), float(mean + wider * (high - mean))

@@ -61,11 +61,17 @@ class Samples(Protocol):
 
 
 class Shown(NamedTuple):
-    """One image with its result in the last cell, for pictures."""
+    """One image with its results, for pictures.
+
+    Attributes:
+        estimate, cell: of the most compute (most steps, all members).
+        answers: of every cell of constant compute of the first grid and solver: (cell, estimate without members).
+    """
 
     raw: dict[str, Any]
     estimate: Estimate
     cell: dict[str, Any]
+    answers: tuple[tuple[dict[str, Any], Estimate], ...] = ()
 
 
 class Point(NamedTuple):
@@ -116,8 +122,8 @@ def sweep(
         key: of all noise.
         batch_size: images × members at once; None chooses by memory.
         macs_per_forward: of the DiT on one image; None takes the predictor's own count.
-        panels: so many first images are shown, with their result in the last cell of constant compute (most steps,
-            largest ensemble, first preset and solver).
+        panels: so many first images are shown, with their results in the cells of constant compute of the first preset
+            and solver.
         progress: wraps the work, as ``support.progress.progress``; its unit is a denoising step of a group of images.
         adaptive: tolerances of adaptive members and of early exits: more cells, at no further sampling.
         journal: file in which finished images are kept; where it holds some, they are not done again. The caller
@@ -415,17 +421,25 @@ class _Run:
             for start in range(0, len(pieces), way.plan.images):
                 chunk = pieces[start : start + way.plan.images]
                 seen.append((chunk, *way.timed(partial(way.predictor.encode, chunk, way.task, way.plan))))
+        wanted = max(self.panels - self.before - len(self.shown), 0)
+        answers: list[list[tuple[dict[str, Any], Estimate]]] = [[] for _ in group[:wanted]]
+        last: dict[int, tuple[Estimate, dict[str, Any]]] = {}
         for point in self.points:
             parts = self._sampled(point, seen)
-            for raw, where, image in zip(group, boxes, record["images"], strict=True):
+            for index, (raw, where, image) in enumerate(zip(group, boxes, record["images"], strict=True)):
                 found = Whole(way, raw, where, list(itertools.islice(parts, len(where))))
                 image["cells"] += [found.cell(cell) for cell in point.cells]
-                number = self.before + len(self.shown) + len(record["shown"])
-                if point is self.pictured and number < self.panels:
-                    cell = point.cells[len(self.sizes) - 1]
-                    record["shown"].append(self.show(Shown(raw, found.estimate(cell), cell), number))
+                if index < wanted and _way(point) == _way(self.points[0]):
+                    for cell in point.cells[: len(self.sizes)]:
+                        estimate = found.estimate(cell)
+                        answers[index].append((cell, estimate._replace(members=estimate.members[:0])))
+                        if point is self.pictured:
+                            last[index] = estimate, cell
             for _ in range(point.settings.evaluations):
                 next(count, None)
+        for index, raw in enumerate(group[:wanted]):
+            number = self.before + len(self.shown) + len(record["shown"])
+            record["shown"].append(self.show(Shown(raw, *last[index], tuple(answers[index])), number))
 
     def _sampled(self, point: Point, seen: list[_Seen]) -> Iterator[Nested]:
         """All members of each picture in ``seen``, in order; few batches of them are held at a time."""

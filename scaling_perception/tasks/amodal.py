@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 
 from scaling_perception.support.errors import UserError
-from scaling_perception.tasks.base import Answer, Estimate, File, Metric, Pass, Prompt, Task, field_of, plain_native
+from scaling_perception.tasks.base import (
+    Answer,
+    Estimate,
+    File,
+    Metric,
+    Pass,
+    Prompt,
+    Scale,
+    Task,
+    field_of,
+    plain_native,
+)
 from scaling_perception.tasks.colours import mask_over, whole_picture
 from scaling_perception.tasks.metrics import MASK_METRICS, mask_iou, mask_metrics
 from scaling_perception.tasks.resize import resize_bilinear, resize_nearest
@@ -184,6 +195,17 @@ def panels(raw: Mapping[str, Any], estimate: Estimate, protocol: Mapping[str, An
     }
 
 
+def panel_scales(raw: Mapping[str, Any], protocol: Mapping[str, Any]) -> dict[str, Scale]:
+    """Of ``panels``."""
+    return {
+        "prompt": Scale("the visible part of the object, in orange"),
+        "truth": Scale("the whole object, in orange"),
+        "prediction": Scale("the whole object, in orange"),
+        "error": Scale("white: in both masks, red: in the prediction alone, blue: in the truth alone"),
+        "uncertainty": Scale("spread of the members' painted colours, black to white being 2"),
+    }
+
+
 TASK = Task(
     name="amodal",
     passes=PASSES,
@@ -225,4 +247,5 @@ TASK = Task(
     baseline_names={"visible": "visible mask itself"},
     ceilings=("threshold",),
     panels=panels,
+    panel_scales=panel_scales,
 )

@@ -118,6 +118,23 @@ class File(NamedTuple):
     array: Callable[[Estimate], np.ndarray]
 
 
+class Scale(NamedTuple):
+    """What the colours of a picture mean.
+
+    Attributes:
+        words: what is drawn, in words.
+        unit: of ``low`` and ``high``, such as ``px``.
+        low, high: values of the first and last colour, None where there is no bar of colours.
+        colours: the map of colours, by matplotlib's name.
+    """
+
+    words: str
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    colours: str = ""
+
+
 class Encode(Protocol):
     def __call__(self, raw: Raw, resolution: int, options: Any, /) -> list[dict[str, Any]]: ...
 
@@ -188,6 +205,11 @@ def no_panels(raw: Raw, estimate: Estimate, protocol: Mapping[str, Any]) -> dict
     return {}
 
 
+def no_scales(raw: Raw, protocol: Mapping[str, Any]) -> dict[str, Scale]:
+    """Nothing is known of the colours."""
+    return {}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
     """Everything that is known about a task. Fields with a default may be left out.
@@ -241,6 +263,7 @@ class Task:
         baseline_names: trivial answer or ceiling -> what it is, in words.
         ceilings: further ceilings that are made of the encoded truth.
         panels: (prepared sample, estimate, protocol) -> prompt, truth, prediction, error as uint8 RGB (H, W, 3).
+        panel_scales: (prepared sample, protocol) -> what their colours mean, and those of the uncertainty.
     """
 
     name: str
@@ -282,6 +305,7 @@ class Task:
     baseline_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ceilings: tuple[str, ...] = ()
     panels: Callable[[Raw, Estimate, Mapping[str, Any]], dict[str, np.ndarray]] = no_panels
+    panel_scales: Callable[[Raw, Mapping[str, Any]], dict[str, Scale]] = no_scales
 
     @property
     def conditioned(self) -> bool:

@@ -15,6 +15,7 @@ from scaling_perception.tasks.base import (
     File,
     Metric,
     Pass,
+    Scale,
     Task,
     few_valid,
     field_of,
@@ -290,13 +291,27 @@ def depth_baselines(gt: Any, valid: Any | None = None) -> dict[str, np.ndarray]:
 def panels(raw: Mapping[str, Any], estimate: Estimate, protocol: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Drawn after alignment, on the scale of the truth's 2 % to 98 % quantiles; error |p - d| / d up to 0.5."""
     depth, valid = raw["depth"], raw["valid"]
-    low, high = np.quantile(depth[valid], (0.02, 0.98))
+    low, high = _drawn_range(raw)
     metres, span = aligned(estimate.prediction, raw, protocol), max(high - low, 1e-6)
     return {
         "truth": depth_to_color((depth - low) / span, valid),
         "prediction": depth_to_color((metres - low) / span),
         "error": heat(np.abs(metres - depth) / np.where(valid, depth, 1), WORST_ABS_REL, valid),
     }
+
+
+def _drawn_range(raw: Mapping[str, Any]) -> tuple[float, float]:
+    low, high = np.quantile(raw["depth"][raw["valid"]], (0.02, 0.98))
+    return float(low), float(high)
+
+
+def panel_scales(raw: Mapping[str, Any], protocol: Mapping[str, Any]) -> dict[str, Scale]:
+    """Of ``panels``."""
+    low, high = _drawn_range(raw)
+    depth = Scale("near is red, far is blue", "m", low, high, "Spectral")
+    error = Scale("|prediction − truth| / truth", "", 0.0, WORST_ABS_REL, "inferno")
+    uncertainty = Scale("spread of the members, of relative depth from 0 to 1")
+    return {"truth": depth, "prediction": depth, "error": error, "uncertainty": uncertainty}
 
 
 TASK = Task(
@@ -344,4 +359,5 @@ TASK = Task(
         "inverse_row": "1 / image row (fitted)",
     },
     panels=panels,
+    panel_scales=panel_scales,
 )

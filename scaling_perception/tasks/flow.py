@@ -21,6 +21,7 @@ from scaling_perception.tasks.base import (
     Metric,
     Pass,
     Prompt,
+    Scale,
     Task,
     few_valid,
     field_of,
@@ -192,6 +193,15 @@ def panels(raw: Mapping[str, Any], estimate: Estimate, protocol: Mapping[str, An
     }
 
 
+def panel_scales(raw: Mapping[str, Any], protocol: Mapping[str, Any]) -> dict[str, Scale]:
+    """Of ``panels``."""
+    fastest = float(np.linalg.norm(raw["flow"], axis=-1)[raw["valid"]].max())
+    flow = Scale(f"the hue is the direction, white is no motion, full colour {fastest:.3g} px")
+    error = Scale("distance to the true motion", "px", 0.0, fastest, "inferno")
+    uncertainty = Scale("spread of the members", "px")
+    return {"truth": flow, "prediction": flow, "error": error, "uncertainty": uncertainty}
+
+
 TASK = Task(
     name="flow",
     passes=PASSES,
@@ -229,4 +239,5 @@ TASK = Task(
     baselines=lambda raw: flow_baselines(raw["flow"], raw["valid"]),
     baseline_names={"zero": "zero flow", "oracle_mean": "mean of the true flow"},
     panels=panels,
+    panel_scales=panel_scales,
 )

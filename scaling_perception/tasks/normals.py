@@ -19,6 +19,7 @@ from scaling_perception.tasks.base import (
     File,
     Metric,
     Pass,
+    Scale,
     Task,
     few_valid,
     field_of,
@@ -259,6 +260,14 @@ def panels(raw: Mapping[str, Any], estimate: Estimate, protocol: Mapping[str, An
     }
 
 
+def panel_scales(raw: Mapping[str, Any], protocol: Mapping[str, Any]) -> dict[str, Scale]:
+    """Of ``panels``."""
+    normals = Scale("red faces right, green up, blue the camera")
+    error = Scale("angle to the true normal", "°", 0.0, _WORST_ANGLE, "inferno")
+    uncertainty = Scale("spread of the members", "°")
+    return {"truth": normals, "prediction": normals, "error": error, "uncertainty": uncertainty}
+
+
 TASK = Task(
     name="normals",
     passes=PASSES,
@@ -294,4 +303,5 @@ TASK = Task(
     baselines=lambda raw: normal_baselines(raw["normals"], raw["valid"]),
     baseline_names={"constant": "best constant (fitted)", "ground_plane": "floor and wall (fitted)"},
     panels=panels,
+    panel_scales=panel_scales,
 )
