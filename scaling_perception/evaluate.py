@@ -50,7 +50,7 @@ FLAGS = {
 
 _FORMAT = 1
 _ASKED = ("task", "dataset", "split", "count", "option", "metrics", "seed", "dtype", "panels", "controls")
-_USUAL = {"steps": "10", "ensemble": "5", "solver": "ddim", "first": 2, "step_chunk": 2, "seed": 0, "dtype": "float32"}
+USUAL = {"steps": "10", "ensemble": "5", "solver": "ddim", "first": 2, "step_chunk": 2, "seed": 0, "dtype": "float32"}
 """Flags that a result records at their default too; of the other settings those alone that differ from it."""
 
 
@@ -106,11 +106,11 @@ def times_of(text: str | None) -> list[int]:
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
     """What a result records of the flags that decide its figures."""
-    for name, value in _USUAL.items():
+    for name, value in USUAL.items():
         if not given(args, name):
             setattr(args, name, value)
     usual = {name: str(one["default"]) for name, one in SETTINGS.items()}
-    more = [name for name in usual if given(args, name) and (name in _USUAL or str(getattr(args, name)) != usual[name])]
+    more = [name for name in usual if given(args, name) and (name in USUAL or str(getattr(args, name)) != usual[name])]
     return {name: getattr(args, name) for name in (*_ASKED, *more)}
 
 
@@ -335,7 +335,7 @@ def _merge(args: argparse.Namespace) -> int:
 
         mesh = local_mesh(args.mesh)
         return Predictor.from_pretrained(
-            args.model, autoencoder=args.autoencoder, dtype=args.dtype or _USUAL["dtype"], mesh=mesh
+            args.model, autoencoder=args.autoencoder, dtype=args.dtype or USUAL["dtype"], mesh=mesh
         )
 
     if out.exists() and not part_journals(out):

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scaling_perception.evaluate import USUAL
 from scaling_perception.evaluation.comparisons import kind
 from scaling_perception.evaluation.findings import (
     Measured,
@@ -110,10 +111,10 @@ def evaluate_command(path: Path, evaluation: Mapping[str, Any]) -> str:
     known = ("task", "dataset", "model", "data", "autoencoder")  # said above, or recorded as what they hold
     for action in parser._actions:
         value = asked.get(action.dest)
-        if not action.option_strings or action.dest in known or value in (None, action.default):
+        if not action.option_strings or action.dest in known or value in (None, USUAL.get(action.dest, action.default)):
             continue
         for one in value if isinstance(value, list) else [value]:
-            words += [action.option_strings[-1], str(one)]
+            words += [action.option_strings[-1]] + ([] if one is True else [str(one)])
     return shlex.join([*words, "--json", str(path)])
 
 

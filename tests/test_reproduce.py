@@ -11,7 +11,8 @@ import pytest
 from scaling_perception.data.formats import write_image
 from scaling_perception.data.images import read_image
 from scaling_perception.diffusion.schedules import get_diffusion
-from scaling_perception.evaluate import _Panels, times_of
+from scaling_perception.evaluate import times_of
+from scaling_perception.evaluation.panels import PanelWriter
 from scaling_perception.evaluation.protocols import get_protocol
 from scaling_perception.evaluation.sweep import Shown
 from scaling_perception.scaling import study_cost
@@ -223,7 +224,8 @@ def test_predictions_on_the_way_are_those_of_the_nearest_steps(tmp_path):
     preset, asked = get_diffusion("paper"), {}
 
     class Stand:
-        def choose_diffusion(self, name):
+        def choose_diffusion(self, name, spacing):
+            assert spacing == preset.spacing
             return preset
 
         def intermediates(self, image, task, at, key, prompt, **settings):
@@ -232,8 +234,8 @@ def test_predictions_on_the_way_are_those_of_the_nearest_steps(tmp_path):
 
     depth = np.linspace(1, 2, 64, dtype=np.float32).reshape(8, 8)
     raw = {"key": "k", "image": np.zeros((8, 8, 3), np.uint8), "depth": depth, "valid": np.ones((8, 8), bool)}
-    cell = {"preset": "own", "steps": 5, "ensemble": 2, "solver": "ddim", "reduce": "lsq"}
-    panels = _Panels("depth", get_protocol("depth", "scenes"), tmp_path / "r.json", Stand(), [1000, 800, 0], 7)
+    cell = {"preset": "own", "spacing": "leading", "steps": 5, "ensemble": 2, "solver": "ddim", "reduce": "lsq"}
+    panels = PanelWriter(get_protocol("depth", "scenes"), tmp_path / "r.json", Stand(), [1000, 800, 0], 7)
     entry = panels(Shown(raw, SimpleNamespace(prediction=depth, uncertainty=depth), cell), 0)
     assert asked["at"] == [0, 4] and asked["key"] == 7 and asked["steps"] == 5 and asked["preset"] is None
     truth = read_image(tmp_path / entry["truth"])

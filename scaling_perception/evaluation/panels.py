@@ -51,7 +51,8 @@ class PanelWriter:
         uncertainties of an image have one scale.
         """
         raw, task = shown.raw, get_task(self.protocol["task"])
-        most = max(float(np.max(one.uncertainty)) for _, one in ((None, shown.estimate), *shown.answers))
+        every = [shown.estimate, *(estimate for _, estimate in shown.answers)]
+        most = max(float(np.max(estimate.uncertainty)) for estimate in every)
         scales = {name: scale._asdict() for name, scale in task.panel_scales(raw, self.protocol).items()}
         scales["uncertainty"] = {**scales.get("uncertainty", {}), "low": 0.0, "high": most, "colours": "inferno"}
         pictures = panel_pictures(raw, shown.estimate, self.protocol, most)

@@ -61,12 +61,8 @@ class Samples(Protocol):
 
 
 class Shown(NamedTuple):
-    """One image with its results, for pictures.
-
-    Attributes:
-        estimate, cell: of the most compute (most steps, all members).
-        answers: of every cell of constant compute of the first grid and solver: (cell, estimate without members).
-    """
+    """One image with its result for the most compute, and, as (cell, estimate without members), in every cell of
+    constant compute of the first grid and solver, for pictures."""
 
     raw: dict[str, Any]
     estimate: Estimate
@@ -276,8 +272,7 @@ class _Run:
     ) -> None:
         self.way, self.source, self.points, self.sizes, self.controls = way, source, points, sizes, controls
         self.panels, self.show = panels, show or (lambda shown, number: shown)
-        first = [p for p in points if _way(p) == _way(points[0])]
-        self.pictured = max(first, key=lambda point: point.settings.steps)
+        first = (point for point in points if _way(point) == _way(points[0]))
         self.controlled = min(first, key=lambda point: point.settings.steps)
         self.groups: list[dict[str, Any]] = []
         self.before = 0  # images of earlier parts, as far as it matters which are the first
@@ -423,23 +418,20 @@ class _Run:
                 seen.append((chunk, *way.timed(partial(way.predictor.encode, chunk, way.task, way.plan))))
         wanted = max(self.panels - self.before - len(self.shown), 0)
         answers: list[list[tuple[dict[str, Any], Estimate]]] = [[] for _ in group[:wanted]]
-        last: dict[int, tuple[Estimate, dict[str, Any]]] = {}
         for point in self.points:
             parts = self._sampled(point, seen)
-            for index, (raw, where, image) in enumerate(zip(group, boxes, record["images"], strict=True)):
+            for i, (raw, where, image) in enumerate(zip(group, boxes, record["images"], strict=True)):
                 found = Whole(way, raw, where, list(itertools.islice(parts, len(where))))
                 image["cells"] += [found.cell(cell) for cell in point.cells]
-                if index < wanted and _way(point) == _way(self.points[0]):
-                    for cell in point.cells[: len(self.sizes)]:
-                        estimate = found.estimate(cell)
-                        answers[index].append((cell, estimate._replace(members=estimate.members[:0])))
-                        if point is self.pictured:
-                            last[index] = estimate, cell
+                if i < wanted and _way(point) == _way(self.points[0]):
+                    every = ((cell, found.estimate(cell)) for cell in point.cells[: len(self.sizes)])
+                    answers[i] += [(cell, one._replace(members=one.members[:0])) for cell, one in every]
             for _ in range(point.settings.evaluations):
                 next(count, None)
-        for index, raw in enumerate(group[:wanted]):
+        for raw, found in zip(group, answers, strict=False):
+            cell, estimate = max(found, key=lambda one: (one[0]["steps"], one[0]["ensemble"]))
             number = self.before + len(self.shown) + len(record["shown"])
-            record["shown"].append(self.show(Shown(raw, *last[index], tuple(answers[index])), number))
+            record["shown"].append(self.show(Shown(raw, estimate, cell, tuple(found)), number))
 
     def _sampled(self, point: Point, seen: list[_Seen]) -> Iterator[Nested]:
         """All members of each picture in ``seen``, in order; few batches of them are held at a time."""
