@@ -2,15 +2,22 @@
 
 import ast
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import time
+import tomllib
 import warnings
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
+import scaling_perception
 from scaling_perception.cli import main
 
 FOLDER = Path(__file__).parent.parent / "colabs"
@@ -42,6 +49,8 @@ SLOW = {"finetune_your_own"}
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SMALL])
 def test_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for variable in ("XDG_CACHE_HOME", "MPLCONFIGDIR"):  # which the first cell sets
+        monkeypatch.setenv(variable, str(tmp_path))
     matplotlib.use("agg")
 
     def run(line):  # here, and not in a process of its own
@@ -61,3 +70,45 @@ def test_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
             exec(compile(ast.parse(source), f"{name}.ipynb", "exec"), known)
         known["run"] = run
     plt.close("all")
+    assert [path.name for path in tmp_path.iterdir()] == [f"scaling_perception_{name}"], "files outside its folder"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_installs_this_version_and_opens_in_colab(name):
+    urls = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    repository = urls["Repository"]
+    first = ast.parse(cells(name)[0]).body[0]
+    assert ast.unparse(first) == f"source = 'git+{repository}@v{scaling_perception.__version__}'"
+    top = "".join(json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"][0]["source"])
+    colab = repository.replace("https://github.com/", "https://colab.research.google.com/github/")
+    assert f"]({colab}/blob/main/colabs/{name}.ipynb)" in top
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_package_that_was_upgraded_after_its_import_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(np, "__version__", "1.0")
+    with pytest.raises(SystemExit, match="numpy was upgraded after it was imported: restart the session"):
+        exec(cells(name)[0], {"__name__": "notebook"})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_takes_under_ten_minutes_and_writes_into_one_folder(name, tmp_path):
+    """At full size, as a process of its own on the CPU, with nothing compiled before."""
+    home, away = tmp_path / "home", tmp_path / "away"
+    home.mkdir()
+    away.mkdir()
+    (tmp_path / "notebook.py").write_text("\n\n".join(cells(name)), encoding="utf-8")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_", "XDG_"))}
+    environment |= {"HOME": str(home), "MPLBACKEND": "agg", "JAX_PLATFORMS": "cpu"}
+    begin = time.perf_counter()
+    words = [sys.executable, str(tmp_path / "notebook.py")]
+    done = subprocess.run(words, cwd=away, env=environment, capture_output=True, text=True)
+    seconds = time.perf_counter() - begin
+    print(f"{name}: {seconds:.0f} s")
+    assert done.returncode == 0, done.stderr
+    assert seconds < 600
+    assert [path.name for path in away.iterdir()] == [f"scaling_perception_{name}"]
+    assert not list(home.iterdir()), "written to the home folder"
