@@ -9,6 +9,9 @@
 #   START    folder in which the study has been begun, or nothing
 #   STUDY    config of the study (configs/scenes_study.py); JOBS cells at a time (one for each core but two);
 #            ONLY some of them, by patterns
+#   BESIDE   parts that run while `model` renders, when the GPU has nothing to do, on one core less: `compiles speed`, say
+#   SPEEDS   benches of `compiles` and `speed`, by a pattern (*): 'sample-*', say
+#   FIRST    millions: number of the first world (0), for other worlds than an earlier run's; VAE of the latents (tiny+lite0)
 #   SIZE     of the part `model`: mini or small or both, side by side, trained on as many worlds as are rendered in RENDER
 #            seconds (three fifths), for as many steps as fit into the rest or, as `mini:9000 small:5000`, for those;
 #            RES pixels (128), BATCH (256), LR;
@@ -23,7 +26,7 @@ shift
 parts=${*:-tests compiles speed study}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-budget=${BUDGET:-540} device=${DEVICE:-cuda,cpu} jobs=${JOBS:-$(($(nproc) > 3 ? $(nproc) - 2 : 1))}
+budget=${BUDGET:-540} device=${DEVICE:-cuda,cpu} vae=${VAE:-tiny+lite0} jobs=${JOBS:-$(($(nproc) > 3 ? $(nproc) - 2 : 1))}
 work=${WORK:-$(mktemp -d)}
 mkdir -p "$work"
 begin=$SECONDS
@@ -56,8 +59,14 @@ tests() {
   within 240 python3 -m pytest -p no:cacheprovider -o addopts= -q -m device $(grep -rl mark.device tests) 2>&1 | tee "$out/tests.log" | tail -n 15
 }
 
-# name, arguments of `bench`
-speeds() {
+speeds() { # name, arguments of `bench`
+  every_speed | while read -r name words; do
+    # shellcheck disable=SC2053 # a pattern
+    if [[ $name == ${SPEEDS:-*} ]]; then echo "$name $words"; fi
+  done
+}
+
+every_speed() {
   if [ "$device" = cpu ]; then
     echo "train-nano train --model nano --resolution 64 --batch 2"
     echo "sample-nano sample --model nano --resolution 64 --steps 2 --ensemble 2 --no-memory"
@@ -110,12 +119,12 @@ render() { # render FOLDER FIRST COUNT TASKS OPTION…: worlds into a cache, kil
   local folder=$1 first=$2 count=$3 tasks=$4
   shift 4
   OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 XLA_PYTHON_CLIENT_PREALLOCATE=false timeout $((until - SECONDS > 1 ? until - SECONDS : 1)) \
-    "${verb[@]}" prepare worlds --out "$folder" --latents --tasks "$tasks" --vae tiny --resolution "$res" --skip-bad \
+    "${verb[@]}" prepare worlds --out "$folder" --latents --tasks "$tasks" --vae "$vae" --resolution "$res" --skip-bad \
     --start "$first" --count "$count" --workers 0 "$@" >>"$folder.log" 2>&1
 }
 
 lane() { # lane NUMBER TASKS OPTION…: a few worlds, then as many more as fit into the time by the speed of those
-  local number=$1 tasks=$2 first=$(($1 * 1000000)) begun=$SECONDS count
+  local number=$1 tasks=$2 first=$(((${FIRST:-0} + $1) * 1000000)) begun=$SECONDS count
   shift 2
   render "$work/worlds/$number-a" "$first" "$sample" "$tasks" "$@" || return
   # starting takes some 6 s of both
@@ -124,19 +133,23 @@ lane() { # lane NUMBER TASKS OPTION…: a few worlds, then as many more as fit i
 }
 
 renders() { # of 16 cores 9 make depth, amodal and normals, 4 every task, 3 flow of things before a picture
-  local until=$((SECONDS + ${RENDER:-$((budget * 3 / 5))})) number
+  local until=$((SECONDS + ${RENDER:-$((budget * 3 / 5))})) number part
   rm -rf "$work/worlds"
   mkdir -p "$work/worlds" "$work/first"
   note "rendering worlds of $res pixels in $cores processes"
   render "$work/first/worlds" 0 8 depth || { tail -n 5 "$work/first/worlds.log"; return 1; } # compiles the encoder
+  for part in ${BESIDE:-}; do XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 $part; done >"$out/beside.log" 2>&1 &
+  local beside=$! lanes=()
   for ((number = 1; number <= cores; number++)); do
     case $((number % 16)) in
       2 | 7 | 12) lane $number flow --option kind=wallpaper & ;;
       0 | 1 | 5 | 10) lane $number depth,flow,amodal,normals & ;;
       *) lane $number depth,amodal,normals --option frames=1 & ;;
     esac
+    lanes+=($!)
   done
-  wait
+  wait "${lanes[@]}"
+  kill -TERM "$beside" 2>/dev/null
   cat "$work"/worlds/*.log >"$out/render.log"
 }
 
@@ -153,7 +166,7 @@ one_model() { # one_model SIZE[:STEPS] CACHES
   local size=${1%%:*} dim=128 depth=6 lr=2e-3 place run
   place=$work/$size-$res
   [ "$size" = small ] && dim=256 depth=8 lr=1.5e-3
-  run=("${verb[@]}" train --config "configs/worlds.py:dim=$dim,depth=$depth,res=$res,batch=$batch,cache=$2,lr=${LR:-$lr}")
+  run=("${verb[@]}" train --config "configs/worlds.py:dim=$dim,depth=$depth,res=$res,batch=$batch,cache=$2,vae=$vae,lr=${LR:-$lr}")
   if [ "$size" != "$1" ]; then
     echo "${1#*:}" >"$place.steps"
   elif [ ! -f "$place.steps" ]; then # as many steps as there is time for, by the speed of a short run
@@ -175,7 +188,7 @@ print(max(int((int(sys.argv[2]) - 100) * 0.92 / seconds), 20))  # 100 s: compili
 }
 
 model() {
-  local size res=${RES:-128} batch=${BATCH:-256} sample=256 tries=200 cores caches
+  local size part res=${RES:-128} batch=${BATCH:-256} sample=256 tries=200 cores caches
   for size in ${SIZE:-mini}; do
     case ${size%%:*} in
       mini | small) ;;
@@ -183,6 +196,7 @@ model() {
     esac
   done
   cores=$(nproc)
+  [ -z "${BESIDE:-}" ] || cores=$((cores - 1))
   [ "$device" = cpu ] && batch=${BATCH:-32} sample=8 tries=20
   [ -f "$work/worlds/done" ] || { renders && touch "$work/worlds/done"; }
   caches=$(finished)
@@ -201,10 +215,11 @@ model() {
   ls -l "$out"
 }
 
-for part in $parts; do
-  case $part in
-    tests | compiles | speed | study | model) $part ;;
+for part in ${BESIDE:-} $parts; do
+  case "$part" in
+    tests | compiles | speed | study | model) ;;
     *) echo "$0: no part '$part': tests, compiles, speed, study, model" >&2; exit 2 ;;
   esac
 done
+for part in $parts; do $part; done
 note "done"

@@ -109,6 +109,7 @@ def _work(args: argparse.Namespace, spec: tuple[Any, ...]) -> tuple[_Work, dict[
         "autoencoder": autoencoder.id,
         **({} if exact is None else {"dtype": args.dtype}),
         "latent": list(mean.shape[1:]),
+        **({"target_channels": autoencoder.latent_channels} if autoencoder.features else {}),
         "logvar": logvar is not None,
         "flips": args.flips,
         "shard_size": args.shard_size,
@@ -314,9 +315,11 @@ def _shard(
             valid = sample["valid"][:, ::-1] if view else sample["valid"]
             fields = {"valid": latent_mask(valid, encoder.factor)}
             for field in (name for name in FIELDS if name in sample):
-                fields[field], logvar = encoder.done[name_of(sample, field, view)]
+                mean, logvar = encoder.done[name_of(sample, field, view)]
+                kept = encoder.latent_channels if field == "target" else mean.shape[-1]
+                fields[field] = mean[..., :kept]
                 if logvar is not None:
-                    fields[f"{field}_logvar"] = logvar
+                    fields[f"{field}_logvar"] = logvar[..., :kept]
             encoded.append(fields)
         records.append(encode_record(int(sample["pass_id"]), int(sample["label"]), sample["key"], encoded))
     return records, {name: len(made) for name, made in samples.items() if made}, bad, seen

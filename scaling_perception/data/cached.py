@@ -8,7 +8,7 @@ from scaling_perception.data.latents import CacheReader, split_record
 from scaling_perception.support.errors import UserError
 
 _WIDE = np.arange(1 << 16, dtype="<u2").view("<f2").astype(np.float32)  # float16's bits -> float32: half a cast's time
-_IN_MEMORY = 4 << 30  # caches up to this size (and up to half of the free memory) are held in memory
+_IN_MEMORY = 16 << 30  # caches up to this size (and up to half of the free memory) are held in memory
 
 
 class _Rows(NamedTuple):
@@ -28,11 +28,11 @@ class Cached:
         self.readers = [CacheReader(path) for path in paths]
         first = self.readers[0]
         for reader in self.readers:
-            for name in ("latent", "autoencoder", "resolution", "task_options"):
-                if reader.settings[name] != first.settings[name]:
+            for name in ("latent", "target_channels", "autoencoder", "resolution", "task_options"):
+                if reader.settings.get(name) != first.settings.get(name):
                     raise UserError(
-                        f"caches {first.path} and {reader.path} differ in {name} ({first.settings[name]}, "
-                        f"{reader.settings[name]}): prepare them alike"
+                        f"caches {first.path} and {reader.path} differ in {name} ({first.settings.get(name)}, "
+                        f"{reader.settings.get(name)}): prepare them alike"
                     )
             if reader.fields != first.fields:
                 raise UserError(f"caches {first.path} and {reader.path} are of tasks that cannot be mixed")
@@ -50,6 +50,10 @@ class Cached:
         self._names = list(first.fields)
         if self._names == ["target"] and first.settings["logvar"]:  # what a draw from the posterior needs
             self._names.append("target_logvar")
+        h, w, c = first.shape
+        own = {name: first.target_channels if name.startswith("target") else c for name in self._names}
+        self._sizes = [h * w * own[name] for name in self._names]
+        self._view = sum(self._sizes[: len(first.fields)])  # float16 values of the means of one view
         self._held: list[_Rows] = []  # as they are, and mirrored
         if in_memory:
             records = [record for reader in self.readers for shard in reader.everything() for record in shard]
@@ -69,10 +73,10 @@ class Cached:
         return out
 
     def _decode(self, records: list[bytes], flips: np.ndarray) -> "_Rows":
-        h, w, c = self.readers[0].shape
-        means, size, mask = len(self.readers[0].fields), h * w * c, (h * w + 7) // 8
+        h, w, _ = self.readers[0].shape
+        mask = (h * w + 7) // 8
         rows = _Rows(
-            np.empty((len(records), len(self._names) * size), "<f2"),
+            np.empty((len(records), sum(self._sizes)), "<f2"),
             np.empty((len(records), mask), np.uint8),
             np.empty(len(records), np.int32),
             np.empty(len(records), np.int32),
@@ -80,7 +84,7 @@ class Cached:
         )
         for row, record in enumerate(records):
             (flags, rows.pass_id[row], *_, rows.label[row]), key, body = split_record(record)
-            view = means * size * 2 * (2 if flags & 1 else 1) + mask
+            view = self._view * 2 * (2 if flags & 1 else 1) + mask
             at = view if flips[row] else 0
             rows.latents[row] = np.frombuffer(body, "<f2", rows.latents.shape[1], at)
             rows.bits[row] = np.frombuffer(body, np.uint8, mask, at + view - mask)
@@ -88,8 +92,9 @@ class Cached:
         return rows
 
     def batch(self, indices: np.ndarray, flips: np.ndarray) -> dict[str, Any]:
-        """The records' fields, stacked: latents float32 (B, h, w, c), valid bool (B, h, w), pass_id, label, key."""
-        h, w, c = self.readers[0].shape
+        """The records' fields, stacked: latents (B, h, w, c) float32, those with features float16; valid bool (B, h, w),
+        pass_id, label, key."""
+        h, w, _ = self.readers[0].shape
         if self._held:
             plain = self._held[0]
             taken = (plain.latents[indices], plain.bits[indices], plain.pass_id[indices], plain.label[indices])
@@ -99,9 +104,12 @@ class Cached:
                     column[row] = mirrored[indices[row]]
         else:
             rows = self._decode(self._records(indices), flips)
-        fields = rows.latents.reshape(len(indices), len(self._names), h, w, c)
         out: dict[str, Any] = {}
-        for i, name in enumerate(self._names):
-            out[name] = _WIDE.take(fields[:, i].view("<u2"), mode="wrap")
+        ends = np.cumsum(self._sizes).tolist()
+        for name, size, end in zip(self._names, self._sizes, ends, strict=True):
+            field = rows.latents[:, end - size : end].view("<u2")
+            # with features it is many numbers, which the step casts: half the bytes to be moved
+            wide = field.copy().view("<f2") if size > self._sizes[-1] else _WIDE.take(field, mode="wrap")
+            out[name] = wide.reshape(len(indices), h, w, -1)
         out["valid"] = np.unpackbits(rows.bits, axis=1, count=h * w).reshape(-1, h, w).astype(bool)
         return {**out, "pass_id": rows.pass_id, "label": rows.label, "key": rows.keys}

@@ -74,7 +74,7 @@ class Encoder:
             takes = {"in_specs": (whole, split), "out_specs": split}
             return jax.jit(jax.shard_map(encode, mesh=mesh, check_vma=False, **takes))
 
-        self.factor = autoencoder.factor
+        self.factor, self.latent_channels = autoencoder.factor, autoencoder.latent_channels
         self._encode, self._exact = on_each(autoencoder.encode), None if exact is None else on_each(exact.encode)
         self._params, self._place = jax.device_put(autoencoder.params, replicated(mesh)), batch_sharding(mesh)
         self._batch, self._resolution, self._at_once = batch, resolution, batch * len(devices)

@@ -10,7 +10,7 @@ One ArrayRecord record is one pass of one sample, little-endian, without padding
          4 = the target alone: there is neither image nor prompt
     B    id of the pass, see ``tasks``; the ledger's ``passes`` names it
     B    c   latent channels
-    B    0
+    B    channels of the target where they are fewer (image and prompt have features as well), else 0
     H    h   latent height
     H    w   latent width
     i    label: class or -1
@@ -50,7 +50,7 @@ from scaling_perception.tasks import ALL_PASSES, FIELDS
 FORMAT = 1
 LEDGER = "ledger.json"
 PART_LEDGERS = "ledger-part-*-of-*.json"
-_HEAD = struct.Struct("<4sBBBxHHiH")
+_HEAD = struct.Struct("<4sBBBBHHiH")
 _MAGIC = b"SPL1"
 _LOGVAR, _FLIPPED, _ALONE = 1, 2, 4
 _MOST_READERS = 512
@@ -64,18 +64,20 @@ def encode_record(pass_id: int, label: int, key: str, views: Sequence[Mapping[st
         pass_id: see ``tasks``. label: class or -1. key: stable sample id.
         views: one or two (the second flipped) of: image, prompt, target (h, w, c) float16; valid (h, w) bool; and
             image_logvar, prompt_logvar, target_logvar (h, w, c) float16, all or none. Image and prompt may be absent.
+            The target may have fewer channels than the two.
     """
     name = key.encode()
-    h, w, c = views[0]["target"].shape
     means = FIELDS if "image" in views[0] else ("target",)
+    (h, w, c), own = views[0][means[0]].shape, views[0]["target"].shape[-1]
     fields = means + tuple(f"{field}_logvar" for field in means if f"{field}_logvar" in views[0])
     flags = (_LOGVAR if len(fields) > len(means) else 0) | (_FLIPPED if len(views) > 1 else 0)
     flags |= 0 if means == FIELDS else _ALONE
-    parts = [_HEAD.pack(_MAGIC, flags, pass_id, c, h, w, label, len(name)), name]
+    parts = [_HEAD.pack(_MAGIC, flags, pass_id, c, own if own != c else 0, h, w, label, len(name)), name]
     for view in views:
         for field in fields:
-            if view[field].shape != (h, w, c):
-                raise ValueError(f"{field} has shape {view[field].shape}, expected {(h, w, c)}")
+            shape = (h, w, own if field.startswith("target") else c)
+            if view[field].shape != shape:
+                raise ValueError(f"{field} has shape {view[field].shape}, expected {shape}")
             parts.append(np.ascontiguousarray(view[field], "<f2").tobytes())
         parts.append(np.packbits(view["valid"].reshape(-1)).tobytes())
     return b"".join(parts)
@@ -91,14 +93,16 @@ def decode_record(data: bytes) -> dict[str, Any]:
     flags, pass_id, c, h, w, label = head
     means = stored_fields(flags)
     names = means + (tuple(f"{field}_logvar" for field in means) if flags & _LOGVAR else ())
-    size, mask = h * w * c * 2, (h * w + 7) // 8
+    mask, channels = (h * w + 7) // 8, dict.fromkeys(names, c)
+    channels |= {name: target_channels(data) for name in names if name.startswith("target")}
     views: list[dict[str, Any]] = []
     at = 0
     for _ in range(2 if flags & _FLIPPED else 1):
         view: dict[str, Any] = {}
         for name in names:
-            view[name] = np.frombuffer(body, "<f2", h * w * c, at).reshape(h, w, c)
-            at += size
+            count = h * w * channels[name]
+            view[name] = np.frombuffer(body, "<f2", count, at).reshape(h, w, channels[name])
+            at += 2 * count
         bits = np.unpackbits(np.frombuffer(body, np.uint8, mask, at), count=h * w)
         view["valid"] = bits.reshape(h, w).astype(bool)
         at += mask
@@ -117,13 +121,18 @@ def stored_fields(flags: int) -> tuple[str, ...]:
 def split_record(data: bytes) -> tuple[tuple[int, int, int, int, int, int], str, memoryview]:
     """((flags, pass_id, channels, height, width, label), key, the rest) of a record; ValueError when it is none."""
     try:
-        magic, flags, pass_id, c, h, w, label, length = _HEAD.unpack_from(data)
+        magic, flags, pass_id, c, _, h, w, label, length = _HEAD.unpack_from(data)
     except struct.error as error:
         raise ValueError(str(error)) from None
     if magic != _MAGIC:
         raise ValueError(f"starts with {magic!r} instead of {_MAGIC!r}")
     end = _HEAD.size + length
     return (flags, pass_id, c, h, w, label), data[_HEAD.size : end].decode(), memoryview(data)[end:]
+
+
+def target_channels(data: bytes) -> int:
+    """Channels of the target's latent in a record."""
+    return data[7] or data[6]
 
 
 def pass_table() -> dict[str, int]:
@@ -331,6 +340,11 @@ class CacheReader:
         """(h, w, c) of the latents."""
         h, w, c = self.settings["latent"]
         return h, w, c
+
+    @property
+    def target_channels(self) -> int:
+        """Channels of the target's latents; those of image and prompt may have features besides."""
+        return self.settings.get("target_channels", self.shape[2])
 
     @property
     def fields(self) -> tuple[str, ...]:

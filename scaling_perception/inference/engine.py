@@ -416,7 +416,7 @@ class Engine:
 
     def _round_trip(self, vae: Any, pictures: jax.Array) -> jax.Array:
         mean, _ = self.autoencoder.encode(vae, pictures)
-        return self.autoencoder.decode(vae, mean)
+        return self.autoencoder.decode(vae, mean[..., : self.autoencoder.latent_channels])
 
     # Compiling
 

@@ -81,6 +81,11 @@ class Model:
                 f"resolution {self.resolution} does not fit the model's latents of {self.config.input_size} and the "
                 f"autoencoder's factor {self.autoencoder.factor}: choose the autoencoder it was trained with"
             )
+        if self.autoencoder.features != self.config.features and self.config.conditions:
+            raise UserError(
+                f"the model takes {self.config.features} features of each picture and autoencoder "
+                f"'{self.autoencoder.name}' gives {self.autoencoder.features}: choose the one it was trained with"
+            )
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"unknown dtype '{dtype}'{did_you_mean(dtype, ('float32', 'bfloat16'))}")
         self.diffusion = _own_diffusion(meta["diffusion"])
@@ -222,7 +227,7 @@ class Model:
             raise UserError(_NO_TASK)
         if task not in self.tasks:
             raise UserError(f"this model does not know {task}: it was trained for {', '.join(self.tasks)}")
-        if self.config.cond_channels < (4 if get_task(task).prompt is None else 8):
+        if self.config.conditions < (1 if get_task(task).prompt is None else 2):
             raise UserError(f"this model has no input for {task}'s conditions: choose a model trained for {task}")
 
     def choose_diffusion(self, preset: str | None = None, spacing: str | None = None) -> DiffusionPreset:
@@ -310,7 +315,7 @@ class Model:
         """Latents (plan.images, h, w, cond_channels) of a group of raw samples; missing ones repeat the first."""
         conditions = [get_task(task).conditions(raw, self.resolution, self.options) for raw in group]
         conditions += [conditions[0]] * (plan.images - len(group))
-        fields = ("image", "prompt") if self.config.cond_channels >= 8 else ("image",)
+        fields = ("image", "prompt")[: self.config.conditions]
         pictures = np.stack([np.stack([c[field] for c in conditions]) for field in fields])
         return self.engine.encode(self._autoencoder_params, pictures)
 

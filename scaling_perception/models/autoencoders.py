@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from scaling_perception.models import tiny_vae, vae
+from scaling_perception.models import lite0, tiny_vae, vae
 from scaling_perception.models.vae_tiles import VAELimits, tiled_decode, tiled_encode
 from scaling_perception.models.vae_torch import CLASS, vae_config_from_json, vae_from_torch
 from scaling_perception.support.errors import UserError
@@ -21,6 +22,8 @@ from scaling_perception.support.remote import local
 from scaling_perception.support.shapes import AnyArray, Array, Float
 
 PARTS = ("encoder", "decoder")
+FEATURES = "lite0"
+_NO_VARIANCE = -30.0  # log
 TINY_FOLDER = Path(__file__).resolve().parent.parent / "weights" / "tiny_vae"
 _FORMAT = "scaling-perception tiny autoencoder 1"
 _KL_STEM = "diffusion_pytorch_model"
@@ -44,6 +47,7 @@ class Autoencoder:
         latent_channels: 4.
         factor: 8.
         config: ``TinyVAEConfig`` or ``VAEConfig``.
+        features: F, channels that ``encode`` appends to the latents (see ``with_features``); ``decode`` takes latents.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Autoencoder:
     latent_channels: int = 4
     factor: int = 8
     config: Any = None
+    features: int = 0
 
 
 def make_tiny(
@@ -130,7 +135,29 @@ def part_size(model: Autoencoder, part: str, height: int, width: int) -> tuple[i
     """(parameters, multiply-accumulates for one picture of ``height`` x ``width`` pixels) of encoder or decoder."""
     family: Any = vae if isinstance(model.config, vae.VAEConfig) else tiny_vae
     shapes = family.part_shapes(part, model.config)
-    return sum(int(np.prod(shape)) for shape in shapes.values()), family.macs(part, model.config, height, width)
+    count, macs = sum(int(np.prod(shape)) for shape in shapes.values()), family.macs(part, model.config, height, width)
+    if model.features and part == "encoder":
+        count += sum(int(np.prod(shape)) for shape in lite0.shapes(model.features).values())
+        macs += lite0.macs(model.features, height, width)
+    return count, macs
+
+
+def with_features(model: Autoencoder, dtype: Any = "float32") -> Autoencoder:
+    """The same autoencoder whose ``encode`` appends the features of a network that has seen photographs (``lite0``):
+    (B, H, W, 3) -> (B, H/8, W/8, 4 + 32). A condition's are of use to the transformer; a target's are cut off."""
+    own = lite0.load()
+
+    def encode(params: Any, images: Float[AnyArray, "B H W 3"]) -> tuple[Any, Any]:
+        latents, logvar = model.encode({**params, "encoder": params["encoder"]["latents"]}, images)
+        weights = jax.tree.map(lambda leaf: leaf.astype(dtype), params["encoder"]["features"])
+        found = lite0.features(weights, images.astype(dtype)).astype(latents.dtype)
+        if logvar is not None:  # features are no distribution
+            logvar = jnp.concatenate([logvar, jnp.full_like(found, _NO_VARIANCE, logvar.dtype)], axis=-1)
+        return jnp.concatenate([latents, found], axis=-1), logvar
+
+    params = {**model.params, "encoder": {"latents": model.params["encoder"], "features": own}}
+    made = {"name": f"{model.name}+{FEATURES}", "id": tree_hash(params["encoder"]), "params": params}
+    return dataclasses.replace(model, **made, encode=encode, features=len(own["features"]["bias"]))
 
 
 def tree_hash(tree: Mapping[str, Any]) -> str:
@@ -151,12 +178,15 @@ def load_autoencoder(name_or_path: str, limits: VAELimits | None = None, dtype: 
             ``taesd_decoder.safetensors`` (TAESD's own files), ``diffusion_pytorch_model.safetensors`` (diffusers'
             ``AutoencoderTiny``, or Stable Diffusion's ``AutoencoderKL`` with its ``config.json``; where that file is
             absent its ``.fp16.`` variant is read), or a whole Stable Diffusion model with such a folder named ``vae``.
+            Followed by ``+lite0``: with features beside the latents, see :func:`with_features`.
         limits: bounds of memory, see :func:`make_kl`; an AutoencoderKL's only.
         dtype: of the computation; latents and images are float32.
 
     Raises:
         UserError: nothing there, an incomplete or foreign file, a missing or unexpected tensor or one of another shape.
     """
+    if name_or_path.endswith(f"+{FEATURES}"):
+        return with_features(load_autoencoder(name_or_path.removesuffix(f"+{FEATURES}"), limits, dtype), dtype)
     if name_or_path == "tiny":
         config, encoder = load_part(TINY_FOLDER, "encoder")
         return make_tiny("tiny", config, {"encoder": encoder, "decoder": load_part(TINY_FOLDER, "decoder")[1]}, dtype)

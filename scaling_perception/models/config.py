@@ -22,7 +22,8 @@ class DiTConfig:
         patch_size: side of a patch in latent pixels.
         in_channels: channels of the noisy latent.
         cond_channels: channels of the latents put before it: 0 none, 4 image, 8 image and prompt. Order: [image,
-            prompt, noisy] (facts 2).
+            prompt, noisy] (facts 2). With ``features`` each of them has so many channels more.
+        features: channels that the autoencoder appends to the latent of a condition, see ``autoencoders``.
         dim, depth, heads: width D, layers L, attention heads.
         mlp_ratio: hidden width of the MLP over D.
         num_classes: class rows of the label table.
@@ -58,12 +59,21 @@ class DiTConfig:
     gating: str = "paper"
     qk_norm: bool = False
     context_dim: int = 0
+    features: int = 0
 
     def __post_init__(self) -> None:
         for field in ("input_size", "dim", "depth", "heads", "patch_size", "in_channels"):
             if getattr(self, field) < 1:
                 raise UserError(f"model {field}={getattr(self, field)}: give a whole number of 1 or more")
-        for field in ("cond_channels", "num_classes", "task_labels", "experts", "shared_experts", "context_dim"):
+        for field in (
+            "cond_channels",
+            "num_classes",
+            "task_labels",
+            "experts",
+            "shared_experts",
+            "context_dim",
+            "features",
+        ):
             if getattr(self, field) < 0:
                 raise UserError(f"model {field}={getattr(self, field)}: give 0 or more")
         if self.dim % self.heads:
@@ -72,6 +82,12 @@ class DiTConfig:
             raise UserError(f"model dim={self.dim}: the position table needs a multiple of 4")
         if self.input_size % self.patch_size:
             raise UserError(f"model input_size={self.input_size} is not a multiple of patch_size={self.patch_size}")
+        if self.cond_channels % self.condition_channels:
+            raise UserError(
+                f"model cond_channels={self.cond_channels}: with features={self.features} a picture has "
+                f"{self.condition_channels} channels: give 0, {self.condition_channels} or "
+                f"{2 * self.condition_channels}"
+            )
         if self.routed and not self.task_labels:
             raise UserError("model routed=True needs task_labels above 0: one patch embedding is made per task label")
         for field, options in (("expert_mlp", EXPERT_MLPS), ("gating", GATINGS)):
@@ -101,6 +117,16 @@ class DiTConfig:
     def hidden(self) -> int:
         """F, hidden width of the MLP, and of each expert."""
         return round(self.dim * self.mlp_ratio)
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of one condition: its latent, then its features."""
+        return self.in_channels + self.features
+
+    @property
+    def conditions(self) -> int:
+        """Pictures that condition the model: 0, 1 (image) or 2 (image and prompt)."""
+        return self.cond_channels // self.condition_channels
 
     @property
     def input_channels(self) -> int:

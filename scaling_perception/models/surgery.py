@@ -26,12 +26,15 @@ _SIZES = ("dim", "depth", "heads", "mlp_ratio", "patch_size", "in_channels")  # 
 _RELEASED_GAIN = {2: 0.5, 3: 0.33}  # literally so in the authors' code: three copies together give 0.99 (facts 2)
 
 
-def widen_input(params: Params, config: DiTConfig, cond_channels: int, gain: str = "exact") -> tuple[Params, DiTConfig]:
+def widen_input(
+    params: Params, config: DiTConfig, cond_channels: int, gain: str = "exact", features: int = 0
+) -> tuple[Params, DiTConfig]:
     """Room for ``cond_channels`` condition channels before the noisy latent: [image, prompt, noisy].
 
     The patch kernel (..., p, p, channels, D) is repeated n times along its input channels and divided by n (``exact``)
     or multiplied by the released code's 0.5 for two copies and 0.33 for three (``released``); the bias stays. An input
-    of n equal latents then gives what one of them gave.
+    of n equal latents then gives what one of them gave. ``features`` further channels after each condition's latent
+    start at zero.
 
     Raises:
         UserError: the model has conditions already, the channels are no whole number of latents, or an unknown gain.
@@ -41,20 +44,20 @@ def widen_input(params: Params, config: DiTConfig, cond_channels: int, gain: str
             f"model {config.name} has cond_channels={config.cond_channels}: its input is widened from 0 alone; start "
             "from a model without conditions"
         )
-    if cond_channels < 1 or cond_channels % config.in_channels:
-        raise UserError(
-            f"cond_channels={cond_channels}: give a multiple of {config.in_channels}, the channels of a latent"
-        )
-    copies = cond_channels // config.in_channels + 1
+    each = config.in_channels + features
+    if cond_channels < 1 or cond_channels % each:
+        raise UserError(f"cond_channels={cond_channels}: give a multiple of {each}, the channels of a condition")
+    copies = cond_channels // each + 1
     if gain not in GAINS:
         raise UserError(f"gain of the widened input is '{gain}'{did_you_mean(gain, GAINS)}")
     if gain == "released" and copies not in _RELEASED_GAIN:
         raise UserError(f"gain 'released' is known for 4 and 8 condition channels, not {cond_channels}: use 'exact'")
     kernel = np.asarray(params["patch_embed"]["kernel"])
-    wide = np.concatenate([kernel.astype(np.float32)] * copies, axis=-2)
-    wide = wide / copies if gain == "exact" else wide * _RELEASED_GAIN[copies]
+    own = kernel.astype(np.float32) / copies if gain == "exact" else kernel.astype(np.float32) * _RELEASED_GAIN[copies]
+    nothing = np.zeros((*own.shape[:-2], features, own.shape[-1]), np.float32)
+    wide = np.concatenate([own, nothing] * (copies - 1) + [own], axis=-2)
     patch = {**params["patch_embed"], "kernel": wide.astype(kernel.dtype)}
-    return {**params, "patch_embed": patch}, dataclasses.replace(config, cond_channels=cond_channels)
+    return {**params, "patch_embed": patch}, dataclasses.replace(config, cond_channels=cond_channels, features=features)
 
 
 def extend_labels(params: Params, config: DiTConfig, task_labels: int = 4) -> tuple[Params, DiTConfig]:
@@ -279,7 +282,7 @@ def adapt(
         steps.append(f"position table made for {pixels} x {pixels} pixels")
     if wanted.cond_channels != config.cond_channels:
         before = config.input_channels
-        params, config = widen_input(params, config, wanted.cond_channels, gain)
+        params, config = widen_input(params, config, wanted.cond_channels, gain, wanted.features)
         steps.append(f"input widened from {before} to {config.input_channels} channels (gain {gain})")
     if wanted.task_labels != config.task_labels:
         before = config.label_rows

@@ -221,7 +221,7 @@ def _activations(config: Config, dit: DiTConfig, samples: int, split: int, tenso
 
 def _pictures(config: Config, dit: DiTConfig) -> int:
     """Pictures of a sample that the loss encodes or reads."""
-    return 1 + dit.cond_channels // dit.in_channels
+    return 1 + dit.conditions
 
 
 def _sample_bytes(config: Config, dit: DiTConfig) -> int:

@@ -70,7 +70,7 @@ class AbstractBatches:
     autoencoders: set[str] = set()
     class_count = 0
 
-    def __init__(self, batch: int, side: int, channels: int, generation: bool) -> None:
+    def __init__(self, batch: int, side: int, channels: int, generation: bool, features: int = 0) -> None:
         def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
             return np.broadcast_to(np.zeros((), dtype), shape)
 
@@ -78,6 +78,10 @@ class AbstractBatches:
         latents = ("target", "target_logvar") if channels == LATENT else ("target",)
         names = latents if generation else ("image", "prompt", "target")
         self.fields: dict[str, Any] = dict.fromkeys(names, pictures)
+        if features and channels == LATENT and not generation:
+            self.fields |= dict.fromkeys(
+                ("image", "prompt"), zeros((batch, side, side, channels + features), np.float32)
+            )
         self.fields["valid"] = zeros((batch, side, side), bool)
         self.fields |= dict.fromkeys(("pass_id", "label"), zeros((batch,), np.int32))
 
@@ -103,8 +107,8 @@ def _without_files(config: Config) -> Config:
 
 
 def abstract_autoencoder(name: str, limits: Any = None, dtype: Any = "float32") -> Autoencoder:
-    """``tiny``, or for any other name Stable Diffusion's AutoencoderKL; parameters are shapes."""
-    if name == "tiny":
+    """``tiny`` with or without features; for any other name Stable Diffusion's AutoencoderKL. Parameters are shapes."""
+    if name.partition("+")[0] == "tiny":
         found = load_autoencoder(name, dtype=dtype)
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found.params)
     else:
@@ -151,11 +155,12 @@ def train_program(config: Config, mesh: Mesh) -> Program:
     plain, tasks = _without_files(config), tasks_of(config)
     latents = bool(config.data.cache)
     side, channels = (config.resolution // LATENT_FACTOR, LATENT) if latents else (config.resolution, 3)
-    stand = AbstractBatches(batch, side, channels, not all(get_task(task).conditioned for task in tasks))
+    generation = not all(get_task(task).conditioned for task in tasks)
+    stand = AbstractBatches(batch, side, channels, generation, network_of(plain).features)
     objective = diffusion_objective(plain, stand, mesh, load=abstract_autoencoder)
     flops = 2.0 * TRAINING_FACTOR * forward_macs(objective.model) * batch
     if not latents:
-        pictures = objective.model.cond_channels // LATENT + 1
+        pictures = objective.model.conditions + 1
         pictures -= config.objective == "one_step"  # the target stays as it is
         flops += 2.0 * _autoencoder_macs(config, "encoder") * batch * pictures
     if config.objective == "one_step":
@@ -199,7 +204,7 @@ def _engine(config: Config, mesh: Mesh) -> tuple[Engine, int]:
     dit = network_of(_without_files(config))
     if not dit.cond_channels:
         raise UserError("compile --what sample and encode are for tasks that start from a picture; use --what train")
-    return Engine(dit, abstract_autoencoder(config.autoencoder), config.train.dtype, mesh), dit.cond_channels // LATENT
+    return Engine(dit, abstract_autoencoder(config.autoencoder), config.train.dtype, mesh), dit.conditions
 
 
 def sample_program(config: Config, mesh: Mesh, images: int, steps: int, members: int) -> Program:

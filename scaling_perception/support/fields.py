@@ -78,7 +78,10 @@ FIELDS: dict[str, Field] = {
     "model_changes.heads": Field(int, "attention heads; D is a multiple", _FROM_1),
     "model_changes.patch_size": Field(int, "side of a patch", _FROM_1, unit="latent pixels"),
     "model_changes.in_channels": Field(int, "channels of the noisy latent", choices=(4,)),
-    "model_changes.cond_channels": Field(int, "condition channels: none, image, image and prompt", choices=(0, 4, 8)),
+    "model_changes.cond_channels": Field(
+        int, "condition channels: none, image, image and prompt", choices=(0, 4, 8, 36, 72)
+    ),
+    "model_changes.features": Field(int, "channels of features beside the latent of each condition", choices=(0, 32)),
     "model_changes.mlp_ratio": Field(float, "hidden width of the MLP over D", _POSITIVE),
     "model_changes.num_classes": Field(int, "class rows of the label table", _COUNT),
     "model_changes.task_labels": Field(int, "task rows after the class rows", _COUNT),

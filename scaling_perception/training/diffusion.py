@@ -91,12 +91,12 @@ def loss_parts(
     told = {f"loss_{name}": names.index(name) for name in trained} if len(trained) > 1 else {}
 
     def tally(params: Any, batch: Mapping[str, Any], key: jax.Array) -> dict[str, jax.Array]:
-        image, prompt, target, valid = latents_of(batch, encode, dit.cond_channels)
+        image, prompt, target, valid = latents_of(batch, encode, dit.conditions)
         row = rows_of(batch["pass_id"], names)
         clean = (target - jnp.asarray(shift)[row][:, None, None]) / jnp.asarray(scale)[row][:, None, None]
         clean = jnp.where(valid[..., None], clean, 0.0)  # what hides under the mask may be anything, even NaN
         noisy, wanted, t = noised(clean, key, batch.get("index", jnp.arange(len(clean))))
-        parts = [image, noisy] if dit.cond_channels == LATENT else [image, prompt, noisy]
+        parts = [image, noisy] if dit.conditions == 1 else [image, prompt, noisy]
         inputs, labels = jnp.concatenate(parts, axis=-1), labels_of(row, dit)
         got, stats = model.apply({"params": params}, inputs, t, labels, with_stats=True)
         got = got[..., :LATENT]
@@ -124,7 +124,7 @@ def one_step_inputs(
     config: Config, dit: DiTConfig, encode: Callable[..., Any] | None
 ) -> Callable[[Mapping[str, Any]], tuple[list[jax.Array], jax.Array, jax.Array, jax.Array, jax.Array]]:
     """What ``one_step.one_step_parts`` needs of a batch; the target stays as it is, latents or pixels."""
-    names, fields = passes_of(config, dit), ["image", "prompt"][: dit.cond_channels // LATENT]
+    names, fields = passes_of(config, dit), ["image", "prompt"][: dit.conditions]
 
     def inputs(batch: Mapping[str, Any]) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array, jax.Array]:
         row = rows_of(batch["pass_id"], names)
@@ -135,13 +135,14 @@ def one_step_inputs(
 
 
 def latents_of(
-    batch: Mapping[str, Any], encode: Callable[..., Any] | None, cond_channels: int
+    batch: Mapping[str, Any], encode: Callable[..., Any] | None, conditions: int
 ) -> tuple[Any, jax.Array | None, jax.Array, jax.Array]:
-    """(image, prompt, target, valid) of a batch: latents float32 (B, h, w, 4), encoded if pixels; mask (B, h, w).
+    """(image, prompt, target, valid) of a batch: latents float32 (B, h, w, 4), encoded if pixels; mask (B, h, w). Those
+    of image and prompt may have features as further channels.
 
     Image and prompt are None where the network is not given them.
     """
-    names = {0: ["target"], LATENT: ["image", "target"]}.get(cond_channels, ["image", "prompt", "target"])
+    names = [*("image", "prompt")[:conditions], "target"]
     valid = batch["valid"]
     found = _latents(batch, encode, names)
     if encode is not None:
@@ -150,13 +151,14 @@ def latents_of(
 
 
 def _latents(batch: Mapping[str, Any], encode: Callable[..., Any] | None, names: Sequence[str]) -> dict[str, jax.Array]:
-    """The fields ``names`` as latents float32 (B, h, w, 4)."""
+    """The fields ``names`` as latents float32 (B, h, w, 4); of conditions with their features."""
     if encode is None:
         return {name: batch[name].astype(jnp.float32) for name in names}
     # one call over all of them: fewer, larger convolutions
     pixels = jnp.concatenate([batch[name].astype(jnp.float32) for name in names])
     latents = jax.lax.stop_gradient(encode(batch["constants"], pixels))
-    return dict(zip(names, jnp.split(latents.astype(jnp.float32), len(names)), strict=True))
+    found = dict(zip(names, jnp.split(latents.astype(jnp.float32), len(names)), strict=True))
+    return {name: value[..., :LATENT] if name == "target" else value for name, value in found.items()}
 
 
 def measure_latent_norm(
@@ -254,7 +256,7 @@ def diffusion_objective(
         whole = open_batches(data, config.train.batch_size, config.seed)
         batches = own_share(whole, mesh, config.train.batch_size)
         held_out = held_out_batches(config, data, batches)
-    moments, decode, constants, encoder_id = _autoencoder(config, batches, load)
+    moments, decode, constants, encoder_id = _autoencoder(config, batches, dit, load)
     encode = None if moments is None else _mean_of(moments)
 
     dit, table = prompt_table(config, dit, tasks_of(config))
@@ -269,7 +271,7 @@ def diffusion_objective(
         raise UserError(f"init {config.init} was trained for no task yet: fine-tune it first (objective=diffusion)")
     # what is measured must not depend on this process's share
     norm = (resumed or {}).get("latent_norm")
-    norm = norm or _latent_norm(config, whole, encode, constants, start_meta, dit.cond_channels, passes_of(config, dit))
+    norm = norm or _latent_norm(config, whole, encode, constants, start_meta, dit.conditions, passes_of(config, dit))
     mesh = mesh if mesh is not None and mesh.size > 1 else None
     stream = jnp.float32 if config.train.stream_dtype == "float32" else None
     model = DiT(dit, dtype=DTYPES[config.train.dtype], remat=config.train.remat, mesh=mesh, stream=stream)
@@ -352,11 +354,16 @@ def network_of(config: Config) -> DiTConfig:
         raise UserError(f"{len(passes)} passes ({names}) need labels: set model_changes.task_labels={wanted}")
     if 0 < dit.task_labels < wanted:
         raise UserError(f"model_changes.task_labels={dit.task_labels} is too few for {names}: set it to {wanted}")
-    if dit.cond_channels not in (LATENT, 2 * LATENT):
-        raise UserError(f"model_changes.cond_channels is {dit.cond_channels}: use 4 (image) or 8 (image and prompt)")
+    each = dit.condition_channels
+    if dit.conditions not in (1, 2):
+        raise UserError(
+            f"model_changes.cond_channels is {dit.cond_channels}: use {each} (image) or {2 * each} (image and prompt)"
+        )
     prompted = [name for name, task in TASKS.items() if task.prompt is not None]
-    if dit.cond_channels == LATENT and set(prompted) & set(tasks_of(config)):
-        raise UserError(f"model_changes.cond_channels is 4, without a prompt: {' and '.join(prompted)} need 8")
+    if dit.conditions == 1 and set(prompted) & set(tasks_of(config)):
+        raise UserError(
+            f"model_changes.cond_channels is {each}, without a prompt: {' and '.join(prompted)} need {2 * each}"
+        )
     return dit
 
 
@@ -365,7 +372,7 @@ def _mean_of(moments: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _autoencoder(
-    config: Config, batches: LatentBatches, load: Callable[..., Autoencoder] | None = None
+    config: Config, batches: LatentBatches, dit: DiTConfig, load: Callable[..., Autoencoder] | None = None
 ) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None, Any, str]:
     """((params, pixels) -> (mean, log-variance or None), decode, their params, the id) of what the loss needs.
 
@@ -381,6 +388,7 @@ def _autoencoder(
     target = batches.at(0)["target"]
     if target.shape[-1] == 3:
         vae = load(config.autoencoder)
+        _check_features(config, dit, vae.features, f"autoencoder {config.autoencoder}")
         return vae.encode, decode, vae.params, vae.id
     side = config.resolution // 8
     if target.shape[1:] != (side, side, LATENT):
@@ -388,6 +396,8 @@ def _autoencoder(
             f"data.cache {config.data.cache} holds latents of {target.shape[1] * 8} pixels and resolution is "
             f"{config.resolution}: set resolution={target.shape[1] * 8} or prepare another cache"
         )
+    if dit.conditions:
+        _check_features(config, dit, batches.at(0)["image"].shape[-1] - LATENT, f"data.cache {config.data.cache}")
     made = ""
     for made in batches.autoencoders:
         if made != load(config.autoencoder).id:
@@ -398,13 +408,22 @@ def _autoencoder(
     return None, decode, constants, made
 
 
+def _check_features(config: Config, dit: DiTConfig, found: int, of: str) -> None:
+    if dit.conditions and found != dit.features:
+        raise UserError(
+            f"{of} gives {found} features beside a latent, and the network takes {dit.features}: set "
+            f"model_changes.features={found} and model_changes.cond_channels={dit.conditions * (LATENT + found)}, or "
+            "choose another autoencoder"
+        )
+
+
 def _latent_norm(
     config: Config,
     batches: LatentBatches,
     encode: Callable[..., Any] | None,
     constants: Any,
     start: Mapping[str, Any],
-    cond_channels: int,
+    conditions: int,
     rows: Sequence[str],
 ) -> dict[str, Any]:
     known = start["latent_norm"] if start.get("tasks") and start.get("latent_norm") else {"shift": [], "scale": []}
@@ -415,7 +434,7 @@ def _latent_norm(
 
     @jax.jit
     def encoded(fields: Mapping[str, Any]) -> Any:
-        return latents_of(fields, encode, min(cond_channels, LATENT))[2:]
+        return latents_of(fields, encode, min(conditions, 1))[2:]
 
     def latents(batch: Mapping[str, Any]) -> Any:
         fields = {name: batch[name] for name in ("image", "target", "valid") if name in batch}
