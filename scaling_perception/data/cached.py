@@ -92,8 +92,8 @@ class Cached:
         return rows
 
     def batch(self, indices: np.ndarray, flips: np.ndarray) -> dict[str, Any]:
-        """The records' fields, stacked: latents (B, h, w, c) float32, those with features float16; valid bool (B, h, w),
-        pass_id, label, key."""
+        """The records' fields, stacked: latents (B, h, w, c) float32, those with features float16; valid bool (B, h,
+        w), pass_id, label, key."""
         h, w, _ = self.readers[0].shape
         if self._held:
             plain = self._held[0]

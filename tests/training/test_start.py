@@ -47,7 +47,7 @@ class SceneLatents:
         self.autoencoders, self.class_count = set(), 0
         for step in range(4):
             batch = dict(pixels.at(step))
-            found = latents_of({**batch, "constants": vae.params}, encode, 8)
+            found = latents_of({**batch, "constants": vae.params}, encode, 2)
             named = zip(("image", "prompt", "target", "valid"), map(np.asarray, found), strict=True)
             self.batches.append({**batch, **dict(named)})
 
