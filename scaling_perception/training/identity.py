@@ -34,6 +34,7 @@ LATER = {"optim.ema_every": 1, "optim.ema_dtype": "float32", "optim.ema_place": 
 LATER |= {"held_out.shared": False, "optim.ema_warmup": False}
 LATER |= {"train.stream_dtype": "compute", "train.matmul_precision": "default"}
 LATER |= {name: field.default for name, field in FIELDS.items() if name.startswith("data.augment.")}
+_LATER_OF_MODEL = {"model.features": 0}
 # With a cache these say which of its samples are used, which the data's own fingerprint holds.
 _OF_CACHE = ("source", "split", "count", "start")
 
@@ -153,6 +154,8 @@ def same_run(
         both = [flatten(saved.get(part, {})), flatten(now[part])]
         if part == "config":
             both[0] = {**LATER, **both[0]}
+        if part == "meta" and both[0]:
+            both[0] = {**_LATER_OF_MODEL, **both[0]}
         if part == "meta" and "passes" not in both[0]:  # what was saved before they were listed has the same rows
             both[1].pop("passes", None)
         if part == "data":

@@ -170,6 +170,7 @@ def test_latent_norm_of_an_absent_pass_and_of_a_constant_channel():
 class Pool:
     """An autoencoder for tests: 8 x 8 means of the three channels, and of their sum."""
 
+    features = 0
     id, params = "feedfacecafe", {"gain": np.float32(1.0)}
 
     @staticmethod
