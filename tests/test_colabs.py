@@ -4,10 +4,10 @@ import ast
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
-import time
 import tomllib
 import warnings
 from pathlib import Path
@@ -103,11 +103,12 @@ def test_takes_under_ten_minutes_and_writes_into_one_folder(name, tmp_path):
     (tmp_path / "notebook.py").write_text("\n\n".join(cells(name)), encoding="utf-8")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_", "XDG_"))}
     environment |= {"HOME": str(home), "MPLBACKEND": "agg", "JAX_PLATFORMS": "cpu"}
-    begin = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     words = [sys.executable, str(tmp_path / "notebook.py")]
     done = subprocess.run(words, cwd=away, env=environment, capture_output=True, text=True)
-    seconds = time.perf_counter() - begin
-    print(f"{name}: {seconds:.0f} s")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{name}: {seconds:.0f} s of processor time")  # what one idle core takes, however busy this machine is
     assert done.returncode == 0, done.stderr
     assert seconds < 600
     assert [path.name for path in away.iterdir()] == [f"scaling_perception_{name}"]
