@@ -25,6 +25,7 @@ VERBS = {
     "train": "train or fine-tune from a config; resumes by itself",
     "evaluate": "error of a model on a dataset, by denoising steps and ensemble size",
     "predict": "images, folders or globs to depth, flow or amodal masks on disk",
+    "demo": "a local page to try a model on pictures, with the dial of compute",
     "generate": "a picture of samples of a class-conditional model, with guidance",
     "convert": "published checkpoints in, ours out: DiT, DiT-MoE, autoencoders, text encoders",
     "fit": "a scaling law of points in any CSV: parameters with intervals, hold-out, warnings, figure",
@@ -36,7 +37,7 @@ VERBS = {
     "doctor": "what is wrong with this machine: devices, versions, memory, weights, data",
 }
 # Each of several processes that run one of these would do all of it, and write the same files.
-IN_ONE_PROCESS = ("quickstart", "prepare", "evaluate", "predict", "generate", "convert", "bench")
+IN_ONE_PROCESS = ("quickstart", "prepare", "evaluate", "predict", "demo", "generate", "convert", "bench")
 # Interrupted, these keep what they have finished.
 GO_ON = ("quickstart", "prepare", "train", "evaluate", "predict", "study")
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from scaling_perception.inference.settings import (
 from scaling_perception.inference.settings import SETTINGS, add_model_settings, add_settings, check_together, flag_of
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.parts import Part, add_parts, part_of, refuse_other_flags
-from scaling_perception.support.verbs import POSITIVE
+from scaling_perception.support.verbs import POSITIVE, make_parser
 
 if TYPE_CHECKING:
     from scaling_perception.inference.find import Item
@@ -153,9 +153,7 @@ def run(args: argparse.Namespace) -> int:
     _check_flags(args)
     if part is not None and args.seconds is not None:
         raise UserError("--seconds is measured on each machine, and parts must be alike: give --macs or --budget")
-    for name, value in _USUAL.items():
-        if getattr(args, name) is None and (not args.merge or name in _OF_THE_RUN):
-            setattr(args, name, value)
+    _fill_usual(args, [name for name in _USUAL if not args.merge or name in _OF_THE_RUN])
     lists = [file for file in ("-" if "-" in args.inputs else None, args.list) if file]
     listed = [word for file in lists for word in read_list(file, bool(args.null))]
     words = [word for word in args.inputs if word != "-"]
@@ -166,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     search = Search(bool(args.recursive), args.every, args.start, args.end, out)
     found = find_inputs(words, args.task, args.mask, search, listed, lambda line: print(line, file=sys.stderr))
     items = name_results(found, args.task)
-    return _merge(args, out, items) if args.merge else _predict(_request(args), items, out, args, part=part)
+    return _merge(args, out, items) if args.merge else _predict(request_of(args), items, out, args, part=part)
 
 
 # What is asked for
@@ -194,7 +192,31 @@ def _check_flags(args: argparse.Namespace) -> None:
     check_together(args, _GO_WITH)
 
 
-def _request(args: argparse.Namespace, chosen: dict[str, Any] | None = None, budget: Any = None) -> "Request":
+def one_request(words: Sequence[str]) -> tuple[argparse.Namespace, "Request", "Item"]:
+    """What `predict` makes of a command for one picture: (arguments, request, item), all checked as there.
+
+    Raises:
+        UserError: as `predict` would end with, or the words name several pictures.
+    """
+    from scaling_perception.inference.find import Search, find_inputs, name_results
+
+    args = make_parser("predict").parse_args(list(words))
+    _check_flags(args)
+    _fill_usual(args, _USUAL)
+    search = Search(False, args.every, args.start, args.end, Path(args.out))
+    items = name_results(find_inputs(args.inputs, args.task, args.mask, search), args.task)
+    if len(items) != 1:
+        raise UserError(f"{len(items)} pictures are named: give one")
+    return args, request_of(args), items[0]
+
+
+def _fill_usual(args: argparse.Namespace, names: Iterable[str]) -> None:
+    for name in names:
+        if getattr(args, name) is None:
+            setattr(args, name, _USUAL[name])
+
+
+def request_of(args: argparse.Namespace, chosen: dict[str, Any] | None = None, budget: Any = None) -> "Request":
     """Args: settings besides those that were given, and the budget that chose them."""
     from scaling_perception.inference.job import Request
     from scaling_perception.inference.metric_depth import FITS, SPACES, check_choice
@@ -338,7 +360,7 @@ def _repeat(args: argparse.Namespace, out: Path) -> int:
 # The run
 
 
-def _command(args: argparse.Namespace, item: "Item") -> list[str]:
+def command_of(args: argparse.Namespace, item: "Item") -> list[str]:
     """Words that make this one prediction, whatever else the run made."""
     from scaling_perception.tasks import get_task
 
@@ -377,9 +399,9 @@ def _predict(
     predictor = Predictor.from_pretrained(request.model, **how)
     predictor.check_task(request.task)
     if any(getattr(args, name) is not None for name in _BUDGETS):
-        request = _request(args, *_by_budget(args, predictor, items, out))
+        request = request_of(args, *_by_budget(args, predictor, items, out))
     workers = min(4, os.cpu_count() or 1) if args.workers is None else args.workers
-    how = {"resume": bool(args.resume), "workers": workers, "command": lambda item: _command(args, item)}
+    how = {"resume": bool(args.resume), "workers": workers, "command": lambda item: command_of(args, item)}
     if part is None:
         summary = run_job(predictor, request, items, out, bool(args.overwrite), repeated=repeated, **how)
     else:

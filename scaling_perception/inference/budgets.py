@@ -118,7 +118,7 @@ def choose(
             f"`evaluate --task {task} … --steps 1,2,5,10 --ensemble 1,2,5 --write-budgets MODEL_FOLDER`"
         )
     entry = table["tasks"][task]
-    choices = [_choice(cell, entry, here) for cell in entry["cells"]]
+    choices = table_choices(entry, here)
     tied = {one for one, cell in zip(choices, entry["cells"], strict=True) if _tied(cell, entry)}
     if (name is None) == (macs is None and seconds is None):
         raise UserError("give either the name of a budget (fast, balanced, best) or a limit of MACs or seconds")
@@ -136,6 +136,11 @@ def choose(
         "fast": _reached(ahead, lowest + (1 - _FAST) * (start - lowest)),
     }
     return ahead[min(cheapest[better] for better in NAMES[NAMES.index(name) :])]
+
+
+def table_choices(entry: Mapping[str, Any], here: tuple[float, float] | None = None) -> list[Choice]:
+    """The cells of a task's table in their order; ``here`` as in `choose`."""
+    return [_choice(cell, entry, here) for cell in entry["cells"]]
 
 
 def _reached(ahead: list[Choice], error: float) -> int:

@@ -92,6 +92,7 @@ def run_job(
     command: Callable[[Item], list[str]] | None = None,
     repeated: tuple[str, dict[str, Any]] | None = None,
     of: int | None = None,
+    watch: Callable[[Estimate], None] | None = None,
 ) -> dict[str, Any]:
     """Make the files of every item.
 
@@ -102,6 +103,8 @@ def run_job(
         command: words that make one item's prediction, to be recorded.
         repeated: name and content of a record, whose weights, settings and points these must be.
         of: how many items there are with those of other jobs, which decides the batches; None: these.
+        watch: called with every estimate before it is written, and with those of the members so far, see
+            ``Predictor.stream``.
 
     Returns:
         JSON values: ``files`` (name, inputs, status written, kept or failed, outputs or error, and where settings were
@@ -231,7 +234,7 @@ def run_job(
             note = "by its points what the prediction has nearer is farther: check the columns x, y and depth"
             results[item.name]["note"] = f"{item.inputs[0]}: {note}"
 
-    _compute(predictor, request, todo, of or len(todo), readers, workers, read, finish, results)
+    _compute(predictor, request, todo, of or len(todo), readers, workers, read, finish, results, watch)
     videos.close()
     done = {name: words for name, words in changed.items() if "changed" in results[name]}
     files = [{"name": i.name, "inputs": [str(p) for p in i.inputs], **results[i.name]} for i in items]
@@ -271,6 +274,7 @@ def _compute(
     read: Callable[[Item], _Ready | str],
     finish: Callable[[_Ready, Estimate], None],
     results: dict[str, dict[str, Any]],
+    watch: Callable[[Estimate], None] | None,
 ) -> None:
     task, settings = request.task, request.settings
     if not todo:
@@ -293,8 +297,10 @@ def _compute(
                     waiting.append(ready)
                     yield ready.raw
 
-        stream = predictor.stream(raws(), task, settings, request.seed, request.batch_size, of)
+        stream = predictor.stream(raws(), task, settings, request.seed, request.batch_size, of, watch)
         for estimate in progress(stream, len(todo), f"predict {task}"):
+            if watch is not None:
+                watch(estimate)
             write(finish, waiting.popleft(), estimate)
 
 

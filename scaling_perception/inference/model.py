@@ -10,7 +10,7 @@ import dataclasses
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -329,13 +329,20 @@ class Model:
         key: int | jax.Array,
         plan: BatchPlan,
         antithetic: bool = False,
+        watch: Callable[[np.ndarray], None] | None = None,
     ) -> np.ndarray:
-        """Decoded pixels (images of the group, passes, members, R, R, 3), about [-1, 1]."""
+        """Decoded pixels (images of the group, passes, members, R, R, 3), about [-1, 1].
+
+        Args:
+            watch: called with the pixels of the members so far, after each batch of members but the last.
+        """
         key, ids, passes = key_of(key), self.image_ids(group, plan.images), self.passes(task)
         chunks = []
         for first in range(0, ensemble, plan.members):
             draw = draw_members(key, ids, first, plan.members, antithetic)
             chunks.append(np.asarray(self.engine.sample(*self.weights, latents, draw, passes, tables)))
+            if watch is not None and first + plan.members < ensemble:
+                watch(np.concatenate(chunks, axis=2)[: len(group)])
         return np.concatenate(chunks, axis=2)[: len(group), :, :ensemble]
 
     def image_ids(self, group: Sequence[dict[str, Any]], images: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -116,11 +116,14 @@ class Predictor(Model):
         key: int | jax.Array = 0,
         batch_size: int | None = None,
         count: int | None = None,
+        watch: Callable[[Estimate], None] | None = None,
     ) -> Iterator[Estimate]:
         """One result for each raw sample, in order; holds few batches of samples at a time.
 
         Args:
             count: how many samples there are, if that is known: short runs then take smaller batches.
+            watch: called with what the members so far give, where one sample's members come in several batches
+                (``batch_size``), squashed and with constant compute; not with the last, which is the result.
         """
         key, mode = key_of(key), get_task(task).reduce_mode(settings.reduce)
         tables = self.tables(settings, task, self.choose_diffusion(settings.preset, settings.spacing))
@@ -133,7 +136,10 @@ class Predictor(Model):
                 adaptive_stream, self, task=task, settings=settings, tables=tables, key=key, mode=mode, plan=plan
             )
         else:
-            run = partial(self.sampled, task=task, settings=settings, tables=tables, key=key, mode=mode, plan=plan)
+            seen = watch if settings.aspect == "squash" else None  # else these are parts of a picture, or padded
+            run = partial(
+                self.sampled, task=task, settings=settings, tables=tables, key=key, mode=mode, plan=plan, watch=seen
+            )
         yield from with_aspect(run, raws, task, settings.aspect, self.resolution)
 
     def sampled(
@@ -145,13 +151,29 @@ class Predictor(Model):
         key: int | jax.Array,
         mode: str,
         plan: BatchPlan,
+        watch: Callable[[Estimate], None] | None = None,
     ) -> Iterator[Estimate]:
-        """One result for each raw sample, squashed and with constant compute, in the batches of ``plan``."""
+        """One result for each raw sample, squashed and with constant compute, in the batches of ``plan``.
+
+        Args:
+            watch: see `stream`.
+        """
         key = key_of(key)
-        samples, forwards = iter(raws), self.evaluations(settings) * settings.ensemble
+        samples, each = iter(raws), self.evaluations(settings)
+
+        def merged(raw: dict[str, Any], pixels: np.ndarray) -> Estimate:
+            members = self.decode_members(pixels, task)
+            return self.merge(members, task, raw["image"].shape[:2], mode, prompt_of(raw, task), each * len(members))
+
         while group := list(itertools.islice(samples, plan.images)):
             latents = self.encode(group, task, plan)
-            pixels = self.sample(latents, group, task, settings.ensemble, tables, key, plan, settings.antithetic)
+            seen = None
+            if watch is not None and len(group) == 1:
+                seen = partial(_see, watch, partial(merged, group[0]))
+            pixels = self.sample(latents, group, task, settings.ensemble, tables, key, plan, settings.antithetic, seen)
             for raw, one in zip(group, pixels, strict=True):
-                members = self.decode_members(one, task)
-                yield self.merge(members, task, raw["image"].shape[:2], mode, prompt_of(raw, task), forwards)
+                yield merged(raw, one)
+
+
+def _see(watch: Callable[[Estimate], None], merged: Callable[[np.ndarray], Estimate], pixels: np.ndarray) -> None:
+    watch(merged(pixels[0]))

@@ -17,6 +17,7 @@ from scaling_perception.tasks.base import (
     Prompt,
     Scale,
     Task,
+    View,
     field_of,
     plain_native,
 )
@@ -137,6 +138,13 @@ FILES = {
 }
 
 
+VIEWS: dict[str, View] = {
+    "mask on the picture": lambda estimate, image: mask_over(image, estimate.prediction),
+    "mask": lambda estimate, image: np.repeat(estimate.prediction[..., None].astype(np.uint8) * 255, 3, axis=-1),
+    "whole object": lambda estimate, image: whole_picture(np.asarray(estimate.whole)),
+}
+
+
 # Measuring
 
 
@@ -228,6 +236,8 @@ TASK = Task(
     flags=("mask",),
     files=FILES,
     usual_files=("mask", "whole"),
+    views=VIEWS,
+    member_picture=whole_picture,
     protocol={
         "metrics": ["iou"],
         "alignment": "none",

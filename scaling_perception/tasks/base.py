@@ -135,6 +135,10 @@ class Scale(NamedTuple):
     colours: str = ""
 
 
+View = Callable[[Estimate, np.ndarray], np.ndarray]
+"""(estimate, picture uint8 RGB (H, W, 3)) -> what a person looks at, uint8 RGB (H, W, 3)."""
+
+
 class Encode(Protocol):
     def __call__(self, raw: Raw, resolution: int, options: Any, /) -> list[dict[str, Any]]: ...
 
@@ -248,6 +252,8 @@ class Task:
         flags: those of ``predict`` that belong to this task.
         files: name of a format -> kind of file -> ``File``.
         usual_files: the formats that are written unasked.
+        views: ways of showing an answer, by name; the first is the default.
+        member_picture: a member at native size (H, W[, C]) as uint8 RGB (H, W, 3).
 
     How it is measured:
         protocol: what decides a figure (``evaluation.protocols``).
@@ -292,6 +298,8 @@ class Task:
     flags: tuple[str, ...] = ()
     files: Mapping[str, Mapping[str, File]] = dataclasses.field(default_factory=dict)
     usual_files: tuple[str, ...] = ()
+    views: Mapping[str, View] = dataclasses.field(default_factory=dict)
+    member_picture: Callable[[np.ndarray], np.ndarray] | None = None
     protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sizes: str = ""
     metrics: tuple[str, ...] = ()

@@ -57,6 +57,42 @@ def flow_to_color(flow: np.ndarray, max_flow: float | None = None, valid: np.nda
     return np.where(known[..., None], np.floor(255 * colour), 0).astype(np.uint8)
 
 
+def flow_arrows(flow: np.ndarray, ground: np.ndarray, colour: tuple[int, int, int] = (255, 220, 0)) -> np.ndarray:
+    """Arrows of a flow (H, W, 2) in pixels, on a uint8 RGB picture (H, W, 3).
+
+    About 24 arrows along the longer side, each from the pixel that moves. The longest spans 1.6 times their distance,
+    so that lengths compare within a picture and not between pictures.
+    """
+    from PIL import Image, ImageDraw
+
+    height, width = flow.shape[:2]
+    apart = max(max(height, width) / 24, 4.0)
+    rows = np.arange(apart / 2, height, apart).astype(int)
+    columns = np.arange(apart / 2, width, apart).astype(int)
+    known = flow_valid(flow)
+    speeds = np.where(known, np.linalg.norm(np.where(known[..., None], flow, 0), axis=-1), 0)
+    longest = float(speeds[np.ix_(rows, columns)].max(initial=0))
+    if longest <= 0:
+        return ground
+    finer = 3  # drawn larger and shrunk, because Pillow's lines have no smooth edges
+    picture = Image.fromarray(ground).resize((width * finer, height * finer), Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(picture)
+    scale, thick = 1.6 * apart / longest, max(1, round(apart * finer / 10))
+    for y in rows:
+        for x in columns:
+            step = flow[y, x] * scale
+            length = float(np.hypot(*step)) if known[y, x] else 0.0
+            if length < 0.08 * apart:
+                continue
+            start = (np.array([x, y]) + 0.5) * finer
+            end, along = start + step * finer, step / length
+            across, head = np.array([-along[1], along[0]]), min(0.45 * length, 0.35 * apart) * finer
+            draw.line([*start, *(end - along * head)], colour, thick)
+            corners = (end, end - head * (along - 0.5 * across), end - head * (along + 0.5 * across))
+            draw.polygon([(float(cx), float(cy)) for cx, cy in corners], fill=colour)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BOX))
+
+
 def depth_to_color(depth: np.ndarray, valid: np.ndarray | None = None, name: str = "Spectral") -> np.ndarray:
     """Depth in [0, 1] (0 near) through a matplotlib colour map; near is red with the default, invalid is black.
 

@@ -17,6 +17,7 @@ from scaling_perception.tasks.base import (
     Pass,
     Scale,
     Task,
+    View,
     few_valid,
     field_of,
     prediction_of,
@@ -192,6 +193,13 @@ FILES = {
 }
 
 
+def _view(name: str) -> View:
+    return lambda estimate, image: depth_to_color(estimate.prediction, name=name)
+
+
+VIEWS = {name: _view(name) for name in ("Spectral", "inferno", "viridis", "turbo", "gray")}  # matplotlib's names
+
+
 # Measuring
 
 
@@ -333,6 +341,8 @@ TASK = Task(
     flags=("ply", "intrinsics", "fov", "range", "align", "align_space", "align_fit"),
     files=FILES,
     usual_files=("png16", "npy", "color"),
+    views=VIEWS,
+    member_picture=depth_to_color,
     protocol={
         "metrics": ["abs_rel", "delta1"],
         "alignment": "least squares, depth space",

@@ -23,13 +23,14 @@ from scaling_perception.tasks.base import (
     Prompt,
     Scale,
     Task,
+    View,
     few_valid,
     field_of,
     prediction_of,
     range_of,
     valid_of,
 )
-from scaling_perception.tasks.colours import flow_to_color, heat
+from scaling_perception.tasks.colours import flow_arrows, flow_to_color, heat
 from scaling_perception.tasks.metrics import FLOW_METRICS, OCCLUSION_METRICS, flow_metrics
 from scaling_perception.tasks.resize import resize_bilinear, resize_flow, resize_nearest
 from scaling_perception.tasks.samples import TaskOptions, check_pixels, picture, require, sample
@@ -130,6 +131,15 @@ FILES = {
 }
 
 
+VIEWS: dict[str, View] = {
+    "colours": lambda estimate, image: flow_to_color(estimate.prediction),
+    "arrows": lambda estimate, image: flow_arrows(estimate.prediction, image),
+    "arrows on colours": lambda estimate, image: flow_arrows(
+        estimate.prediction, flow_to_color(estimate.prediction), (20, 20, 20)
+    ),
+}
+
+
 # Measuring
 
 
@@ -223,6 +233,8 @@ TASK = Task(
     flags=("kitti",),
     files=FILES,
     usual_files=("flo", "color"),
+    views=VIEWS,
+    member_picture=flow_to_color,
     protocol={
         "metrics": ["epe", "epe_fitted"],
         "alignment": "none",

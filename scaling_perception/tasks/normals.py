@@ -287,6 +287,8 @@ TASK = Task(
     native=native,
     files=FILES,
     usual_files=("color", "npy"),
+    views={"colours": lambda estimate, image: normals_to_color(estimate.prediction)},
+    member_picture=normals_to_color,
     protocol={
         "metrics": ["mean_angle", "median_angle", "within_11.25"],
         "alignment": "none",

@@ -1,0 +1,42 @@
+"""How the page looks: fonts of the system alone, so that nothing is fetched; light and dark as the browser asks."""
+
+from typing import Any
+
+CSS = """
+.gradio-container { max-width: 1280px !important; margin: 0 auto !important; padding: 12px 16px 32px !important; }
+.head h1 { font-size: 1.5rem; font-weight: 700; margin: 4px 0 2px; letter-spacing: -0.01em; }
+.head p { margin: 0 0 2px; }
+.soft { color: var(--body-text-color-subdued); font-size: 0.86rem; filter: contrast(1.2); }
+.promise, .numbers { padding: 10px 14px 12px; }
+.dialbox, .dialbox > div, .dialbox .styler { background: var(--block-background-fill) !important; }
+.promise p, .numbers p { margin: 0 0 6px; line-height: 1.4; }
+.promise .label { display: block; font-size: 0.78rem; color: var(--body-text-color-subdued); }
+.big { font-size: 1.08rem; }
+.big b { font-size: 1.3rem; font-variant-numeric: tabular-nums; }
+.cost b { font-variant-numeric: tabular-nums; }
+.note { color: var(--error-text-color, #b91c1c); }
+svg.dial { width: 100%; max-width: 460px; height: auto; display: block; margin: 4px 0; }
+svg.dial text { fill: var(--body-text-color-subdued); font-size: 11px; }
+svg.dial .line { fill: none; stroke: var(--color-accent); stroke-width: 1.5; opacity: 0.6; }
+svg.dial line { stroke: var(--body-text-color-subdued); stroke-width: 1.2; opacity: 0.6; }
+svg.dial circle { fill: var(--body-text-color-subdued); }
+svg.dial .on line { stroke: var(--color-accent); stroke-width: 2.5; opacity: 1; }
+svg.dial .on circle { fill: var(--color-accent); }
+.numbers dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 8px 14px; margin: 0; }
+.numbers dt { font-size: 0.75rem; color: var(--body-text-color-subdued); }
+.numbers dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.numbers progress { width: 100%; height: 6px; }
+button:focus-visible, input:focus-visible, [tabindex]:focus-visible, select:focus-visible {
+  outline: 3px solid var(--color-accent) !important; outline-offset: 2px;
+}
+@media (max-width: 480px) { .gradio-container { padding: 8px 8px 24px !important; } }
+"""
+
+
+def theme() -> Any:
+    """Gradio's plain theme in a blue, with the system's own fonts."""
+    import gradio as gr
+
+    sans = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
+    mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
