@@ -86,13 +86,13 @@ def _rare_within(image: np.ndarray, box: np.ndarray, edges: tuple[int, int, int,
     outside = outside[:: max(1, len(outside) // 4000)]
     centres = np.unique(outside.round(), axis=0)
     if len(centres) > _CLUSTERS:
-        centres, _ = kmeans2(outside, _CLUSTERS, seed=0, minit="++")
+        centres, _ = kmeans2(outside, _CLUSTERS, rng=np.random.default_rng(0), minit="++")
     inside = smooth[top:bottom, left:right]
     away = np.min(np.linalg.norm(inside[:, :, None] - centres[None, None], axis=-1), axis=-1)
     usual = np.min(np.linalg.norm(outside[:, None] - centres[None], axis=-1), axis=-1)
     own = away > max(float(np.quantile(usual, 0.95)), 12.0, 0.45 * float(np.quantile(away, 0.98)))
     own = ndimage.binary_opening(own)
-    labels, count = ndimage.label(own)
+    labels, count = _labelled(own)
     if count:
         sizes = np.bincount(labels.ravel())[1:]
         own = np.isin(labels, 1 + np.flatnonzero(sizes >= 0.2 * sizes.max()))
@@ -102,6 +102,14 @@ def _rare_within(image: np.ndarray, box: np.ndarray, edges: tuple[int, int, int,
     found = np.zeros_like(box)
     found[top:bottom, left:right] = own
     return found
+
+
+def _labelled(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Connected parts of a mask, numbered from 1, and how many there are."""
+    from scipy import ndimage
+
+    labels = np.zeros(mask.shape, np.int32)
+    return labels, int(ndimage.label(mask, output=labels))  # pyright: ignore[reportArgumentType]
 
 
 def of_points(text: str, image: np.ndarray, tolerance: float) -> np.ndarray | None:
@@ -125,6 +133,6 @@ def of_points(text: str, image: np.ndarray, tolerance: float) -> np.ndarray | No
         if not (0 <= x < width and 0 <= y < height):
             raise UserError(f"points: {x},{y} lies outside of the picture of {width}x{height}: give points in it")
         near = np.linalg.norm(smooth - smooth[y, x], axis=-1) <= tolerance
-        labels, _ = ndimage.label(near)
+        labels, _ = _labelled(near)
         mask |= labels == labels[y, x]
     return ndimage.binary_fill_holes(mask)

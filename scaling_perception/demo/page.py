@@ -1,18 +1,19 @@
 """The page: a tab for each task of the model. All that differs between tasks is asked of the task."""
 
-import dataclasses
 import html
 import inspect
 from collections.abc import Callable, Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
+import gradio as gr  # pyright: ignore[reportMissingImports]
 import numpy as np
 
-from scaling_perception.demo import drawing, masks, text
-from scaling_perception.demo.session import Asked, Run, Session
+from scaling_perception.demo import drawing, text
+from scaling_perception.demo.marking import marking, mask_of
+from scaling_perception.demo.parts import EXAMPLES, QUIET, Inputs, example, one_line, upload
+from scaling_perception.demo.results import results
+from scaling_perception.demo.session import Asked, Session
 from scaling_perception.diffusion.caching import CACHES
 from scaling_perception.diffusion.schedules import PRESETS, SPACINGS
 from scaling_perception.diffusion.solvers import SOLVERS
@@ -22,47 +23,9 @@ from scaling_perception.inference.settings import SETTINGS
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import get_task
 from scaling_perception.tasks.base import Task
-from scaling_perception.tasks.colours import mask_over
 
-EXAMPLES = ("table", "room", "corridor")
-WAYS = ("Paint", "Box", "Points", "Mask file")
 PAIR, CLIP = "Two pictures", "A clip"
 _NEAR_FAR = "1,4"  # where relative depth 0 and 1 are put in the point cloud, unless said otherwise
-
-
-def upload(**how: Any) -> gr.Image:
-    """An upload that stays the file it was: it is read as `predict` reads it, and a bad one is one line.
-
-    The method is replaced, and not overridden: of every subclass Gradio writes a stub beside its source.
-    """
-    picture = gr.Image(type="filepath", image_mode=None, buttons=[], **how)
-    picture.preprocess = lambda payload: None if payload is None else payload.path
-    return picture
-
-
-@dataclasses.dataclass
-class Inputs:
-    """The components of a tab whose values make a request, by name, in the order in which they are sent."""
-
-    task: Task
-    parts: dict[str, gr.components.Component] = dataclasses.field(default_factory=dict)
-
-    @property
-    def components(self) -> list[gr.components.Component]:
-        return list(self.parts.values())
-
-    def named(self, values: tuple[Any, ...]) -> dict[str, Any]:
-        return dict(zip(self.parts, values, strict=True))
-
-
-def example(name: str, end: str) -> str:
-    """Path of a shipped example: ``.jpg``, ``_next.jpg`` or ``_visible.png``."""
-    return str(resources.files("scaling_perception.demo") / "examples" / f"{name}{end}")
-
-
-def one_line(error: UserError) -> gr.Error:
-    """A fault as the page shows it: its one line, until it is closed."""
-    return gr.Error(html.escape(str(error)), duration=None, title="Not done", print_exception=False)
 
 
 def build(session: Session, title: str) -> gr.Blocks:
@@ -86,8 +49,7 @@ def build(session: Session, title: str) -> gr.Blocks:
 
         every = [component for inputs, _ in tabs for component in inputs.components]
         outputs = [*(shown for _, shown in tabs), timer]
-        quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        timer.tick(tick, every, outputs, **quiet)
+        timer.tick(tick, every, outputs, **QUIET)
     return page
 
 
@@ -107,14 +69,11 @@ def _tab(session: Session, task: Task) -> tuple[Inputs, gr.HTML]:
                 stop = gr.Button("Stop", elem_id=f"stop-{task.name}", scale=1, min_width=80)
             _advanced(session, inputs)
         with gr.Column(scale=7, min_width=320, elem_classes="outputs"):
-            outputs, redraw = _outputs(session, task)
+            outputs, redraw = results(session, task)
 
-    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    for name in ("dial", *SETTINGS):
-        if name in inputs.parts:
-            inputs.parts[name].change(
-                lambda *values: _promise(session, inputs, values), inputs.components, promise, **quiet
-            )
+    knobs = inputs.only(("dial", *SETTINGS))
+    for part in knobs.components:
+        part.change(lambda *values: _promise(session, knobs, values), knobs.components, promise, **QUIET)
 
     def predict(*values: Any) -> Iterator[Any]:
         *own, view, overlay = values
@@ -142,7 +101,7 @@ def _tab(session: Session, task: Task) -> tuple[Inputs, gr.HTML]:
         api_name=task.name,
     )
     stop.click(None, cancels=[event], api_visibility="private")
-    return inputs, promise
+    return knobs, promise
 
 
 def _pictures(session: Session, inputs: Inputs) -> None:
@@ -173,106 +132,7 @@ def _pictures(session: Session, inputs: Inputs) -> None:
         )
     else:
         parts["picture"] = upload(label="Picture", elem_id=f"picture-{task.name}", **how)
-        _marking(session, inputs)
-
-
-def _marking(session: Session, inputs: Inputs) -> None:
-    """How the visible part of the object is marked."""
-    parts = inputs.parts
-    parts["way"] = gr.Radio(list(WAYS), value=WAYS[0], label="Mark the visible part of the object by", elem_id="way")
-    editor = parts["painted"] = gr.ImageEditor(
-        label="Paint over the object",
-        sources=(),
-        transforms=(),
-        layers=False,
-        image_mode="RGBA",
-        type="numpy",
-        format="png",
-        brush=gr.Brush(default_size=24, colors=["#ff5000"], color_mode="fixed"),
-        height=320,
-        buttons=[],
-        elem_id="painted",
-    )
-    hint = "Click two corners in the picture below, or write x0,y0 x1,y1 in pixels"
-    box = parts["box"] = gr.Textbox(label="Box", info=hint, visible=False, elem_id="box")
-    hint = "Click in the picture below, or write x,y x,y in pixels"
-    points = parts["points"] = gr.Textbox(label="Points", info=hint, visible=False, elem_id="points")
-    like = parts["like"] = gr.Slider(
-        4, 120, 30, step=1, label="How different a colour may be", visible=False, buttons=[]
-    )
-    file = parts["mask"] = upload(label="Mask file", sources=["upload"], height=160, visible=False)
-    marked = gr.Image(label="What counts as visible", interactive=False, height=260, buttons=[], visible=False)
-    outputs = [editor, box, points, like, file]
-    marking = Inputs(inputs.task, dict(parts))  # the components so far
-    own = marking.components
-    ways = (("Paint",), ("Box",), ("Points",), ("Points",), ("Mask file",))
-
-    def switch(way: str) -> list[Any]:
-        return [gr.update(visible=way in one) for one in ways]
-
-    def background(path: str | None) -> Any:
-        if path is None:
-            return None
-        try:
-            session.check_size(Path(path))
-            picture = drawing.shown(to_rgb(path))
-        except UserError as error:
-            raise one_line(named(error, path)) from None
-        return {"background": picture, "layers": [], "composite": None}
-
-    def preview(*values: Any) -> Any:
-        given = marking.named(values)
-        if given["picture"] is None or given["way"] == "Paint":
-            return gr.update(visible=False)
-        try:
-            session.check_size(Path(given["picture"]))
-            image = to_rgb(given["picture"])
-            mask = mask_of(given, image)
-        except UserError as error:
-            raise one_line(named(error, given["picture"])) from None
-        if isinstance(mask, str):
-            from scaling_perception.data.masks import to_mask
-
-            try:
-                mask = to_mask(mask)
-            except UserError as error:
-                raise one_line(named(error, mask)) from None
-        if mask is None or mask.shape != image.shape[:2]:
-            return gr.update(value=image, visible=True)
-        return gr.update(value=mask_over(image, mask), visible=True)
-
-    def click(given: dict[str, Any], at: list[int]) -> tuple[str, str]:
-        here = f"{at[0]},{at[1]}"
-        if given["way"] == "Box":
-            corners = given["box"].split()
-            return " ".join([*corners[:1], here] if len(corners) == 1 else [here]), given["points"]
-        return given["box"], f"{given['points']} {here}".strip() if given["way"] == "Points" else given["points"]
-
-    def clicked(event: gr.SelectData, *values: Any) -> tuple[str, str]:
-        return click(marking.named(values), event.index)
-
-    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    parts["way"].change(switch, parts["way"], outputs, **quiet)
-    parts["picture"].change(background, parts["picture"], editor, **quiet)
-    for name in ("picture", "way", "box", "points", "like", "mask"):
-        parts[name].change(preview, own, marked, **quiet)
-    marked.select(clicked, own, [box, points], **quiet)
-
-
-def named(error: UserError, path: str) -> UserError:
-    """The error with the file's own name, without the folder of uploads."""
-    return UserError(str(error).replace(f"{Path(path).parent}/", ""))
-
-
-def mask_of(given: dict[str, Any], image: np.ndarray) -> Any:
-    """The mask of a request, bool (H, W), or the path of a file; None where nothing is marked."""
-    if given["way"] == "Paint":
-        return masks.of_painting(given["painted"], image.shape[:2])
-    if given["way"] == "Box":
-        return masks.of_box(given["box"] or "", image)
-    if given["way"] == "Points":
-        return masks.of_points(given["points"] or "", image, given["like"])
-    return given["mask"]
+        marking(session, inputs)
 
 
 def _examples(inputs: Inputs) -> None:
@@ -366,108 +226,6 @@ def _advanced(session: Session, inputs: Inputs) -> None:
                 parts["intrinsics"] = gr.Textbox("", label="Intrinsics", info=hint, min_width=200, max_lines=1)
                 hint = "where relative depth 0 and 1 are put: NEAR,FAR"
                 parts["range"] = gr.Textbox(_NEAR_FAR, label="Range", info=hint, min_width=200, max_lines=1)
-
-
-def _outputs(session: Session, task: Task) -> tuple[dict[str, Any], Callable[[Run, str, float], list[Any]]]:
-    views = list(task.views)
-    found: dict[str, Any] = {"state": gr.State(0)}
-    found["numbers"] = gr.HTML(
-        '<div class="numbers"><p class="soft">Choose a picture, set the dial, press Run.</p></div>',
-        elem_id=f"numbers-{task.name}",
-        padding=False,
-    )
-    found["picture"] = gr.ImageSlider(
-        label="Picture | prediction",
-        elem_id=f"result-{task.name}",
-        height=460,
-        max_height=460,
-        buttons=["fullscreen"],
-        interactive=False,
-        slider_position=35,
-        format="png",
-    )
-    with gr.Row():
-        found["view"] = gr.Dropdown(
-            views, value=views[0], label="View", min_width=160, elem_id=f"view-{task.name}", interactive=len(views) > 1
-        )
-        found["overlay"] = gr.Slider(
-            0,
-            1,
-            0,
-            step=0.05,
-            label="Uncertainty overlay",
-            info="opacity where members differ most",
-            min_width=160,
-            buttons=[],
-            elem_id=f"overlay-{task.name}",
-        )
-    with gr.Tabs():
-        with gr.Tab("Members"):
-            found["members"] = gr.Gallery(
-                show_label=False,
-                columns=5,
-                fit_columns=False,
-                height=230,
-                object_fit="contain",
-                buttons=[],
-                elem_id=f"members-{task.name}",
-                interactive=False,
-                format="png",
-            )
-        if "ply" in task.files:
-            with gr.Tab("3-D", render_children=True):
-                found["cloud"] = gr.Model3D(
-                    label="Points: drag to turn, scroll to zoom",
-                    height=420,
-                    clear_color=(0.07, 0.08, 0.1, 1.0),
-                    camera_position=(90, 90, None),
-                    elem_id=f"cloud-{task.name}",
-                    interactive=False,
-                )
-        with gr.Tab("Files"):
-            found["files"] = gr.File(
-                label="Downloads: the files that predict writes",
-                file_count="multiple",
-                interactive=False,
-                elem_id=f"files-{task.name}",
-            )
-        with gr.Tab("Command"):
-            found["command"] = gr.Code(
-                label="The command that writes these files",
-                language="shell",
-                interactive=False,
-                wrap_lines=True,
-                lines=3,
-                show_line_numbers=False,
-                elem_id=f"command-{task.name}",
-            )
-
-    def pair(run: Run, view: str, overlay: float) -> tuple[np.ndarray, np.ndarray]:
-        return drawing.shown(run.image), drawing.shown(drawing.answer(run, view, overlay))
-
-    def redraw(run: Run, view: str, overlay: float) -> list[Any]:
-        shown = [run.number, text.numbers(run, session), pair(run, view, overlay), drawing.members(run)]
-        if not run.done:
-            return [*shown, *[gr.skip()] * (3 if "cloud" in found else 2)]
-        if "cloud" in found:
-            near, far = (float(word) for word in run.distances)
-            shown.append(str(drawing.write_cloud(run.folder / "cloud.glb", run, near, far)))
-        return [*shown, [str(path) for path in run.files], run.command]
-
-    def again(number: int, view: str, overlay: float) -> Any:
-        run = session.runs.get(number)
-        return gr.skip() if run is None else pair(run, view, overlay)
-
-    for name in ("view", "overlay"):
-        found[name].change(
-            again,
-            [found["state"], found["view"], found["overlay"]],
-            found["picture"],
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
-    return found, redraw
 
 
 # From the components' values to a request

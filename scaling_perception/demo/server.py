@@ -85,7 +85,7 @@ def served(session: Any, host: str, port: int, quiet: bool = True) -> Any:
     """Serve the page of a session while the block runs; yields its address."""
     os.environ.update({name: value for name, value in _QUIET.items() if value})
     os.environ["GRADIO_TEMP_DIR"] = str(session.folder / "uploads")
-    from starlette.middleware import Middleware
+    from starlette.middleware import Middleware  # pyright: ignore[reportMissingImports]
 
     from scaling_perception.demo.page import build
     from scaling_perception.demo.style import CSS, theme

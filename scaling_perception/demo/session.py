@@ -93,7 +93,7 @@ class Run:
     macs: float = float("nan")
     notes: tuple[str, ...] = ()
     camera: tuple[str, str] = ("", "")  # texts of intrinsics and fov
-    distances: tuple[str, str] = ("0", "1")
+    distances: tuple[str, ...] = ("0", "1")
 
     @property
     def members(self) -> int:

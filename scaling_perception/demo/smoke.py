@@ -21,9 +21,9 @@ def one_request(address: str, session: Any) -> str:
     Raises:
         UserError: the page, one of its files, the prediction or a download did not come.
     """
-    from gradio_client import Client, handle_file
+    from gradio_client import Client, handle_file  # pyright: ignore[reportMissingImports]
 
-    from scaling_perception.demo.page import EXAMPLES, example
+    from scaling_perception.demo.parts import EXAMPLES, example
 
     page = _get(f"{address}/").decode()
     script = re.search(r'src="\./(assets/[^"]+\.js)"', page)
@@ -33,7 +33,9 @@ def one_request(address: str, session: Any) -> str:
     ends = [".jpg"]
     if (prompt := get_task(name).prompt) is not None:
         ends.append("_next.jpg" if prompt.frame else "_visible.png")
-    given = dict(zip(("picture", "second"), (handle_file(example(EXAMPLES[0], end)) for end in ends), strict=False))
+    given: dict[str, Any] = dict(
+        zip(("picture", "second"), (handle_file(example(EXAMPLES[0], end)) for end in ends), strict=False)
+    )
     if prompt is not None and not prompt.frame:
         given["mask"], given["way"] = given.pop("second"), "Mask file"
     client = Client(address, verbose=False)

@@ -35,8 +35,8 @@ button:focus-visible, input:focus-visible, [tabindex]:focus-visible, select:focu
 
 def theme() -> Any:
     """Gradio's plain theme in a blue, with the system's own fonts."""
-    import gradio as gr
+    from gradio import themes  # pyright: ignore[reportMissingImports]
 
     sans = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
-    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
+    return themes.Default(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)

@@ -113,7 +113,7 @@ def numbers(run: Run, session: Session) -> str:
 
 def header(session: Session) -> str:
     """The page's first lines: what it is, which model."""
-    config, tasks = session.predictor.config, session.tasks
+    config, tasks = session.predictor.config, list(session.tasks)
     millions = sum(int(np.prod(leaf.shape)) for leaf in _leaves(session.predictor.params)) / 1e6
     listed = ", ".join(tasks[:-1]) + (" and " if len(tasks) > 1 else "") + tasks[-1]
     return (

@@ -159,7 +159,7 @@ def test_a_bad_request_is_one_line_with_the_persons_own_name(session, picture, t
         (Asked("depth", (one,), settings={"solver": "ddmi"}), "unknown --solver 'ddmi'; did you mean"),
         (Asked("depth", (one,), settings=few(), camera={"fov": "200"}), "--fov 200"),
         (Asked("flow", (one, None)), "needs the second frame too"),
-        (Asked("flow", (one, picture("small.png", 20, 20))), "small.png"),
+        (Asked("flow", (one, picture("small.png", 20, 20))), "give both the same size"),
         (Asked("amodal", (one,)), "is missing: paint it"),
         (Asked("amodal", (one,), np.zeros((40, 56), bool)), "is missing: paint it"),
     ]
