@@ -151,7 +151,7 @@ def test_small_models_and_ceilings_are_readable(tmp_path):
     assert "2 kMAC per image" in str(seen.tags) and "0.00" not in "".join(seen.all("svg", "aria-label"))
 
 
-def _with_pictures(folder, cells=((1, 1), (10, 1), (10, 5)), side=8):
+def with_pictures(folder, cells=((1, 1), (10, 1), (10, 5)), side=8):
     """An evaluation of one image with pictures of three settings, as `evaluate` writes them."""
     (folder / "panels").mkdir(exist_ok=True)
     names = {}
@@ -171,7 +171,7 @@ def _with_pictures(folder, cells=((1, 1), (10, 1), (10, 5)), side=8):
 
 
 def test_sliders_switch_pictures_that_are_in_the_page(tmp_path):
-    seen = Seen(report(tmp_path, eval=_with_pictures(tmp_path)))
+    seen = Seen(report(tmp_path, eval=with_pictures(tmp_path)))
     answers = [found for _, found in seen.tags if found.get("class") == "answer"]
     assert [one["data-key"] for one in answers] == ["1 1", "10 1", "10 5"]
     assert ["hidden" in one for one in answers] == [True, True, False], "without a script the most compute is shown"
@@ -185,7 +185,7 @@ def test_sliders_switch_pictures_that_are_in_the_page(tmp_path):
 
 
 def test_pictures_become_coarser_until_the_page_is_small(tmp_path, monkeypatch):
-    evaluation = _with_pictures(tmp_path, [(step, 1) for step in range(1, 6)], side=300)
+    evaluation = with_pictures(tmp_path, [(step, 1) for step in range(1, 6)], side=300)
     whole = report(tmp_path, eval=evaluation)
     monkeypatch.setattr("scaling_perception.report.MOST_BYTES", len(whole.encode()) - 100_000)
     smaller = report(tmp_path, eval=evaluation)
@@ -195,7 +195,7 @@ def test_pictures_become_coarser_until_the_page_is_small(tmp_path, monkeypatch):
 
 
 def test_models_are_compared_by_image(tmp_path):
-    first, second = _with_pictures(tmp_path), _with_pictures(tmp_path)
+    first, second = with_pictures(tmp_path), with_pictures(tmp_path)
     second = copy.deepcopy(second) | {"model": "runs/long"}
     for cell in second["cells"]:
         for row in cell["rows"]:
