@@ -50,7 +50,7 @@ FLAGS = {
 _USUAL = {"model": "mini", "dtype": "float32", "seed": 0, "every": 1, "start": 0}
 _BUDGETS = ("budget", "macs", "seconds")
 _CHOSEN_BY_BUDGET = ("steps", "ensemble", "preset", "spacing", "solver", "cache", "cache_interval")
-_GO_WITH = {"align_space": "align", "align_fit": "align"}
+_GO_WITH = {"align_space": "align", "align_fit": "align", "carry": "video", "flow": "video"}
 _WITH_REPEAT = ("out", "overwrite", "json", "workers", "model", "autoencoder", "mesh", "repeat")
 _OF_THE_RUN = (
     *("inputs", "list", "null", "recursive", "every", "start", "end", "mask"),
@@ -129,6 +129,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--repeat", metavar="JSON", help="make the prediction again that this record beside a result describes"
     )
+    group = parser.add_argument_group("clips")
+    group.add_argument(
+        "--video",
+        action="store_true",
+        default=None,
+        help="each video and folder of frames is one clip: the noise of its first frame and one scale and shift for "
+        "all, also written as a video, with its flicker",
+    )
+    group.add_argument(
+        "--carry", type=float, metavar="X", help="share of the last frame's latents in a frame's noise (default 0)"
+    )
+    group.add_argument("--flow", metavar="DIR", help="the frames' .flo files, to measure flicker along (default: own)")
     group = parser.add_argument_group("throughput")
     add_parts(group, "the list", "one index, OUT/TASK.index.json")
     group.add_argument(
@@ -182,6 +194,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError("-0 goes with a list: give --list FILE, or - as an input")
     if args.overwrite and args.resume:
         raise UserError("--overwrite makes all results again, --resume keeps them: leave out one")
+    if args.video and (args.shard is not None or args.merge):
+        raise UserError("--video makes whole clips: leave out --shard and --merge, and give each job its clips")
     if args.list == "-" and "-" in args.inputs:
         raise UserError("standard input is named twice: leave out - or --list -")
     for name in _BUDGETS:
@@ -348,6 +362,8 @@ def _repeat(args: argparse.Namespace, out: Path) -> int:
         ) from None
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise UserError(f"{args.repeat} would write outside of --out ('{name}'): mend its name")
+    if record["settings"].get("clip") is not None:
+        raise UserError(f"{args.repeat} is a frame of a clip, which is made as a whole: run its command again")
     for picture, known in zip(pictures, digests, strict=True):
         if digest(picture.path) != known:
             raise UserError(
@@ -368,6 +384,10 @@ def command_of(args: argparse.Namespace, item: "Item") -> list[str]:
     for name, value in vars(args).items():
         if name not in (*_OF_THE_RUN, "overrides") and value is not None and value != _USUAL.get(name):
             words += [flag_of(name)] if value is True else [flag_of(name), str(value)]
+    if args.video:  # a frame alone would be another prediction
+        more = [f"{flag_of(n)}={getattr(args, n)}" for n in ("every", "start", "end") if getattr(args, n)]
+        more += ["--mask", args.mask] if args.mask else []
+        return [*words, *more, "--", *(args.inputs or ["--list", str(args.list)])]
     first, *more = item.inputs
     prompt = None if args.task is None else get_task(args.task).prompt  # none: --repeat names the record
     paired = prompt is not None and prompt.frame
@@ -391,7 +411,8 @@ def _predict(
     part: Part | None = None,
 ) -> int:
     from scaling_perception import Predictor
-    from scaling_perception.inference.job import run_job
+    from scaling_perception.inference.clips import Motion
+    from scaling_perception.inference.job import run_clips, run_job
     from scaling_perception.inference.parts import run_part
     from scaling_perception.parallel.mesh import local_mesh
 
@@ -402,7 +423,10 @@ def _predict(
         request = request_of(args, *_by_budget(args, predictor, items, out))
     workers = min(4, os.cpu_count() or 1) if args.workers is None else args.workers
     how = {"resume": bool(args.resume), "workers": workers, "command": lambda item: command_of(args, item)}
-    if part is None:
+    if args.video:
+        motion = Motion(args.carry or 0.0, args.flow)
+        summary = run_clips(predictor, request, items, out, motion, bool(args.overwrite), **how)
+    elif part is None:
         summary = run_job(predictor, request, items, out, bool(args.overwrite), repeated=repeated, **how)
     else:
         left = (*_OF_THE_RUN, "out", "overrides", "workers")
@@ -446,6 +470,8 @@ def _report(args: argparse.Namespace, task: str, summary: dict[str, Any], out: P
     failed = f", {summary['failed']} failed" if summary["failed"] else ""
     line = f"{task}: {summary['written']} written to {out}{kept}{failed}"
     print(line, file=sys.stderr if args.json else sys.stdout)
+    for video in summary.get("clips", ()):
+        print(f"clip: {video}", file=sys.stderr if args.json else sys.stdout)
     if summary["anew"] is not None:
         print(f"note: made anew: {summary['anew']}", file=sys.stderr)
     if args.json:

@@ -176,7 +176,7 @@ def _folder(folder: Path, search: Search, note: Callable[[str], None]) -> list[l
 
 
 def _video(path: Path, search: Search) -> list[Picture]:
-    require_pyav(path)
+    require_pyav(f"{path} is a video", ", or give a folder of frames")
     try:
         times, fault = survey(path)
     except UserError:  # damaged: reported when it is read, so that the others go on

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scaling_perception.diffusion.caching import NO_CACHE
+from scaling_perception.inference.clips import Clip, Motion, check_clip, find_clips
 from scaling_perception.inference.find import Item
 from scaling_perception.inference.metric_depth import Points, check_inside, fit_points, points_of, read_points
 from scaling_perception.inference.outputs import (
@@ -93,6 +94,7 @@ def run_job(
     repeated: tuple[str, dict[str, Any]] | None = None,
     of: int | None = None,
     watch: Callable[[Estimate], None] | None = None,
+    clip: Clip | None = None,
 ) -> dict[str, Any]:
     """Make the files of every item.
 
@@ -105,6 +107,7 @@ def run_job(
         of: how many items there are with those of other jobs, which decides the batches; None: these.
         watch: called with every estimate before it is written, and with those of the members so far, see
             ``Predictor.stream``.
+        clip: the items are its frames: all are made where one is missing, and its video.
 
     Returns:
         JSON values: ``files`` (name, inputs, status written, kept or failed, outputs or error, and where settings were
@@ -119,11 +122,13 @@ def run_job(
     task, begin = request.task, time.perf_counter()
     predictor.check_task(task)
     settings = decided(request, predictor)
-    points = _points(request, items)
+    digest_of = _remember_videos()
+    whole = None if clip is None else clip.identity(digest_of)
+    settings |= {} if whole is None else {"clip": whole}
+    points = points_of_items(request, items) if clip is None else [clip.points] * len(items)
     options = [_options(request, item, own) for item, own in zip(items, points, strict=True)]
     if repeated is not None:
         _check_same(*repeated, settings, options[0], request.model)
-    digest_of = _remember_videos()
     results: dict[str, dict[str, Any]] = {}
     known = {item.name: (own, choice) for item, own, choice in zip(items, points, options, strict=True)}
 
@@ -148,6 +153,8 @@ def run_job(
             todo.append(item)
             if there.changed:
                 changed[item.name] = there.changed
+    if clip is not None and whole is not None and (todo or not clip.is_there(whole)):
+        todo = [item for item in items if results.get(item.name, {}).get("status") != "failed"]
     failed = [result["error"] for result in results.values() if result["status"] == "failed"]
     if len(failed) == len(items):
         more = "" if len(failed) == 1 else f" (and {len(failed) - 1} more like it)"
@@ -168,7 +175,8 @@ def run_job(
             return fault
         try:
             paths = [p.path if p.frame is None else videos.read(p.path, p.frame) for p in item.inputs]
-            raw = predictor.raw_inputs(paths[:1], task, paths[1:] or None)[0]
+            raw: dict[str, Any] = predictor.raw_inputs(paths[:1], task, paths[1:] or None)[0]
+            raw["name"] = item.name
             if request.align is not None:
                 own = known[item.name][0]
                 if own is None:
@@ -190,7 +198,9 @@ def run_job(
     def put(ready: _Ready, estimate: Estimate) -> None:
         item, (own, choice) = ready.item, known[ready.item.name]
         fit = None
-        if own is not None:
+        if clip is not None:
+            fit = clip.fit
+        elif own is not None:
             fit = fit_points(estimate.prediction, own, request.extras.space, request.extras.fit)
         files = output_files(task, item.name, request.formats)
         macs = predictor.macs(task, 1, 1) * estimate.forwards
@@ -234,8 +244,11 @@ def run_job(
             note = "by its points what the prediction has nearer is farther: check the columns x, y and depth"
             results[item.name]["note"] = f"{item.inputs[0]}: {note}"
 
-    _compute(predictor, request, todo, of or len(todo), readers, workers, read, finish, results, watch)
+    _compute(predictor, request, todo, of or len(todo), readers, workers, read, finish, results, watch, clip)
     videos.close()
+    if clip is not None and todo:
+        made = [item.name for item in items if results[item.name]["status"] != "failed"]
+        clip.finish(made, settings, request, None if command is None else command(items[0]))
     done = {name: words for name, words in changed.items() if "changed" in results[name]}
     files = [{"name": i.name, "inputs": [str(p) for p in i.inputs], **results[i.name]} for i in items]
     about = {"task": task, "model": request.model, "out": str(out)}
@@ -243,6 +256,42 @@ def run_job(
         **summary_of(about, files, time.perf_counter() - begin, predictor.compile_seconds),
         "anew": _anew(done, len(items), out) if done else None,
     }
+
+
+def run_clips(
+    predictor: Predictor,
+    request: Request,
+    items: Sequence[Item],
+    out: Path,
+    motion: Motion,
+    overwrite: bool = False,
+    **how: Any,
+) -> dict[str, Any]:
+    """Make the files of every frame, the video and the record of each clip (see ``clips``).
+
+    Args:
+        how: as for `run_job`.
+
+    Returns:
+        What `run_job` does, of all clips together, and ``clips``, the videos.
+
+    Raises:
+        UserError: as `run_job`; what does not go with a clip, one of a single frame, or two of one name.
+    """
+    check_clip(request.settings, motion)
+    clips = []
+    for own in find_clips(items):
+        points = points_of_items(request, own) if request.align is not None else None
+        clips.append(Clip(own, out, request.task, motion, points))
+        if clips[-1].video in [clip.video for clip in clips[:-1]]:
+            raise UserError(f"two clips would be written to {clips[-1].video}: give each its own --out")
+    found = [run_job(predictor, request, clip.items, out, overwrite, clip=clip, **how) for clip in clips]
+    files = [file for one in found for file in one["files"]]
+    about = {"task": request.task, "model": request.model, "out": str(out)}
+    anew = "; ".join(one["anew"] for one in found if one["anew"] is not None)
+    seconds = sum(one["seconds"] for one in found)
+    whole = summary_of(about, files, seconds, predictor.compile_seconds)
+    return {**whole, "anew": anew or None, "clips": [str(clip.video) for clip in clips]}
 
 
 def _anew(changed: Mapping[str, tuple[str, ...]], of: int, out: Path) -> str:
@@ -275,6 +324,7 @@ def _compute(
     finish: Callable[[_Ready, Estimate], None],
     results: dict[str, dict[str, Any]],
     watch: Callable[[Estimate], None] | None,
+    clip: Clip | None,
 ) -> None:
     task, settings = request.task, request.settings
     if not todo:
@@ -297,7 +347,10 @@ def _compute(
                     waiting.append(ready)
                     yield ready.raw
 
-        stream = predictor.stream(raws(), task, settings, request.seed, request.batch_size, of, watch)
+        if clip is None:
+            stream = predictor.stream(raws(), task, settings, request.seed, request.batch_size, of, watch)
+        else:
+            stream = clip.stream(predictor, raws(), request)
         for estimate in progress(stream, len(todo), f"predict {task}"):
             if watch is not None:
                 watch(estimate)
@@ -349,7 +402,8 @@ def decided(request: Request, predictor: Predictor) -> dict[str, Any]:
     }
 
 
-def _points(request: Request, items: Sequence[Item]) -> list[Points | None]:
+def points_of_items(request: Request, items: Sequence[Item]) -> list[Points | None]:
+    """The points of known distance of each item; None where the request's file has none."""
     if request.align is None:
         return [None] * len(items)
     return points_of(request.align, read_points(request.align), [item.inputs[0] for item in items])

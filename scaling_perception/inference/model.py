@@ -420,7 +420,10 @@ def prompt_of(raw: dict[str, Any], task: str) -> Any:
 
 
 def image_id(raw: dict[str, Any]) -> int:
-    """A number that the image's own pixels decide (CRC-32): its share of the noise key."""
+    """A number that the image's own pixels decide (CRC-32), its share of the noise key; a frame of a clip may hold that
+    of the first as ``noise_id``."""
+    if "noise_id" in raw:
+        return raw["noise_id"]
     return zlib.crc32(raw["image"].tobytes(), zlib.crc32(repr(raw["image"].shape).encode()))
 
 

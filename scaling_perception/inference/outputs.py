@@ -301,7 +301,7 @@ def what_is_there(
             f"{path} is the result of {first}, not of {item.inputs[0]}: "
             "give another --out, or --overwrite to replace it"
         )
-    changed = [_said(*other) for other in difference(own, settings)]
+    changed = [_said(*other) for other in difference(own, {"clip": None, **settings})]
     for kind in files.keys() & past.keys():
         was, now = past[kind], options[kind]
         changed += [_said(n, was.get(n), now.get(n)) for n in {**now, **was} if was.get(n) != now.get(n)]

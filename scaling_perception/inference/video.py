@@ -7,8 +7,9 @@ import contextlib
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Generator, Iterator
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -60,25 +61,27 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def require_pyav(path: Path) -> Any:
+def require_pyav(what: str, instead: str = "") -> Any:
     """The module ``av``.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed; ``what`` needs it, and ``instead`` is another way.
     """
     try:
         import av
     except ImportError:
-        raise UserError(
-            f"{path} is a video, which needs PyAV: pip install 'scaling-perception[video]', or give a folder of frames"
-        ) from None
+        raise UserError(f"{what}, which needs PyAV: pip install 'scaling-perception[video]'{instead}") from None
     return av
+
+
+def _reading(path: Path) -> Any:
+    return require_pyav(f"{path} is a video", ", or give a folder of frames")
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """A container and its best video stream, never a cover picture; what PyAV raises becomes one line."""
-    av = require_pyav(path)
+    av = _reading(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist: check the path")
     try:
@@ -189,7 +192,7 @@ def _ebml_size(data: bytes, place: int) -> tuple[int | None, int]:
 
 def _frames(path: Path) -> Generator[Any, None, None]:
     """The frames that can be decoded, in the order of showing; None for a packet that cannot be."""
-    av = require_pyav(path)
+    av = _reading(path)
     with _opened(path) as (container, stream):
         stream.thread_type = "AUTO"
         for packet in container.demux(stream):
@@ -269,3 +272,41 @@ class VideoReader:
             self._frames.close()  # and with it the container
         self._path, self._frames, self._pending, self._next, self._count = None, None, None, 0, 0
         self._kept.clear()
+
+
+def frame_rate(path: Path) -> Fraction:
+    """Frames a second of a video, 25 where it does not say.
+
+    Raises:
+        UserError: no video, a damaged one, or PyAV is not installed.
+    """
+    with _opened(path) as (_, stream):
+        return Fraction(stream.average_rate or 25)
+
+
+class VideoWriter:
+    """Writes uint8 RGB frames (H, W, 3) of one size into an MP4 (H.264); a side of odd length is filled up by one."""
+
+    def __init__(self, path: Path, rate: Fraction | int) -> None:
+        av = require_pyav(f"{path} is a video")
+        self._av, self._rate, self._stream = av, Fraction(rate).limit_denominator(65535), None
+        self._container = av.open(str(path), "w", format="mp4")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._container.mux(self._stream.encode())
+        self._container.close()
+
+    def add(self, pixels: np.ndarray) -> None:
+        """Append a frame."""
+        height, width = pixels.shape[:2]
+        pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if self._stream is None:
+            self._stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": "16"})
+            self._stream.height, self._stream.width = pixels.shape[:2]
+            self._stream.pix_fmt = "yuv420p"
+        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        self._container.mux(self._stream.encode(frame))

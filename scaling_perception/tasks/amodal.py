@@ -258,4 +258,5 @@ TASK = Task(
     ceilings=("threshold",),
     panels=panels,
     panel_scales=panel_scales,
+    clip_picture=lambda mask, scale: np.repeat(np.uint8(255) * mask[..., None], 3, axis=-1),
 )

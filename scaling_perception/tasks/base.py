@@ -209,6 +209,11 @@ def no_panels(raw: Raw, estimate: Estimate, protocol: Mapping[str, Any]) -> dict
     return {}
 
 
+def no_picture(prediction: np.ndarray, scale: float | None) -> np.ndarray:
+    """For a task that predicts nothing of a picture."""
+    raise ValueError("this task has no frames to show")
+
+
 def no_scales(raw: Raw, protocol: Mapping[str, Any]) -> dict[str, Scale]:
     """Nothing is known of the colours."""
     return {}
@@ -269,6 +274,8 @@ class Task:
         baseline_names: trivial answer or ceiling -> what it is, in words.
         ceilings: further ceilings that are made of the encoded truth.
         panels: (prepared sample, estimate, protocol) -> prompt, truth, prediction, error as uint8 RGB (H, W, 3).
+        clip_picture: (answer at native size, scale) -> uint8 RGB (H, W, 3), a frame of a clip's video.
+        clip_scale: answer -> what colours are scaled by, whose largest value all frames of a clip share; None: nothing.
         panel_scales: (prepared sample, protocol) -> what their colours mean, and those of the uncertainty.
     """
 
@@ -313,6 +320,8 @@ class Task:
     baseline_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ceilings: tuple[str, ...] = ()
     panels: Callable[[Raw, Estimate, Mapping[str, Any]], dict[str, np.ndarray]] = no_panels
+    clip_picture: Callable[[np.ndarray, float | None], np.ndarray] = no_picture
+    clip_scale: Callable[[np.ndarray], float] | None = None
     panel_scales: Callable[[Raw, Mapping[str, Any]], dict[str, Scale]] = no_scales
 
     @property

@@ -370,4 +370,5 @@ TASK = Task(
     },
     panels=panels,
     panel_scales=panel_scales,
+    clip_picture=lambda prediction, scale: depth_to_color(prediction),
 )

@@ -252,4 +252,6 @@ TASK = Task(
     baseline_names={"zero": "zero flow", "oracle_mean": "mean of the true flow"},
     panels=panels,
     panel_scales=panel_scales,
+    clip_picture=flow_to_color,
+    clip_scale=lambda flow: float(np.linalg.norm(flow, axis=-1).max()) + 1e-5,
 )

@@ -306,4 +306,5 @@ TASK = Task(
     baseline_names={"constant": "best constant (fitted)", "ground_plane": "floor and wall (fitted)"},
     panels=panels,
     panel_scales=panel_scales,
+    clip_picture=lambda prediction, scale: normals_to_color(prediction),
 )

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from scaling_perception.data.scenes.geometry import (
     BALL,
@@ -457,3 +458,29 @@ def move(thing: Thing, points: Array) -> Array:
 def _turn(vector: Array) -> Array:
     angle = float(np.linalg.norm(vector))
     return np.eye(3, dtype=np.float32) if angle < 1e-9 else rotation_about(vector, angle)
+
+
+def between(scene: Scene, first: float, second: float) -> Scene:
+    """The scene at two times, where 0 is its first frame and 1 its second: things and camera move evenly."""
+
+    def turned(one: Array, other: Array, share: float) -> Array:
+        turn = Rotation.from_matrix(np.asarray(other, np.float64) @ np.asarray(one, np.float64).T).as_rotvec()
+        return (Rotation.from_rotvec(share * turn).as_matrix() @ one).astype(np.float32)
+
+    def moved(one: Array, other: Array, share: float) -> Array:
+        return (one + share * (other - one)).astype(np.float32)
+
+    def camera(share: float) -> Camera:
+        one, other = scene.camera, scene.camera2
+        return Camera(turned(one.rotation, other.rotation, share), moved(one.eye, other.eye, share), scene.camera.focal)
+
+    things = []
+    for thing in scene.things:
+        if thing.rotation2 is None or thing.position2 is None:
+            things.append(thing)
+            continue
+        turns = [turned(thing.rotation, thing.rotation2, share) for share in (first, second)]
+        places = [moved(thing.position, thing.position2, share) for share in (first, second)]
+        poses = {"rotation": turns[0], "position": places[0], "rotation2": turns[1], "position2": places[1]}
+        things.append(dataclasses.replace(thing, **poses))
+    return dataclasses.replace(scene, things=things, camera=camera(first), camera2=camera(second))

@@ -122,23 +122,57 @@ def render_scene(index: int, resolution: int = 128) -> dict[str, Any]:
     Raises:
         UserError: index below 0, resolution outside 16..2048, or no integers.
     """
-    if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or index < 0:
-        raise UserError(f"scene index {index!r} is no number of a scene: give an integer of 0 or more")
-    if isinstance(resolution, bool) or not isinstance(resolution, (int, np.integer)) or not 16 <= resolution <= 2048:
-        raise UserError(f"resolution {resolution!r} cannot be rendered: give an integer from 16 to 2048")
-    index, resolution = int(index), int(resolution)
-    layout, noise = (np.random.default_rng(s) for s in np.random.SeedSequence([index, _SALT]).spawn(2))
+    index, resolution = _checked(index, resolution)
+    layout, noise = _generators(index)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         scene = layout_of.compose(layout)
         return _render(scene, f"scene-{index:010d}", resolution, layout.uniform(0.2, 0.52), noise)
 
 
-def _render(scene: Scene, key: str, resolution: int, wish: float, noise: np.random.Generator) -> dict[str, Any]:
+def render_clip(index: int, frames: int = 8, resolution: int = 128) -> list[dict[str, Any]]:
+    """Scene number ``index`` as a clip: camera and things move evenly from their first poses to their second ones.
+
+    Returns:
+        What `render_scene` does, of each of the ``frames`` 2 or more; ``flow`` and ``image2`` lead to the next frame
+        (of the last, as far beyond it). All frames have one exposure, and each its own grain.
+
+    Raises:
+        UserError: as `render_scene`; fewer than two frames.
+    """
+    index, resolution = _checked(index, resolution)
+    if isinstance(frames, bool) or not isinstance(frames, (int, np.integer)) or frames < 2:
+        raise UserError(f"frames {frames!r} of a clip: give an integer of 2 or more")
+    layout, noise = _generators(index)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scene, clip = layout_of.compose(layout), []
+        gain = _gain(scene, assemble(scene.surroundings, scene.things), layout.uniform(0.2, 0.52))
+        for frame in range(frames):
+            now = layout_of.between(scene, frame / (frames - 1), (frame + 1) / (frames - 1))
+            clip.append(_render(now, f"scene-{index:010d}-{frame:04d}", resolution, 0.0, noise, gain))
+    return clip
+
+
+def _checked(index: int, resolution: int) -> tuple[int, int]:
+    if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or index < 0:
+        raise UserError(f"scene index {index!r} is no number of a scene: give an integer of 0 or more")
+    if isinstance(resolution, bool) or not isinstance(resolution, (int, np.integer)) or not 16 <= resolution <= 2048:
+        raise UserError(f"resolution {resolution!r} cannot be rendered: give an integer from 16 to 2048")
+    return int(index), int(resolution)
+
+
+def _generators(index: int) -> list[np.random.Generator]:
+    """Of the layout and of the grain."""
+    return [np.random.default_rng(seed) for seed in np.random.SeedSequence([index, _SALT]).spawn(2)]
+
+
+def _render(
+    scene: Scene, key: str, resolution: int, wish: float, noise: np.random.Generator, gain: float | None = None
+) -> dict[str, Any]:
     line = np.arange(resolution, dtype=np.float32)
     x, y = (np.ascontiguousarray(v.reshape(-1)) for v in np.meshgrid(line, line))
     geometry = assemble(scene.surroundings, scene.things)
     geometry2 = assemble(scene.surroundings, scene.things, frame=2)
-    gain = _gain(scene, geometry, wish)
+    gain = _gain(scene, geometry, wish) if gain is None else gain
     first = _View(scene, scene.camera, geometry, resolution, x, y)
     second = _View(scene, scene.camera2, geometry2, resolution, x, y)
     smooth, centre, same = first.colours()
