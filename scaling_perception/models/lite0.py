@@ -75,8 +75,16 @@ def _depthwise(x: jax.Array, kernel: Any, stride: int) -> jax.Array:
         for column in range(side):
             last = (row + (sizes[0] - 1) * stride + 1, column + (sizes[1] - 1) * stride + 1)
             part = jax.lax.slice(x, (0, row, column, 0), (x.shape[0], *last, x.shape[3]), (1, stride, stride, 1))
-            out = out + part * kernel[row, column]
+            out = out + part * jnp.asarray(kernel[row, column])[None, None, None]
     return out
+
+
+def _shifted(x: jax.Array, bias: Any) -> jax.Array:
+    return x + jnp.asarray(bias)[None, None, None]
+
+
+def _dense(x: jax.Array, own: Mapping[str, Any]) -> jax.Array:
+    return _shifted(x @ jnp.asarray(own["kernel"]), own["bias"])
 
 
 def blocks_of(params: Mapping[str, Any], images: Float[AnyArray, "B H W 3"]) -> list[jax.Array]:
@@ -85,14 +93,14 @@ def blocks_of(params: Mapping[str, Any], images: Float[AnyArray, "B H W 3"]) -> 
     stem = params["stem"]
     kernel = jnp.asarray(stem["kernel"], x.dtype)
     x = jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    x = jax.nn.relu6(x + stem["bias"])
+    x = jax.nn.relu6(_shifted(x, stem["bias"]))
     found = []
     for number, block in enumerate(blocks()):
         own, y = params[f"block{number:02d}"], x
         if "expand" in own:
-            y = jax.nn.relu6(y @ own["expand"]["kernel"] + own["expand"]["bias"])
-        y = jax.nn.relu6(_depthwise(y, own["depth"]["kernel"], block.stride) + own["depth"]["bias"])
-        y = y @ own["project"]["kernel"] + own["project"]["bias"]
+            y = jax.nn.relu6(_dense(y, own["expand"]))
+        y = jax.nn.relu6(_shifted(_depthwise(y, own["depth"]["kernel"], block.stride), own["depth"]["bias"]))
+        y = _dense(y, own["project"])
         x = x + y if block.stride == 1 and block.into == block.width else y
         found.append(x)
     return found
@@ -127,8 +135,7 @@ def features(params: Mapping[str, Any], images: Float[AnyArray, "B H W 3"]) -> F
     Raises:
         UserError: H or W is no multiple of 16.
     """
-    own = params["features"]
-    return stacked(params, images) @ own["kernel"] + own["bias"]
+    return _dense(stacked(params, images), params["features"])
 
 
 def macs(channels: int, height: int, width: int) -> int:
