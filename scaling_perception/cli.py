@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from scaling_perception.support.compilation import keep_compiled_programs, quiet_libtpu
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.failures import explain, memory_cause
-from scaling_perception.support.stopping import answer_signals, leave_at_once, wait_if_leaving
+from scaling_perception.support.stopping import answer_signals, end_process, leave_at_once, wait_if_leaving
 from scaling_perception.support.streams import keep_standard_streams
 from scaling_perception.support.verbs import run_verb
 
@@ -117,6 +117,8 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         code = _run(list(sys.argv[1:] if words is None else words))
         sys.stdout.flush()  # an error of it is told here, not by the interpreter at its end
+        if words is None and "jax" in sys.modules and sys.argv[1] in IN_ONE_PROCESS:
+            end_process(code)
         return code
     except UserError as error:
         return _refuse(str(error), error.code)

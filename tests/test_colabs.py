@@ -94,6 +94,7 @@ def test_a_package_that_was_upgraded_after_its_import_is_refused(name, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # on a machine that is busy with other work
 @pytest.mark.parametrize("name", SMALL)
 def test_takes_under_ten_minutes_and_writes_into_one_folder(name, tmp_path):
     """At full size, as a process of its own on the CPU, with nothing compiled before."""
