@@ -192,3 +192,8 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     for page in pages:
         found = loads.search(page.read_text(encoding="utf-8"))
         assert not found, f"{page}: {found[0]}"
+
+
+def test_the_navigation_lists_every_page_once():
+    listed = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
