@@ -47,7 +47,7 @@ NEEDS = {
 }
 
 
-SHAPED = ("models", "diffusion", "ops")  # rooms whose signatures have shapes
+SHAPED = ("models", "diffusion", "ops", "tasks", "inference")  # rooms whose signatures have shapes
 
 
 def pytest_addoption(parser):

@@ -22,9 +22,10 @@ import numpy as np
 
 from scaling_perception.diffusion.sampler import SamplerTables, State
 from scaling_perception.inference.batches import BatchPlan
-from scaling_perception.inference.engine import draw_members
+from scaling_perception.inference.engine import NoiseKeys, draw_members
 from scaling_perception.inference.model import Model, prompt_of
 from scaling_perception.inference.settings import Settings
+from scaling_perception.support.shapes import Array, Bool, Float, RandomKey, Real
 from scaling_perception.tasks.base import Estimate
 
 _MEDIAN = math.sqrt(math.pi / 2)  # standard error of a median over that of a mean (normal members)
@@ -32,7 +33,7 @@ _DEVIATION = 1.4826  # standard deviation over median absolute deviation (normal
 _POOL = 4  # batches of images that are in work together, so that those that go on can close ranks
 
 
-def remaining_change(uncertainty: np.ndarray, members: int, most: int, mean: bool) -> float:
+def remaining_change(uncertainty: Real[np.ndarray, "..."], members: int, most: int, mean: bool) -> float:
     """Expected root-mean-square distance of the merged prediction of ``members`` members from that of ``most``.
 
     Args:
@@ -54,7 +55,7 @@ def adaptive_stream(
     task: str,
     settings: Settings,
     tables: SamplerTables,
-    key: jax.Array,
+    key: RandomKey,
     mode: str,
     plan: BatchPlan,
 ) -> Iterator[Estimate]:
@@ -91,7 +92,7 @@ def adaptive_stream(
         yield from (estimates[i] for i in range(len(pool)))
 
 
-def settled(uncertainty: np.ndarray, members: int, most: int, mode: str, tolerance: float | None) -> bool:
+def settled(uncertainty: Real[np.ndarray, "H W"], members: int, most: int, mode: str, tolerance: float | None) -> bool:
     """Whether an image needs no further members: it has all, or they would hardly move its prediction.
 
     Args:
@@ -105,13 +106,15 @@ def settled(uncertainty: np.ndarray, members: int, most: int, mode: str, toleran
     return remaining_change(uncertainty, members, most, mode == "mean") <= tolerance
 
 
-def estimate_change(now: np.ndarray, last: np.ndarray) -> np.ndarray:
+def estimate_change(
+    now: Float[np.ndarray, "I M P h w C"], last: Float[np.ndarray, "I M P h w C"]
+) -> Float[np.ndarray, "I M"]:
     """(I, M) change of clean estimates (I, M, P, h, w, C), root mean square of the pass that changes most: what an
     early exit holds against its tolerance."""
     return np.sqrt(np.mean(np.square(now - last), axis=(3, 4, 5))).max(axis=2)
 
 
-def rests(change: np.ndarray, tolerance: float, wanted: int) -> np.ndarray:
+def rests(change: Float[np.ndarray, "I M"], tolerance: float, wanted: int) -> Bool[np.ndarray, " I"]:
     """(I,) whether images take no further steps, by the change (I, M) of their members, the first ``wanted`` of which
     are asked for."""
     return change[:, :wanted].max(axis=1) <= tolerance
@@ -120,15 +123,15 @@ def rests(change: np.ndarray, tolerance: float, wanted: int) -> np.ndarray:
 def _sample(
     model: Model,
     group: list[dict[str, Any]],
-    latents: list[np.ndarray],
+    latents: list[Float[np.ndarray, "h w C"]],
     task: str,
     settings: Settings,
     tables: SamplerTables,
-    key: jax.Array,
+    key: RandomKey,
     first: int,
     count: int,
     plan: BatchPlan,
-) -> tuple[np.ndarray, list[float]]:
+) -> tuple[Float[np.ndarray, "I P M R R 3"], list[float]]:
     """Pixels (images of the group, P, M, R, R, 3) of members ``first`` …, and the evaluations that each
     image took."""
     padded = np.stack([*latents, *[latents[0]] * (plan.images - len(latents))])
@@ -143,14 +146,14 @@ def _sample(
 
 def _until_settled(
     model: Model,
-    latents: np.ndarray,
+    latents: Float[np.ndarray, "B h w C"],
     real: int,
     task: str,
     settings: Settings,
     tables: SamplerTables,
-    draw: Any,
+    draw: NoiseKeys,
     wanted: int,
-) -> tuple[np.ndarray, list[int]]:
+) -> tuple[Float[np.ndarray, "I P M R R 3"], list[int]]:
     engine, passes, params = model.engine, model.passes(task), model.params
     cond_tokens, modulation_table, state = engine.init_state(params, latents, draw, passes, tables)
     images = list(range(real))  # which image each row of the state is
@@ -183,7 +186,7 @@ def _until_settled(
     return np.asarray(engine.decode(model.weights[1], whole, passes))[:real], taken
 
 
-def _rows(cond_tokens: jax.Array, state: State, rows: list[int]) -> tuple[jax.Array, State]:
+def _rows(cond_tokens: Float[Array, "I P T D"], state: State, rows: list[int]) -> tuple[Float[Array, "J P T D"], State]:
     """The chosen images of a batch, repeated to a power of two (or to the batch's own size, if that is less)."""
     size = min(1 << (len(rows) - 1).bit_length(), cond_tokens.shape[0])
     index = np.asarray([*rows, *[rows[0]] * (size - len(rows))])

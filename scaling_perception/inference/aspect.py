@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Real, Shaped
 
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks import get_task
@@ -95,7 +96,7 @@ def join(task: str, aspect: str, size: tuple[int, int], boxes: list[Box], estima
     return (_unpad if aspect == "letterbox" else _blend_windows)(task, size, boxes, estimates)
 
 
-def _maps(raw: Raw) -> dict[str, np.ndarray]:
+def _maps(raw: Raw) -> dict[str, Shaped[np.ndarray, "H W *C"]]:
     """The fields of a raw sample that are pictures of the image's size."""
     size = raw["image"].shape[:2]
     return {name: value for name, value in raw.items() if isinstance(value, np.ndarray) and value.shape[:2] == size}
@@ -107,7 +108,7 @@ def _pad_to_square(raw: Raw) -> tuple[list[Box], list[Raw]]:
     top, left = (side - height) // 2, (side - width) // 2
     edges = ((top, side - height - top), (left, side - width - left))
 
-    def pad(value: np.ndarray) -> np.ndarray:
+    def pad(value: Shaped[np.ndarray, "H W *C"]) -> Shaped[np.ndarray, "side side *C"]:
         around = (*edges, *((0, 0),) * (value.ndim - 2))
         # an object does not go on beyond the picture; what is around it does
         return np.pad(value, around) if value.dtype == bool else np.pad(value, around, mode="edge")
@@ -120,7 +121,7 @@ def _unpad(task: str, size: tuple[int, int], boxes: list[Box], estimates: list[E
     (box,), (estimate,) = boxes, estimates
     side = estimate.size[0]
 
-    def crop(array: np.ndarray) -> np.ndarray:
+    def crop(array: Shaped[np.ndarray, "side side *C"]) -> Shaped[np.ndarray, "H W *C"]:
         return array[box.top : box.top + box.height, box.left : box.left + box.width]
 
     inner = estimate.members.shape[1] / side  # model pixels for each pixel of the padded picture
@@ -135,7 +136,9 @@ def _unpad(task: str, size: tuple[int, int], boxes: list[Box], estimates: list[E
     return Estimate(prediction, uncertainty, members, whole, size, estimate.forwards, painted)
 
 
-def _restretch(depth: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _restretch(
+    depth: Float[np.ndarray, "H W"], spread: Float[np.ndarray, "H W"]
+) -> tuple[Float[np.ndarray, "H W"], Float[np.ndarray, "H W"]]:
     """Depth whose range was set by more than this picture, to [0, 1] again."""
     low = depth.min()
     size = max(float(depth.max() - low), 1e-6)
@@ -171,10 +174,10 @@ def _cut(raw: Raw, resolution: int) -> tuple[list[Box], list[Raw]]:
     return boxes, [raw, *(crop(box) for box in boxes[1:])]
 
 
-def ramp(box: Box, size: tuple[int, int], overlap: float = OVERLAP) -> np.ndarray:
+def ramp(box: Box, size: tuple[int, int], overlap: float = OVERLAP) -> Float[np.ndarray, "height width"]:
     """Weights (height, width) float32 of a window: 1 inside, falling to (nearly) 0 at sides with a neighbour."""
 
-    def line(length: int, at_start: bool, at_end: bool) -> np.ndarray:
+    def line(length: int, at_start: bool, at_end: bool) -> Float[np.ndarray, " {length}"]:
         fall = max(1.0, length * overlap)
         distance = np.arange(length) + 0.5
         rise = np.clip(distance / fall, 0, 1)
@@ -187,8 +190,11 @@ def ramp(box: Box, size: tuple[int, int], overlap: float = OVERLAP) -> np.ndarra
 
 
 def blend(
-    pieces: list[np.ndarray], boxes: list[Box], size: tuple[int, int], rest: np.ndarray | None = None
-) -> np.ndarray:
+    pieces: list[Float[np.ndarray, "height width *C"]],
+    boxes: list[Box],
+    size: tuple[int, int],
+    rest: Real[np.ndarray, "H W *C"] | Bool[np.ndarray, "H W *C"] | None = None,
+) -> Float[np.ndarray, "H W *C"]:
     """Windows (height, width[, C]) to one array (H, W[, C]) float32, weighted by ``ramp``.
 
     Args:
@@ -227,7 +233,7 @@ def _blend_windows(task: str, size: tuple[int, int], boxes: list[Box], estimates
     uncertainty = blend(spreads, places, size, overview.uncertainty if left_out else None)
     if overview.whole is not None:  # votes of the windows that saw a part of the object
 
-        def votes(seen: list[Any], rest: np.ndarray) -> np.ndarray:
+        def votes(seen: list[Any], rest: Bool[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
             return blend([one.astype(np.float32) for one in seen], places, size, rest) >= 0.5
 
         prediction, painted = votes(predictions, overview.prediction), overview.painted

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
 
 from scaling_perception.data.formats import write_image
 from scaling_perception.diffusion.guidance import guided
@@ -16,6 +17,7 @@ from scaling_perception.diffusion.schedules import get_diffusion
 from scaling_perception.diffusion.solvers import sampler_tables
 from scaling_perception.models.dit import DiT, DiTConfig, config_from_dict
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.shapes import Array, Float, Int, RandomKey, Real, Shaped
 from scaling_perception.tasks.colours import whole_picture
 
 GUIDED = 3  # of the four channels, as DiT's own sampler (facts 1.1)
@@ -38,7 +40,7 @@ def sample_classes(
     guidance: float = 4.0,
     channels: int = GUIDED,
     key: int = 0,
-) -> np.ndarray:
+) -> Float[np.ndarray, "B h w C"]:
     """Latents (N, h, w, 4) float32 of the classes ``labels``, in the network's own units.
 
     Picture i has the noise of its own number, whatever the others are.
@@ -70,22 +72,22 @@ def _sample(
     channels: int,
     noisy: bool,
     params: Any,
-    tables: Any,
-    label: Any,
-    part: Any,
-    root: Any,
-    guidance: Any,
-) -> jax.Array:
+    tables: SamplerTables,
+    label: Int[Array, " B"],
+    part: Int[Array, " B"],
+    root: RandomKey,
+    guidance: Real[Array, ""],
+) -> Float[Array, "B h w C"]:
     shape = (dit.input_size, dit.input_size, dit.in_channels)
 
-    def noise(number: Any) -> jax.Array:
+    def noise(number: int | Int[Array, ""]) -> Float[Array, "B h w C"]:
         """(B, h, w, C) for the start (0) or for a step (from 1)."""
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(root, i), number))(part)
         return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
     both = jnp.concatenate([label, jnp.full_like(label, dit.null_label)])
 
-    def pair(x: jax.Array, row: Any) -> jax.Array:
+    def pair(x: Float[Array, "pairs h w C"], row: SamplerTables) -> Float[Array, "pairs h w C"]:
         t = jnp.full((len(both),), row.t)
         return DiT(dit).apply({"params": params}, x, t, both)[..., : dit.in_channels]  # type: ignore[index]
 
@@ -103,7 +105,7 @@ def draw_classes(
     key: int = 0,
     solver: str = "ddim",
     autoencoder: str = "",
-) -> np.ndarray:
+) -> UInt8[np.ndarray, "B R R 3"]:
     """Pictures uint8 (N, R, R, 3) of a model folder's weights and description (``interop.model_folder.load_model``).
 
     Args:
@@ -138,7 +140,7 @@ def grid_of(count: int) -> int:
     return min(count, max(4, int(np.ceil(np.sqrt(count)))))
 
 
-def sheet(pictures: np.ndarray, gap: int = 2) -> np.ndarray:
+def sheet(pictures: Shaped[np.ndarray, "B H W 3"], gap: int = 2) -> Shaped[np.ndarray, "height width 3"]:
     """(N, R, R, 3) as one picture, row by row, on white."""
     count, side, columns = len(pictures), pictures.shape[1], grid_of(len(pictures))
     rows, step = -(-count // columns), side + gap

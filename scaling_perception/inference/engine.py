@@ -30,7 +30,9 @@ from scaling_perception.models.config import DiTConfig
 from scaling_perception.models.dit import DiT, PrecomputedConditioning, abstract_params, embed_conditions, modulations
 from scaling_perception.parallel.mesh import BATCH_AXES, replicated
 from scaling_perception.parallel.rules import tree_shardings
+from scaling_perception.support.shapes import Array, EitherArray, Float, Int, RandomKey, UInt
 
+Latents = Float[EitherArray, "I h w F"]  # of the pictures that condition, the channels of one after another
 _AHEAD = 2**30  # bytes of modulation that are kept for all steps together; beyond, each step computes its own
 
 
@@ -41,21 +43,21 @@ class NoiseKeys(NamedTuple):
         key: JAX key. ids: (I,) uint32, of the images. members: (M,) uint32. signs: (M,) float32, 1 or -1.
     """
 
-    key: jax.Array
-    ids: Any
-    members: Any
-    signs: Any
+    key: RandomKey
+    ids: UInt[EitherArray, " I"]
+    members: UInt[EitherArray, " M"]
+    signs: Float[EitherArray, " M"]
 
 
 class Passes(NamedTuple):
     """The task's passes: labels (P,) int32; shift and scale (P, C) float32 of the latents they were trained on."""
 
-    labels: Any
-    shift: Any
-    scale: Any
+    labels: Int[EitherArray, " P"]
+    shift: Float[EitherArray, "P C"]
+    scale: Float[EitherArray, "P C"]
 
 
-def draw_members(key: jax.Array, ids: np.ndarray, first: int, count: int, antithetic: bool) -> NoiseKeys:
+def draw_members(key: RandomKey, ids: UInt[np.ndarray, " I"], first: int, count: int, antithetic: bool) -> NoiseKeys:
     """The noise of members ``first`` to ``first + count - 1``; antithetic ones are pairs that differ in sign alone."""
     numbers = np.arange(first, first + count)
     signs = np.where(numbers % 2, -1.0, 1.0) if antithetic else np.ones(count)
@@ -63,7 +65,7 @@ def draw_members(key: jax.Array, ids: np.ndarray, first: int, count: int, antith
     return NoiseKeys(key, ids, members.astype(np.uint32), signs.astype(np.float32))
 
 
-def _inner(a: jax.Array, b: jax.Array) -> jax.Array:
+def _inner(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, ""]:
     return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32))
 
 
@@ -114,7 +116,7 @@ class Engine:
 
     # The graphs
 
-    def encode(self, vae: Any, pictures: Any) -> jax.Array:
+    def encode(self, vae: Any, pictures: Float[EitherArray, "F I R R 3"]) -> Float[Array, "I h w C"]:
         """Pictures (F, I, R, R, 3) of F fields to latents (I, h, w, F * 4)."""
         return self.run("encode", self._encode, vae, pictures)
 
@@ -122,12 +124,12 @@ class Engine:
         self,
         params: Any,
         vae: Any,
-        latents: Any,
+        latents: Latents,
         draw: NoiseKeys,
         passes: Passes,
         tables: SamplerTables,
         keep: tuple[int, ...] | None = None,
-    ) -> jax.Array:
+    ) -> Float[Array, "*kept I P M R R 3"]:
         """Pixels (I, P, M, R, R, 3), about [-1, 1]; with ``keep`` (K, I, P, M, R, R, 3) of those steps' estimates."""
         name, function, arguments = self._sampling(params, vae, latents, draw, passes, tables, keep)
         return self.run(name, function, *arguments)
@@ -140,7 +142,7 @@ class Engine:
         draw: NoiseKeys,
         passes: Passes,
         tables: SamplerTables,
-        keep: Any = None,
+        keep: tuple[int, ...] | None = None,
     ) -> tuple[str, Callable[..., jax.Array], tuple[Any, ...]]:
         noisy = bool(np.asarray(tables.sigma).any())  # the graph draws noise, or does not
         name = "sample" + (" with noise" if noisy else "") + (f" keeping {keep}" if keep else "")
@@ -154,25 +156,25 @@ class Engine:
         return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
 
     def cache_moments(
-        self, params: Any, latents: Any, draw: NoiseKeys, passes: Passes, tables: SamplerTables
-    ) -> np.ndarray:
+        self, params: Any, latents: Latents, draw: NoiseKeys, passes: Passes, tables: SamplerTables
+    ) -> Float[np.ndarray, "S 5"]:
         """(T, 5), what `caching.fit_weights` needs, of a run that computes every step; ``tables`` have a cache."""
         function = partial(self._cache_moments, noisy=bool(np.asarray(tables.sigma).any()))
         return np.asarray(self.run("cache moments", function, params, latents, draw, passes, tables))
 
     def init_state(
-        self, params: Any, latents: Any, draw: NoiseKeys, passes: Passes, tables: SamplerTables
-    ) -> tuple[Any, Any, State]:
+        self, params: Any, latents: Latents, draw: NoiseKeys, passes: Passes, tables: SamplerTables
+    ) -> tuple[Float[Array, "I P T D"], Any, State]:
         """What `run_steps` needs: conditions (I, P, T, D), the modulations of all steps, a state of (I, M, P, ...)."""
         return self.run("begin", self._init_state, params, latents, draw, passes, tables)
 
     def run_steps(
         self,
         params: Any,
-        cond_tokens: Any,
+        cond_tokens: Float[EitherArray, "I P T D"],
         modulation_table: Any,
         state: State,
-        labels: Any,
+        labels: Int[EitherArray, " P"],
         tables: SamplerTables,
         first: int,
         count: int,
@@ -185,11 +187,11 @@ class Engine:
             f"{count} steps", function, params, cond_tokens, modulation_table, state, labels, tables, np.int32(first)
         )
 
-    def decode(self, vae: Any, z: Any, passes: Passes) -> jax.Array:
+    def decode(self, vae: Any, z: Float[EitherArray, "I M P h w C"], passes: Passes) -> Float[Array, "I P M R R 3"]:
         """Clean latents (I, M, P, h, w, C) to pixels (I, P, M, R, R, 3)."""
         return self.run("decode", self._decode, vae, z, passes)
 
-    def round_trip(self, vae: Any, pictures: Any) -> jax.Array:
+    def round_trip(self, vae: Any, pictures: Float[EitherArray, "B R R 3"]) -> Float[Array, "B R R 3"]:
         """Pictures (B, R, R, 3) through the autoencoder and back."""
         return self.run("round_trip", self._round_trip, vae, pictures)
 
@@ -395,10 +397,10 @@ class Engine:
     def _run_steps(
         self,
         params: Any,
-        cond_tokens: Any,
+        cond_tokens: Float[EitherArray, "I P T D"],
         modulation_table: Any,
         state: State,
-        labels: Any,
+        labels: Int[EitherArray, " P"],
         tables: SamplerTables,
         first: Any,
         count: int,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from scaling_perception.data.images import from_array, from_pil, orientation, read_image
 from scaling_perception.data.masks import to_mask
@@ -13,7 +14,7 @@ from scaling_perception.tasks import TASKS, get_task
 from scaling_perception.tasks.samples import require
 
 
-def to_rgb(image: Any) -> np.ndarray:
+def to_rgb(image: Any) -> UInt8[np.ndarray, "H W 3"]:
     """One picture as uint8 RGB (H, W, 3).
 
     Args:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from scaling_perception.inference.find import Picture
 from scaling_perception.support.errors import UserError, did_you_mean
@@ -32,10 +33,10 @@ _TOLD = 256  # residuals that are listed one by one
 class Points(NamedTuple):
     """Sparse depth of one image, each (n,)."""
 
-    x: np.ndarray  # float64 pixels
-    y: np.ndarray
-    depth: np.ndarray  # float64 metres
-    lines: np.ndarray  # of the file, from 1
+    x: Float[np.ndarray, " n"]  # float64 pixels
+    y: Float[np.ndarray, " n"]
+    depth: Float[np.ndarray, " n"]  # float64 metres
+    lines: Int[np.ndarray, " n"]  # of the file, from 1
 
     def digest(self) -> str:
         """16 hexadecimal digits of the numbers."""
@@ -49,7 +50,7 @@ class MetricFit(NamedTuple):
     scale: float
     shift: float
     space: str
-    residuals: np.ndarray  # metres, fitted minus given, in the order of the points; inf where the line has no depth
+    residuals: Float[np.ndarray, " n"]  # metres, fitted minus given, as the points; inf where the line has no depth
 
     @property
     def inverted(self) -> bool:
@@ -152,7 +153,7 @@ def check_inside(points: Points, size: tuple[int, int]) -> None:
         )
 
 
-def at_points(depth: np.ndarray, points: Points) -> np.ndarray:
+def at_points(depth: Float[np.ndarray, "H W"], points: Points) -> Float[np.ndarray, " n"]:
     """A map (H, W) at the points, bilinear, float64 (n,).
 
     Raises:
@@ -185,7 +186,9 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> str:
     return value
 
 
-def fit_points(depth: np.ndarray, points: Points, space: str = "depth", method: str = "least-squares") -> MetricFit:
+def fit_points(
+    depth: Float[np.ndarray, "H W"], points: Points, space: str = "depth", method: str = "least-squares"
+) -> MetricFit:
     """Scale and shift from a prediction (H, W) to the points.
 
     Raises:
@@ -210,7 +213,7 @@ def fit_points(depth: np.ndarray, points: Points, space: str = "depth", method: 
     return MetricFit(float(scale), float(shift), space, metres - points.depth)
 
 
-def _robust(values: np.ndarray, wanted: np.ndarray) -> Fit:
+def _robust(values: Float[np.ndarray, " n"], wanted: Float[np.ndarray, " n"]) -> Fit:
     """Least median of squares, then least squares of the points that are near its line (Rousseeuw 1984)."""
     scale, shift = _through_two(values, wanted)
     residuals = np.abs(scale * values + shift - wanted)
@@ -219,7 +222,7 @@ def _robust(values: np.ndarray, wanted: np.ndarray) -> Fit:
     return fit_scale_shift(values, wanted, near)
 
 
-def _through_two(values: np.ndarray, wanted: np.ndarray) -> Fit:
+def _through_two(values: Float[np.ndarray, " n"], wanted: Float[np.ndarray, " n"]) -> Fit:
     """The line through two points whose absolute residual that just over half of all points keep is the smallest."""
     count = len(values)
     half = count // 2
@@ -239,7 +242,7 @@ def _through_two(values: np.ndarray, wanted: np.ndarray) -> Fit:
     return line
 
 
-def to_metres(depth: np.ndarray, fit: MetricFit) -> np.ndarray:
+def to_metres(depth: Float[np.ndarray, "H W"], fit: MetricFit) -> Float[np.ndarray, "H W"]:
     """The whole map in metres, float32; NaN where the line gives no distance in front of the camera."""
     line = fit.scale * np.asarray(depth, np.float64) + fit.shift
     known = line > 0

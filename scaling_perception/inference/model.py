@@ -7,6 +7,7 @@ of an image is the same in an ensemble of 5 or of 50, alone or in a batch, in an
 """
 
 import dataclasses
+import os
 import warnings
 import zlib
 from collections import Counter
@@ -30,6 +31,7 @@ from scaling_perception.models.compute import cached_macs, forward_macs
 from scaling_perception.models.config import config_from_dict
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.shapes import AnyArray, Array, Float, RandomKey, Shaped, UInt
 from scaling_perception.tasks import RELEASED, TaskOptions, get_task
 from scaling_perception.tasks.base import Estimate
 
@@ -102,7 +104,7 @@ class Model:
 
     @classmethod
     def from_pretrained(
-        cls, name: str, autoencoder: str | None = None, dtype: str = "float32", mesh: Any = None
+        cls, name: str | os.PathLike[str], autoencoder: str | None = None, dtype: str = "float32", mesh: Any = None
     ) -> Self:
         """Load a model.
 
@@ -133,7 +135,7 @@ class Model:
         """Seconds spent compiling so far."""
         return self.engine.compile_seconds
 
-    def macs(self, task: str, steps: int, ensemble: int) -> float:
+    def macs(self, task: str, steps: float, ensemble: int) -> float:
         """Multiply-accumulates of the DiT for one image: a forward pass × passes × steps × members. With a cache,
         ``steps`` are `evaluations`."""
         return self.macs_per_forward * len(get_task(task).passes) * steps * ensemble
@@ -311,7 +313,7 @@ class Model:
         draw = draw_members(jax.random.key(0), np.zeros(plan.images, np.uint32), 0, plan.members, False)
         return self.engine.sampling_bytes(*self.weights, latents, draw, self.passes(task), tables)
 
-    def encode(self, group: Sequence[dict[str, Any]], task: str, plan: BatchPlan) -> jax.Array:
+    def encode(self, group: Sequence[dict[str, Any]], task: str, plan: BatchPlan) -> Float[Array, "I h w C"]:
         """Latents (plan.images, h, w, cond_channels) of a group of raw samples; missing ones repeat the first."""
         conditions = [get_task(task).conditions(raw, self.resolution, self.options) for raw in group]
         conditions += [conditions[0]] * (plan.images - len(group))
@@ -321,16 +323,16 @@ class Model:
 
     def sample(
         self,
-        latents: Any,
+        latents: Float[AnyArray, "I h w C"],
         group: Sequence[dict[str, Any]],
         task: str,
         ensemble: int,
         tables: SamplerTables,
-        key: int | jax.Array,
+        key: int | RandomKey,
         plan: BatchPlan,
         antithetic: bool = False,
         watch: Callable[[np.ndarray], None] | None = None,
-    ) -> np.ndarray:
+    ) -> Float[np.ndarray, "J P M R R 3"]:
         """Decoded pixels (images of the group, passes, members, R, R, 3), about [-1, 1].
 
         Args:
@@ -345,7 +347,7 @@ class Model:
                 watch(np.concatenate(chunks, axis=2)[: len(group)])
         return np.concatenate(chunks, axis=2)[: len(group), :, :ensemble]
 
-    def image_ids(self, group: Sequence[dict[str, Any]], images: int) -> np.ndarray:
+    def image_ids(self, group: Sequence[dict[str, Any]], images: int) -> UInt[np.ndarray, " {images}"]:
         """(images,) uint32, each image's share of the noise key; what only fills the batch gets 0."""
         return np.asarray([image_id(raw) for raw in group] + [0] * (images - len(group)), np.uint32)
 
@@ -365,12 +367,12 @@ class Model:
             )
         return self._rows.index(name)
 
-    def _norm_rows(self, name: str, rows: list[int]) -> np.ndarray:
+    def _norm_rows(self, name: str, rows: list[int]) -> Float[np.ndarray, "P C"]:
         """(P, channels) float32; a model of one task may store that task's rows alone."""
         values = np.asarray(self.meta["latent_norm"][name], np.float32)
         return values[rows] if len(values) > max(rows) else values[: len(rows)]
 
-    def decode_members(self, pixels: np.ndarray, task: str) -> np.ndarray:
+    def decode_members(self, pixels: Float[np.ndarray, "P M R R 3"], task: str) -> Float[np.ndarray, "M R R *C"]:
         """Pixels (P, M, R, R, 3) of one image to members (M, R, R[, C]) at the model's resolution.
 
         Raises:
@@ -382,13 +384,13 @@ class Model:
 
     def merge(
         self,
-        members: np.ndarray,
+        members: Float[np.ndarray, "M R R *C"],
         task: str,
         size: tuple[int, int],
         mode: str,
-        prompt: np.ndarray | None = None,
+        prompt: Shaped[np.ndarray, "H W *D"] | None = None,
         forwards: float = 0,
-        reduced: tuple[np.ndarray, np.ndarray] | None = None,
+        reduced: tuple[Float[np.ndarray, "R R *C"], Float[np.ndarray, "R R"]] | None = None,
     ) -> Estimate:
         """Merge members (M, R, R[, C]) at the model's resolution, then resize to ``size`` (H, W), as Marigold does.
 
@@ -404,16 +406,18 @@ class Model:
         spread = what.native(spread, size)
         return Estimate(answer.prediction, spread, members, answer.whole, size, forwards, answer.painted)
 
-    def reduce(self, task: str, members: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    def reduce(
+        self, task: str, members: Float[np.ndarray, "M R R *C"], mode: str
+    ) -> tuple[Float[np.ndarray, "R R *C"], Float[np.ndarray, "R R"]]:
         """Members (M, R, R[, C]) to (prediction, uncertainty) at the model's resolution."""
         return get_task(task).merged(members, mode, self.options)
 
-    def round_trip(self, pictures: np.ndarray) -> np.ndarray:
+    def round_trip(self, pictures: Float[np.ndarray, "B R R 3"]) -> Float[np.ndarray, "B R R 3"]:
         """Pictures (B, R, R, 3) through the autoencoder and back: what no prediction can be better than."""
         return np.asarray(self.engine.round_trip(self._autoencoder_params, pictures))
 
 
-def prompt_of(raw: dict[str, Any], task: str) -> Any:
+def prompt_of(raw: dict[str, Any], task: str) -> Shaped[np.ndarray, "H W *C"] | None:
     """What a raw sample holds besides its picture for this task; None where the task asks for nothing."""
     asks = get_task(task).prompt
     return None if asks is None else raw.get(asks.field)
@@ -427,7 +431,7 @@ def image_id(raw: dict[str, Any]) -> int:
     return zlib.crc32(raw["image"].tobytes(), zlib.crc32(repr(raw["image"].shape).encode()))
 
 
-def key_of(key: int | jax.Array) -> jax.Array:
+def key_of(key: int | RandomKey) -> RandomKey:
     """A JAX key of a whole number; a key as it is."""
     if not isinstance(key, (int, np.integer)):
         return key

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Shaped, UInt8
 
 from scaling_perception.data import formats
 from scaling_perception.inference.find import Item, Picture
@@ -81,17 +82,17 @@ def output_files(task: str, name: str, chosen: Sequence[str]) -> dict[str, str]:
 class _Context(NamedTuple):
     """What writers may need besides the array: the picture, uint8 RGB (H, W, 3), and depth in metres where known."""
 
-    image: np.ndarray | None
+    image: UInt8[np.ndarray, "H W 3"] | None
     extras: Extras
-    metres: np.ndarray | None
+    metres: Float[np.ndarray, "H W"] | None
 
 
-def _write_npy(path: Path, array: np.ndarray, context: _Context) -> None:
+def _write_npy(path: Path, array: Shaped[np.ndarray, "..."], context: _Context) -> None:
     with atomic_path(path) as temporary:
         save_npy(temporary, np.ascontiguousarray(array, np.float32))
 
 
-def _write_cloud(path: Path, depth: np.ndarray, context: _Context) -> None:
+def _write_cloud(path: Path, depth: Float[np.ndarray, "H W"], context: _Context) -> None:
     image, extras, metres = context
     size = (depth.shape[0], depth.shape[1])
     camera = camera_of_fov(extras.fov or 0, size) if extras.camera is None else Camera(*extras.camera)
@@ -114,7 +115,7 @@ def _write_cloud(path: Path, depth: np.ndarray, context: _Context) -> None:
     write_ply(path, unproject(distance, camera), colours, comments)
 
 
-Writer = Callable[[Path, np.ndarray, _Context], None]
+Writer = Callable[[Path, Shaped[np.ndarray, "H W *C"], _Context], None]
 WRITERS: dict[str, Writer] = {
     "npy": _write_npy,
     "image": lambda path, array, context: formats.write_image(path, array),
@@ -138,7 +139,7 @@ def write_results(
     files: Mapping[str, str],
     task: str,
     estimate: Estimate,
-    image: np.ndarray | None = None,
+    image: UInt8[np.ndarray, "H W 3"] | None = None,
     extras: Extras | None = None,
     fit: MetricFit | None = None,
 ) -> None:

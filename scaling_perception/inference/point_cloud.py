@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path
@@ -58,7 +59,7 @@ def camera_of_fov(degrees: float, size: tuple[int, int]) -> Camera:
     return Camera(focal, focal, (width - 1) / 2, (height - 1) / 2)
 
 
-def unproject(depth: np.ndarray, camera: Camera) -> np.ndarray:
+def unproject(depth: Float[np.ndarray, "H W"], camera: Camera) -> Float[np.ndarray, "H W 3"]:
     """Distances along the camera's axis (H, W) to points float32 (H, W, 3) in the same unit."""
     height, width = depth.shape
     x = (np.arange(width) - camera.cx) / camera.fx
@@ -68,7 +69,10 @@ def unproject(depth: np.ndarray, camera: Camera) -> np.ndarray:
 
 
 def write_ply(
-    path: str | os.PathLike[str], points: np.ndarray, colours: np.ndarray, comments: Sequence[str] = ()
+    path: str | os.PathLike[str],
+    points: Float[np.ndarray, "H W 3"],
+    colours: UInt8[np.ndarray, "H W 3"],
+    comments: Sequence[str] = (),
 ) -> None:
     """Write coloured points as a binary little-endian PLY: float x, y, z and uchar red, green, blue.
 

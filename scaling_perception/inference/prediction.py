@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from scaling_perception.tasks import get_task
 from scaling_perception.tasks.base import Estimate
+
+Arrays: TypeAlias = Any  # (H, W[, C]), (I, H, W[, C]), or a list where sizes differ: numpy arrays in each case
 
 
 class Prediction:
@@ -26,7 +28,7 @@ class Prediction:
         whole: amodal only: float32 (H, W, 3) in [-1, 1], the painted object on white.
         forwards: network evaluations of each pass for each image: steps × members, which may differ between images;
             a step whose blocks come from a cache counts as the part of an evaluation that it computes, by MACs.
-        macs: float64, multiply-accumulates of the DiT for each image (NaN if nobody can count them).
+        macs: float64, multiply-accumulates of the DiT for each image (NaN if they are unknown).
     """
 
     def __init__(self, task: str, parts: Sequence[Estimate], macs: float, single: bool) -> None:
@@ -34,26 +36,26 @@ class Prediction:
         self.task = task
         self._parts, self._macs, self._single = tuple(parts), float(macs), single
 
-    def _gather(self, arrays: list[np.ndarray]) -> Any:
+    def _gather(self, arrays: list[np.ndarray]) -> Arrays:
         if self._single:
             return arrays[0]
         return np.stack(arrays) if len({a.shape for a in arrays}) == 1 else arrays
 
     @cached_property
-    def prediction(self) -> Any:
+    def prediction(self) -> Arrays:
         return self._gather([part.prediction for part in self._parts])
 
     @cached_property
-    def uncertainty(self) -> Any:
+    def uncertainty(self) -> Arrays:
         return self._gather([part.uncertainty for part in self._parts])
 
     @cached_property
-    def members(self) -> Any:
+    def members(self) -> Arrays:
         native = get_task(self.task).native
         return self._gather([np.stack([native(m, p.size) for m in p.members]) for p in self._parts])
 
     @cached_property
-    def whole(self) -> Any:
+    def whole(self) -> Arrays | None:
         found = [part.whole for part in self._parts if part.whole is not None]
         return self._gather(found) if found else None
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
 from scaling_perception.diffusion.sampler import SamplerTables
@@ -19,6 +18,7 @@ from scaling_perception.inference.model import Model, key_of, prompt_of
 from scaling_perception.inference.prediction import Prediction
 from scaling_perception.inference.settings import Settings
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.shapes import RandomKey
 from scaling_perception.tasks import get_task
 from scaling_perception.tasks.base import Estimate
 
@@ -32,7 +32,7 @@ class Predictor(Model):
         task: str = "depth",
         steps: int = 10,
         ensemble: int = 5,
-        key: int | jax.Array = 0,
+        key: int | RandomKey = 0,
         prompt: Any = None,
         preset: str | None = None,
         spacing: str | None = None,
@@ -72,7 +72,7 @@ class Predictor(Model):
         image: Any,
         task: str = "depth",
         at: Sequence[int] = (0, -1),
-        key: int | jax.Array = 0,
+        key: int | RandomKey = 0,
         prompt: Any = None,
         **settings: Any,
     ) -> list[Prediction]:
@@ -113,7 +113,7 @@ class Predictor(Model):
         raws: Iterable[dict[str, Any]],
         task: str,
         settings: Settings,
-        key: int | jax.Array = 0,
+        key: int | RandomKey = 0,
         batch_size: int | None = None,
         count: int | None = None,
         watch: Callable[[Estimate], None] | None = None,
@@ -148,7 +148,7 @@ class Predictor(Model):
         task: str,
         settings: Settings,
         tables: SamplerTables,
-        key: int | jax.Array,
+        key: int | RandomKey,
         mode: str,
         plan: BatchPlan,
         watch: Callable[[Estimate], None] | None = None,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from jaxtyping import UInt8
 
 from scaling_perception.support.errors import UserError
 
@@ -217,9 +218,9 @@ class VideoReader:
         self._count = 0
         self._next = 0
         self._pending: tuple[int, Any] | None = None  # number and frame that were decoded and not asked for yet
-        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._kept: OrderedDict[int, UInt8[np.ndarray, "H W 3"]] = OrderedDict()
 
-    def read(self, path: Path, index: int) -> np.ndarray:
+    def read(self, path: Path, index: int) -> UInt8[np.ndarray, "H W 3"]:
         """Frame ``index`` as uint8 RGB (H, W, 3), upright.
 
         Raises:
@@ -238,7 +239,7 @@ class VideoReader:
                     self._kept.popitem(last=False)
             return self._kept[index]
 
-    def _decode(self, path: Path, index: int) -> np.ndarray:
+    def _decode(self, path: Path, index: int) -> UInt8[np.ndarray, "H W 3"]:
         while (found := self._pending or self._advance()) is not None:
             number, frame = found
             self._pending = found if number > index else None

@@ -4,9 +4,12 @@ Affine-invariant depth is scored after the best s * prediction + t in depth spac
 2020; Marigold's protocol). The fit is per image, and per component where a flow is fitted.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Real
+
+from scaling_perception.tasks.shapes import Size, Unchecked
 
 THINNED = "no valid pixel in the columns that its alignment looks at"
 
@@ -18,7 +21,9 @@ class Fit(NamedTuple):
     shift: float
 
 
-def valid_values(pred: Any, gt: Any, valid: Any | None) -> tuple[np.ndarray, np.ndarray]:
+def valid_values(
+    pred: Unchecked, gt: Unchecked, valid: Bool[np.ndarray, "..."] | None
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """The valid entries of a prediction and its truth, float64 (n,) each.
 
     Args:
@@ -40,7 +45,7 @@ def valid_values(pred: Any, gt: Any, valid: Any | None) -> tuple[np.ndarray, np.
     return values, truth
 
 
-def fit_scale_shift(pred: Any, gt: Any, valid: Any | None = None) -> Fit:
+def fit_scale_shift(pred: Unchecked, gt: Unchecked, valid: Bool[np.ndarray, "..."] | None = None) -> Fit:
     """The scale and shift that minimise sum (scale * pred + shift - gt)^2 over the valid pixels.
 
     Degenerate cases have defined answers: a constant prediction (or one valid pixel) gives scale 0 and the mean of the
@@ -65,7 +70,7 @@ def fit_scale_shift(pred: Any, gt: Any, valid: Any | None = None) -> Fit:
     return Fit(scale, mean_truth - scale * mean)
 
 
-def nearest_columns(size: tuple[int, int], max_resolution: int) -> np.ndarray:
+def nearest_columns(size: Size, max_resolution: int) -> Int[np.ndarray, " n"]:
     """The columns of (H, W) that a fit at most ``max_resolution`` on the long side looks at, int64 (n,), rising.
 
     Marigold thins ETH3D's maps for the fit with a filter that acts on the width alone (facts 6.1), in float32; so here.
@@ -79,13 +84,13 @@ def nearest_columns(size: tuple[int, int], max_resolution: int) -> np.ndarray:
 
 
 def align(
-    pred: Any,
-    gt: Any,
-    valid: Any | None = None,
+    pred: Real[np.ndarray, "*shape"],
+    gt: Unchecked,
+    valid: Bool[np.ndarray, "..."] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
     max_resolution: int | None = None,
-) -> np.ndarray:
+) -> Float[np.ndarray, "*shape"]:
     """The prediction after its least-squares scale and shift, clipped to the range of the data set.
 
     Args:

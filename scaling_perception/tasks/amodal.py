@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Real, Shaped
 
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks.base import (
@@ -17,6 +18,7 @@ from scaling_perception.tasks.base import (
     Prompt,
     Scale,
     Task,
+    Traced,
     View,
     field_of,
     plain_native,
@@ -25,6 +27,7 @@ from scaling_perception.tasks.colours import mask_over, whole_picture
 from scaling_perception.tasks.metrics import MASK_METRICS, mask_iou, mask_metrics
 from scaling_perception.tasks.resize import resize_bilinear, resize_nearest
 from scaling_perception.tasks.samples import TaskOptions, check_pixels, picture, require, sample
+from scaling_perception.tasks.shapes import Colours, Mask, Pixels, Size, Spread
 
 PASSES = (Pass("amodal", 1),)
 
@@ -47,7 +50,7 @@ def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> lis
     return [sample(raw, PASSES[0], inputs, target, np.ones((resolution, resolution), bool))]
 
 
-def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, np.ndarray]:
+def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, Float[np.ndarray, "R R 3"]]:
     """The image, and the visible part's mask as three channels of -1 and +1."""
     mask = require(raw, "visible_mask", like="image").astype(bool)
     prompt = np.where(resize_nearest(mask, (resolution, resolution)), np.float32(1), np.float32(-1))
@@ -55,7 +58,7 @@ def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) ->
     return {"image": image, "prompt": np.repeat(prompt[..., None], 3, axis=-1)}
 
 
-def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOptions) -> np.ndarray:
+def decode_prediction(pixels: Pixels, size: Size, options: TaskOptions) -> Float[np.ndarray, "M height width 3"]:
     """The painted object, clipped to [-1, 1] and bilinear to ``size``; ``mask_from_whole`` makes the mask of it.
 
     Args:
@@ -69,7 +72,7 @@ def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOp
     return np.clip(np.stack([resize_bilinear(member, size) for member in whole]), -1, 1)
 
 
-def mask_from_whole(rgb: np.ndarray, threshold: float = 250) -> np.ndarray:
+def mask_from_whole(rgb: Real[np.ndarray, "*shape 3"], threshold: float = 250) -> Bool[np.ndarray, "*shape"]:
     """Where the picture is not white: 0.114 R + 0.587 G + 0.299 B <= ``threshold`` on 0..255 (pix2gestalt's rule).
 
     Args:
@@ -83,7 +86,7 @@ def mask_from_whole(rgb: np.ndarray, threshold: float = 250) -> np.ndarray:
     return levels @ np.array(GREY_WEIGHTS) <= threshold + 5e-4
 
 
-def inspect(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+def inspect(raw: Mapping[str, Any], size: Size) -> dict[str, Any]:
     """``visible``, the share of the picture that the visible part covers.
 
     Raises:
@@ -106,7 +109,9 @@ def check(raw: Mapping[str, Any]) -> None:
         raise UserError(f"sample '{raw['key']}': the mask is empty: {EMPTY_PROMPT}")
 
 
-def merge(members: np.ndarray, mode: str, options: TaskOptions) -> tuple[np.ndarray, np.ndarray]:
+def merge(
+    members: Real[np.ndarray, "M R R 3"], mode: str, options: TaskOptions
+) -> tuple[Float[np.ndarray, "R R 3"], Spread]:
     """Members (M, R, R, 3) to the painted object (R, R, 3) and its uncertainty (R, R), see ``tasks.ensemble``."""
     from scaling_perception.tasks import ensemble  # JAX: data workers load tasks without it
 
@@ -114,7 +119,12 @@ def merge(members: np.ndarray, mode: str, options: TaskOptions) -> tuple[np.ndar
     return np.asarray(merged[0]), np.asarray(merged[1])
 
 
-def restore(merged: np.ndarray, size: tuple[int, int], options: TaskOptions, prompt: np.ndarray | None) -> Answer:
+def restore(
+    merged: Float[np.ndarray, "R R 3"],
+    size: Size,
+    options: TaskOptions,
+    prompt: Shaped[np.ndarray, "H W"] | None,
+) -> Answer:
     """The mask of the painted object at native size; ``prompt``, the given mask, joins it under ``keep_visible``.
 
     The published rule: a mask at the model's size, brought back by nearest (facts 6.3).
@@ -125,7 +135,7 @@ def restore(merged: np.ndarray, size: tuple[int, int], options: TaskOptions, pro
     return Answer(mask, plain_native(merged, size), painted)
 
 
-def pixel_loss(prediction: Any, truth: Any, valid: Any, options: TaskOptions, /) -> Any:
+def pixel_loss(prediction: Traced, truth: Traced, valid: Traced, options: TaskOptions, /) -> Traced:
     """See ``tasks.pixel_losses.amodal_loss``."""
     from scaling_perception.tasks import pixel_losses  # JAX: data workers load tasks without it
 
@@ -162,12 +172,12 @@ def unmeasurable(raw: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
 
 
 def measure(
-    prediction: np.ndarray,
+    prediction: Shaped[np.ndarray, "H W"],
     raw: Mapping[str, Any],
     protocol: Mapping[str, Any],
     /,
     fitted: bool = False,
-    painted: np.ndarray | None = None,
+    painted: Mask | None = None,
 ) -> dict[str, float]:
     """``iou`` and ``dice`` of the answer, bool (H, W), ``iou_painted`` of what was painted (None: all of the answer),
     ``iou_joined`` of that and the given mask."""
@@ -177,17 +187,17 @@ def measure(
     return found | {"iou_painted": mask_iou(painted, truth), "iou_joined": mask_iou(painted | visible, truth)}
 
 
-def amodal_baselines(visible_mask: Any) -> dict[str, np.ndarray]:
+def amodal_baselines(visible_mask: Shaped[np.ndarray, "H W"]) -> dict[str, Mask]:
     """The amodal mask without completion: ``visible``, the mask that was given. (H, W) bool -> {name: (H, W) bool}."""
     return {"visible": np.asarray(visible_mask, bool)}
 
 
-def painted_whole(image: Any, whole_mask: Any) -> np.ndarray:
-    """What is seen inside the true mask, on white: uint8 (H, W, 3), where nobody has the whole object's picture."""
+def painted_whole(image: Colours, whole_mask: Shaped[np.ndarray, "H W"]) -> Colours:
+    """What is seen inside the true mask, on white: uint8 (H, W, 3), where there is no picture of the whole object."""
     return np.where(np.asarray(whole_mask, bool)[..., None], np.asarray(image, np.uint8), np.uint8(255))
 
 
-def panels(raw: Mapping[str, Any], estimate: Estimate, protocol: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def panels(raw: Mapping[str, Any], estimate: Estimate, protocol: Mapping[str, Any]) -> dict[str, Colours]:
     """Masks over the picture; the error is red where the prediction has too much, blue where it lacks."""
     truth, mask = np.asarray(raw["whole_mask"], bool), estimate.prediction
     error = np.zeros((*truth.shape, 3), np.uint8)

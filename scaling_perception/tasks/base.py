@@ -9,13 +9,19 @@ Shapes: M members, P passes, R the side of the model's square, (H, W) native siz
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+from jaxtyping import Float, Real, Shaped
 
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks.resize import resize_bilinear
+from scaling_perception.tasks.shapes import Colours, Map, Mask, Members, Native, Pixels, Size, Spread
+
+if TYPE_CHECKING:
+    import jax
 
 FIELDS: tuple[str, ...] = ("image", "prompt", "target")
 """The pictures of a training sample, for a task that does not name its own."""
@@ -27,6 +33,7 @@ WEIGHT = "_pixels"
 """Suffix of an entry of ``measure`` that is no metric: the weight of the metric before it in a mean over images."""
 
 Raw = Mapping[str, Any]
+Traced: TypeAlias = "jax.Array"  # shapes: `tasks.pixel_losses`, which imports JAX
 
 
 class Pass(NamedTuple):
@@ -42,7 +49,7 @@ class Pass(NamedTuple):
     id: int
     mirrored: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
-    def mirror(self, target: np.ndarray) -> np.ndarray:
+    def mirror(self, target: Real[np.ndarray, "R R 3"]) -> Real[np.ndarray, "R R 3"]:
         """A target picture (R, R, 3) as seen in a mirror. Doing it twice gives the same picture again."""
         turned = np.ascontiguousarray(target[:, ::-1])
         return turned if min(self.mirrored) > 0 else turned * np.asarray(self.mirrored, target.dtype)
@@ -63,7 +70,7 @@ class Prompt(NamedTuple):
     frame: bool
     cli: str
 
-    def example(self, side: int) -> np.ndarray:
+    def example(self, side: int) -> Shaped[np.ndarray, "{side} {side} *C"]:
         """A prompt (side, side[, 3]) that asks for nothing in particular, to measure times with."""
         return np.full((side, side, 3), 127, np.uint8) if self.frame else np.ones((side, side), bool)
 
@@ -87,21 +94,21 @@ class Metric(NamedTuple):
 class Estimate(NamedTuple):
     """One image's result, at the size of the model's own pictures where not said otherwise."""
 
-    prediction: np.ndarray  # native size
-    uncertainty: np.ndarray  # native size
-    members: np.ndarray
-    whole: np.ndarray | None  # native size; only of tasks that paint a picture and make their answer of it
-    size: tuple[int, int]
+    prediction: Native  # native size
+    uncertainty: Float[np.ndarray, "H W"]  # native size
+    members: Members
+    whole: Float[np.ndarray, "H W 3"] | None  # native; only of tasks that paint a picture and make their answer of it
+    size: Size
     forwards: float = 0  # network evaluations that each pass took, steps × members; see ``Model.evaluations``
-    painted: np.ndarray | None = None  # native size: the answer made of ``whole`` alone, without the prompt
+    painted: Mask | None = None  # native size: the answer made of ``whole`` alone, without the prompt
 
 
 class Answer(NamedTuple):
     """A merged map made into the task's answer at native size, see ``Estimate``."""
 
-    prediction: np.ndarray
-    whole: np.ndarray | None = None
-    painted: np.ndarray | None = None
+    prediction: Native
+    whole: Float[np.ndarray, "H W 3"] | None = None
+    painted: Mask | None = None
 
 
 class File(NamedTuple):
@@ -115,7 +122,7 @@ class File(NamedTuple):
 
     end: str
     writer: str
-    array: Callable[[Estimate], np.ndarray]
+    array: Callable[[Estimate], Native]
 
 
 class Scale(NamedTuple):
@@ -139,48 +146,37 @@ View = Callable[[Estimate, np.ndarray], np.ndarray]
 """(estimate, picture uint8 RGB (H, W, 3)) -> what a person looks at, uint8 RGB (H, W, 3)."""
 
 
-class Encode(Protocol):
-    def __call__(self, raw: Raw, resolution: int, options: Any, /) -> list[dict[str, Any]]: ...
-
-
-class Conditions(Protocol):
-    def __call__(self, raw: Raw, resolution: int, options: Any, /) -> dict[str, np.ndarray]: ...
-
-
-class Decode(Protocol):
-    def __call__(self, pixels: np.ndarray, size: tuple[int, int], options: Any, /) -> np.ndarray: ...
-
-
-class Merge(Protocol):
-    def __call__(self, members: np.ndarray, mode: str, options: Any, /) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-class PixelLoss(Protocol):
-    def __call__(self, prediction: Any, truth: Any, valid: Any, options: Any, /) -> Any: ...
-
-
-class Restore(Protocol):
-    def __call__(self, merged: np.ndarray, size: tuple[int, int], options: Any, prompt: Any, /) -> Answer: ...
+Encode = Callable[[Raw, int, Any], list[dict[str, Any]]]
+Conditions = Callable[[Raw, int, Any], dict[str, Map]]
+Decode = Callable[[Pixels, Size, Any], Members]
+Merge = Callable[[Members, str, Any], tuple[Map, Spread]]
+PixelLoss = Callable[[Traced, Traced, Traced, Any], Traced]
+Restore = Callable[[Map, Size, Any, Native | None], Answer]
 
 
 class Measure(Protocol):
     def __call__(
         self,
-        prediction: np.ndarray,
+        prediction: Native,
         raw: Raw,
         protocol: Mapping[str, Any],
         /,
         fitted: bool = False,
-        painted: np.ndarray | None = None,
+        painted: Mask | None = None,
     ) -> dict[str, float]: ...
 
 
-def prediction_of(estimate: Estimate) -> np.ndarray:
+def lazily(module: str, name: str) -> Callable[..., Any]:
+    """A function of another module of tasks, which imports JAX, when it is called: data workers load tasks without."""
+    return lambda *arguments: getattr(importlib.import_module(f"scaling_perception.tasks.{module}"), name)(*arguments)
+
+
+def prediction_of(estimate: Estimate) -> Native:
     """What most files hold: the prediction itself."""
     return estimate.prediction
 
 
-def plain_native(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def plain_native(array: Real[np.ndarray, "R R *C"], size: Size) -> Float[np.ndarray, "H W *C"]:
     """A map (R, R[, C]) at native size (H, W): bilinear, values as they are."""
     return resize_bilinear(array, size)
 
@@ -204,7 +200,7 @@ def few_valid(raw: Raw, protocol: Mapping[str, Any]) -> str:
     return ""
 
 
-def no_panels(raw: Raw, estimate: Estimate, protocol: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def no_panels(raw: Raw, estimate: Estimate, protocol: Mapping[str, Any]) -> dict[str, Colours]:
     """No pictures besides those that every task has."""
     return {}
 
@@ -284,7 +280,7 @@ class Task:
     encode: Encode
     conditions: Conditions
     decode_prediction: Decode
-    inspect: Callable[[Raw, tuple[int, int]], dict[str, Any]]
+    inspect: Callable[[Raw, Size], dict[str, Any]]
     ranges: Mapping[str, str]
     fields: tuple[str, ...] = FIELDS
     prompt: Prompt | None = None
@@ -299,7 +295,7 @@ class Task:
     check: Callable[[Raw], None] = nothing_to_check
     reduce_modes: tuple[str, ...] = ()
     merge: Merge | None = None
-    native: Callable[[np.ndarray, tuple[int, int]], np.ndarray] = plain_native
+    native: Callable[[Real[np.ndarray, "R R *C"], Size], Float[np.ndarray, "H W *C"]] = plain_native
     restore: Restore | None = None
     relative: bool = False
     flags: tuple[str, ...] = ()
@@ -316,10 +312,10 @@ class Task:
     prepare: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] = same_truth
     unmeasurable: Callable[[Raw, Mapping[str, Any]], str] = few_valid
     measure: Measure | None = None
-    baselines: Callable[[Raw], dict[str, np.ndarray]] | None = None
+    baselines: Callable[[Raw], dict[str, Native]] | None = None
     baseline_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ceilings: tuple[str, ...] = ()
-    panels: Callable[[Raw, Estimate, Mapping[str, Any]], dict[str, np.ndarray]] = no_panels
+    panels: Callable[[Raw, Estimate, Mapping[str, Any]], dict[str, Colours]] = no_panels
     clip_picture: Callable[[np.ndarray, float | None], np.ndarray] = no_picture
     clip_scale: Callable[[np.ndarray], float] | None = None
     panel_scales: Callable[[Raw, Mapping[str, Any]], dict[str, Scale]] = no_scales
@@ -342,13 +338,13 @@ class Task:
             raise UserError(f"reduce '{mode}' is no way to merge {self.name} members{near}")
         return mode
 
-    def answer(self, merged: np.ndarray, size: tuple[int, int], options: Any, prompt: Any) -> Answer:
+    def answer(self, merged: Map, size: Size, options: Any, prompt: Shaped[np.ndarray, "H W *D"] | None) -> Answer:
         """The merged map (R, R[, C]) as the task's answer at native size (H, W)."""
         if self.restore is not None:
             return self.restore(merged, size, options, prompt)
         return Answer(self.native(merged, size))
 
-    def merged(self, members: np.ndarray, mode: str, options: Any) -> tuple[np.ndarray, np.ndarray]:
+    def merged(self, members: Members, mode: str, options: Any) -> tuple[Map, Spread]:
         """``merge``, for a task that has one.
 
         Raises:
@@ -362,7 +358,7 @@ class Task:
 # Shared by the checks of truth
 
 
-def field_of(raw: Raw, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def field_of(raw: Raw, name: str, shape: tuple[int, ...]) -> Shaped[np.ndarray, ...]:
     """The field ``name``, which must have ``shape``.
 
     Raises:
@@ -374,12 +370,12 @@ def field_of(raw: Raw, name: str, shape: tuple[int, ...]) -> np.ndarray:
     return value
 
 
-def valid_of(raw: Raw, size: tuple[int, int]) -> np.ndarray:
+def valid_of(raw: Raw, size: Size) -> Mask:
     """The valid mask bool (H, W); all True where the sample has none."""
     return field_of(raw, "valid", size).astype(bool) if raw.get("valid") is not None else np.ones(size, bool)
 
 
-def range_of(values: np.ndarray, name: str) -> list[float]:
+def range_of(values: Real[np.ndarray, " n *C"], name: str) -> list[float]:
     """[least, most] of the valid values (n[, C]) of a truth.
 
     Raises:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Real, UInt8
+
+from scaling_perception.tasks.shapes import Colours, Mask, Plain
 
 UNKNOWN_FLOW = 1e9
 """Middlebury: a component beyond this is unknown."""
 
 
-def flow_valid(flow: np.ndarray) -> np.ndarray:
+def flow_valid(flow: Real[np.ndarray, "H W 2"]) -> Mask:
     """bool (H, W): both components finite and at most ``UNKNOWN_FLOW``."""
     with np.errstate(invalid="ignore"):
         return np.asarray((np.isfinite(flow) & (np.abs(flow) <= UNKNOWN_FLOW)).all(axis=-1))
@@ -30,7 +33,7 @@ def _colour_wheel() -> np.ndarray:
     return np.concatenate(wheel)
 
 
-def flow_to_color(flow: np.ndarray, max_flow: float | None = None, valid: np.ndarray | None = None) -> np.ndarray:
+def flow_to_color(flow: Real[np.ndarray, "H W 2"], max_flow: float | None = None, valid: Mask | None = None) -> Colours:
     """Hue is direction, saturation is speed: Middlebury's code as RAFT draws it.
 
     Args:
@@ -93,7 +96,7 @@ def flow_arrows(flow: np.ndarray, ground: np.ndarray, colour: tuple[int, int, in
     return np.asarray(picture.resize((width, height), Image.Resampling.BOX))
 
 
-def depth_to_color(depth: np.ndarray, valid: np.ndarray | None = None, name: str = "Spectral") -> np.ndarray:
+def depth_to_color(depth: Plain, valid: Mask | None = None, name: str = "Spectral") -> Colours:
     """Depth in [0, 1] (0 near) through a matplotlib colour map; near is red with the default, invalid is black.
 
     Returns:
@@ -106,7 +109,7 @@ def depth_to_color(depth: np.ndarray, valid: np.ndarray | None = None, name: str
     return np.where(known[..., None], (colour * 255).astype(np.uint8), np.uint8(0))
 
 
-def heat(values: np.ndarray, full: float | None = None, valid: np.ndarray | None = None) -> np.ndarray:
+def heat(values: Plain, full: float | None = None, valid: Mask | None = None) -> Colours:
     """Non-negative (H, W) from black (0) to yellow (``full``; None: the largest value); invalid pixels are grey."""
     import matplotlib
 
@@ -117,12 +120,12 @@ def heat(values: np.ndarray, full: float | None = None, valid: np.ndarray | None
     return np.where(known[..., None], (colour * 255).astype(np.uint8), np.uint8(128))
 
 
-def mask_over(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = (255, 80, 0)) -> np.ndarray:
+def mask_over(image: Colours, mask: Mask, colour: tuple[int, int, int] = (255, 80, 0)) -> Colours:
     """The image darkened, with ``mask`` in half-transparent colour."""
     base = image.astype(np.float32) * np.where(mask, 0.5, 0.6)[..., None]
     return (base + 0.5 * mask[..., None] * np.asarray(colour, np.float32)).clip(0, 255).astype(np.uint8)
 
 
-def whole_picture(whole: np.ndarray) -> np.ndarray:
+def whole_picture(whole: Real[np.ndarray, "*shape 3"]) -> UInt8[np.ndarray, "*shape 3"]:
     """RGB in [-1, 1] as uint8."""
     return np.round((np.clip(whole, -1, 1) + 1) * 127.5).astype(np.uint8)

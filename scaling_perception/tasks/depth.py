@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Real, Shaped, UInt16
 
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks.alignment import THINNED, align, nearest_columns
@@ -20,6 +21,7 @@ from scaling_perception.tasks.base import (
     View,
     few_valid,
     field_of,
+    lazily,
     prediction_of,
     range_of,
     valid_of,
@@ -28,6 +30,7 @@ from scaling_perception.tasks.colours import depth_to_color, heat
 from scaling_perception.tasks.metrics import DEPTH_METRICS, depth_metrics
 from scaling_perception.tasks.resize import resize_bilinear, resize_nearest
 from scaling_perception.tasks.samples import TaskOptions, check_pixels, picture, require, sample
+from scaling_perception.tasks.shapes import Colours, Mask, Pixels, Plain, Size, Spread
 
 PASSES = (Pass("depth", 0),)
 WORST_ABS_REL = 0.5  # relative depth error that is drawn at full scale
@@ -39,7 +42,7 @@ CROPS = {
 }
 
 
-def normalise(depth: np.ndarray, valid: np.ndarray, quantiles: tuple[float, float] = (0.02, 0.98)) -> np.ndarray:
+def normalise(depth: Plain, valid: Mask, quantiles: tuple[float, float] = (0.02, 0.98)) -> Float[np.ndarray, "H W"]:
     """2 (d - q_low) / (q_high - q_low) - 1 clipped to [-1, 1]; the quantiles are over the valid, positive depths.
 
     Invalid pixels become +1, the far plane. A map whose two quantiles coincide has no scale: depths at them become 0,
@@ -91,7 +94,7 @@ def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> lis
     return [sample(raw, PASSES[0], inputs, resize_nearest(target, size), resize_nearest(valid, size))]
 
 
-def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, np.ndarray]:
+def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, Float[np.ndarray, "R R 3"]]:
     """The image, and a constant +1 prompt.
 
     With ``options.depth_prompt = "valid"`` the prompt is the mask of valid depths in {0, 1} where ``raw`` has depths,
@@ -113,7 +116,7 @@ def _valid(raw: Mapping[str, Any], depth: np.ndarray) -> np.ndarray:
     return valid
 
 
-def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOptions) -> np.ndarray:
+def decode_prediction(pixels: Pixels, size: Size, options: TaskOptions) -> Float[np.ndarray, "M height width"]:
     """Channel mean, clipped to [-1, 1], mapped to [0, 1] (0 near), then bilinear to ``size``.
 
     With ``options.clip_depth`` off it is the channel mean as decoded, about [-1, 1] (-1 near): all that follows then
@@ -132,7 +135,7 @@ def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOp
     return np.clip(np.stack([resize_bilinear(member, size) for member in to_range(depth)]), 0, 1)
 
 
-def to_range(decoded: np.ndarray) -> np.ndarray:
+def to_range(decoded: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Decoded depth, about [-1, 1], to [0, 1]; what lies outside is clipped."""
     return (np.clip(decoded, -1, 1) + 1) / 2
 
@@ -140,7 +143,7 @@ def to_range(decoded: np.ndarray) -> np.ndarray:
 # Training data
 
 
-def inspect(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+def inspect(raw: Mapping[str, Any], size: Size) -> dict[str, Any]:
     """``depth`` [least, most] metres (``relative_depth`` of a sample that is ``relative``) and ``depth_valid``, the
     valid share.
 
@@ -160,7 +163,7 @@ def inspect(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
 # Predicting
 
 
-def merge(members: np.ndarray, mode: str, options: TaskOptions) -> tuple[np.ndarray, np.ndarray]:
+def merge(members: Real[np.ndarray, "M R R"], mode: str, options: TaskOptions) -> tuple[Spread, Spread]:
     """Members (M, R, R) to relative depth and its uncertainty (R, R), see ``tasks.ensemble``."""
     from scaling_perception.tasks import ensemble  # JAX: data workers load tasks without it
 
@@ -170,15 +173,8 @@ def merge(members: np.ndarray, mode: str, options: TaskOptions) -> tuple[np.ndar
     return np.asarray(merged[0]), np.asarray(merged[1])
 
 
-def _png16(estimate: Estimate) -> np.ndarray:
+def _png16(estimate: Estimate) -> UInt16[np.ndarray, "H W"]:
     return np.round(np.clip(estimate.prediction, 0, 1) * 65535).astype(np.uint16)
-
-
-def pixel_loss(prediction: Any, truth: Any, valid: Any, options: TaskOptions, /) -> Any:
-    """See ``tasks.pixel_losses.depth_loss``."""
-    from scaling_perception.tasks import pixel_losses  # JAX: data workers load tasks without it
-
-    return pixel_losses.depth_loss(prediction, truth, valid, options)
 
 
 FILES = {
@@ -203,7 +199,7 @@ VIEWS = {name: _view(name) for name in ("Spectral", "inferno", "viridis", "turbo
 # Measuring
 
 
-def crop_mask(name: str | None, size: tuple[int, int]) -> np.ndarray:
+def crop_mask(name: str | None, size: Size) -> Mask:
     """bool (H, W): True inside the named crop, everywhere for None."""
     height, width = size
     if name is None:
@@ -241,19 +237,19 @@ def unmeasurable(raw: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
     return ""
 
 
-def aligned(prediction: np.ndarray, raw: Mapping[str, Any], protocol: Mapping[str, Any]) -> np.ndarray:
+def aligned(prediction: Plain, raw: Mapping[str, Any], protocol: Mapping[str, Any]) -> Float[np.ndarray, "H W"]:
     """A prediction (H, W) in metres: least-squares scale and shift to the truth, clipped to the range."""
     low, high = protocol["clip"]
     return align(prediction, raw["depth"], raw["valid"], low, high, protocol.get("alignment_resolution"))
 
 
 def measure(
-    prediction: np.ndarray,
+    prediction: Shaped[np.ndarray, "H W"],
     raw: Mapping[str, Any],
     protocol: Mapping[str, Any],
     /,
     fitted: bool = False,
-    painted: np.ndarray | None = None,
+    painted: Mask | None = None,
 ) -> dict[str, float]:
     """The protocol's metrics of an affine-invariant prediction (H, W); ``fitted``: it is in metres already."""
     metres = np.clip(prediction, *protocol["clip"]) if fitted else aligned(prediction, raw, protocol)
@@ -261,7 +257,7 @@ def measure(
     return depth_metrics(metres, raw["depth"], raw["valid"], wanted)
 
 
-def depth_baselines(gt: Any, valid: Any | None = None) -> dict[str, np.ndarray]:
+def depth_baselines(gt: Plain, valid: Mask | None = None) -> dict[str, Float[np.ndarray, "H W"]]:
     """Depth without an image: three least-squares fits over the valid pixels.
 
     They are fitted to the truth itself (as the metric's own alignment would), so they are the best of their kind.
@@ -296,7 +292,7 @@ def depth_baselines(gt: Any, valid: Any | None = None) -> dict[str, np.ndarray]:
     return {"constant": np.full(gt.shape, depth.mean()), "row": line(depth), "inverse_row": 1 / nearness}
 
 
-def panels(raw: Mapping[str, Any], estimate: Estimate, protocol: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def panels(raw: Mapping[str, Any], estimate: Estimate, protocol: Mapping[str, Any]) -> dict[str, Colours]:
     """Drawn after alignment, on the scale of the truth's 2 % to 98 % quantiles; error |p - d| / d up to 0.5."""
     depth, valid = raw["depth"], raw["valid"]
     low, high = _drawn_range(raw)
@@ -327,7 +323,7 @@ TASK = Task(
     passes=PASSES,
     encode=encode,
     conditions=conditions,
-    loss=pixel_loss,
+    loss=lazily("pixel_losses", "depth_loss"),
     columns=("image", "depth"),
     optional_columns=("valid_mask",),
     truth="depth",

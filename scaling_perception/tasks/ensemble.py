@@ -27,7 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.shapes import AnyArray, Array, Bool, Float, Int, Real
 
+Members = Real[np.ndarray, "..."] | Real[Array, "..."]  # of a shape that the functions check themselves
 DEPTH_MODES = ("median", "minmax", "lsq", "marigold")
 FLOW_MODES = ("mean", "median")
 
@@ -37,7 +39,7 @@ _REVERSE = -0.3  # correlation below which two members are the reverse of each o
 _NETWORK = 64  # members up to which the median is a network of exchanges; it grows with n log² n
 
 
-def median(values: jax.Array, lower: bool = False) -> jax.Array:
+def median(values: Float[AnyArray, " M *shape"], lower: bool = False) -> Float[Array, "*shape"]:
     """Median over the first axis; ``lower`` takes the lower of the two middle values of an even count, as torch does.
 
     NaN anywhere in a column gives NaN (a sort alone would push it to the end and hide it).
@@ -49,7 +51,7 @@ def median(values: jax.Array, lower: bool = False) -> jax.Array:
         found = 0.5 * rows[middle[0]] + 0.5 * rows[middle[1]]
         return jnp.where(jnp.isnan(values).any(axis=0), jnp.nan, found)
 
-    def select(part: jax.Array) -> jax.Array:
+    def select(part: Float[Array, "M n"]) -> Float[Array, " n"]:
         rows = list(part)
         for low, high in exchanges(count, middle):
             rows[low], rows[high] = jnp.minimum(rows[low], rows[high]), jnp.maximum(rows[low], rows[high])
@@ -94,7 +96,7 @@ def _stretch(values: jax.Array, axes: Any = None) -> tuple[jax.Array, jax.Array]
     return (values - low) / size, size
 
 
-def _fit_to(members: jax.Array, target: jax.Array) -> jax.Array:
+def _fit_to(members: Float[Array, "M H W"], target: Float[Array, "H W"]) -> Float[Array, "M H W"]:
     """Each member (M, H, W) after its least-squares scale and shift to ``target`` (H, W).
 
     A negative scale would turn a member inside out to agree; it is held at 0, which leaves the target's mean.
@@ -107,7 +109,9 @@ def _fit_to(members: jax.Array, target: jax.Array) -> jax.Array:
     return scale * centred + level
 
 
-def _reduce(aligned: jax.Array, reduction: str, lower: bool) -> tuple[jax.Array, jax.Array]:
+def _reduce(
+    aligned: Float[Array, " M *shape"], reduction: str, lower: bool
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     if reduction == "mean":
         spread = jnp.std(aligned, axis=0, ddof=1) if aligned.shape[0] > 1 else jnp.zeros_like(aligned[0])
         return jnp.mean(aligned, axis=0), spread
@@ -116,8 +120,11 @@ def _reduce(aligned: jax.Array, reduction: str, lower: bool) -> tuple[jax.Array,
 
 
 def compile_aligned(
-    aligned: jax.Array, reduction: str = "median", lower_median: bool = False, shift_invariant: bool = True
-) -> tuple[jax.Array, jax.Array]:
+    aligned: Float[AnyArray, "M H W"],
+    reduction: str = "median",
+    lower_median: bool = False,
+    shift_invariant: bool = True,
+) -> tuple[Float[Array, "H W"], Float[Array, "H W"]]:
     """Aligned members into one map stretched to [0, 1] and their spread on its scale.
 
     Args:
@@ -135,8 +142,8 @@ def compile_aligned(
 
 
 def ensemble_depth(
-    members: Any, mode: str = "lsq", lower_median: bool | None = None, **marigold: Any
-) -> tuple[jax.Array, jax.Array]:
+    members: Members, mode: str = "lsq", lower_median: bool | None = None, **marigold: Any
+) -> tuple[Float[Array, "H W"], Float[Array, "H W"]]:
     """Depth members into one relative depth and its uncertainty. Jit-able (``mode`` static) except ``marigold``.
 
     Args:
@@ -172,7 +179,7 @@ def ensemble_depth(
     if mode == "minmax":
         return compile_aligned(stretched, lower_median=lower)
 
-    def improve(_: int, aligned: jax.Array) -> jax.Array:
+    def improve(_: Any, aligned: Float[Array, "M H W"]) -> Float[Array, "M H W"]:
         return _fit_to(stretched, _stretch(median(aligned, lower))[0])
 
     best, reverse = _agreement(stretched)
@@ -180,7 +187,7 @@ def ensemble_depth(
     return compile_aligned(jax.lax.fori_loop(0, _LSQ_ROUNDS, improve, start), lower_median=lower)
 
 
-def opposed(members: Any) -> bool:
+def opposed(members: Members) -> bool:
     """Whether half of the depth members (M, H, W) or more are the reverse of the one that agrees best with all.
 
     No way of merging makes sense of them then; ``lsq`` follows that one.
@@ -189,7 +196,7 @@ def opposed(members: Any) -> bool:
 
 
 @jax.jit
-def _agreement(members: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _agreement(members: Float[Array, "M H W"]) -> tuple[Int[Array, ""], Bool[Array, ""]]:
     """Index of the member (M, H, W) with the largest sum of correlations, and whether half of them oppose it."""
     flat = members.reshape(members.shape[0], -1)
     flat = flat - jnp.mean(flat, axis=1, keepdims=True)
@@ -199,7 +206,7 @@ def _agreement(members: jax.Array) -> tuple[jax.Array, jax.Array]:
     return best, 2 * jnp.sum(correlation[best] < _REVERSE) >= members.shape[0]
 
 
-def _apply(members: Any, params: np.ndarray) -> jax.Array:
+def _apply(members: Members, params: Float[np.ndarray, " params"]) -> Float[Array, "M H W"]:
     """s_i d_i + t_i for params = [s..., t...] (2M,) or [s...] (M,), in float32."""
     members = jnp.asarray(members, jnp.float32)
     count = members.shape[0]
@@ -209,7 +216,7 @@ def _apply(members: Any, params: np.ndarray) -> jax.Array:
     return members * scale + jnp.asarray(params[count:], jnp.float32).reshape(count, 1, 1)
 
 
-def _shrink(members: np.ndarray, longest: int | None) -> np.ndarray:
+def _shrink(members: Float[np.ndarray, "M H W"], longest: int | None) -> Float[np.ndarray, "M height width"]:
     """Nearest-exact (centre of each cell) subsampling so that the longer side is at most ``longest``.
 
     In float32, as torch does it: where a centre falls on the edge of two pixels the rounding decides.
@@ -225,7 +232,7 @@ def _shrink(members: np.ndarray, longest: int | None) -> np.ndarray:
     return members[:, rows][:, :, columns]
 
 
-def marigold_start(members: np.ndarray, shift_invariant: bool = True) -> np.ndarray:
+def marigold_start(members: Real[np.ndarray, "M H W"], shift_invariant: bool = True) -> Float[np.ndarray, " params"]:
     """The published starting point: each member's [0, 1] stretch, [s..., t...]; 1 / max alone without shifts."""
     flat = members.reshape(members.shape[0], -1).astype(np.float64)
     top = flat.max(axis=1)
@@ -237,11 +244,11 @@ def marigold_start(members: np.ndarray, shift_invariant: bool = True) -> np.ndar
 
 
 def marigold_objective(
-    members: np.ndarray,
+    members: Real[np.ndarray, "M H W"],
     reduction: str = "median",
     lower_median: bool = True,
     regularizer: float = 0.02,
-) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+) -> Callable[[Float[np.ndarray, " params"]], tuple[float, Float[np.ndarray, " params"]]]:
     """The published cost with its exact gradient, in float64.
 
     cost(params) = sum_{i<j} sqrt(mean (a_i - a_j)^2) + regularizer (|min m| + |1 - max m|), where a_i = s_i d_i + t_i
@@ -305,7 +312,7 @@ def marigold_objective(
 
 
 def marigold_align(
-    members: Any,
+    members: Members,
     reduction: str = "median",
     lower_median: bool = True,
     max_resolution: int | None = 50,
@@ -313,7 +320,7 @@ def marigold_align(
     tolerance: float = 1e-3,
     regularizer: float = 0.02,
     shift_invariant: bool = True,
-) -> np.ndarray:
+) -> Float[np.ndarray, " params"]:
     """Scales and shifts of the published depth ensembling, by scipy's BFGS on the exact gradient.
 
     Args:
@@ -331,19 +338,19 @@ def marigold_align(
     """
     from scipy.optimize import minimize
 
-    members = np.asarray(members, np.float32)
-    if not np.isfinite(members).all():
+    pixels = np.asarray(members, np.float32)
+    if not np.isfinite(pixels).all():
         raise ValueError("NaN or infinity in a member: its alignment is undefined")
-    small = _shrink(members, max_resolution)
+    small = _shrink(pixels, max_resolution)
     start = marigold_start(small, shift_invariant)
-    if members.shape[0] == 1:
+    if len(pixels) == 1:
         return start
     objective = marigold_objective(small, reduction, lower_median, regularizer)
     options = {"maxiter": max_iterations}
     return minimize(objective, start, jac=True, method="BFGS", tol=tolerance, options=options).x
 
 
-def ensemble_flow(members: Any, mode: str = "mean") -> tuple[jax.Array, jax.Array]:
+def ensemble_flow(members: Members, mode: str = "mean") -> tuple[Float[Array, "H W 2"], Float[Array, "H W"]]:
     """Flow members into one flow and its uncertainty in pixels. Jit-able.
 
     Args:
@@ -367,7 +374,7 @@ def ensemble_flow(members: Any, mode: str = "mean") -> tuple[jax.Array, jax.Arra
     return flow, spread
 
 
-def ensemble_amodal(members: Any) -> tuple[jax.Array, jax.Array]:
+def ensemble_amodal(members: Members) -> tuple[Float[Array, "H W 3"], Float[Array, "H W"]]:
     """Pixel-wise median of whole-object pictures, to be thresholded into the mask afterwards. Jit-able.
 
     Args:
@@ -389,7 +396,7 @@ jitted_flow = jax.jit(ensemble_flow, static_argnums=1)
 jitted_amodal = jax.jit(ensemble_amodal)
 
 
-def _check(members: Any, ndim: int, wanted: str, channels: int | None = None) -> None:
+def _check(members: Members, ndim: int, wanted: str, channels: int | None = None) -> None:
     shape = np.shape(members)
     if len(shape) != ndim or shape[0] < 1 or (channels is not None and shape[-1] != channels):
         raise ValueError(f"expected {wanted} with at least one member, not an array of shape {shape}")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Real, Shaped
 
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks.base import (
@@ -26,6 +27,7 @@ from scaling_perception.tasks.base import (
     View,
     few_valid,
     field_of,
+    lazily,
     prediction_of,
     range_of,
     valid_of,
@@ -34,6 +36,7 @@ from scaling_perception.tasks.colours import flow_arrows, flow_to_color, heat
 from scaling_perception.tasks.metrics import FLOW_METRICS, OCCLUSION_METRICS, flow_metrics
 from scaling_perception.tasks.resize import resize_bilinear, resize_flow, resize_nearest
 from scaling_perception.tasks.samples import TaskOptions, check_pixels, picture, require, sample
+from scaling_perception.tasks.shapes import Colours, Mask, Pixels, Size, Spread
 
 PASSES = (Pass("flow_x", 2, mirrored=(-1.0, -1.0, -1.0)), Pass("flow_y", 3))  # what moved right moves left in a mirror
 REFERENCE_WIDTH = 512
@@ -64,14 +67,14 @@ def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> lis
     return [sample(raw, one, inputs, scaled[..., i], valid.copy()) for i, one in enumerate(PASSES)]
 
 
-def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, np.ndarray]:
+def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, Float[np.ndarray, "R R 3"]]:
     """The first frame, and the second as the prompt."""
     require(raw, "image2", like="image")
     nearest = options.nearest("flow")
     return {"image": picture(raw, "image", resolution, nearest), "prompt": picture(raw, "image2", resolution, nearest)}
 
 
-def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOptions) -> np.ndarray:
+def decode_prediction(pixels: Pixels, size: Size, options: TaskOptions) -> Float[np.ndarray, "M height width 2"]:
     """Channel means of the two passes, bilinear to ``size``, in native pixels: the inverse of ``encode``.
 
     Args:
@@ -86,7 +89,7 @@ def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOp
     return np.stack([resize_bilinear(member, size) for member in components]) * scale
 
 
-def inspect(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+def inspect(raw: Mapping[str, Any], size: Size) -> dict[str, Any]:
     """``flow`` [least, most] of either component in pixels and ``flow_valid``, the valid share.
 
     Raises:
@@ -103,7 +106,9 @@ def inspect(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
 # Predicting
 
 
-def merge(members: np.ndarray, mode: str, options: TaskOptions) -> tuple[np.ndarray, np.ndarray]:
+def merge(
+    members: Real[np.ndarray, "M R R 2"], mode: str, options: TaskOptions
+) -> tuple[Float[np.ndarray, "R R 2"], Spread]:
     """Members (M, R, R, 2) to a flow (R, R, 2) and its uncertainty (R, R), see ``tasks.ensemble``."""
     from scaling_perception.tasks import ensemble  # JAX: data workers load tasks without it
 
@@ -111,16 +116,9 @@ def merge(members: np.ndarray, mode: str, options: TaskOptions) -> tuple[np.ndar
     return np.asarray(merged[0]), np.asarray(merged[1])
 
 
-def native(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def native(array: Real[np.ndarray, "R R *C"], size: Size) -> Float[np.ndarray, "H W *C"]:
     """A flow or its spread (R, R[, 2]) at native size (H, W), bilinear, in native pixels."""
     return resize_bilinear(array, size) * np.float32(size[1] / array.shape[1])
-
-
-def pixel_loss(prediction: Any, truth: Any, valid: Any, options: TaskOptions, /) -> Any:
-    """See ``tasks.pixel_losses.flow_loss``."""
-    from scaling_perception.tasks import pixel_losses  # JAX: data workers load tasks without it
-
-    return pixel_losses.flow_loss(prediction, truth, valid, options)
 
 
 FILES = {
@@ -157,19 +155,19 @@ def unmeasurable(raw: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
 
 
 def measure(
-    prediction: np.ndarray,
+    prediction: Shaped[np.ndarray, "H W 2"],
     raw: Mapping[str, Any],
     protocol: Mapping[str, Any],
     /,
     fitted: bool = False,
-    painted: np.ndarray | None = None,
+    painted: Mask | None = None,
 ) -> dict[str, float]:
     """Every metric of a flow (H, W, 2) in pixels; of ``epe_noc`` and the like those that the image has pixels for."""
     found = flow_metrics(prediction, raw["flow"], raw["valid"], raw.get("occluded"))
     return found | {"fl_all" + WEIGHT: float(np.count_nonzero(raw["valid"]))}
 
 
-def flow_baselines(gt: Any, valid: Any | None = None) -> dict[str, np.ndarray]:
+def flow_baselines(gt: Real[np.ndarray, "H W 2"], valid: Mask | None = None) -> dict[str, Float[np.ndarray, "H W 2"]]:
     """Flow without an image: ``zero``, and ``oracle_mean``, the mean true flow over the valid pixels everywhere.
 
     Args:
@@ -190,7 +188,7 @@ def flow_baselines(gt: Any, valid: Any | None = None) -> dict[str, np.ndarray]:
     return {"zero": np.zeros(gt.shape), "oracle_mean": mean}
 
 
-def panels(raw: Mapping[str, Any], estimate: Estimate, protocol: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def panels(raw: Mapping[str, Any], estimate: Estimate, protocol: Mapping[str, Any]) -> dict[str, Colours]:
     """Drawn on the truth's largest speed; error in pixels up to that speed."""
     flow, valid = raw["flow"], raw["valid"]
     fastest = max(float(np.linalg.norm(flow, axis=-1)[valid].max()), 1e-6)
@@ -217,7 +215,7 @@ TASK = Task(
     passes=PASSES,
     encode=encode,
     conditions=conditions,
-    loss=pixel_loss,
+    loss=lazily("pixel_losses", "flow_loss"),
     prompt=Prompt("image2", "the second frame", frame=True, cli="A,B"),
     columns=("image", "image2", "flow"),
     optional_columns=("valid_mask",),

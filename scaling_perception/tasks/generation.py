@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks.base import Pass, Task
 from scaling_perception.tasks.resize import resize_bilinear
 from scaling_perception.tasks.samples import TaskOptions, check_pixels, require_picture, sample, to_unit
+from scaling_perception.tasks.shapes import Colours, Pixels, Size
 
 PASSES = (Pass("generation", 4),)
 
@@ -31,12 +33,12 @@ def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> lis
     return [sample(raw, PASSES[0], {}, target, np.ones((resolution, resolution), bool))]
 
 
-def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, np.ndarray]:
+def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, Float[np.ndarray, "R R 3"]]:
     """None: the network's input is the noisy latent alone."""
     return {}
 
 
-def centre_crop(pixels: np.ndarray, size: int) -> np.ndarray:
+def centre_crop(pixels: Colours, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """ADM's centre crop (Dhariwal & Nichol 2021), which DiT trains on: whole pictures, sharp at every scale.
 
     While the shorter side is at least twice ``size`` both sides are halved by 2 x 2 means (odd ones rounded down); then
@@ -59,7 +61,7 @@ def centre_crop(pixels: np.ndarray, size: int) -> np.ndarray:
     return cropped[top : top + size, left : left + size]
 
 
-def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOptions) -> np.ndarray:
+def decode_prediction(pixels: Pixels, size: Size, options: TaskOptions) -> Float[np.ndarray, "M height width 3"]:
     """The pictures, clipped to [-1, 1] and bilinear to ``size``.
 
     Args:
@@ -73,7 +75,7 @@ def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOp
     return np.clip(np.stack([resize_bilinear(picture, size) for picture in pictures]), -1, 1)
 
 
-def inspect(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+def inspect(raw: Mapping[str, Any], size: Size) -> dict[str, Any]:
     """``label``, the class.
 
     Raises:

@@ -5,11 +5,12 @@ infinite prediction at a valid pixel and for an image without a valid pixel, so 
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Shaped
 
 from scaling_perception.tasks.alignment import fit_scale_shift, valid_values
+from scaling_perception.tasks.shapes import Mask, Unchecked
 
 DEPTH_METRICS = ("abs_rel", "delta1", "delta2", "delta3", "sq_rel", "rmse", "rmse_log", "log10", "silog", "i_rmse")
 OCCLUSION_METRICS = ("epe_noc", "epe_occ", "f1_noc", "f1_occ")
@@ -27,7 +28,10 @@ def _some(values: np.ndarray) -> None:
 
 
 def depth_metrics(
-    pred: Any, gt: Any, valid: Any | None = None, names: Iterable[str] = DEPTH_METRICS
+    pred: Unchecked,
+    gt: Unchecked,
+    valid: Bool[np.ndarray, "..."] | None = None,
+    names: Iterable[str] = DEPTH_METRICS,
 ) -> dict[str, float]:
     """Depth errors of one image. Align and clip the prediction to the data set's range before (`alignment.align`).
 
@@ -55,7 +59,7 @@ def depth_metrics(
     error = p - d
     log_error = np.log(p) - np.log(d) if {"rmse_log", "log10", "silog"} & set(names) else error
     ratio = np.maximum(p / d, d / p) if {"delta1", "delta2", "delta3"} & set(names) else error
-    formulas: dict[str, Callable[[], Any]] = {
+    formulas: dict[str, Callable[[], np.floating]] = {
         "abs_rel": lambda: np.mean(np.abs(error) / d),
         "sq_rel": lambda: np.mean(error**2 / d),
         "rmse": lambda: np.sqrt(np.mean(error**2)),
@@ -70,7 +74,7 @@ def depth_metrics(
     return {name: float(formulas[name]()) for name in names}
 
 
-def _flow_pixels(pred: Any, gt: Any, valid: Any | None) -> tuple[np.ndarray, np.ndarray]:
+def _flow_pixels(pred: np.ndarray, gt: np.ndarray, valid: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     gt = np.asarray(gt)
     if gt.ndim != 3 or gt.shape[-1] != 2:
         raise ValueError(f"a flow has shape (H, W, 2), not {gt.shape}")
@@ -80,13 +84,18 @@ def _flow_pixels(pred: Any, gt: Any, valid: Any | None) -> tuple[np.ndarray, np.
     return p.reshape(-1, 2), g.reshape(-1, 2)
 
 
-def flow_metrics(pred: Any, gt: Any, valid: Any | None = None, occluded: Any | None = None) -> dict[str, float]:
+def flow_metrics(
+    pred: Unchecked,
+    gt: Unchecked,
+    valid: Bool[np.ndarray, "..."] | None = None,
+    occluded: Shaped[np.ndarray, "H W"] | None = None,
+) -> dict[str, float]:
     """Flow errors of one image pair.
 
     Args:
         pred, gt: (H, W, 2) pixels at native size (u right, v down).
         valid: (H, W) bool; None takes every pixel.
-        occluded: (H, W) bool, pixels that the second frame does not show; None where nobody knows.
+        occluded: (H, W) bool, pixels that the second frame does not show; None where that is unknown.
 
     Returns:
         ``epe`` = mean end-point error in pixels, as it is; ``epe_fitted`` = after a least-squares scale and shift of
@@ -124,7 +133,7 @@ def flow_metrics(pred: Any, gt: Any, valid: Any | None = None, occluded: Any | N
     return found
 
 
-def _mask_counts(pred: Any, gt: Any, valid: Any | None) -> tuple[int, int, int]:
+def _mask_counts(pred: np.ndarray, gt: np.ndarray, valid: np.ndarray | None) -> tuple[int, int, int]:
     pred, gt = np.asarray(pred), np.asarray(gt)
     if pred.dtype != bool or gt.dtype != bool:
         raise ValueError(f"masks must be bool, not {pred.dtype} and {gt.dtype}: threshold them first")
@@ -136,7 +145,9 @@ def _mask_counts(pred: Any, gt: Any, valid: Any | None) -> tuple[int, int, int]:
     return both, int(np.count_nonzero(pred & keep)), int(np.count_nonzero(gt & keep))
 
 
-def mask_iou(pred: Any, gt: Any, valid: Any | None = None) -> float:
+def mask_iou(
+    pred: Shaped[np.ndarray, "..."], gt: Shaped[np.ndarray, "..."], valid: Bool[np.ndarray, "..."] | None = None
+) -> float:
     """Intersection over union of two masks = TP / (TP + FP + FN). Both empty give 0 (see `mean_iou`).
 
     Args:
@@ -150,13 +161,15 @@ def mask_iou(pred: Any, gt: Any, valid: Any | None = None) -> float:
     return both / max(ours + theirs - both, 1)
 
 
-def mask_metrics(pred: Any, gt: Any, valid: Any | None = None) -> dict[str, float]:
+def mask_metrics(
+    pred: Shaped[np.ndarray, "..."], gt: Shaped[np.ndarray, "..."], valid: Bool[np.ndarray, "..."] | None = None
+) -> dict[str, float]:
     """``iou`` and ``dice`` = 2 TP / (2 TP + FP + FN) of one image; arguments and errors as `mask_iou`."""
     both, ours, theirs = _mask_counts(pred, gt, valid)
     return {"iou": both / max(ours + theirs - both, 1), "dice": 2 * both / max(ours + theirs, 1)}
 
 
-def mean_iou(pairs: Any) -> float:
+def mean_iou(pairs: Iterable[tuple[Mask, Mask]]) -> float:
     """mIoU of amodal segmentation: the mean over samples of the IoU, leaving out samples where both masks are empty.
 
     (Not the mean over classes that the word means in semantic segmentation: there is one object a sample.)

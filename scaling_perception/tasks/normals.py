@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Real, Shaped
 
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks.base import (
@@ -23,6 +24,7 @@ from scaling_perception.tasks.base import (
     Task,
     few_valid,
     field_of,
+    lazily,
     prediction_of,
     range_of,
     valid_of,
@@ -30,6 +32,7 @@ from scaling_perception.tasks.base import (
 from scaling_perception.tasks.colours import heat
 from scaling_perception.tasks.resize import resize_bilinear, resize_flow, resize_nearest
 from scaling_perception.tasks.samples import TaskOptions, check_pixels, picture, require, sample
+from scaling_perception.tasks.shapes import Colours, Mask, Pixels, Size
 
 PASSES = (Pass("normals", 5, mirrored=(-1.0, 1.0, 1.0)),)  # what faces right faces left in a mirror
 MODES = ("mean", "median")
@@ -42,14 +45,14 @@ _WORST_ANGLE = 60.0  # degrees that are drawn at full scale
 _SPLITS = 16  # rows that the fitted horizon may lie at
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
+def unit(vectors: Real[np.ndarray, "*shape 3"]) -> Float[np.ndarray, "*shape 3"]:
     """Vectors (..., 3) at unit length, float32; those shorter than 1e-6 face the camera."""
     vectors = np.asarray(vectors, np.float32)
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.where(length > 1e-6, vectors / np.maximum(length, 1e-6), np.asarray(FACING, np.float32))
 
 
-def angles(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def angles(first: Real[np.ndarray, "... 3"], second: Real[np.ndarray, "... 3"]) -> Float[np.ndarray, ...]:
     """Degrees between unit vectors (..., 3), float64 (...); exact for small angles too."""
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
     apart, together = np.linalg.norm(first - second, axis=-1), np.linalg.norm(first + second, axis=-1)
@@ -77,13 +80,13 @@ def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> lis
     return [sample(raw, PASSES[0], inputs, np.where(valid[..., None], unit(small), 0), valid)]
 
 
-def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, np.ndarray]:
+def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, Float[np.ndarray, "R R 3"]]:
     """The image, and a constant +1 prompt."""
     image = picture(raw, "image", resolution, options.nearest("normals"))
     return {"image": image, "prompt": np.ones_like(image)}
 
 
-def inspect(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+def inspect(raw: Mapping[str, Any], size: Size) -> dict[str, Any]:
     """``normals_valid``, the valid share.
 
     Raises:
@@ -101,7 +104,7 @@ def inspect(raw: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
 # Predicting
 
 
-def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOptions) -> np.ndarray:
+def decode_prediction(pixels: Pixels, size: Size, options: TaskOptions) -> Float[np.ndarray, "M height width 3"]:
     """Unit normals at ``size``: the inverse of ``encode``.
 
     Args:
@@ -114,13 +117,15 @@ def decode_prediction(pixels: np.ndarray, size: tuple[int, int], options: TaskOp
     return np.stack([native(member, size) for member in check_pixels(pixels, 1)[0]])
 
 
-def native(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def native(array: Real[np.ndarray, "R R *C"], size: Size) -> Float[np.ndarray, "H W *C"]:
     """Normals (R, R, 3) or their spread (R, R) at native size (H, W), bilinear; normals at unit length."""
     resized = resize_bilinear(array, size)
     return unit(resized) if array.ndim == 3 else resized
 
 
-def merge(members: np.ndarray, mode: str, options: TaskOptions) -> tuple[np.ndarray, np.ndarray]:
+def merge(
+    members: Real[np.ndarray, "M H W 3"], mode: str, options: TaskOptions
+) -> tuple[Float[np.ndarray, "H W 3"], Float[np.ndarray, "H W"]]:
     """Members (M, R, R, 3) to unit normals (R, R, 3) and their uncertainty (R, R) in degrees.
 
     ``mean``: the direction of the sum, and the root-mean-square angle to it; ``median``: of the medians of the
@@ -138,7 +143,7 @@ def merge(members: np.ndarray, mode: str, options: TaskOptions) -> tuple[np.ndar
     return merged, spread.astype(np.float32)
 
 
-def normals_to_color(normals: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+def normals_to_color(normals: Real[np.ndarray, "H W 3"], valid: Mask | None = None) -> Colours:
     """Right is red, up is green, towards the camera is blue: 127.5 (1 + (x, -y, -z)); invalid pixels are black.
 
     Args:
@@ -149,13 +154,6 @@ def normals_to_color(normals: np.ndarray, valid: np.ndarray | None = None) -> np
     """
     colour = np.round(127.5 * (1 + np.clip(normals * np.array([1, -1, -1], np.float32), -1, 1)))
     return colour.astype(np.uint8) if valid is None else np.where(valid[..., None], colour, 0).astype(np.uint8)
-
-
-def pixel_loss(prediction: Any, truth: Any, valid: Any, options: TaskOptions, /) -> Any:
-    """See ``tasks.pixel_losses.normals_loss``."""
-    from scaling_perception.tasks import pixel_losses  # JAX: data workers load tasks without it
-
-    return pixel_losses.normals_loss(prediction, truth, valid, options)
 
 
 FILES = {
@@ -176,7 +174,9 @@ def prepare(raw: dict[str, Any], protocol: Mapping[str, Any]) -> dict[str, Any]:
     return {**raw, "normals": unit(np.where(valid[..., None], normals, 0)), "valid": valid}
 
 
-def normal_metrics(pred: Any, gt: Any, valid: Any | None = None) -> dict[str, float]:
+def normal_metrics(
+    pred: Real[np.ndarray, ...], gt: Real[np.ndarray, "H W 3"], valid: Bool[np.ndarray, ...] | None = None
+) -> dict[str, float]:
     """Angular errors of one image (Fouhey et al. 2013, as every paper since has them).
 
     Args:
@@ -208,18 +208,18 @@ def normal_metrics(pred: Any, gt: Any, valid: Any | None = None) -> dict[str, fl
 
 
 def measure(
-    prediction: np.ndarray,
+    prediction: Shaped[np.ndarray, "H W 3"],
     raw: Mapping[str, Any],
     protocol: Mapping[str, Any],
     /,
     fitted: bool = False,
-    painted: np.ndarray | None = None,
+    painted: Mask | None = None,
 ) -> dict[str, float]:
     """Every metric of unit normals (H, W, 3)."""
     return normal_metrics(prediction, raw["normals"], raw["valid"])
 
 
-def normal_baselines(gt: Any, valid: Any | None = None) -> dict[str, np.ndarray]:
+def normal_baselines(gt: Real[np.ndarray, "H W 3"], valid: Mask | None = None) -> dict[str, Float[np.ndarray, "H W 3"]]:
     """Normals without an image, fitted to the truth, so they are the best of their kind.
 
     ``constant``: the mean direction everywhere. ``ground_plane``: one plane below a horizon and another above it (a
@@ -251,7 +251,7 @@ def normal_baselines(gt: Any, valid: Any | None = None) -> dict[str, np.ndarray]
     return {"constant": constant, "ground_plane": best}
 
 
-def panels(raw: Mapping[str, Any], estimate: Estimate, protocol: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def panels(raw: Mapping[str, Any], estimate: Estimate, protocol: Mapping[str, Any]) -> dict[str, Colours]:
     """Normals as colours; error in degrees up to 60."""
     return {
         "truth": normals_to_color(raw["normals"], raw["valid"]),
@@ -273,7 +273,7 @@ TASK = Task(
     passes=PASSES,
     encode=encode,
     conditions=conditions,
-    loss=pixel_loss,
+    loss=lazily("pixel_losses", "normals_loss"),
     columns=("image", "normals"),
     optional_columns=("valid_mask",),
     truth="normals",

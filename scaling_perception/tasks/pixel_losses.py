@@ -27,7 +27,7 @@ Picture = Float[AnyArray, "R R 3"]
 Mask = Bool[AnyArray, "R R"]
 
 
-def _mean(values: Float[AnyArray, "R R"], valid: Mask) -> Float[Array, ""]:
+def _mean(values: Float[AnyArray, "H W"], valid: Bool[AnyArray, "H W"]) -> Float[Array, ""]:
     """Mean over valid pixels; 0 where there is none."""
     count = jnp.sum(valid, dtype=jnp.float32)
     return jnp.sum(jnp.where(valid, values, 0.0)) / jnp.where(count > 0, count, 1.0)

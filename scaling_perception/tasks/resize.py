@@ -7,10 +7,13 @@
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Real, Shaped
 from PIL import Image
 
+from scaling_perception.tasks.shapes import Mask, Native, Size
 
-def resize_bilinear(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+
+def resize_bilinear(array: Native, size: Size) -> Float[np.ndarray, "height width *C"]:
     """Antialiased bilinear resize, one float32 plane at a time (Pillow's, which lets other threads run meanwhile).
 
     Args:
@@ -31,19 +34,21 @@ def resize_bilinear(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return out.reshape(*size, *array.shape[2:])
 
 
-def nearest_index(length: int, wanted: int) -> np.ndarray:
+def nearest_index(length: int, wanted: int) -> Int[np.ndarray, " {wanted}"]:
     """Which of ``length`` pixels each of ``wanted`` pixels takes: floor((i + 1/2) * length / wanted), in integers."""
     return ((2 * np.arange(wanted) + 1) * length) // (2 * wanted)
 
 
-def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_nearest(array: Native, size: Size) -> Shaped[np.ndarray, "height width *C"]:
     """Nearest (exact centres) resize of (H, W[, C]) to ``size`` (height, width); keeps the type, copies."""
     rows = nearest_index(array.shape[0], size[0])
     columns = nearest_index(array.shape[1], size[1])
     return array[rows[:, None], columns[None, :]]
 
 
-def resize_flow(flow: np.ndarray, valid: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def resize_flow(
+    flow: Real[np.ndarray, "H W C"], valid: Mask, size: Size
+) -> tuple[Float[np.ndarray, "height width C"], Bool[np.ndarray, "height width"]]:
     """Bilinear resize of a vector field that ignores invalid pixels. The VALUES are not scaled.
 
     An output pixel is valid where the nearest source pixel is (that one always has weight, so sparse maps such as

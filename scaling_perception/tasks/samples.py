@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Real, Shaped
 
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks.base import Pass
 from scaling_perception.tasks.resize import resize_bilinear, resize_nearest
+from scaling_perception.tasks.shapes import Colours, Pixels
 
 IMAGE_RESIZES = ("bilinear", "nearest", "nearest_depth")
 DEPTH_PROMPTS = ("ones", "valid")
@@ -92,7 +94,9 @@ class TaskOptions:
         return cls(**dict(values))
 
 
-def picture(raw: Mapping[str, Any], field: str, resolution: int, nearest: bool = False) -> np.ndarray:
+def picture(
+    raw: Mapping[str, Any], field: str, resolution: int, nearest: bool = False
+) -> Float[np.ndarray, "{resolution} {resolution} 3"]:
     """A uint8 RGB field of ``raw`` as float32 (resolution, resolution, 3) in [-1, 1], antialiased (facts 10, row 26).
 
     ``nearest`` takes the nearest pixels instead, as the released generalist's depth does.
@@ -104,7 +108,7 @@ def picture(raw: Mapping[str, Any], field: str, resolution: int, nearest: bool =
     return to_unit(resize(require_picture(raw, field), (resolution, resolution)))
 
 
-def require_picture(raw: Mapping[str, Any], field: str) -> np.ndarray:
+def require_picture(raw: Mapping[str, Any], field: str) -> Colours:
     """The uint8 (H, W, 3) field of ``raw``.
 
     Raises:
@@ -119,12 +123,12 @@ def require_picture(raw: Mapping[str, Any], field: str) -> np.ndarray:
     return pixels
 
 
-def to_unit(values: np.ndarray) -> np.ndarray:
+def to_unit(values: Real[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """0..255 to float32 [-1, 1]."""
     return (values.astype(np.float32) / np.float32(127.5)) - np.float32(1.0)
 
 
-def require(raw: Mapping[str, Any], field: str, like: str | None = None) -> np.ndarray:
+def require(raw: Mapping[str, Any], field: str, like: str | None = None) -> Shaped[np.ndarray, ...]:
     """The array ``raw[field]``; with ``like`` its height and width must be those of that field.
 
     Raises:
@@ -142,7 +146,7 @@ def require(raw: Mapping[str, Any], field: str, like: str | None = None) -> np.n
     return value
 
 
-def size_text(array: np.ndarray) -> str:
+def size_text(array: Shaped[np.ndarray, ...]) -> str:
     """``W x H`` of an (H, W, ...) array, for messages."""
     return "x".join(str(n) for n in array.shape[1::-1])
 
@@ -150,9 +154,9 @@ def size_text(array: np.ndarray) -> str:
 def sample(
     raw: Mapping[str, Any],
     made: Pass,
-    conditions: Mapping[str, np.ndarray],
-    target: np.ndarray,
-    valid: np.ndarray,
+    conditions: Mapping[str, Float[np.ndarray, "R R 3"]],
+    target: Real[np.ndarray, "R R *C"],
+    valid: Bool[np.ndarray, "R R"],
 ) -> dict[str, Any]:
     """One training sample with the pictures of ``conditions``.
 
@@ -170,7 +174,7 @@ def sample(
     }
 
 
-def check_pixels(pixels: np.ndarray, passes: int) -> np.ndarray:
+def check_pixels(pixels: Real[np.ndarray, ...], passes: int) -> Pixels:
     """Decoded pixels (P, M, R, R, 3) as float32; ValueError when the shape is another (a mistake of the caller)."""
     pixels = np.asarray(pixels, np.float32)
     if pixels.ndim != 5 or pixels.shape[0] != passes or pixels.shape[-1] != 3:

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from scaling_perception.tasks.normals import unit
-
 
 @pytest.fixture
 def make_raw():
+    from scaling_perception.tasks.normals import unit  # not before --shapes
+
     def make(height, width, seed=0, **changes):
         rng = np.random.default_rng(seed)
         raw = {

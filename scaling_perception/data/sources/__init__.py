@@ -150,7 +150,9 @@ def source_options(name: str) -> dict[str, Any]:
     """The options of a source and their defaults (``inspect.Parameter.empty`` for one that must be given)."""
     entry = SOURCES[name]
     make = getattr(importlib.import_module(f"{__name__}.{entry.module}"), entry.member)
-    parameters = inspect.signature(make).parameters
+    parameters = {**inspect.signature(make).parameters}
+    if parameters.pop("own", None):  # a set's own, besides what all of its kind have
+        parameters |= {key: one for key, one in inspect.signature(make.set_own).parameters.items() if key != "self"}
     return {key: one.default for key, one in parameters.items() if key not in ("root", "split", "task")}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
@@ -42,15 +43,22 @@ class DepthBenchmark(Benchmark):
         count: int = 0,
         list: str = "",
         depth_scale: float = 0.0,
+        **own: Any,
     ) -> None:
         if not (depth_scale >= 0 and math.isfinite(depth_scale)):
             raise UserError(f"depth_scale {depth_scale} must be above 0 (units a metre), or 0: that of {self.NAME}")
         self.list, self.eight_bits = list, bool(depth_scale)
         self.depth_scale = depth_scale or self.depth_scale
+        self.set_own(**own)
         super().__init__(root, split, task, count=count)
 
+    def set_own(self) -> None:
+        """Take the options that this set alone has, as attributes of their names (see ``sources.source_options``)."""
+
     def options(self) -> dict[str, Any]:
-        return {**super().options(), "list": Path(self.list).name, "depth_scale": self.depth_scale}
+        own = {name: one.default for name, one in inspect.signature(self.set_own).parameters.items()}
+        turned = {name: getattr(self, name) for name, usual in own.items() if getattr(self, name) != usual}
+        return {**super().options(), "list": Path(self.list).name, "depth_scale": self.depth_scale, **turned}
 
     def find(self) -> list[Entry]:
         if not self.list:
@@ -96,24 +104,10 @@ class NYUv2(DepthBenchmark):
         ),
     )
 
-    def __init__(
-        self,
-        root: str | os.PathLike[str],
-        split: str,
-        task: str = "depth",
-        *,
-        count: int = 0,
-        list: str = "",
-        depth_scale: float = 0.0,
-        truth: str = "raw",
-    ) -> None:
+    def set_own(self, truth: str = "raw") -> None:
         if truth not in nyu_mat.TRUTHS:
             raise UserError(f"nyuv2 has no truth '{truth}'{did_you_mean(truth, nyu_mat.TRUTHS)}")
         self.truth, self.mat = truth, ""  # the .mat, where it was given itself
-        super().__init__(root, split, task, count=count, list=list, depth_scale=depth_scale)
-
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), **({"truth": self.truth} if self.truth != "raw" else {})}
 
     def _root_of_file(self, path: Path) -> Path:
         if path.suffix != ".mat":
@@ -182,28 +176,18 @@ class Eth3d(DepthBenchmark):
     _DEPTH = "{scene}/ground_truth_depth/dslr_images/{id}.{suffix}"
     _MASK = "{scene}/masks_for_images/dslr_images/{id}.png"
 
-    def __init__(
-        self,
-        root: str | os.PathLike[str],
-        split: str,
-        task: str = "depth",
-        *,
-        count: int = 0,
-        list: str = "",
-        depth_scale: float = 0.0,
-        masks: bool = False,
-    ) -> None:
-        if masks and list:
+    def set_own(self, masks: bool = False) -> None:
+        if masks and self.list:
             raise UserError("masks are not looked for beside the files of a list: give list or masks=true, not both")
         self.masks = masks
         files = {"depth": ("{folder}" + self._DEPTH, "*/" + self._DEPTH)}
         self.LAYOUTS = ((self._IMAGE, {**files, **({"invalid_mask": ("*/" + self._MASK,)} if masks else {})}),)
-        super().__init__(root, split, task, count=count, list=list, depth_scale=depth_scale)
-        if masks and not any("invalid_mask" in entry.files for entry in self.entries):
-            raise UserError(f"{self.root} has no SCENE/masks_for_images: unpack them there, or leave masks out")
 
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), **({"masks": True} if self.masks else {})}
+    def find(self) -> list[Entry]:
+        entries = super().find()
+        if self.masks and entries and not any("invalid_mask" in entry.files for entry in entries):
+            raise UserError(f"{self.root} has no SCENE/masks_for_images: unpack them there, or leave masks out")
+        return entries
 
     def _read(self, field: str, path: Path, entry: Entry) -> Any:
         if field == "depth":
@@ -231,24 +215,10 @@ class ScanNet(DepthBenchmark):
     depth_range = (1e-3, 10.0)
     LAYOUTS = ((FOLDER + r"color/(?P<id>\w+)\.(?:jpg|png)", {"depth": ("{folder}depth/{id}.png",)}),)
 
-    def __init__(
-        self,
-        root: str | os.PathLike[str],
-        split: str,
-        task: str = "depth",
-        *,
-        count: int = 0,
-        list: str = "",
-        depth_scale: float = 0.0,
-        every: int = 1,
-    ) -> None:
+    def set_own(self, every: int = 1) -> None:
         if every < 1:
             raise UserError(f"every {every} is below 1: give the step from frame to frame")
         self.every, self.offsets = every, {}
-        super().__init__(root, split, task, count=count, list=list, depth_scale=depth_scale)
-
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), **({"every": self.every} if self.every != 1 else {})}
 
     def find(self) -> list[Entry]:
         names = list_files(self.root)
@@ -313,24 +283,13 @@ class Diode(DepthBenchmark):
     SPLIT_FOLDERS = {"train": "train", "val": "val"}
     LIST_FIELDS = ("image", "depth", "valid_mask")
 
-    def __init__(
-        self,
-        root: str | os.PathLike[str],
-        split: str,
-        task: str = "depth",
-        *,
-        count: int = 0,
-        list: str = "",
-        depth_scale: float = 0.0,
-        scenes: str = "all",
-    ) -> None:
+    def set_own(self, scenes: str = "all") -> None:
         kinds = {"all": "indoors|outdoor", "indoors": "indoors", "outdoor": "outdoor"}
         if scenes not in kinds:
             raise UserError(f"diode has no scenes '{scenes}'{did_you_mean(scenes, kinds)}")
         self.scenes = scenes
         name = rf"(?P<stem>(?:.*/)?(?:{kinds[scenes]})/scene_\d+/scan_\d+/[^/]+)\.png"
         self.LAYOUTS = ((name, {"depth": ("{stem}_depth.npy",), "valid_mask": ("{stem}_depth_mask.npy",)}),)
-        super().__init__(root, split, task, count=count, list=list, depth_scale=depth_scale)
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "scenes": self.scenes}
