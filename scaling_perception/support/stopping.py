@@ -143,6 +143,9 @@ def end_process(code: int) -> NoReturn:
     """
     threading._shutdown()  # type: ignore[attr-defined]  # joins threads, pools' too; Python calls it first as well
     atexit._run_exitfuncs()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is _noted:  # from here on a signal is too late: there is nothing left to stop
+            signal.signal(number, signal.SIG_IGN)
     wait_if_leaving()
     with contextlib.suppress(Exception):
         sys.stderr.flush()
