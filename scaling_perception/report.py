@@ -159,8 +159,8 @@ def _overview(page: _Page, measured: Sequence[Measured], commands: Mapping[Path,
     text = f"{' '.join(common)}: {text}" if common else text
     caption = (
         "What compute bought: the change of the error against the least compute, for the best measured setting of "
-        "steps and members that takes at most so much. It was chosen on these images, which favours it slightly. Bands "
-        "are 95 % intervals of the paired difference."
+        "steps and members that takes at most so much; hollow: the other settings. It was chosen on these images, "
+        "which favours it slightly. Bands are 95 % intervals of the paired difference."
     )
     chart = page.figure(bought_chart(measured), caption, "what-compute-bought", list(commands.values()), "hero")
     return f'<p class="lead">{html.escape(text[:1].upper() + text[1:])}</p>', chart
@@ -261,9 +261,9 @@ def _training(page: _Page, path: Path, folder: Path) -> None:
     if len(rows) > 1:
         name = str(path.parent.relative_to(folder)) if path.parent != folder else folder.resolve().name
         page.section(f"Training, {name}")
-        page.add(
-            page.figure(loss_chart(*zip(*rows, strict=True)), "Training loss.", "training-loss", _run_command(path))
-        )
+        chart = loss_chart(*zip(*rows, strict=True))
+        figure = page.figure(chart, "Training loss.", "training-loss", _run_command(path))
+        page.add(f'<div class="charts">{figure}</div>')
 
 
 def _run_command(path: Path) -> list[str]:

@@ -155,20 +155,25 @@ class Bought(NamedTuple):
     change: Change
 
 
-def frontier(evaluation: Evaluation) -> list[Bought]:
-    """The best cells of constant compute for at most so much of it, from the least compute on."""
+def against_least(evaluation: Evaluation) -> list[Bought]:
+    """Every cell of constant compute against the best one of the least compute, which is the first, by compute."""
     metric = MAIN_METRIC[evaluation["task"]]
     cells = sorted(select(evaluation["cells"], kind="fixed"), key=forwards)
-    cheapest = [cell for cell in cells if forwards(cell) == forwards(cells[0])]
-    start = best_cell(cheapest, metric)
-    found, best = [], start
-    for cell in cells:
-        if cell is start or best_cell((best, cell), metric) is not best:
-            best = cell
-            moved = change(values(start, metric.name), values(cell, metric.name))
-            if found and forwards(found[-1].cell) == forwards(cell):
+    start = best_cell([cell for cell in cells if forwards(cell) == forwards(cells[0])], metric)
+    order = [start, *(cell for cell in cells if cell is not start)]
+    before = values(start, metric.name)
+    return [Bought(cell, forwards(cell) / forwards(start), change(before, values(cell, metric.name))) for cell in order]
+
+
+def frontier(evaluation: Evaluation, every: Sequence[Bought] | None = None) -> list[Bought]:
+    """The best cells for at most so much compute, from the least on; ``every``: of `against_least`, if at hand."""
+    metric = MAIN_METRIC[evaluation["task"]]
+    found: list[Bought] = []
+    for one in against_least(evaluation) if every is None else every:
+        if not found or best_cell((found[-1].cell, one.cell), metric) is one.cell:
+            if found and found[-1].times == one.times:
                 found.pop()
-            found.append(Bought(cell, forwards(cell) / forwards(start), moved))
+            found.append(one)
     return found
 
 
@@ -179,7 +184,10 @@ def bought(evaluation: Evaluation, whole: bool = False) -> str:
     least, most = (metric.error(one.cell["metrics"][metric.name]["mean"]) for one in (start, last))
     name = metric.label if metric.less_is_better else f"1 − {metric.label}"
     if last is start:
-        return f"no more compute than {_named(evaluation, start.cell)} lowered the {evaluation['task']} error ({name})"
+        return (
+            f"no setting that takes more compute than {_named(evaluation, start.cell)} lowered the "
+            f"{evaluation['task']} error ({name})"
+        )
     if whole:
         before, after = (one.cell["metrics"][metric.name]["mean"] for one in (start, last))
         return (
@@ -198,7 +206,7 @@ def bought(evaluation: Evaluation, whole: bool = False) -> str:
 
 def _named(evaluation: Evaluation, cell: dict[str, Any]) -> str:
     several = ways(evaluation)
-    name = f", {dict(several)[way(cell)]}" if len(several) > 1 else ""
+    name = f" ({dict(several)[way(cell)]})" if len(several) > 1 else ""
     return setting(cell["steps"], cell["ensemble"]) + name
 
 

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 
 from scaling_perception.evaluation.comparisons import Cell, best_steps, evaluations_of, select
-from scaling_perception.evaluation.findings import Measured, forwards, frontier, shown_baselines, verdict, ways
+from scaling_perception.evaluation.findings import (
+    Bought,
+    Measured,
+    against_least,
+    frontier,
+    shown_baselines,
+    verdict,
+    ways,
+)
 from scaling_perception.evaluation.intervals import interval_text
 from scaling_perception.evaluation.labels import (
     LIMITS,
@@ -141,35 +149,45 @@ def compute_chart(group: Sequence[Measured], by: str) -> Chart | None:
 
 
 def bought_chart(measured: Sequence[Measured]) -> Chart:
-    """What compute bought: change of the error in percent against times the least compute, a line an evaluation."""
+    """What compute bought: change of the error in percent against times the least compute. A line for each evaluation,
+    of its best settings for at most so much; all other settings are hollow."""
     several = len({one.evaluation["task"] for one in measured}) < len(measured)
-    lines = []
+    lines, others, ends = [], [], []
     for number, one in enumerate(measured):
         evaluation, metric = one.evaluation, MAIN_METRIC[one.evaluation["task"]]
-        found, points = frontier(evaluation), []
-        start = metric.error(found[0].cell["metrics"][metric.name]["mean"])
-        sign = (1 if metric.less_is_better else -1) * 100 / start if start else 0.0
-        for step in found:
-            ends = (
-                (None, None) if step.change.low is None else (sign * step.change.low, sign * (step.change.high or 0.0))
-            )
-            low, high = ends if ends[0] is None or ends[0] <= (ends[1] or 0.0) else ends[::-1]
-            where = setting(step.cell["steps"], step.cell["ensemble"])
-            text = f"{evaluation['task']}, {where}: {step.times:.3g} × compute, {metric.label} {step.change}"
-            text += f" against the least compute ({verdict(step.change, metric)})" if step is not found[0] else ""
-            points.append(Point(step.times, sign * step.change.mean, *ends, text))
-        cells = select(evaluation["cells"], kind="fixed")
-        most = max(map(forwards, cells)) / forwards(found[0].cell)
+        every = against_least(evaluation)
+        found = frontier(evaluation, every)
+        points = _percent(found, every[0], evaluation["task"], metric)
+        most = max(step.times for step in every)
         if most > points[-1].x:
             last = points[-1]
             points.append(last._replace(x=most, text=f"{last.text}; nothing measured up to {most:.3g} × was better"))
         error = metric.label if metric.less_is_better else f"1 − {metric.label}"
         name = f"{evaluation['task']} ({error})" + (f", {one.label}" if several else "")
-        lines.append(Series(name, tuple(points), number % COLOURS, marker=MARKERS[number % len(MARKERS)]))
-    ends = "; ".join(f"{one.name} {one.points[-1].y:+.1f} % at {one.points[-1].x:.3g} times" for one in lines)
-    alt = f"Line chart of the change of error in percent against times the least compute: {ends}."
-    change = "change of error in % (less is better)"
-    return Chart(tuple(lines), "times the least compute (steps × members)", change, alt, (Reference("no change", 0.0),))
+        style = {"colour": number % COLOURS, "marker": MARKERS[number % len(MARKERS)]}
+        lines.append(Series(name, tuple(points), **style))
+        rest = [step for step in every if all(step is not kept for kept in found)]
+        left = tuple(_percent(rest, every[0], evaluation["task"], metric))
+        others.append(Series(f"{name}: other settings", left, **style, dash="none", hollow=True, faint=True))
+        ends.append(f"{name} {points[-1].y:+.1f} % at {points[-1].x:.3g} times")
+    alt = f"Line chart of the change of error in percent against times the least compute: {'; '.join(ends)}."
+    shown = (*lines, *(one for one in others if one.points))
+    words = "change of error in % (less is better)"
+    return Chart(shown, "times the least compute (steps × members)", words, alt, (Reference("no change", 0.0),))
+
+
+def _percent(steps: Sequence[Bought], start: Bought, task: str, metric: Metric) -> list[Point]:
+    """Points of `bought_chart`: paired differences as a share of the error of the least compute."""
+    error = metric.error(start.cell["metrics"][metric.name]["mean"])
+    sign = (1 if metric.less_is_better else -1) * 100 / error if error else 0.0
+    points = []
+    for step in steps:
+        low, high = sorted(sign * end for end in step.change[1:] if end is not None) or (None, None)
+        where = setting(step.cell["steps"], step.cell["ensemble"])
+        text = f"{task}, {where}: {step.times:.3g} × compute, {metric.label} {step.change}"
+        text += f" against the least compute ({verdict(step.change, metric)})" if step is not start else ""
+        points.append(Point(step.times, sign * step.change.mean, low, high, text))
+    return points
 
 
 def loss_chart(steps: Sequence[float], losses: Sequence[float]) -> Chart:
@@ -186,7 +204,7 @@ def loss_chart(steps: Sequence[float], losses: Sequence[float]) -> Chart:
 
     lines = (
         Series("as logged", points(raw), 7, marker="", faint=True),
-        Series(f"mean of {counted(width, 'row')}", points(mean), 0, marker="circle"),
+        Series(f"mean of {counted(width, 'row')}", points(mean), 0, quiet=True),
     )
     (first, begin), (last, end) = mean[0], mean[-1]
     alt = f"Line chart of the training loss: {begin:.4g} at step {first:,g}, {end:.4g} at step {last:,g}."

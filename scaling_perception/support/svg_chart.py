@@ -16,7 +16,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 26, 44
 COLOURS = 10
 """The page's style has so many colours of lines, ``--c0`` and on."""
 MARKERS = ("circle", "square", "triangle", "diamond")
-_DASHES = {"": "", "dashed": "7 4", "dotted": "2 4"}
+_DASHES = {"": "", "dashed": "7 4", "dotted": "2 4", "none": "0 9999"}
 
 
 class Point(NamedTuple):
@@ -30,7 +30,8 @@ class Point(NamedTuple):
 
 
 class Series(NamedTuple):
-    """One line. ``colour`` is a number of the page's; ``dash`` is '', dashed or dotted; ``band``: draw intervals."""
+    """One line. ``colour`` is a number of the page's; ``dash`` is '', dashed, dotted or none, points alone; ``band``:
+    draw intervals; ``quiet``: points show under the pointer alone."""
 
     name: str
     points: tuple[Point, ...]
@@ -40,6 +41,7 @@ class Series(NamedTuple):
     hollow: bool = False
     faint: bool = False
     band: bool = True
+    quiet: bool = False
 
 
 class Reference(NamedTuple):
@@ -167,9 +169,10 @@ def _line(frame: _Frame, series: Series) -> str:
     way = "M" + "L".join(f"{x} {y}" for x, y in places)
     dash = f' stroke-dasharray="{_DASHES[series.dash]}"' if series.dash else ""
     faint = " faint" if series.faint else ""
-    found = [f'<path class="line k{series.colour}{faint}" d="{way}"{dash}/>'] if len(places) > 1 else []
+    joined = len(places) > 1 and series.dash != "none"
+    found = [f'<path class="line k{series.colour}{faint}" d="{way}"{dash}/>'] if joined else []
     if series.marker:
-        fill = " hollow" if series.hollow else ""
+        fill = " hollow" * series.hollow + " quiet" * series.quiet + faint
         for point, (x, y) in zip(series.points, places, strict=True):
             text = html.escape(point.text, quote=True)
             shape = f'd="{marker(series.marker, x, y)}" data-x="{x}" data-y="{y}" data-text="{text}"'
@@ -193,10 +196,10 @@ def legend(chart: Chart) -> str:
     """What each line is, with a sample of it; a reference outside of the picture is said to be so."""
     frame, found = _Frame(chart), []
     for one in chart.series:
-        if not one.name:
-            continue
+        if one.dash == "none":
+            continue  # the caption says what points alone are
         dash = f' stroke-dasharray="{_DASHES[one.dash]}"' if one.dash else ""
-        fill = " hollow" if one.hollow else ""
+        fill = " hollow" * one.hollow + " quiet" * one.quiet
         dot = f'<path class="dot k{one.colour}{fill}" d="{marker(one.marker, 19, 7)}"/>' if one.marker else ""
         line = f'<path class="line k{one.colour}{" faint" if one.faint else ""}" d="M1 7H37"{dash}/>'
         found.append(_sample(line + dot, one.name))
