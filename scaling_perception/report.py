@@ -9,8 +9,10 @@ import argparse
 import datetime
 import html
 import json
+import math
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,19 +252,23 @@ def _terms_of(measured: Sequence[Measured]) -> list[str]:
 
 def _training(page: _Page, path: Path, folder: Path) -> None:
     """The logged loss of one run; nothing where the file holds none."""
-    rows = []
+    rows, left = [], 0
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
-            continue  # a line cut short by a kill
-        if "loss" in row and "step" in row:
-            rows.append((row["step"], row["loss"]))
+            step, loss = float(row["step"]), float(row["loss"])
+        except (ValueError, TypeError, KeyError):
+            continue  # a line cut short by a kill, or of something else
+        if math.isfinite(loss) and math.isfinite(step):
+            rows.append((step, loss))
+        else:
+            left += 1
     if len(rows) > 1:
         name = str(path.parent.relative_to(folder)) if path.parent != folder else folder.resolve().name
         page.section(f"Training, {name}")
         chart = loss_chart(*zip(*rows, strict=True))
-        figure = page.figure(chart, "Training loss.", "training-loss", _run_command(path))
+        words = f"Training loss{f', without {left} rows that are not finite' if left else ''}."
+        figure = page.figure(chart, words, "training-loss", _run_command(path))
         page.add(f'<div class="charts">{figure}</div>')
 
 
@@ -280,6 +286,10 @@ def _check_whole(path: Path, evaluation: dict[str, Any]) -> None:
     try:
         verdicts(evaluation), bought(evaluation), compute_table(evaluation), limits_table(evaluation)
         images_csv(evaluation), evaluation["resolution"], evaluation["images"], evaluation["dataset"]
+        main = MAIN_METRIC[evaluation["task"]].name
+        for cell in (*evaluation["cells"], *evaluation["baselines"].values()):
+            if not math.isfinite(cell["metrics"][main]["mean"]):
+                raise ValueError(f"{main} is {cell['metrics'][main]['mean']}")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration) as error:
         raise UserError(f"{path}: not a whole evaluation ({error!r}): run `evaluate` again") from error
 
@@ -324,6 +334,9 @@ def write_report(folder: Path, out: Path, title: str, command: str = "") -> Path
         text = page(title, made, built.text(detail))
         if len(text.encode()) <= MOST_BYTES:
             break
+    if len(text.encode()) > MOST_BYTES:
+        size = len(text.encode()) / 1e6
+        print(f"note: {out} has {size:.1f} MB without pictures: report folders of fewer evaluations", file=sys.stderr)
     write_text(out, text)
     return out
 

@@ -252,6 +252,24 @@ def test_a_folder_without_results_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="eval.json: not a whole evaluation"):
         write_report(tmp_path, tmp_path / "report.html", "t")
     assert not (tmp_path / "report.html").exists()
+    broken = _evaluation()
+    broken["cells"][3]["metrics"]["abs_rel"]["mean"] = float("nan")
+    for wrong in (broken, {**_evaluation(), "cells": []}, {**_evaluation(), "task": "sound"}):
+        with pytest.raises(UserError, match="eval.json: not a whole evaluation"):
+            report(tmp_path, eval=wrong)
+
+
+def test_what_is_missing_or_not_finite_is_said(tmp_path, capsys, monkeypatch):
+    evaluation = with_pictures(tmp_path)
+    (tmp_path / evaluation["panels"][0]["answers"][0]["error"]).unlink()
+    rows = [{"step": i, "loss": float("nan") if i == 3 else 1.0} for i in range(9)] + [[1], {"step": "x", "loss": 1}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    page = report(tmp_path, eval=evaluation)
+    assert "1 picture not found, such as" in page and "without 1 rows that are not finite" in page
+    assert "nan" not in Seen(page).text.lower() and 'd="Mnan' not in page
+    monkeypatch.setattr("scaling_perception.report.MOST_BYTES", 1000)
+    report(tmp_path, eval=evaluation)
+    assert "MB without pictures: report folders of fewer evaluations" in capsys.readouterr().err
 
 
 def _adaptive():

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from scaling_perception.data.images import read_image
 from scaling_perception.evaluation.comparisons import select, values
 from scaling_perception.evaluation.findings import Measured
-from scaling_perception.evaluation.labels import ANSWERS, MAIN_METRIC, macs_text, setting
+from scaling_perception.evaluation.labels import ANSWERS, MAIN_METRIC, counted, macs_text, setting
 from scaling_perception.support.html_page import image
 
 
@@ -53,6 +53,9 @@ def panels(group: Sequence[Measured], detail: Detail) -> str:
     blocks = [_panel(key, of, detail, len(group) > 1) for key, of in shown]
     left = len(found) - len(shown)
     note = f"<p class='small'>{left} more in the folder panels/ beside the result.</p>" if left else ""
+    if gone := _missing([pair for _, of in shown for pair in of]):
+        words = f"{counted(len(gone), 'picture')} not found, such as {gone[0]}: evaluate again, or bring them back."
+        note += f"<p class='small'>{html.escape(words)}</p>"
     return "".join(blocks) + note
 
 
@@ -81,7 +84,8 @@ def _panel(key: str, of: list[tuple[Measured, Mapping[str, Any]]], detail: Detai
     return (
         f'<div class="panel">{dial}<div class="side"><div class="sample" style="--n:{count}"><p class="before">'
         f'{html.escape(key)}</p><div class="pictures">{sample}</div></div>'
-        f'<div class="answers" style="--n:{widest}">{"".join(answers)}</div></div></div>'
+        f'<div class="answers" style="--n:{widest}">{"".join(answers)}<p class="none">Not '
+        "measured with these steps and members.</p></div></div></div>"
     )
 
 
@@ -96,9 +100,20 @@ def _answers(panel: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _last(of: list[tuple[Measured, Mapping[str, Any]]]) -> tuple[int, int]:
     """The setting that is shown first: the most compute."""
-    return max((one["steps"] * one["ensemble"], one["steps"], one["ensemble"]) for _, e in of for one in _answers(e))[
-        1:
+    every = [(one["steps"], one["ensemble"]) for _, entry in of for one in _answers(entry)]
+    return max(every, key=lambda at: (at[0] * at[1], at))
+
+
+def _missing(of: list[tuple[Measured, Mapping[str, Any]]]) -> list[str]:
+    """Pictures that an evaluation names and that are not beside it."""
+    names = [
+        one.path.parent / source[name]
+        for one, entry in of
+        for source in (entry, *_answers(entry))
+        for name in (*_SAMPLE, *ANSWERS)
+        if source.get(name)
     ]
+    return sorted({str(path) for path in names if not path.is_file()})
 
 
 def _score(one: Measured, key: str, entry: Mapping[str, Any], at: tuple[int, int]) -> str:

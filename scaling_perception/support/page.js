@@ -57,6 +57,7 @@ for (const panel of document.querySelectorAll('.panel')) {
       dial.parentNode.querySelector('output').textContent = chosen[i];
     });
     for (const answer of answers) answer.hidden = answer.dataset.key !== chosen.join(' ');
+    panel.classList.toggle('empty', answers.every((answer) => answer.hidden));
   };
   for (const dial of dials) dial.addEventListener('input', show);
   if (dials.length) show();
