@@ -150,6 +150,16 @@ def test_a_damaged_frame_is_named_and_the_others_are_a_clip(predict, frames, tmp
     assert "is a frame of a clip" in repeat(tmp_path / "out" / "f0_depth.json")
 
 
+def test_a_clip_of_damaged_frames_leaves_nothing(predict, frames, tmp_path):
+    for path in frames.iterdir():
+        path.write_bytes(b"no picture")
+    assert "3 failed" in predict("depth", "--video", frames, code=1).out
+    assert not list((tmp_path / "out").glob("*")), "neither a video nor a record of one"
+    with pytest.raises(UserError, match="cannot write the video .* directory"):
+        with VideoWriter(tmp_path / "none" / "x.mp4", 25) as video:
+            video.add(np.zeros((16, 16, 3), np.uint8))
+
+
 def repeat(record):
     """What `--repeat` of a record says."""
     with contextlib.redirect_stderr(io.StringIO()) as text:

@@ -246,8 +246,8 @@ def run_job(
 
     _compute(predictor, request, todo, of or len(todo), readers, workers, read, finish, results, watch, clip)
     videos.close()
-    if clip is not None and todo:
-        made = [item.name for item in items if results[item.name]["status"] != "failed"]
+    made = [item.name for item in items if results[item.name]["status"] != "failed"]
+    if clip is not None and todo and made:
         clip.finish(made, settings, request, None if command is None else command(items[0]))
     done = {name: words for name, words in changed.items() if "changed" in results[name]}
     files = [{"name": i.name, "inputs": [str(p) for p in i.inputs], **results[i.name]} for i in items]
@@ -291,7 +291,7 @@ def run_clips(
     anew = "; ".join(one["anew"] for one in found if one["anew"] is not None)
     seconds = sum(one["seconds"] for one in found)
     whole = summary_of(about, files, seconds, predictor.compile_seconds)
-    return {**whole, "anew": anew or None, "clips": [str(clip.video) for clip in clips]}
+    return {**whole, "anew": anew or None, "clips": [str(clip.video) for clip in clips if clip.video.is_file()]}
 
 
 def _anew(changed: Mapping[str, tuple[str, ...]], of: int, out: Path) -> str:

@@ -286,28 +286,45 @@ def frame_rate(path: Path) -> Fraction:
 
 
 class VideoWriter:
-    """Writes uint8 RGB frames (H, W, 3) of one size into an MP4 (H.264); a side of odd length is filled up by one."""
+    """Writes uint8 RGB frames (H, W, 3) of one size into an MP4 (H.264); a side of odd length is filled up by one.
+
+    Raises:
+        UserError: PyAV is not installed, or the file cannot be written.
+    """
 
     def __init__(self, path: Path, rate: Fraction | int) -> None:
-        av = require_pyav(f"{path} is a video")
-        self._av, self._rate, self._stream = av, Fraction(rate).limit_denominator(65535), None
-        self._container = av.open(str(path), "w", format="mp4")
+        self._av, self._path = require_pyav(f"{path} is a video"), path
+        self._rate, self._stream = Fraction(rate).limit_denominator(65535), None
+        with self._explained():
+            self._container = self._av.open(str(path), "w", format="mp4")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._container.mux(self._stream.encode())
-        self._container.close()
+        with self._explained():
+            try:
+                if self._stream is not None:
+                    self._container.mux(self._stream.encode())
+            finally:
+                self._container.close()
 
     def add(self, pixels: np.ndarray) -> None:
         """Append a frame."""
         height, width = pixels.shape[:2]
         pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        if self._stream is None:
-            self._stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": "16"})
-            self._stream.height, self._stream.width = pixels.shape[:2]
-            self._stream.pix_fmt = "yuv420p"
-        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        self._container.mux(self._stream.encode(frame))
+        with self._explained():
+            if self._stream is None:
+                self._stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": "16"})
+                self._stream.height, self._stream.width = pixels.shape[:2]
+                self._stream.pix_fmt = "yuv420p"
+            frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            self._container.mux(self._stream.encode(frame))
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What PyAV raises becomes one line."""
+        try:
+            yield
+        except self._av.FFmpegError as error:
+            raise UserError(f"cannot write the video {self._path} ({error.strerror})") from None
