@@ -59,7 +59,7 @@ def build(session: Session, title: str) -> gr.Blocks:
 def _tab(session: Session, task: Task) -> tuple[Inputs, gr.HTML]:
     inputs = Inputs(task)
     with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=320, elem_classes="inputs"):
+        with gr.Column(scale=5, min_width=300, elem_classes="inputs"):
             with gr.Group():
                 _pictures(session, inputs)
             _examples(inputs)
@@ -68,7 +68,7 @@ def _tab(session: Session, task: Task) -> tuple[Inputs, gr.HTML]:
                 run = gr.Button("Run", variant="primary", elem_id=f"run-{task.name}", scale=3)
                 stop = gr.Button("Stop", elem_id=f"stop-{task.name}", scale=1, min_width=80)
             _advanced(session, inputs)
-        with gr.Column(scale=7, min_width=320, elem_classes="outputs"):
+        with gr.Column(scale=7, min_width=300, elem_classes="outputs"):
             outputs, redraw = results(session, task)
 
     knobs = inputs.only(("dial", *SETTINGS))
@@ -76,19 +76,19 @@ def _tab(session: Session, task: Task) -> tuple[Inputs, gr.HTML]:
         part.change(lambda *values: _promise(session, knobs, values), knobs.components, promise, **QUIET)
 
     def predict(*values: Any) -> Iterator[Any]:
-        *own, view, overlay = values
+        *own, view, overlay, looking = values
         try:
             for found in session.stream(asked(session, inputs, tuple(own))):
-                yield redraw(found, view, overlay)
+                yield redraw(found, view, overlay, looking)
         except UserError as error:
             raise one_line(error) from None
 
-    names = [*inputs.parts, "view", "overlay"]  # what a client of the server calls them
+    names = [*inputs.parts, "view", "overlay", "looking"]  # what a client of the server calls them
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     predict.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])
     event = run.click(
         predict,
-        [*inputs.components, outputs["view"], outputs["overlay"]],
+        [*inputs.components, outputs["view"], outputs["overlay"], outputs["looking"]],
         [
             outputs[name]
             for name in ("state", "numbers", "picture", "members", "cloud", "files", "command")

@@ -7,11 +7,14 @@ import gradio as gr  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 from scaling_perception.demo import drawing, text
+from scaling_perception.demo.parts import QUIET
 from scaling_perception.demo.session import Run, Session
 from scaling_perception.tasks.base import Task
 
+_POINTS = "3-D"
 
-def results(session: Session, task: Task) -> tuple[dict[str, Any], Callable[[Run, str, float], list[Any]]]:
+
+def results(session: Session, task: Task) -> tuple[dict[str, Any], Callable[[Run, str, float, bool], list[Any]]]:
     views = list(task.views)
     found: dict[str, Any] = {"state": gr.State(0)}
     found["numbers"] = gr.HTML(
@@ -44,7 +47,8 @@ def results(session: Session, task: Task) -> tuple[dict[str, Any], Callable[[Run
             buttons=[],
             elem_id=f"overlay-{task.name}",
         )
-    with gr.Tabs():
+    found["looking"] = gr.State(False)  # whether the points are looked at
+    with gr.Tabs() as tabs:
         with gr.Tab("Members"):
             found["members"] = gr.Gallery(
                 show_label=False,
@@ -58,7 +62,7 @@ def results(session: Session, task: Task) -> tuple[dict[str, Any], Callable[[Run
                 format="png",
             )
         if "ply" in task.files:
-            with gr.Tab("3-D", render_children=True):
+            with gr.Tab(_POINTS):
                 found["cloud"] = gr.Model3D(
                     label="Points: drag to turn, scroll to zoom",
                     height=420,
@@ -88,14 +92,27 @@ def results(session: Session, task: Task) -> tuple[dict[str, Any], Callable[[Run
     def pair(run: Run, view: str, overlay: float) -> tuple[np.ndarray, np.ndarray]:
         return drawing.shown(run.image), drawing.shown(drawing.answer(run, view, overlay))
 
-    def redraw(run: Run, view: str, overlay: float) -> list[Any]:
+    def cloud(run: Run) -> str:
+        near, far = (float(word) for word in run.distances)
+        place = run.folder / "cloud.glb"
+        return str(place if place.exists() else drawing.write_cloud(place, run, near, far))
+
+    def redraw(run: Run, view: str, overlay: float, looking: bool) -> list[Any]:
         shown = [run.number, text.numbers(run, session), pair(run, view, overlay), drawing.members(run)]
         if not run.done:
             return [*shown, *[gr.skip()] * (3 if "cloud" in found else 2)]
         if "cloud" in found:
-            near, far = (float(word) for word in run.distances)
-            shown.append(str(drawing.write_cloud(run.folder / "cloud.glb", run, near, far)))
+            shown.append(cloud(run) if looking else None)
         return [*shown, [str(path) for path in run.files], run.command]
+
+    def look(event: gr.SelectData, number: int) -> Any:
+        run = session.runs.get(number)
+        if event.value != _POINTS:
+            return False, gr.skip()
+        return True, gr.skip() if run is None else cloud(run)
+
+    if "cloud" in found:  # made when they are looked at: they are large, and a viewer that is hidden loads none
+        tabs.select(look, found["state"], [found["looking"], found["cloud"]], **QUIET)
 
     def again(number: int, view: str, overlay: float) -> Any:
         run = session.runs.get(number)
@@ -106,8 +123,6 @@ def results(session: Session, task: Task) -> tuple[dict[str, Any], Callable[[Run
             again,
             [found["state"], found["view"], found["overlay"]],
             found["picture"],
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
+            **QUIET,
         )
     return found, redraw

@@ -110,7 +110,7 @@ def served(session: Any, host: str, port: int, quiet: bool = True) -> Any:
         max_file_size=int(session.limits.megabytes * 1e6),
         app_kwargs={"middleware": [Middleware(_Headers)]},
         theme=theme(),
-        css=CSS,
+        head=f"<style>{CSS}</style>",  # as css, Gradio would drop what is within @media
     )
     try:
         yield f"http://{'localhost' if host == '0.0.0.0' else host}:{page.server_port}"

@@ -6,7 +6,8 @@ CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; padding: 12px 16px 32px !important; }
 .head h1 { font-size: 1.5rem; font-weight: 700; margin: 4px 0 2px; letter-spacing: -0.01em; }
 .head p { margin: 0 0 2px; }
-.soft { color: var(--body-text-color-subdued); font-size: 0.86rem; filter: contrast(1.2); }
+.soft { color: var(--body-text-color-subdued); font-size: 0.86rem; }
+.gr-group .block { border-width: 0 !important; }
 .promise, .numbers { padding: 10px 14px 12px; }
 .dialbox, .dialbox > div, .dialbox .styler { background: var(--block-background-fill) !important; }
 .promise p, .numbers p { margin: 0 0 6px; line-height: 1.4; }
@@ -29,7 +30,13 @@ svg.dial .on circle { fill: var(--color-accent); }
 button:focus-visible, input:focus-visible, [tabindex]:focus-visible, select:focus-visible {
   outline: 3px solid var(--color-accent) !important; outline-offset: 2px;
 }
-@media (max-width: 480px) { .gradio-container { padding: 8px 8px 24px !important; } }
+@media (max-width: 640px) {
+  .gradio-container { padding: 4px 2px 24px !important; }
+  .gradio-container .main { padding: 8px !important; }
+  .inputs, .outputs { min-width: 0 !important; flex-basis: 100% !important; }
+  .outputs .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)) !important; }
+  .numbers dl { grid-template-columns: repeat(2, 1fr); }
+}
 """
 
 
@@ -39,4 +46,7 @@ def theme() -> Any:
 
     sans = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
-    return themes.Default(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
+    plain = themes.Default(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
+    soft = {"body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300"}
+    info = {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
+    return plain.set(**soft, **info)

@@ -113,6 +113,27 @@ def test_members_come_in_and_the_files_are_those_of_the_command(session, picture
     assert "Uncertainty" in text.numbers(run, session) and run.task in str(run.files[-1])
 
 
+def test_flow_of_a_clip_is_that_of_the_two_chosen_frames(session, make_image, tmp_path):
+    av = pytest.importorskip("av", reason="needs PyAV: pip install 'scaling-perception[video]'")
+    clip = tmp_path / "clip.avi"
+    frames = [make_image(40, 56, seed) for seed in range(4)]
+    with av.open(str(clip), "w") as container:
+        stream = container.add_stream("png", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 56, 40, "rgb24"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode())
+    (*_, run) = session.stream(Asked("flow", (str(clip),), settings=few(), frames=(1, 2)))
+    assert (run.image == frames[1]).all() and "--start 1 --end 4 --every 2" in run.command
+    pair = [str(tmp_path / f"{i}.png") for i in (1, 3)]
+    for path, i in zip(pair, (1, 3), strict=True):
+        Image.fromarray(frames[i]).save(path)
+    (*_, same) = session.stream(Asked("flow", tuple(pair), settings=few()))
+    assert (run.estimate.prediction == same.estimate.prediction).all()
+    with pytest.raises(UserError, match=r"^clip.avi ends before frame 4 \(it has 4\)"):
+        list(session.stream(Asked("flow", (str(clip),), settings=few(), frames=(3, 2))))
+
+
 def test_views_members_and_points(session, picture, tmp_path):
     (*_, run) = session.stream(Asked("depth", (picture(),), settings=few(), camera={"fov": "60", "range": "1,4"}))
     first, grey = drawing.answer(run, "Spectral"), drawing.answer(run, "gray")
