@@ -42,7 +42,7 @@ def take(page, name: str) -> None:
     inner_tab(page, task, below)
     page.mouse.move(2, 2)
     page.wait_for_timeout(25_000 if below == "3-D" else 3000)  # points are drawn without a graphics card here
-    data = page.screenshot(full_page=True)
+    data = page.screenshot(full_page=True, timeout=180_000)
     for quality in (85, 75, 65, 55):
         jpeg = io.BytesIO()
         Image.open(io.BytesIO(data)).convert("RGB").save(jpeg, "JPEG", quality=quality, optimize=True)
