@@ -130,9 +130,12 @@ class _Page:
         self.figures = 0
 
     def section(self, title: str) -> None:
-        anchor = f"part-{len(self.contents) + 1}"
-        self.contents.append((anchor, title))
-        self.parts.append(f'<h2 id="{anchor}">{html.escape(title)}</h2>')
+        self.parts.append(f'<a id="{self.anchor(title)}"></a><h2>{html.escape(title)}</h2>')
+
+    def anchor(self, title: str) -> str:
+        """A new line of the contents; returns what it leads to."""
+        self.contents.append((f"part-{len(self.contents) + 1}", title))
+        return self.contents[-1][0]
 
     def figure(self, chart: Any, caption: str, name: str, commands: Sequence[str], kind: str = "") -> str:
         self.figures += 1
@@ -312,8 +315,9 @@ def _built(folder: Path, command: str) -> _Page:
         built.section(f"Where the time went, {name}")
         built.add(f"<pre>{html.escape(text)}</pre>")
     if measured:
-        built.section("How to read this page")
-        built.add(terms(_terms_of(measured)))
+        name = "How to read this page"
+        words = terms(_terms_of(measured))
+        built.add(f'<details open id="{built.anchor(name)}" class="terms"><summary>{name}</summary>{words}</details>')
     parts = "".join(f'<li><a href="#{anchor}">{html.escape(name)}</a></li>' for anchor, name in built.contents)
     contents = f'<nav aria-label="contents"><b>Contents</b><ul>{parts}</ul></nav>'
     built.parts.insert(0, f'{lead}<div class="top">{chart}{contents}</div>')
