@@ -15,6 +15,7 @@ import numpy as np
 from scaling_perception.models import lite0, tiny_vae, vae
 from scaling_perception.models.vae_tiles import VAELimits, tiled_decode, tiled_encode
 from scaling_perception.models.vae_torch import CLASS, vae_config_from_json, vae_from_torch
+from scaling_perception.models.weight_files import read_safetensors
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path, read_json
 from scaling_perception.support.hub import fetch
@@ -318,27 +319,6 @@ def save_part(
     with atomic_path(file) as temporary:
         save_file(flat, temporary, metadata=metadata)
     return file
-
-
-def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Every tensor of a file (bfloat16 becomes float32) and its metadata.
-
-    Raises:
-        UserError: the file is missing, truncated or no safetensors file.
-    """
-    import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
-    from safetensors import SafetensorError, safe_open
-
-    if not file.is_file():
-        raise UserError(f"{file} does not exist: give a folder with a whole autoencoder, or 'tiny'")
-    try:
-        # numpy's arrays: through JAX a program is compiled for each shape
-        with safe_open(file, framework="numpy") as handle:
-            metadata = handle.metadata() or {}
-            state = {name: np.asarray(handle.get_tensor(name), np.float32) for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is truncated or no safetensors file ({error}): copy or download it again") from None
-    return state, metadata
 
 
 def _download(hub_id: str) -> Path:

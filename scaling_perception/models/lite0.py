@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scaling_perception.models.weight_files import read_safetensors
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.shapes import AnyArray, Array, Float
 
@@ -154,8 +155,6 @@ def load(folder: Path = FOLDER) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    from scaling_perception.models.autoencoders import read_safetensors
-
     file = folder / "lite0.safetensors"
     state, _ = read_safetensors(file)
     flat = {
