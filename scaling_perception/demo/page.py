@@ -31,7 +31,7 @@ _NEAR_FAR = "1,4"  # where relative depth 0 and 1 are put in the point cloud, un
 def build(session: Session, title: str) -> gr.Blocks:
     """The page of a model; nothing is served yet."""
     tabs: list[tuple[Inputs, gr.HTML]] = []
-    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
         gr.HTML(text.header(session), padding=False)
         with gr.Tabs():
             for name in session.tasks:

@@ -106,7 +106,6 @@ def served(session: Any, host: str, port: int, quiet: bool = True) -> Any:
         mcp_server=False,
         pwa=False,
         inbrowser=False,
-        allowed_paths=[str(session.folder)],
         max_file_size=int(session.limits.megabytes * 1e6),
         app_kwargs={"middleware": [Middleware(_Headers)]},
         theme=theme(),

@@ -81,10 +81,12 @@ def numbers(run: Run, session: Session) -> str:
     """The numbers of a run, or of what there is of it."""
     assert run.estimate is not None
     if not run.done:
-        share = run.members / max(run.settings.ensemble, 1)
+        share, made = run.members / run.settings.ensemble, f"{run.members} of {run.settings.ensemble} members"
+        if run.settings.step_tolerance is not None:  # all of them, after the steps so far
+            made += ", taking steps"
         return (
             '<div class="numbers" role="status"><p class="big">'
-            f"<b>{run.members} of {run.settings.ensemble} members</b> "
+            f"<b>{made}</b> "
             f'<span class="soft">{dial.amount(run.seconds)}</span></p>'
             f'<progress value="{share:.3f}" max="1" aria-label="members"></progress></div>'
         )

@@ -14,7 +14,8 @@ are asked for have a say: those that fill up a batch of the plan's size are not 
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -58,8 +59,14 @@ def adaptive_stream(
     key: RandomKey,
     mode: str,
     plan: BatchPlan,
+    watch: Callable[[Estimate], None] | None = None,
 ) -> Iterator[Estimate]:
-    """One estimate for each raw sample, in order. See the module."""
+    """One estimate for each raw sample, in order. See the module.
+
+    Args:
+        watch: of a single sample, called with what its clean latents give at each look of the early exit, and with what
+            its members so far give; not with the result.
+    """
     samples = iter(raws)
     step = settings.first if settings.tolerance is not None else plan.members
     step = min(step, settings.ensemble)
@@ -77,7 +84,10 @@ def adaptive_stream(
             for start in range(0, len(open_images), plan.images):
                 chosen = open_images[start : start + plan.images]
                 group, known = [pool[i] for i in chosen], [latents[i] for i in chosen]
-                pixels, steps = _sample(model, group, known, task, settings, tables, key, done, step, plan)
+                seen = None
+                if watch is not None and len(pool) == 1:
+                    seen = partial(_see, watch, model, pool[0], task, mode, members[0], settings.ensemble)
+                pixels, steps = _sample(model, group, known, task, settings, tables, key, done, step, plan, seen)
                 for image, one, taken in zip(chosen, pixels, steps, strict=True):
                     decoded = model.decode_members(one, task)
                     members[image] += list(decoded[: settings.ensemble - done])
@@ -89,6 +99,9 @@ def adaptive_stream(
                     size, prompt = (raw["image"].shape[0], raw["image"].shape[1]), prompt_of(raw, task)
                     estimates[image] = model.merge(found, task, size, mode, prompt, forwards[image], reduced)
                     open_images.remove(image)
+                elif watch is not None and len(pool) == 1:
+                    size = (raw["image"].shape[0], raw["image"].shape[1])
+                    watch(model.merge(found, task, size, mode, prompt_of(raw, task), forwards[image], reduced))
         yield from (estimates[i] for i in range(len(pool)))
 
 
@@ -131,6 +144,7 @@ def _sample(
     first: int,
     count: int,
     plan: BatchPlan,
+    seen: Callable[[np.ndarray], None] | None = None,
 ) -> tuple[Float[np.ndarray, "I P M R R 3"], list[float]]:
     """Pixels (images of the group, P, M, R, R, 3) of members ``first`` …, and the evaluations that each
     image took."""
@@ -140,7 +154,7 @@ def _sample(
         pixels = model.engine.sample(*model.weights, padded, draw, model.passes(task), tables)
         return np.asarray(pixels)[: len(group)], [model.evaluations(settings)] * len(group)
     wanted = min(count, settings.ensemble - first)
-    pixels, taken = _until_settled(model, padded, len(group), task, settings, tables, draw, wanted)
+    pixels, taken = _until_settled(model, padded, len(group), task, settings, tables, draw, wanted, seen)
     return pixels, [*taken]
 
 
@@ -153,6 +167,7 @@ def _until_settled(
     tables: SamplerTables,
     draw: NoiseKeys,
     wanted: int,
+    seen: Callable[[np.ndarray], None] | None,
 ) -> tuple[Float[np.ndarray, "I P M R R 3"], list[int]]:
     engine, passes, params = model.engine, model.passes(task), model.params
     cond_tokens, modulation_table, state = engine.init_state(params, latents, draw, passes, tables)
@@ -167,6 +182,8 @@ def _until_settled(
         first += count
         now = np.asarray(state.x0)
         at_end = first >= settings.steps
+        if seen is not None and not at_end:
+            seen(np.asarray(engine.decode(model.weights[1], now, passes))[0])
         if last is None or at_end:
             stops = [at_end] * len(images)
         else:
@@ -184,6 +201,22 @@ def _until_settled(
     z = np.stack([clean[i] for i in range(real)])
     whole = np.concatenate([z, np.repeat(z[:1], len(latents) - real, axis=0)])
     return np.asarray(engine.decode(model.weights[1], whole, passes))[:real], taken
+
+
+def _see(
+    watch: Callable[[Estimate], None],
+    model: Model,
+    raw: dict[str, Any],
+    task: str,
+    mode: str,
+    known: list[np.ndarray],
+    most: int,
+    pixels: np.ndarray,
+) -> None:
+    """Show what the finished members and the pixels (P, M, R, R, 3) of those in work give."""
+    found = np.stack([*known, *model.decode_members(pixels, task)])[:most]
+    size = (raw["image"].shape[0], raw["image"].shape[1])
+    watch(model.merge(found, task, size, mode, prompt_of(raw, task)))
 
 
 def _rows(cond_tokens: Float[Array, "I P T D"], state: State, rows: list[int]) -> tuple[Float[Array, "J P T D"], State]:

@@ -123,7 +123,8 @@ class Predictor(Model):
         Args:
             count: how many samples there are, if that is known: short runs then take smaller batches.
             watch: called with what the members so far give, where one sample's members come in several batches
-                (``batch_size``), squashed and with constant compute; not with the last, which is the result.
+                (``batch_size``) or rounds, and with what its steps so far give at each look of an early exit; squashed,
+                and not with the last, which is the result.
         """
         key, mode = key_of(key), get_task(task).reduce_mode(settings.reduce)
         tables = self.tables(settings, task, self.choose_diffusion(settings.preset, settings.spacing))
@@ -131,15 +132,10 @@ class Predictor(Model):
             count = None  # windows: more than there are samples
         members = min(settings.first, settings.ensemble) if settings.tolerance is not None else settings.ensemble
         plan = self.plan(task, members, count or 10**9, batch_size, tables)
-        if settings.adaptive:
-            run = partial(
-                adaptive_stream, self, task=task, settings=settings, tables=tables, key=key, mode=mode, plan=plan
-            )
-        else:
-            seen = watch if settings.aspect == "squash" else None  # else these are parts of a picture, or padded
-            run = partial(
-                self.sampled, task=task, settings=settings, tables=tables, key=key, mode=mode, plan=plan, watch=seen
-            )
+        seen = watch if settings.aspect == "squash" else None  # else these are parts of a picture, or padded
+        how: dict[str, Any] = {"task": task, "settings": settings, "tables": tables, "key": key, "mode": mode}
+        of = partial(adaptive_stream, self) if settings.adaptive else self.sampled
+        run = partial(of, **how, plan=plan, watch=seen)
         yield from with_aspect(run, raws, task, settings.aspect, self.resolution)
 
     def sampled(

@@ -113,6 +113,19 @@ def test_members_come_in_and_the_files_are_those_of_the_command(session, picture
     assert "Uncertainty" in text.numbers(run, session) and run.task in str(run.files[-1])
 
 
+def test_an_early_exit_shows_the_picture_at_every_look(session, picture):
+    """A tolerance of 0 stops nothing early: the picture sharpens, and is the one that it would be."""
+    one = picture()
+    given = {"steps": "6", "ensemble": "2", "step_tolerance": "0"}
+    seen, pictures = [], []
+    for run in session.stream(Asked("depth", (one,), settings=given, camera={"fov": "60"})):
+        seen.append(run.done)
+        pictures.append(run.estimate.prediction)
+    assert seen == [False, False, False, True]  # after 2 and 4 steps, the result, its files
+    assert (pictures[0] != pictures[1]).any() and (pictures[2] == pictures[3]).all()
+    assert "--step-tolerance 0" in run.command and "--batch-size" not in run.command
+
+
 def test_flow_of_a_clip_is_that_of_the_two_chosen_frames(session, make_image, tmp_path):
     av = pytest.importorskip("av", reason="needs PyAV: pip install 'scaling-perception[video]'")
     clip = tmp_path / "clip.avi"
