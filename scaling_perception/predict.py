@@ -109,7 +109,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--fov", type=float, metavar="DEG", help="or: degrees that it sees across the picture's width")
     group.add_argument(
-        "--range", metavar="NEAR,FAR", help="point cloud: where relative depth 0 and 1 are put (default 0,1)"
+        "--depth-range",
+        dest="range",
+        metavar="NEAR,FAR",
+        help="point cloud: where relative depth 0 and 1 are put (default 0,1)",
     )
     group.add_argument(
         "--align", metavar="CSV", help="depth: points x,y,depth[,image] in pixels and metres; writes metres"
@@ -248,7 +251,7 @@ def request_of(args: argparse.Namespace, chosen: dict[str, Any] | None = None, b
         raise UserError("a point cloud needs its camera: give one of --intrinsics FX,FY,CX,CY and --fov DEG")
     for name in ("intrinsics", "fov", "range"):
         if "ply" not in formats and getattr(args, name) is not None:
-            raise UserError(f"--{name} is for a point cloud: give --ply too, or leave it out")
+            raise UserError(f"{flag_of(name)} is for a point cloud: give --ply too, or leave it out")
     extras = Extras(
         None if args.intrinsics is None else tuple(parse_camera(args.intrinsics)),
         args.fov,
@@ -260,8 +263,8 @@ def request_of(args: argparse.Namespace, chosen: dict[str, Any] | None = None, b
     by_budget = chosen is None and any(getattr(args, name) is not None for name in _BUDGETS)
     if settings.step_tolerance is not None and looks < 2 and not by_budget:
         raise UserError(
-            f"--step-tolerance needs two looks before the end, and {settings.steps} steps have {looks}: give more "
-            "--steps, or a smaller --step-chunk"
+            f"--step-tolerance needs two checks before the end, and {settings.steps} steps have {looks}: give more "
+            f"--steps, or a smaller {flag_of('step_chunk')}"
         )
     if args.fov is not None:
         camera_of_fov(args.fov, (1, 1))  # told before anything is computed
@@ -279,7 +282,7 @@ def _distances(text: str | None) -> tuple[float, float]:
     except ValueError:
         near, far = 0.0, 0.0
     if not 0 <= near < far < float("inf"):
-        raise UserError(f"--range {text}: give NEAR,FAR with 0 <= NEAR < FAR")
+        raise UserError(f"--depth-range {text}: give NEAR,FAR with 0 <= NEAR < FAR")
     return near, far
 
 

@@ -200,7 +200,7 @@ def _group(page: _Page, group: Sequence[Measured], commands: Mapping[Path, str])
         if len(group) > 1:
             page.add(f"<h3>{html.escape(one.label)}: figures</h3>")
         page.add(table(*compute_table(one.evaluation), f"{metric.label}, mean over images with 95 % interval"))
-        if any(kind(cell) != "fixed" for cell in one.evaluation["cells"]):
+        if any(kind(cell) != "constant" for cell in one.evaluation["cells"]):
             adaptive = adaptive_table(one.evaluation)
             page.add(table(*adaptive, _ADAPTIVE_WORDS) if adaptive[1] else "")
         page.add(table(*limits_table(one.evaluation), "The same images without a model, and limits"))

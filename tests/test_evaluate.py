@@ -172,7 +172,7 @@ def test_tables_for_other_tools(evaluate, tmp_path):
         *("1-delta1", "1-delta1_low", "1-delta1_high", "rmse", "rmse_low", "rmse_high"),
     ]
     assert [(r["kind"], r["ensemble"], r["tolerance"], r["mean_members"]) for r in rows] == [
-        *[("fixed", "1", "", "1"), ("fixed", "2", "", "2"), ("adaptive", "2", "1000000000.0", "2.0")]
+        *[("constant", "1", "", "1"), ("constant", "2", "", "2"), ("adaptive", "2", "1000000000.0", "2.0")]
     ]
     for row in rows:
         assert row["1-delta1_low"] == row["1-delta1_high"] == "", "three images give no interval"

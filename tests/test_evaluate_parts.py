@@ -128,6 +128,19 @@ def test_what_cannot_be_joined_is_said_in_one_line(evaluate, parts, tmp_path):
         assert "\n" not in str(caught.value) and not out.exists()
 
 
+def test_parts_of_an_earlier_version_are_joined(evaluate, parts, two, tmp_path):
+    """It called the kind of a cell of constant compute `fixed`."""
+    evaluate(parts[0], "--merge")
+    now = load(parts[0])
+    assert {cell["kind"] for cell in now["cells"]} == {"constant"}
+    out = Path(shutil.copytree(two, tmp_path / "old")) / "r.json"
+    path = out.with_name("r.json.part-0-of-2.journal")
+    path.write_bytes(path.read_bytes().replace(b'"constant", "preset"', b'"fixed", "preset"'))
+    assert b'"fixed", "preset"' in path.read_bytes()
+    evaluate(out, "--merge")
+    assert load(out) == now
+
+
 def test_other_settings_and_a_whole_job_are_refused_beside_parts(evaluate, parts, capsys):
     out, words = parts
     (last := out.with_name("r.json.part-1-of-2.journal")).rename(out.with_name("kept"))

@@ -120,7 +120,7 @@ def test_compute_by_image(task, tmp_path):
     rows = [row for row in tables(section("## Compute by image"))[0] if row["what"].startswith(f"{task}, ")]
     assert rows
     most = max(cell["steps"] for cell in result["cells"])
-    whole = max(cell["macs"] for cell in result["cells"] if cell["kind"] == "fixed" and cell["steps"] == most)
+    whole = max(cell["macs"] for cell in result["cells"] if cell["kind"] == "constant" and cell["steps"] == most)
     for row in rows:
         kind = "tolerance" if "within" in row["what"] else "step_tolerance"
         (limit,) = numbers(row["what"])

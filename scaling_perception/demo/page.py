@@ -244,6 +244,8 @@ def chosen(session: Session, inputs: Inputs, given: dict[str, Any]) -> dict[str,
         value = given.get(name)
         if value not in (None, "", False):
             found[name] = str(value).strip()
+    if found.get("cache") == "none" and not given.get("cache_interval"):
+        found.pop("cache_interval", None)  # the dial's, whose cache the field has replaced
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from scaling_perception.evaluation.comparisons import evaluations_of
+from scaling_perception.evaluation.comparisons import evaluations_of, kind
 from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
 from scaling_perception.inference.budgets import CACHE_CELL, CELL, FILE, FORMAT, Timing, load_budgets
 from scaling_perception.inference.settings import NAMED, flag_of
@@ -43,7 +43,7 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
     task = result["task"]
     main = get_task(task).main
     assert main is not None
-    fixed = [cell for cell in result["cells"] if cell.get("kind", "fixed") == "fixed" and cell["macs"] is not None]
+    fixed = [cell for cell in result["cells"] if kind(cell) == "constant" and cell["macs"] is not None]
     if not fixed:
         raise UserError("this evaluation has no cell with a known number of MACs: no table of budgets can be made")
     if result["images"] < FEWEST_IMAGES:

@@ -25,9 +25,14 @@ class Change(NamedTuple):
         return f"{self.mean:+.4f}{interval}"
 
 
-def kind(cell: Cell) -> str:
-    """fixed, adaptive or steps; cells of older evaluations are fixed."""
-    return cell.get("kind", "fixed")
+OLD_KINDS = {"fixed": "constant"}
+"""What earlier versions called a kind of cell -> its name."""
+
+
+def kind(cell: Mapping[str, Any]) -> str:
+    """constant, adaptive or steps; a cell of an evaluation from before there were kinds is constant."""
+    found = cell.get("kind", "constant")
+    return OLD_KINDS.get(found, found)
 
 
 def way(cell: Cell) -> tuple[str, str]:
@@ -116,7 +121,7 @@ def savings(cells: Sequence[Cell], metric: str, of: str) -> list[Saving]:
     for cell in select(cells, kind=of):
         steps, size = cell["steps"], cell["ensemble"]
         rest = {"steps": steps} if of == "adaptive" else {"ensemble": size}
-        fixed = select(cells, kind="fixed", way=way(cell), **rest)
+        fixed = select(cells, kind="constant", way=way(cell), **rest)
         whole = select(fixed, steps=steps, ensemble=size)
         if not whole:
             continue
@@ -131,7 +136,7 @@ def savings(cells: Sequence[Cell], metric: str, of: str) -> list[Saving]:
 
 def best_steps(cells: Sequence[Cell], metric: str, less_is_better: bool) -> int:
     """The step count at which the largest ensemble of constant compute is best."""
-    fixed = select(cells, kind="fixed")
+    fixed = select(cells, kind="constant")
     size = max(cell["ensemble"] for cell in fixed)
     largest = select(fixed, ensemble=size)
     sign = 1 if less_is_better else -1

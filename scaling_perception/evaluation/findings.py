@@ -72,7 +72,7 @@ def shown_baselines(evaluation: Evaluation) -> list[str]:
 def compute_table(evaluation: Evaluation) -> Table:
     """Head and rows of error against compute: one row a (preset and solver, steps), one column an ensemble size."""
     metric, label, _ = MAIN_METRIC[evaluation["task"]]
-    cells = select(evaluation["cells"], kind="fixed")
+    cells = select(evaluation["cells"], kind="constant")
     sizes = sorted({cell["ensemble"] for cell in cells})
     unit = Unit(cell["macs"] / cell["ensemble"] for cell in cells if cell["macs"] is not None)
     head = ["preset", "steps", *[f"{label}, N = {size}" for size in sizes], f"{unit.name} / image, N = 1"]
@@ -114,7 +114,7 @@ def adaptive_table(evaluation: Evaluation) -> Table:
 def limits_table(evaluation: Evaluation) -> Table:
     """Every metric of the model's best cell, of the answers without a model, the limits and the controls."""
     main = MAIN_METRIC[evaluation["task"]]
-    cells = select(evaluation["cells"], kind="fixed")
+    cells = select(evaluation["cells"], kind="constant")
     names = list(cells[0]["metrics"])
     best = best_cell(cells, main)
     rows: list[tuple[str, dict[str, Any]]] = [
@@ -158,7 +158,7 @@ class Bought(NamedTuple):
 def against_least(evaluation: Evaluation) -> list[Bought]:
     """Every cell of constant compute against the best one of the least compute, which is the first, by compute."""
     metric = MAIN_METRIC[evaluation["task"]]
-    cells = sorted(select(evaluation["cells"], kind="fixed"), key=forwards)
+    cells = sorted(select(evaluation["cells"], kind="constant"), key=forwards)
     start = best_cell([cell for cell in cells if forwards(cell) == forwards(cells[0])], metric)
     order = [start, *(cell for cell in cells if cell is not start)]
     before = values(start, metric.name)
@@ -214,7 +214,7 @@ def verdicts(evaluation: Evaluation) -> list[str]:
     """Plain sentences: what steps buy, what members buy, and how the model stands against trivial answers."""
     main = MAIN_METRIC[evaluation["task"]]
     metric, label, less_is_better = main
-    cells = select(evaluation["cells"], kind="fixed")
+    cells = select(evaluation["cells"], kind="constant")
     said = []
     for one, way_name in ways(evaluation):
         mine = select(cells, way=one)
@@ -286,9 +286,9 @@ def model_table(group: Sequence[Measured]) -> Table:
     head = ["model", "preset", "steps", "N", *means, f"difference in {metric.label}", "images", ""]
     rows = []
     for other in group[1:]:
-        for cell in select(other.evaluation["cells"], kind="fixed"):
+        for cell in select(other.evaluation["cells"], kind="constant"):
             same = {"steps": cell["steps"], "ensemble": cell["ensemble"], "way": way(cell)}
-            for start in select(first.evaluation["cells"], kind="fixed", **same)[:1]:
+            for start in select(first.evaluation["cells"], kind="constant", **same)[:1]:
                 one, two = values(start, metric.name), values(cell, metric.name)
                 shared = len(one.keys() & two.keys())
                 if not shared:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from scaling_perception.evaluation.comparisons import kind
 from scaling_perception.evaluation.journal import identity_of, other_settings, whole_lines
 from scaling_perception.evaluation.results import result_of
 from scaling_perception.support.errors import UserError
@@ -60,6 +61,12 @@ def plan_of_others(journal: Path, part: Part, identity: Mapping[str, Any], plan:
     return plan
 
 
+def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a part's first line, with today's names of the kinds of cells."""
+    cells = fields.get("cells")
+    return fields if cells is None else {**fields, "cells": [{**cell, "kind": kind(cell)} for cell in cells]}
+
+
 def refuse_parts(out: Path) -> None:
     """UserError when parts of the result ``out`` are there: they are not for a job that does all."""
     if found := part_journals(out):
@@ -97,7 +104,7 @@ def joined(out: Path) -> Iterator[dict[str, Any]]:
         first, name = journals[0][0], part_journal(out, parts[0]).name
         for part, (head, *_) in zip(parts, journals, strict=True):
             for field in ("identity", "plan", "about", "described_by"):
-                if told := other_settings(first[field], head[field]):
+                if told := other_settings(_renamed(first[field]), _renamed(head[field])):
                     other = part_journal(out, part).name
                     raise UserError(f"{name} and {other} are of other settings ({told}): run one of them again")
         groups = [group for _, *own in journals for group in own]

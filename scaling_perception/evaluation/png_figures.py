@@ -36,7 +36,7 @@ def compute_figure(evaluation: dict[str, Any]) -> bytes:
     for i, (one, name) in enumerate(ways(evaluation)):
         colour = _COLOURS[i % len(_COLOURS)]
         cells = select(evaluation["cells"], way=one)
-        fixed, best = select(cells, kind="fixed"), best_steps(cells, metric, less_is_better)
+        fixed, best = select(cells, kind="constant"), best_steps(cells, metric, less_is_better)
         for steps in sorted({cell["steps"] for cell in fixed} - {best}):
             faint = sorted(select(fixed, steps=steps), key=lambda cell: cell["macs"])
             means = [cell["metrics"][metric]["mean"] for cell in faint]

@@ -96,7 +96,7 @@ def grid_chart(group: Sequence[Measured], x: str) -> Chart:
     lines, several = _names(group), []
     alone = len(lines) == 1
     for number, (one, each, name) in enumerate(lines):
-        cells = select(one.evaluation["cells"], kind="fixed", way=each)
+        cells = select(one.evaluation["cells"], kind="constant", way=each)
         kept = sorted({cell[other] for cell in cells})
         kept = kept if alone else sorted({kept[0], kept[-1]})
         for i, value in enumerate(kept):
@@ -131,7 +131,7 @@ def compute_chart(group: Sequence[Measured], by: str) -> Chart | None:
 
     for number, (one, each, name) in enumerate(_names(group)):
         cells = select(one.evaluation["cells"], way=each)
-        fixed, head = select(cells, kind="fixed"), f"{name}, " if name else ""
+        fixed, head = select(cells, kind="constant"), f"{name}, " if name else ""
         dashed = {"dash": "dashed", "hollow": True, "band": False}
         if by == "ensemble":
             steps = best_steps(cells, metric.name, metric.less_is_better)
@@ -213,5 +213,5 @@ def loss_chart(steps: Sequence[float], losses: Sequence[float]) -> Chart:
 
 def single_setting(group: Sequence[Measured]) -> bool:
     """Whether nothing varies that a curve could show."""
-    cells = [cell for one in group for cell in select(one.evaluation["cells"], kind="fixed")]
+    cells = [cell for one in group for cell in select(one.evaluation["cells"], kind="constant")]
     return len({(evaluations_of(cell), cell["ensemble"]) for cell in cells}) < 2

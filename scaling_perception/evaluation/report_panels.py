@@ -120,7 +120,7 @@ def _score(one: Measured, key: str, entry: Mapping[str, Any], at: tuple[int, int
     """The error of this image in the cell, and its compute."""
     metric, known = MAIN_METRIC[one.evaluation["task"]], entry.get("cell") or {}
     same = {name: known[name] for name in ("preset", "solver") if name in known}
-    cells = select(one.evaluation["cells"], kind="fixed", steps=at[0], ensemble=at[1], **same)
+    cells = select(one.evaluation["cells"], kind="constant", steps=at[0], ensemble=at[1], **same)
     if not cells:
         return ""
     value = values(cells[0], metric.name).get(key)

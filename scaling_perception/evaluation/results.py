@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from scaling_perception.data.manifest import wider
-from scaling_perception.evaluation.comparisons import evaluations_of
+from scaling_perception.evaluation.comparisons import evaluations_of, kind
 from scaling_perception.evaluation.controls import control_results
 from scaling_perception.evaluation.intervals import summarise
 from scaling_perception.evaluation.nested import CONSTANT
@@ -56,6 +56,7 @@ def _summary(
     cell: dict[str, Any], found: list[tuple[str, int, float, dict[str, float]]], each: float | None
 ) -> dict[str, Any]:
     """A cell with its means over images; where compute differs by image, with its distribution."""
+    cell = {**cell, "kind": kind(cell)}  # a part's journal may be of an earlier version
     forwards = [one[1] for one in found]
     mean = float(np.mean(forwards))
     rows = [{"key": key, **row} for key, _, _, row in found]
@@ -63,7 +64,7 @@ def _summary(
     spent: dict[str, Any] = {"constant_predictions": constant} if constant else {}
     if cell.get("aspect") == "tile":  # every window is sampled, and images have as many as they are large
         spent |= {"evaluations": mean / cell["ensemble"], "forwards": forwards}
-    if cell["kind"] != "fixed":
+    if cell["kind"] != "constant":
         by = evaluations_of(cell) if cell["kind"] == "adaptive" else cell["ensemble"]
         counts = Counter(count / by for count in forwards)
         spent |= {"counts": {f"{count:g}": counts[count] for count in sorted(counts)}, "forwards": forwards}

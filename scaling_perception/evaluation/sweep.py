@@ -216,7 +216,7 @@ def _cells(
     """The cells of a point. Settings refuse what does not go together."""
     for size in sizes:
         dataclasses.replace(settings, ensemble=size)
-        yield {"kind": "fixed", **known, "ensemble": size}
+        yield {"kind": "constant", **known, "ensemble": size}
     for tolerance in dict.fromkeys(adaptive.tolerances):
         dataclasses.replace(settings, tolerance=tolerance)
         more = {"tolerance": tolerance, "first": adaptive.first}

@@ -3,10 +3,10 @@ as the table that is printed."""
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from scaling_perception.evaluation.comparisons import evaluations_of, solver_of
+from scaling_perception.evaluation.comparisons import evaluations_of, kind, solver_of
 from scaling_perception.evaluation.intervals import interval_text
 from scaling_perception.inference.settings import NAMED
 from scaling_perception.tasks import TASKS
@@ -19,7 +19,8 @@ _CELL = (
     *("kind", "preset", "spacing", "schedule", "solver", "steps", "ensemble", "reduce"),
     *("tolerance", "first", "step_tolerance", "step_chunk", "mean_steps", "mean_members", "macs", "seconds"),
 )
-_NAMED = (*NAMED, "cache", "cache_interval")  # columns of an evaluation that has such cells
+NAMED_COLUMNS = (*NAMED, "cache", "cache_interval")
+"""Columns of an evaluation that has such cells; a cell without one has the default."""
 _IMAGE = ("kind", "preset", "spacing", "solver", "steps", "ensemble", "tolerance", "step_tolerance")
 
 
@@ -38,7 +39,7 @@ def cells_csv(result: dict[str, Any]) -> str:
     lines = [[*_WHOLE, "protocol", *own, *ends]]
     for cell in result["cells"]:
         figures = [figure for name in names for figure in _figures(name, cell["metrics"].get(name))]
-        lines.append([*head, *[cell.get(name) for name in own], *figures])
+        lines.append([*head, *_of_cell(cell, own), *figures])
     return _text(lines)
 
 
@@ -60,12 +61,17 @@ def images_csv(result: dict[str, Any]) -> str:
                 each = result.get("macs_per_forward")
                 spent = [forwards, None if each is None else each * forwards]
             head = [result["task"], result["dataset"], result["model"], row["key"], answer]
-            lines.append([*head, *[found.get(name) for name in own], *spent, *[row.get(name) for name in names]])
+            lines.append([*head, *_of_cell(found, own), *spent, *[row.get(name) for name in names]])
     return _text(lines)
 
 
 def _named(result: dict[str, Any]) -> list[str]:
-    return [name for name in _NAMED if any(name in cell for cell in result["cells"])]
+    return [name for name in NAMED_COLUMNS if any(name in cell for cell in result["cells"])]
+
+
+def _of_cell(found: dict[str, Any], names: Sequence[str]) -> list[Any]:
+    """The fields of a cell or trivial answer, which has no kind; the kind in today's word."""
+    return [kind(found) if name == "kind" and name in found else found.get(name) for name in names]
 
 
 def _answers(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -105,7 +111,7 @@ def print_table(result: dict[str, Any]) -> None:
         macs = "" if cell["macs"] is None else f"{cell['macs'] / 1e9:.3g}"
         steps, members = f"{cell['mean_steps']:.3g}", f"{cell['mean_members']:.3g}"
         stops = cell.get("tolerance", cell.get("step_tolerance", ""))
-        name = {"fixed": "", "adaptive": "members", "steps": "steps"}[cell["kind"]]
+        name = {"constant": "", "adaptive": "members", "steps": "steps"}[kind(cell)]
         head = [cell["preset"], solver_of(cell), steps, members, f"{name} {stops}".strip(), macs]
         rows.append([*head, f"{cell['seconds']:.3g}", *figures(cell["metrics"])])
     rows += [[name, *[""] * 6, *figures(value["metrics"])] for name, value in result["baselines"].items()]

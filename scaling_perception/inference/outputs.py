@@ -20,7 +20,7 @@ from scaling_perception.data import formats
 from scaling_perception.inference.find import Item, Picture
 from scaling_perception.inference.metric_depth import MetricFit, Points, to_metres
 from scaling_perception.inference.point_cloud import Camera, camera_of_fov, unproject, write_ply
-from scaling_perception.inference.settings import Settings
+from scaling_perception.inference.settings import Settings, flag_of
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import atomic_path, read_json, save_npy, write_json
 from scaling_perception.support.stopping import removed_when_stopped
@@ -227,7 +227,7 @@ _FLAGS = {
     "space": "--align-space",
     "fit": "--align-fit",
     "camera": "--intrinsics",
-    "distances": "--range",
+    "distances": "--depth-range",
     "resolution": "the model's resolution",
     "task_options": "the model's options",
 }
@@ -236,7 +236,7 @@ _FLAGS = {
 
 def _said(name: str, was: Any, now: Any) -> str:
     """``--seed 0, now 1`` for a setting that differs."""
-    flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+    flag = _FLAGS.get(name, flag_of(name))
 
     def text(value: Any) -> str:
         return "not given" if value is None else str(value if isinstance(value, str) else json.dumps(value))[:60]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.verbs import COUNT, NOT_NEGATIVE, POSITIVE, SEED, STEPS, add_mesh
+from scaling_perception.support.verbs import COUNT, NOT_NEGATIVE, POSITIVE, RENAMED, SEED, STEPS, add_mesh
 
 if TYPE_CHECKING:  # JAX, which --help does not wait for
     from scaling_perception.diffusion.sampler import SamplerTables
@@ -60,7 +60,7 @@ class Settings:
         first: members of an adaptive ensemble's first round, and of each further one.
         step_tolerance: early exit: an image takes no further steps once its clean latent changes by less than this
             (root mean square, in the latents' training units) over ``step_chunk`` steps. None takes all.
-        step_chunk: steps between two looks.
+        step_chunk: steps between two checks.
         cache: what stands in for the transformer's blocks in the steps that do not compute them: none, fora,
             taylorseer, l2p, or one of these with ``-trunk`` (``diffusion.caching``).
         cache_interval: every so many steps, from the first one on, the blocks are computed; 1 is without a cache.
@@ -97,7 +97,7 @@ class Settings:
         "all steps",
         swept=True,
     )
-    step_chunk: int = setting(2, COUNT, "T", "steps between two looks of the early exit", goes_with="step_tolerance")
+    step_chunk: int = setting(2, COUNT, "T", "steps between two checks of the early exit", goes_with="step_tolerance")
     cache: str = setting(
         "none",
         str,
@@ -175,8 +175,9 @@ SETTINGS = {one.name: one.metadata for one in dataclasses.fields(Settings)}
 
 
 def flag_of(name: str) -> str:
-    """``--step-chunk`` for ``step_chunk``."""
-    return "--" + name.replace("_", "-")
+    """The flag of an argument: ``--step-tolerance`` for ``step_tolerance``."""
+    flag = "--" + name.replace("_", "-")
+    return RENAMED.get(flag, flag)
 
 
 FLAGS = {name: flag_of(name) for name in SETTINGS if name != "first"}  # a common word: "of the first 5 images"
@@ -192,13 +193,13 @@ def add_settings(parser: Any, sweep: bool = False) -> None:
     for name, one in SETTINGS.items():
         flag, text, many = flag_of(name), one["text"], sweep and one["swept"]
         if one["kind"] is bool:
-            parser.add_argument(flag, action="store_true", default=None, help=text)
+            parser.add_argument(flag, dest=name, action="store_true", default=None, help=text)
             continue
         kind, placeholder = (
             (_several(one["kind"]), f"{one['placeholder']},…") if many else (one["kind"], one["placeholder"])
         )
         text = f"{text}{'; several, with commas' if many else ''} (default: {one['default']})"
-        parser.add_argument(flag, type=kind, metavar=placeholder, help=text)
+        parser.add_argument(flag, dest=name, type=kind, metavar=placeholder, help=text)
     parser.add_argument("--seed", type=SEED, help="key of all noise (default 0)")
     parser.add_argument("--batch-size", type=COUNT, metavar="N", help="images × members at once (default: by memory)")
 
@@ -255,7 +256,25 @@ def given(args: argparse.Namespace, name: str) -> bool:
 
 def check_together(args: argparse.Namespace, more: Mapping[str, str] | None = None) -> None:
     """UserError for a flag without the one that it goes with; ``more`` pairs than those of the settings."""
+    check_pairs(vars(args), more, flag_of)
+
+
+def check_pairs(
+    values: Mapping[str, Any], more: Mapping[str, str] | None = None, called: Callable[[str], str] = str
+) -> None:
+    """UserError for a setting whose effect needs another one that is missing, or off: ``cache none``.
+
+    Args:
+        values: name -> value, None where it was not given; of a swept setting perhaps several with commas.
+        more: pairs than those of the settings: a name -> the one that it goes with.
+        called: a setting's name in the message.
+    """
     pairs = {name: one["goes_with"] for name, one in SETTINGS.items() if one["goes_with"]} | dict(more or {})
     for name, other in pairs.items():
-        if given(args, name) and not given(args, other):
-            raise UserError(f"{flag_of(name)} goes with {flag_of(other)}: give that too, or leave it out")
+        if values.get(name) is None:
+            continue
+        off = str(SETTINGS[other]["default"]) if other in SETTINGS else None
+        if values.get(other) is None:
+            raise UserError(f"{called(name)} goes with {called(other)}: give that too, or leave it out")
+        if set(words(str(values[other]))) == {off}:
+            raise UserError(f"{called(name)} has no effect with {called(other)} {off}: leave it out, or choose another")

@@ -5,17 +5,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from scaling_perception.evaluation.comparisons import OLD_KINDS
+from scaling_perception.evaluation.tables import NAMED_COLUMNS
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.tables import Table
 
 UNLIKE = ("metric", "task")
 """Columns that tell apart what no law holds together."""
 SETS = ("kind", "dataset", "split", "preset", "spacing", "schedule", "solver", "prediction", "reduce", "last")
-"""Columns whose values may be fitted together, which is then said."""
+"""Columns whose values may be fitted together, which is then said; those of `NAMED_COLUMNS` likewise, where empty is
+the default."""
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def with_kinds(table: Table) -> Table:
+    """A table with today's names of the kinds of cells, if it is one of `evaluate`."""
+    if not {"kind", "preset"} <= set(table.names):
+        return table
+    at = table.names.index("kind")
+    rows = [[*row[:at], OLD_KINDS.get(row[at], row[at]), *row[at + 1 :]] for row in table.rows]
+    return Table(table.path, table.names, rows, table.lines, table.delimiter)
 
 
 def find_column(names: Sequence[str], wanted: str) -> str | None:
@@ -54,6 +66,8 @@ def where_rows(table: Table, where: Sequence[str]) -> Table:
         if not equals:
             raise UserError(f"--where '{one}': write column=value")
         words = table.text(need_column(table, name, "--where"))
+        if name == "kind" and value not in words:
+            value = OLD_KINDS.get(value, value)
         keep = [at for at, word in enumerate(words) if word.strip() == value]
         if not keep:
             some = sorted(set(words))[:8]
@@ -77,11 +91,12 @@ def refuse_unlike(table: Table, keep: np.ndarray, used: Sequence[str], notes: li
     Raises:
         UserError: a column of ``UNLIKE`` has several values.
     """
-    for one in (*UNLIKE, *SETS):
+    for one in (*UNLIKE, *SETS, *NAMED_COLUMNS):
         name = find_column(table.names, one)
         if name is None or name in used:
             continue
-        found = sorted({word for word, kept in zip(table.text(name), keep, strict=True) if kept} - {""})
+        found = sorted({word for word, kept in zip(table.text(name), keep, strict=True) if kept})
+        found = [word or "default" for word in found if word or one in NAMED_COLUMNS]
         if len(found) < 2:
             continue
         some = ", ".join(found[:6]) + (", …" if len(found) > 6 else "")

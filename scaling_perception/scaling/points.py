@@ -20,6 +20,7 @@ from scaling_perception.scaling.point_rows import (
     tidy,
     valid_rows,
     where_rows,
+    with_kinds,
     without_copies,
 )
 from scaling_perception.support.errors import UserError, did_you_mean
@@ -151,7 +152,7 @@ def _load(path: Path, text: str) -> Table:
     if path.suffix.lower() == ".jsonl":
         return _training_rows(path, text)
     if path.suffix.lower() != ".json":
-        return read_table(path, text)
+        return with_kinds(read_table(path, text))
     try:
         value = json.loads(text)
     except ValueError as error:

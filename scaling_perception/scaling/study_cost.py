@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scaling_perception.data.sources import ENDLESS
+from scaling_perception.diffusion.caching import combinations
 from scaling_perception.diffusion.solvers import evaluations
+from scaling_perception.inference.settings import values_of
 from scaling_perception.models.compute import TRAINING_FACTOR, forward_macs
 from scaling_perception.models.config import DiTConfig, config_from_dict
 from scaling_perception.models.dit import count_params
@@ -165,10 +167,10 @@ def _evaluation(cell: Cell, known: Mapping[str, Cell]) -> Cost:
     if dit is None or not count:
         what = f"model {args.model} is not here" if dit is None else f"how many images {args.dataset} has: give --count"
         return Cost(cell.name, cell.verb, None, None, 0.0, f"not known: {what}")
-    steps = [int(part) for part in args.steps.split(",")]
-    members = max(int(part) for part in args.ensemble.split(","))
-    grids = len([part for part in (args.preset or "own").split(",") if part])
-    solvers = [part.strip() for part in args.solver.split(",") if part.strip()]
+    steps, members = values_of(args, "steps"), max(values_of(args, "ensemble"))
+    intervals = values_of(args, "cache_interval") if args.cache_interval else None
+    caches = len(combinations(values_of(args, "cache"), intervals))  # each at most as dear as the cell without
+    grids, solvers = caches * max(len(values_of(args, "preset")), 1), values_of(args, "solver")
     passes, side = len(get_task(args.task).passes), dit.input_size * 8
     forwards = count * passes * grids * members * sum(evaluations(solver, each) for solver in solvers for each in steps)
     pictures = 0.0

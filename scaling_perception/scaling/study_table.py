@@ -14,16 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaling_perception.evaluation.comparisons import change
+from scaling_perception.evaluation.comparisons import change, kind, solver_of
 from scaling_perception.evaluation.intervals import summarise
-from scaling_perception.evaluation.tables import MORE_IS_BETTER
+from scaling_perception.evaluation.tables import MORE_IS_BETTER, NAMED_COLUMNS
 from scaling_perception.scaling.study import Cell, read_marker
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json
 
 COLUMNS = (
     *("cell", "kind", "run", "model", "task", "dataset", "split", "images", "metric", "value", "low", "high"),
-    *("params", "active_params", "resolution", "prediction", "schedule", "preset", "solver", "reduce"),
+    *("params", "active_params", "resolution", "prediction", "schedule", "preset", "spacing", "solver", "reduce"),
     *("steps", "members", "macs_per_forward", "macs", "seconds"),
     *("train_step", "train_steps", "last", "samples", "train_macs", "own_train_macs", "seed", "noise_seed"),
     *("protocol", "weights", "fingerprint", "study_cells"),
@@ -188,11 +188,11 @@ def _figures(folder: Path, images: bool) -> Iterator[dict[str, Any]]:
     whole |= {"prediction": found.get("prediction_type"), "macs_per_forward": found.get("macs_per_forward"), "last": 1}
     whole |= {"run": found["model"], "model": found["model"]}
     for cell in found["cells"]:
-        if cell["kind"] != "fixed":
+        if kind(cell) != "constant":
             continue
-        known = {
-            name: cell.get(name) for name in ("preset", "solver", "reduce", "schedule", "steps", "macs", "seconds")
-        }
+        names = ("preset", "spacing", "solver", "reduce", "schedule", "steps", "macs", "seconds")
+        known = {name: cell.get(name) for name in names}
+        known |= {name: cell[name] for name in NAMED_COLUMNS if name in cell}
         yield from _lines({**whole, **known, "members": cell["ensemble"]}, cell["rows"], images)
     for name, baseline in found["baselines"].items():
         if not images:
@@ -231,13 +231,20 @@ def differences(first: Path, second: Path, settings: tuple[Setting, Setting] | N
     tables = []
     for number, folder in enumerate((first, second)):
         values: dict[tuple[Any, ...], dict[str, float]] = {}
+        solvers: set[str] = set()
         for line in _figures(folder, True):
-            setting = (line["preset"], line["steps"], line["members"])
+            setting, solver = (line["preset"], line["steps"], line["members"]), solver_of(line)
             if settings is None or setting == settings[number]:
-                name = (*(setting if settings is None else ()), line["metric"])
+                solvers.add(solver)
+                name = (*((*setting, solver) if settings is None else ()), line["metric"])
                 values.setdefault(name, {})[line["key"]] = line["value"]
         if settings is not None and not values:
             raise UserError(f"{folder} has no figures of {_settings_text(settings[number])}")
+        if settings is not None and len(solvers) > 1:
+            raise UserError(
+                f"{folder} has {_settings_text(settings[number])} of several solvers ({', '.join(sorted(solvers))}): "
+                "compare cells of one solver, or leave out PRESET,STEPS,MEMBERS"
+            )
         tables.append(values)
     before, after = tables
     shared = [one for one in before if one in after and before[one].keys() & after[one].keys()]
@@ -246,9 +253,10 @@ def differences(first: Path, second: Path, settings: tuple[Setting, Setting] | N
     for one in shared:
         keys = before[one].keys() & after[one].keys()
         found = [sum(table[one][key] for key in keys) / len(keys) for table in (before, after)]
-        head = _settings_text(one[:3]) if settings is None else " to ".join(map(_settings_text, settings))
+        head = _settings_text(one[:4]) if settings is None else " to ".join(map(_settings_text, settings))
         yield f"{head}: {one[-1]} {found[0]:.4f} to {found[1]:.4f}, paired {change(before[one], after[one])}"
 
 
 def _settings_text(setting: tuple[Any, ...]) -> str:
-    return "{}, {} step(s), {} member(s)".format(*setting)
+    solver = "" if setting[3:] in ((), ("ddim",)) else f", {setting[3]}"
+    return "{}, {} step(s), {} member(s)".format(*setting) + solver

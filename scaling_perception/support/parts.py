@@ -181,12 +181,12 @@ def refuse_other_flags(
     """
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    words = {action.dest for action in parser._actions if not action.option_strings}
+    flags = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
     for name, here in vars(args).items():
         usual = parser.get_default(name)
         if name in ("shard", "merge") or here == usual or name not in asked:
             continue
         if (there := asked[name]) != here:
-            flag = name if name in words else f"--{name.replace('_', '-')}"
+            flag = flags.get(name, name)
             known = "without it: leave it out" if there is None else f"with {there}: give that"
             raise UserError(f"{flag} is {here}, and the parts in {where} were made {known}")

@@ -4,15 +4,29 @@ import argparse
 import importlib
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.places import place_arguments
 
+RENAMED = {"--first": "--members-per-round", "--step-chunk": "--steps-per-check", "--range": "--depth-range"}
+"""Earlier spelling of a flag, which goes on working -> its spelling in helps and docs."""
+
 
 class _Parser(argparse.ArgumentParser):
-    """Argparse that answers a mistake with one line instead of the whole usage."""
+    """Argparse that answers a mistake in one line instead of the whole usage, and takes earlier spellings of flags."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words, end = list(sys.argv[1:] if args is None else args), "--"
+        until = words.index(end) if end in words else len(words)
+        for at, word in enumerate(words[:until]):
+            flag, mark, value = word.partition("=")
+            new = RENAMED.get(flag)
+            if new in self._option_string_actions and flag not in self._option_string_actions:
+                words[at] = new + mark + value
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see `{self.prog} --help`)")
@@ -137,7 +151,7 @@ def _as_typed(text: str, words: list[str], takes: Mapping[str, int] | None = Non
         elif word.startswith("--"):
             flag, mark, value = word.partition("=")
             pairs += [(f"{flag}=", value)] if mark else []
-            left = 0 if mark else (takes or {}).get(flag, len(words))
+            left = 0 if mark else (takes or {}).get(RENAMED.get(flag, flag), len(words))
         elif left > 0:
             left -= 1
             pairs.append((f"{flag} ", word))
@@ -150,6 +164,14 @@ def _as_typed(text: str, words: list[str], takes: Mapping[str, int] | None = Non
             place = re.search(rf"(?<![\w./'=-]){re.escape(shown)}(?![\w/]|\.\w)", text)
             if value and place and (sure or place.start() == 0):
                 return text[: place.start()] + before + value + text[place.end() :]
+    return text
+
+
+def _spelled(text: str, words: list[str]) -> str:
+    """A message with the earlier spelling of a flag where that was typed."""
+    for word in words:
+        flag = word.partition("=")[0]
+        text = text.replace(RENAMED[flag], flag) if flag in RENAMED else text
     return text
 
 
@@ -178,12 +200,16 @@ def run_verb(verb: str, words: list[str]) -> int:
     overrides, typed = [], list(words)
     if hasattr(module, "split_overrides"):
         words, overrides = module.split_overrides(words)
-    args = parser.parse_args(_with_negative_values(words))
+    try:
+        args = parser.parse_args(_with_negative_values(words))
+    except UserError as error:
+        error.args = (_spelled(str(error), typed),)
+        raise
     place_arguments(args, getattr(module, "REMOTE", ()))
     args.overrides = overrides
     try:
         return module.run(args) or 0
     except UserError as error:
         named = in_flags(str(error), getattr(module, "FLAGS", {}))
-        error.args = (_as_typed(named, typed, _words_of_flags(parser, len(typed))),)
+        error.args = (_spelled(_as_typed(named, typed, _words_of_flags(parser, len(typed))), typed),)
         raise

@@ -192,7 +192,7 @@ def test_adaptive_cells_are_what_the_predictor_does(predictor, make_raw, task):
     )
     kinds = [(cell["kind"], cell.get("tolerance", cell.get("step_tolerance"))) for cell in found["cells"]]
     names = {"adaptive": "tolerance", "steps": "step_tolerance"}
-    assert kinds == [("fixed", None), *[("adaptive", t) for t in tolerances], *[("steps", t) for t in looks]]
+    assert kinds == [("constant", None), *[("adaptive", t) for t in tolerances], *[("steps", t) for t in looks]]
     fixed, prompts = found["cells"][0], [raw["image2"] for raw in raws] if task == "flow" else None
     for cell in found["cells"][1:]:
         rule = {names[cell["kind"]]: cell[names[cell["kind"]]]}
@@ -258,8 +258,8 @@ def test_early_exit_cells_of_nested_sizes(predictor, source):
     found, _ = sweep(predictor, source, "depth", protocol, [2, 5], [1, 3], **options)
     cells = [(c["kind"], c["steps"], c["ensemble"], c["mean_steps"]) for c in found["cells"]]
     assert cells == [
-        *[("fixed", 2, 1, 2), ("fixed", 2, 3, 2)],  # too few steps for an exit
-        *[("fixed", 5, 1, 5), ("fixed", 5, 3, 5), ("steps", 5, 1, 4), ("steps", 5, 3, 4)],
+        *[("constant", 2, 1, 2), ("constant", 2, 3, 2)],  # too few steps for an exit
+        *[("constant", 5, 1, 5), ("constant", 5, 3, 5), ("steps", 5, 1, 4), ("steps", 5, 3, 4)],
     ]
     stopped = predictor(source[0]["image"], steps=5, ensemble=3, step_tolerance=1e9, batch_size=4)
     expected = measure(stopped.prediction, prepare_raw(source[0], protocol), protocol)

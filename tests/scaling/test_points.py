@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from synthetic_laws import TRUTHS, made
 
+from scaling_perception.evaluation.tables import cells_csv, images_csv
 from scaling_perception.scaling.envelope import iterated_hull, lower_hull, lucky_pair
 from scaling_perception.scaling.law_fit import Options, Problem, bootstrap, fit_problem
 from scaling_perception.scaling.law_intervals import image_means, resample_counts
@@ -110,8 +111,6 @@ def _evaluation():
 
 
 def test_evaluations_are_read_as_they_are(tmp_path):
-    from scaling_perception.evaluation.tables import cells_csv, images_csv
-
     value = _evaluation()
     (tmp_path / "e.json").write_text(json.dumps(value))
     (tmp_path / "e.csv").write_text(cells_csv(value))
@@ -127,6 +126,29 @@ def test_evaluations_are_read_as_they_are(tmp_path):
     problem = Problem.of(three, "power", QUICK)
     samples, left = bootstrap(problem, fit_problem(problem, QUICK), QUICK)
     assert samples.std(0).min() > 0 and left.shape == (6, 2)
+
+
+def test_cells_of_earlier_versions_and_of_several_settings(tmp_path):
+    """`fixed` is today's kind `constant`; cells that differ in a setting are never fitted together without a word."""
+    old = _evaluation()
+    new = {**old, "cells": [{**cell, "kind": "constant"} for cell in old["cells"]]}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    (tmp_path / "new.json").write_text(json.dumps(new))
+    (tmp_path / "old.csv").write_text(
+        cells_csv(new).replace("depth,scenes", "depth,other").replace("constant", "fixed")
+    )
+    for word in ("fixed", "constant"):
+        for name in ("old.json", "new.json", "old.csv"):
+            assert len(read_points([tmp_path / name], where=[f"kind={word}"])) == 4
+    points = read_points([tmp_path / "new.json", tmp_path / "old.csv"])
+    assert not any("kind" in note for note in points.notes) and any("dataset" in note for note in points.notes)
+    for name, value in (("cache", "fora"), ("cache_interval", 4), ("eta", 1.0), ("clip", 1.0), ("antithetic", True)):
+        cells = [{**cell, **({name: value} if cell["steps"] > 2 else {})} for cell in new["cells"]]
+        (tmp_path / "mixed.json").write_text(json.dumps({**new, "cells": cells}))
+        found = [note for note in read_points([tmp_path / "mixed.json"]).notes if f"--where {name}=" in note]
+        assert found and "default" in found[0] and str(value) in found[0]
+    lone = read_points([tmp_path / "mixed.json"], where=["antithetic=True"])
+    assert len(lone) == 2 and not any("antithetic" in note for note in lone.notes)
 
 
 def test_training_runs_are_read_as_they_are(tmp_path):

@@ -275,6 +275,15 @@ def test_two_evaluations_are_compared_image_by_image(config, tmp_path, capsys):
     )
     with pytest.raises(UserError, match=r"two has no figures of paper, 5 step\(s\)"):
         list(differences(tmp_path / "one", tmp_path / "two", (("fixed", 5, 2), ("paper", 5, 2))))
+    found = json.loads((tmp_path / "one" / "result.json").read_text())
+    cell, cached = found["cells"][0], {"cache": "fora", "cache_interval": 2}
+    worse = [{**row, "abs_rel": row["abs_rel"] + 1} for row in cell["rows"]]
+    evaluated(tmp_path / "both", cells=[cell, {**cell, **cached, "rows": worse}])
+    lines = list(differences(tmp_path / "both", tmp_path / "both"))
+    assert lines[0].startswith("fixed, 5 step(s), 2 member(s): abs_rel 0.3000 to 0.3000")
+    assert lines[3].startswith("fixed, 5 step(s), 2 member(s), ddim + fora 2: abs_rel 1.3000 to 1.3000")
+    with pytest.raises(UserError, match=r"both has fixed, 5 .* of several solvers \(ddim, ddim \+ fora 2\)"):
+        list(differences(tmp_path / "both", tmp_path / "both", (("fixed", 5, 2), ("fixed", 5, 2))))
     with pytest.raises(UserError, match="nothing is paired"):
         list(differences(tmp_path / "one", tmp_path / "three"))
     with pytest.raises(UserError, match="no cell 'evil' evaluates; did you mean 'eval'"):

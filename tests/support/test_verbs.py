@@ -59,11 +59,21 @@ def test_numbers_at_the_ends_are_taken():
         ((*PREDICT, "--solver", "magic"), "unknown --solver 'magic'"),
         ((*PREDICT, "--aspect", "crop"), "unknown --aspect 'crop'"),
         ((*PREDICT, "--step-tolerance", "0.1", "--eta", "1"), "--step-tolerance goes with .*: --eta 0"),
-        ((*PREDICT, "--step-tolerance", "0.1", "--steps", "4"), "--step-tolerance needs two looks .* 4 steps have 1"),
+        ((*PREDICT, "--step-tolerance", "0.1", "--steps", "4"), "--step-tolerance needs two checks .* 4 steps have 1"),
         ((*PREDICT, "--first", "3"), "--first goes with --tolerance"),
         ((*PREDICT, "--step-chunk", "3"), "--step-chunk goes with --step-tolerance"),
         ((*EVALUATE, "--first", "3"), "--first goes with --tolerance"),
-        ((*EVALUATE, "--cache-interval", "3"), "--cache-interval goes with --cache"),
+        ((*PREDICT, "--members-per-round", "3"), "--members-per-round goes with --tolerance"),
+        ((*PREDICT, "--members-per-round=x",), "--members-per-round: 'x'"),
+        ((*PREDICT, "--first=x",), "--first: 'x'"),
+        *(
+            ((*verb, *words), f"--cache-interval {message}")
+            for verb in (PREDICT, EVALUATE)
+            for words, message in (
+                (("--cache-interval", "3"), "goes with --cache: give that too"),
+                (("--cache", "none", "--cache-interval", "3"), "has no effect with --cache none: leave it out"),
+            )
+        ),
         ((*EVALUATE, "--aspect", "crop"), "unknown --aspect 'crop'"),
         ((*EVALUATE, "--step-tolerance", "0.1", "--cache", "fora"), "--cache 'fora' does not go with --step-tolerance"),
         ((*EVALUATE, "--reduce", "mode"), "--reduce 'mode' is no way to merge depth members"),
