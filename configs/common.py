@@ -82,8 +82,10 @@ def entry(args: Config, task: str, usual: str, root: str = "", count: int = 0, s
     return source(given or usual, task, root or args.get("root", ""), count, start)
 
 
-def keep_labels(config: Config, init: str) -> None:
-    """A start that knows more passes than the preset keeps its rows: of a shipped name, a local folder or run."""
+def keep_start(config: Config, init: str) -> None:
+    """What a start of a shipped name, a local folder or run decides: it keeps its rows where it has more passes than
+    the preset, its features, and its autoencoder where the config names none (else ``tiny``)."""
+    named, config.autoencoder = config.autoencoder, config.autoencoder or "tiny"
     if not init:
         return
     from scaling_perception.interop.find import find_model, shipped_models  # imports JAX
@@ -91,9 +93,15 @@ def keep_labels(config: Config, init: str) -> None:
 
     with contextlib.suppress(UserError):  # training says what is wrong with it, and fetches what lies elsewhere
         if init in shipped_models() or Path(init).is_dir():
-            known = read_json(find_model(init) / "config.json")["model"].get("task_labels", 0)
-            if known > max(get_preset(config.model).task_labels, config.model_changes.get("task_labels", 0)):
+            start = read_json(find_model(init) / "config.json")
+            known, preset = start["model"].get("task_labels", 0), get_preset(config.model)
+            if known > max(preset.task_labels, config.model_changes.get("task_labels", 0)):
                 config.model_changes.task_labels = known
+            config.autoencoder = named or start.get("autoencoder", "tiny")
+            if features := start["model"].get("features", 0):
+                pictures = config.model_changes.get("cond_channels", preset.cond_channels) // preset.in_channels
+                each = preset.in_channels + features
+                config.model_changes.update({"features": features, "cond_channels": pictures * each})
 
 
 def apply(config: Config, args: Config) -> None:

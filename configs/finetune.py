@@ -1,6 +1,6 @@
 """Fine-tune the shipped generalist, or another model folder, on one task of a person's own data.
 
-    scaling-perception prepare folder --raw mydata --tasks depth --out runs/mydata --latents --vae tiny --resolution 128
+    scaling-perception prepare folder --raw mydata --tasks depth --out runs/mydata --latents --vae tiny+lite0 --resolution 128
     scaling-perception train --config configs/finetune.py:task=depth,cache=runs/mydata --workdir runs/mydepth
     scaling-perception train --config configs/finetune.py:task=flow,source=flying_chairs,root=DATA/chairs --workdir runs/myflow
 
@@ -9,7 +9,7 @@ No counterpart in the paper, whose fine-tuning starts from class-conditional mod
 Arguments: ``task`` depth, flow or amodal; ``cache`` folder of prepared latents, or ``source`` (dataset name,
 else ``folder``) and ``root`` (its folder) to read and encode as it goes; ``flip`` also the mirror images (a cache must hold them: the default of
 ``prepare``); ``init`` model folder, training run or shipped name; ``model`` its preset; ``res`` pixels; ``steps``;
-``batch``; ``vae`` autoencoder; ``diffusion`` preset.
+``batch``; ``vae`` autoencoder (that of ``init``); ``diffusion`` preset.
 """  # noqa: E501
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ ARGS = {
     "res": 128,
     "steps": 500,
     "batch": 16,
-    "vae": "tiny",
+    "vae": "",
     "diffusion": "fixed",
 }
 
@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     common.apply(config, args)
     config.data.mixture = ConfigDict({args.task: common.entry(args, args.task, "folder")})
     config.data.flip = args.flip
-    common.keep_labels(config, args.init)
+    common.keep_start(config, args.init)
     common.shipped_masks(config)
     config.latent_norm = "auto"  # the starting model's own
     config.train.update({"steps": args.steps, "batch_size": args.batch, "log_every": 10, "checkpoint_every": 100})

@@ -36,7 +36,7 @@ ARGS = {
     "steps": 500,
     "batch": 32,
     "lr": 1e-4,
-    "vae": "tiny",
+    "vae": "",
     "diffusion": "fixed",
 }
 
@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
             config.model_changes.update({"task_labels": len(passes), "routed": len(tasks) > 1})
     elif len(passes) > preset.task_labels > 0:
         config.model_changes.task_labels = len(passes)
-    common.keep_labels(config, args.init)
+    common.keep_start(config, args.init)
     config.data.flip = args.flip
     common.shipped_masks(config)
     config.latent_norm = "auto"  # the starting model's own

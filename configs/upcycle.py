@@ -37,7 +37,7 @@ ARGS = {
     "root": "",
     "source": "",
     "cache": "",
-    "vae": "tiny",
+    "vae": "",
     "diffusion": "fixed",
 }
 
@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
     args = common.parse_arg(arg, ARGS)
     config = from_dit.of_task(args)
     config.model_changes.update({"experts": args.experts, "active_experts": args.active, "gating": args.gating})
-    common.keep_labels(config, args.init)
+    common.keep_start(config, args.init)
     if args.init.startswith("mini"):
         common.shipped_masks(config)
     config.train.steps = args.steps or (4_000 if args.task == "generalist" else 15_000)

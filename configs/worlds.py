@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
         {"task_labels": 5, "dim": args.dim, "depth": args.depth, "heads": max(args.dim // 32, 1)}
     )
     if args.vae.endswith("+lite0"):
-        config.model_changes.update({"features": 32, "cond_channels": 72})
+        config.model_changes.update({"features": 32, "cond_channels": 72})  # image and prompt, 4 + 32 each
     for task in ("depth", "flow", "amodal", "normals"):
         config.data.mixture[task] = common.entry(
             args, task, "worlds", count=args.count or (0 if args.cache else 20_000)

@@ -55,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_options(parser)
     parser.add_argument("--check", action="store_true", help="decode and count every sample (so without --latents)")
     parser.add_argument("--latents", action="store_true", help="encode into a cache of latents")
-    parser.add_argument("--vae", default="tiny", metavar="NAME|DIR", help="autoencoder (default %(default)s)")
+    parser.add_argument(
+        "--vae",
+        default="tiny",
+        metavar="NAME|DIR",
+        help="autoencoder; NAME+lite0: with features beside its latents (default %(default)s)",
+    )
     parser.add_argument("--resolution", type=int, default=128, metavar="R", help="pixels (default %(default)s)")
     parser.add_argument("--flips", choices=("none", "both"), default="both", help="mirrored too (default %(default)s)")
     parser.add_argument("--flow-divisor", type=POSITIVE, default=75.0, metavar="D", help="default %(default)s")

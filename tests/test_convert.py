@@ -310,7 +310,7 @@ def test_taesd_as_two_files_one_file_and_ours(tmp_path, dtype, torch):
 def test_shipped_models_go_out_and_come_back(tmp_path, torch):
     mini = ROOT / "scaling_perception" / "weights" / "mini"
     convert(mini, tmp_path / "mini.pt")
-    assert tensors(tmp_path / "mini.pt")["x_embedder.proj.conv_in_4.weight"].shape == (128, 12, 2, 2)
+    assert tensors(tmp_path / "mini.pt")["x_embedder.proj.conv_in_4.weight"].shape == (128, 76, 2, 2)
     convert(tmp_path / "mini.pt", tmp_path / "mini")
     assert_same(tensors(mini), tensors(tmp_path / "mini"))
     ours, theirs = meta_of(tmp_path / "mini"), meta_of(mini)

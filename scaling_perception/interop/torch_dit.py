@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from scaling_perception.interop.safetensors_io import TensorSource, flatten_tree, source_of, unflatten_tree
+from scaling_perception.models import lite0
 from scaling_perception.models.dit import DiTConfig, abstract_params
 from scaling_perception.models.presets import get_preset, preset_names
 from scaling_perception.support.errors import UserError, did_you_mean
@@ -246,6 +247,7 @@ def config_from_shapes(
         patch_size=patch,
         in_channels=4,
         cond_channels=channels - 4,
+        features=lite0.FEATURES if channels > 4 and (channels - 4) % (4 + lite0.FEATURES) == 0 else 0,
         mlp_ratio=shape(first, 2)[0] / dim,
         num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - convs - 1,
         task_labels=convs,

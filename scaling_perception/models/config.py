@@ -82,7 +82,7 @@ class DiTConfig:
             raise UserError(f"model dim={self.dim}: the position table needs a multiple of 4")
         if self.input_size % self.patch_size:
             raise UserError(f"model input_size={self.input_size} is not a multiple of patch_size={self.patch_size}")
-        if self.cond_channels % self.condition_channels:
+        if self.features and self.cond_channels % self.condition_channels:
             raise UserError(
                 f"model cond_channels={self.cond_channels}: with features={self.features} a picture has "
                 f"{self.condition_channels} channels: give 0, {self.condition_channels} or "

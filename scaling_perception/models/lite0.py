@@ -25,6 +25,8 @@ TAKEN = (4, 10, 15)
 """Blocks whose outputs are used."""
 WIDTH = 472
 """Their channels together."""
+FEATURES = 32
+"""F, channels that the shipped projection makes of them."""
 
 
 class Block(NamedTuple):
