@@ -6,7 +6,7 @@ CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; padding: 12px 16px 32px !important; }
 .head h1 { font-size: 1.5rem; font-weight: 700; margin: 4px 0 2px; letter-spacing: -0.01em; }
 .head p { margin: 0 0 2px; }
-.soft { color: var(--body-text-color-subdued); font-size: 0.86rem; }
+.soft { color: var(--body-text-color-subdued) !important; font-size: 0.86rem; }
 .gr-group .block { border-width: 0 !important; }
 .promise, .numbers { padding: 10px 14px 12px; }
 .dialbox, .dialbox > div, .dialbox .styler { background: var(--block-background-fill) !important; }
