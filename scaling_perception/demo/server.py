@@ -15,6 +15,7 @@ from typing import Any
 
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.failures import explain_os
+from scaling_perception.support.stopping import removed_when_stopped
 
 TITLE = "scaling-perception demo"
 _QUIET = {
@@ -123,20 +124,21 @@ def serve(args: argparse.Namespace) -> int:
 
     folder = Path(tempfile.mkdtemp(prefix="scaling-perception-demo-"))
     try:
-        limits = Limits(args.megapixels, args.megabytes, args.waiting)
-        session = Session(args.model, folder, args.autoencoder, args.dtype, limits)
-        with served(session, args.host, 0 if args.smoke else args.port) as address:
-            if args.smoke:
-                from scaling_perception.demo.smoke import one_request
+        with removed_when_stopped(folder):  # a signal ends the process at once
+            limits = Limits(args.megapixels, args.megabytes, args.waiting)
+            session = Session(args.model, folder, args.autoencoder, args.dtype, limits)
+            with served(session, args.host, 0 if args.smoke else args.port) as address:
+                if args.smoke:
+                    from scaling_perception.demo.smoke import one_request
 
-                print(one_request(address, session))
+                    print(one_request(address, session))
+                    return 0
+                print(f"{TITLE}: {address} (Ctrl-C ends it)", flush=True)
+                if args.host not in ("127.0.0.1", "localhost", "::1"):
+                    print(f"note: everybody who reaches {args.host} can use it; there is no password", file=sys.stderr)
+                session.measure()
+                print("measured: the page shows the seconds of this machine", file=sys.stderr, flush=True)
+                threading.Event().wait()
                 return 0
-            print(f"{TITLE}: {address} (Ctrl-C ends it)", flush=True)
-            if args.host not in ("127.0.0.1", "localhost", "::1"):
-                print(f"note: everybody who reaches {args.host} can use it; there is no password", file=sys.stderr)
-            session.measure()
-            print("measured: the page shows the seconds of this machine", file=sys.stderr, flush=True)
-            threading.Event().wait()
-            return 0
     finally:
         shutil.rmtree(folder, ignore_errors=True)

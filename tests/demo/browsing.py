@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from urllib.parse import urlparse
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or ""
@@ -30,7 +32,9 @@ def lacking() -> str:
 def demo(*words):
     """The verb as a person starts it; yields its address, and ends it as Ctrl-C does."""
     command = [sys.executable, "-m", "scaling_perception", "demo", "--port", "0", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    folder = Path(tempfile.mkdtemp())
+    place = {**os.environ, "TMPDIR": str(folder)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=place) as process:
         try:
             line = process.stdout.readline()
             assert "http://127.0.0.1:" in line, line
@@ -39,6 +43,8 @@ def demo(*words):
             process.send_signal(signal.SIGINT)
             process.wait(60)
     assert process.returncode == 130
+    assert not list(folder.glob("scaling-perception-demo-*")), "the demo's files stay after Ctrl-C"
+    shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
