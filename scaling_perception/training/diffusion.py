@@ -28,7 +28,7 @@ import numpy as np
 
 from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion
 from scaling_perception.diffusion.targets import latent_mask, masked_squares, mean_of_cells
-from scaling_perception.models.autoencoders import Autoencoder
+from scaling_perception.models.autoencoders import FEATURES, Autoencoder
 from scaling_perception.models.dit import DiT, DiTConfig, frozen_paths, init_params
 from scaling_perception.models.presets import at_resolution, get_preset
 from scaling_perception.support.configs import Config
@@ -409,12 +409,20 @@ def _autoencoder(
 
 
 def _check_features(config: Config, dit: DiTConfig, found: int, of: str) -> None:
-    if dit.conditions and found != dit.features:
+    if not dit.conditions or found == dit.features:
+        return
+    if not found:
+        cache = f"prepare it with --vae {config.autoencoder.partition('+')[0]}+{FEATURES}" if config.data.cache else ""
+        mend = cache or f"set autoencoder={config.autoencoder}+{FEATURES}"
         raise UserError(
-            f"{of} gives {found} features beside a latent, and the network takes {dit.features}: set "
-            f"model_changes.features={found} and model_changes.cond_channels={dit.conditions * (LATENT + found)}, or "
-            "choose another autoencoder"
+            f"{of} has no features beside its latents, and the network takes {dit.features}: {mend}, or start from a "
+            "model without features"
         )
+    raise UserError(
+        f"{of} gives {found} features beside a latent, and the network takes {dit.features}: set "
+        f"model_changes.features={found} and model_changes.cond_channels={dit.conditions * (LATENT + found)}, or "
+        "choose another autoencoder"
+    )
 
 
 def _latent_norm(

@@ -1,5 +1,7 @@
 """The frozen features: their convolutions, the grid they lie on, and what a cache and a network take of them."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,9 @@ from scaling_perception.models import lite0
 from scaling_perception.models.autoencoders import load_autoencoder, part_size
 from scaling_perception.models.presets import get_preset
 from scaling_perception.models.surgery import widen_input
+from scaling_perception.support.configs import load_config
 from scaling_perception.support.errors import UserError
+from scaling_perception.training import diffusion
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +115,24 @@ def test_widening_starts_features_at_zero():
 def test_condition_channels_go_with_the_features():
     with pytest.raises(UserError, match="features=32 a picture has 36 channels: give 0, 36 or 72"):
         get_preset("nano", cond_channels=8, features=32)
+
+
+@pytest.mark.parametrize(
+    ("channels", "changes", "message"),
+    [
+        (
+            4,
+            {"features": 32, "cond_channels": 72},
+            "no features beside its latents, and the network takes 32: prepare",
+        ),
+        (36, {}, "gives 32 features beside a latent, and the network takes 0: set model_changes.features=32"),
+    ],
+)
+def test_a_cache_and_a_network_must_agree(channels, changes, message):
+    config = load_config("configs/finetune.py:init=,model=nano,res=64,cache=runs/c,vae=tiny")
+    with config.unlocked():
+        config.model_changes.update(changes)
+    batch = {"image": np.zeros((1, 8, 8, channels)), "target": np.zeros((1, 8, 8, 4))}
+    stand = types.SimpleNamespace(at=lambda step: batch, autoencoders=set(), class_count=0)
+    with pytest.raises(UserError, match=message):
+        diffusion._autoencoder(config, stand, diffusion.network_of(config))
