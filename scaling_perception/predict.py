@@ -206,7 +206,7 @@ def _check_flags(args: argparse.Namespace) -> None:
             if getattr(args, name) is not None and getattr(args, other) is not None:
                 one, two = flag_of(name), flag_of(other)
                 raise UserError(f"{one} chooses {other} from the model's table: leave out {one} or {two}")
-    check_together(args, _GO_WITH)
+    check_together(vars(args), _GO_WITH, flag_of)
 
 
 def one_request(words: Sequence[str]) -> tuple[argparse.Namespace, "Request", "Item"]:

@@ -288,7 +288,8 @@ def read_image(path: FilePath, upright: bool = True) -> np.ndarray:
         stored = _stored_bits(path, image, stored_as, tiles)
         if stored is None:
             pixels = _pixels(image, upright, str(path))
-            if pixels.max(initial=0) < 64 and any(";16" in one for one in stored_as) and not _is_grey_16(image):
+            grey = image.mode[:4] in ("I", "I;16")
+            if pixels.max(initial=0) < 64 and any(";16" in one for one in stored_as) and not grey:
                 raise UserError(
                     f"{path} uses few of its 16 bits a channel, a kind of {image.format} that is not read here: "
                     "save it with 8 bits, or as a 16-bit PNG"
@@ -305,10 +306,6 @@ def read_image(path: FilePath, upright: bool = True) -> np.ndarray:
             turned(np.minimum(stored[..., :3] + (255 - stored[..., 3:].astype(int)), 255).astype(np.uint8), turn)
         )
     return from_array(turned(stored, turn))
-
-
-def _is_grey_16(image: Image.Image) -> bool:
-    return image.mode == "I" or image.mode.startswith("I;16")
 
 
 def _stored_bits(path: FilePath, image: Any, stored_as: list[str], tiles: list[Any]) -> np.ndarray | None:

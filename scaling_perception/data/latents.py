@@ -91,7 +91,7 @@ def decode_record(data: bytes) -> dict[str, Any]:
     """
     head, key, body = split_record(data)
     flags, pass_id, c, h, w, label = head
-    means = stored_fields(flags)
+    means = ("target",) if flags & _ALONE else FIELDS
     names = means + (tuple(f"{field}_logvar" for field in means) if flags & _LOGVAR else ())
     mask, channels = (h * w + 7) // 8, dict.fromkeys(names, c)
     channels |= {name: target_channels(data) for name in names if name.startswith("target")}
@@ -111,11 +111,6 @@ def decode_record(data: bytes) -> dict[str, Any]:
         raise ValueError(f"{len(body) - at} bytes are left over")
     common = {"pass_id": np.int32(pass_id), "label": np.int32(label), "key": key}
     return {**views[0], **common, "flipped": views[1] if len(views) > 1 else None}
-
-
-def stored_fields(flags: int) -> tuple[str, ...]:
-    """The pictures whose latents a record with these flags holds."""
-    return ("target",) if flags & _ALONE else FIELDS
 
 
 def split_record(data: bytes) -> tuple[tuple[int, int, int, int, int, int], str, memoryview]:

@@ -216,8 +216,9 @@ class Session:
         try:
             args = make_parser("predict").parse_args([*words, "x"])
             chosen = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-            get_task(task).reduce_mode(chosen.get("reduce"))
-            return Settings(**chosen)
+            settings = Settings(**chosen)
+            get_task(task).reduce_mode(settings.reduce)
+            return settings
         except UserError as error:
             said = in_flags(str(error), predict.FLAGS)
             raise UserError(said.replace(" (see `scaling-perception predict --help`)", "")) from None

@@ -45,7 +45,7 @@ from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.budgets import OWN
 from scaling_perception.inference.model import prompt_of
 from scaling_perception.inference.predictor import Predictor
-from scaling_perception.inference.settings import Settings
+from scaling_perception.inference.settings import ALIASES, Settings
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.parts import Part, note_idle
 from scaling_perception.tasks import get_task
@@ -187,7 +187,7 @@ def _points(
     shared: Settings,
 ) -> list[Point]:
     points: list[Point] = []
-    for preset in dict.fromkeys(presets):
+    for preset in dict.fromkeys(ALIASES.get(preset, preset) for preset in presets):
         diffusion = predictor.choose_diffusion(preset, shared.spacing)
         name = preset or _grid_name(predictor.diffusion)
         for solver, (cache, interval) in itertools.product(dict.fromkeys(map(solver_name, solvers)), caches):

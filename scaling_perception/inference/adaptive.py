@@ -28,6 +28,7 @@ from scaling_perception.inference.model import Model, prompt_of
 from scaling_perception.inference.settings import Settings
 from scaling_perception.support.shapes import Array, Bool, Float, RandomKey, Real
 from scaling_perception.tasks.base import Estimate
+from scaling_perception.tasks.shapes import Pixels
 
 _MEDIAN = math.sqrt(math.pi / 2)  # standard error of a median over that of a mean (normal members)
 _DEVIATION = 1.4826  # standard deviation over median absolute deviation (normal members)
@@ -144,7 +145,7 @@ def _sample(
     first: int,
     count: int,
     plan: BatchPlan,
-    seen: Callable[[np.ndarray], None] | None = None,
+    seen: Callable[[Pixels], None] | None = None,
 ) -> tuple[Float[np.ndarray, "I P M R R 3"], list[float]]:
     """Pixels (images of the group, P, M, R, R, 3) of members ``first`` …, and the evaluations that each
     image took."""
@@ -167,7 +168,7 @@ def _until_settled(
     tables: SamplerTables,
     draw: NoiseKeys,
     wanted: int,
-    seen: Callable[[np.ndarray], None] | None,
+    seen: Callable[[Pixels], None] | None,
 ) -> tuple[Float[np.ndarray, "I P M R R 3"], list[int]]:
     engine, passes, params = model.engine, model.passes(task), model.params
     cond_tokens, modulation_table, state = engine.init_state(params, latents, draw, passes, tables)
@@ -211,7 +212,7 @@ def _see(
     mode: str,
     known: list[np.ndarray],
     most: int,
-    pixels: np.ndarray,
+    pixels: Pixels,
 ) -> None:
     """Show what the finished members and the pixels (P, M, R, R, 3) of those in work give."""
     found = np.stack([*known, *model.decode_members(pixels, task)])[:most]

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+from jaxtyping import Real
 
 from scaling_perception.data.formats import read_flo
 from scaling_perception.diffusion.caching import NO_CACHE
@@ -32,8 +32,10 @@ from scaling_perception.inference.video import VideoWriter, frame_rate, is_video
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path, read_json, write_json
 from scaling_perception.support.progress import progress
+from scaling_perception.support.shapes import RandomKey
 from scaling_perception.tasks import get_task
 from scaling_perception.tasks.base import Estimate
+from scaling_perception.tasks.shapes import Colours, Map, Members, Native, Size, Spread
 
 _MOST_BYTES = 8 * 2**30  # members and pictures of a clip, which are in memory together
 _SURE = 50.0  # how fast the weight of a pixel falls with the square of its change of colour, of colours in [0, 1]
@@ -84,11 +86,11 @@ def members_of_frames(
     task: str,
     settings: Settings,
     tables: SamplerTables,
-    key: int | jax.Array,
+    key: int | RandomKey,
     carry: float = 0.0,
     batch_size: int | None = None,
-) -> Iterator[np.ndarray]:
-    """The members (M, R, R[, C]) of each frame, from the noise of the first.
+) -> Iterator[Members]:
+    """The members of each frame, from the noise of the first.
 
     Args:
         carry: share of the clean latents of a member in the frame before that its starting noise is mixed with.
@@ -125,8 +127,8 @@ def _carried(
     return state.x, np.asarray(engine.decode(vae, state.x, passes))[0]
 
 
-def align(model: Predictor, members: Sequence[np.ndarray], task: str, mode: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(prediction, uncertainty) of each frame's members (M, R, R[, C]). A relative answer is merged over all frames at
+def align(model: Predictor, members: Sequence[Members], task: str, mode: str) -> list[tuple[Map, Spread]]:
+    """(prediction, uncertainty) of each frame's members. A relative answer is merged over all frames at
     once, as if they were one tall picture: each member keeps one scale and shift, and so does the clip."""
     if not get_task(task).relative:
         return [model.reduce(task, one, mode) for one in members]
@@ -135,7 +137,7 @@ def align(model: Predictor, members: Sequence[np.ndarray], task: str, mode: str)
 
 
 def flicker(
-    first: np.ndarray, second: np.ndarray, flow: np.ndarray, images: tuple[np.ndarray, np.ndarray]
+    first: Native, second: Native, flow: Real[np.ndarray, "H W 2"], images: tuple[Colours, Colours]
 ) -> float | None:
     """How much a prediction changes along the motion, in its own unit: the mean of |second(x + flow) - first(x)|.
 
@@ -143,8 +145,7 @@ def flicker(
     hidden, or where the flow is wrong, counts little; what leaves the picture does not count.
 
     Args:
-        first, second: (H, W[, C]). flow: (H, W, 2) pixels from the first to the second.
-        images: uint8 (H, W, 3) each.
+        flow: pixels from the first to the second.
 
     Returns:
         None where no pixel counts.
@@ -331,7 +332,7 @@ def _is_motion(task: str) -> bool:
     return asks is not None and asks.frame
 
 
-def _read_flow(folder: Path, name: str, size: tuple[int, int]) -> np.ndarray:
+def _read_flow(folder: Path, name: str, size: Size) -> Real[np.ndarray, "H W 2"]:
     """The flow of a frame in a folder of ``predict --task flow``'s files.
 
     Raises:

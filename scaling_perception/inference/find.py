@@ -281,10 +281,6 @@ def _distinct(pair: tuple[Picture, ...], what: str) -> tuple[Picture, ...]:
     return pair
 
 
-def _is_frame(sequence: list[Picture]) -> bool:
-    return bool(sequence) and sequence[0].frame is not None
-
-
 def _with_second(sequence: list[Picture]) -> list[Picture]:
     """Of a video with one frame (or none that can be read) also the next, so that it is among the failures."""
     first = sequence[0]
@@ -352,7 +348,7 @@ def _find_pairs(
         if found.single:
             frames += found.sequences[0]
             continue
-        sequences = [_with_second(sequence) for sequence in found.sequences if len(sequence) > 1 or _is_frame(sequence)]
+        sequences = [_with_second(s) for s in found.sequences if len(s) > 1 or (s and s[0].frame is not None)]
         if not sequences:
             raise UserError(f"{word} holds one frame: flow needs two or more")
         pairs += [pair for sequence in sequences for pair in zip(sequence[:-1], sequence[1:], strict=True)]

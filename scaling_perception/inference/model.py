@@ -331,7 +331,7 @@ class Model:
         key: int | RandomKey,
         plan: BatchPlan,
         antithetic: bool = False,
-        watch: Callable[[np.ndarray], None] | None = None,
+        watch: Callable[[Float[np.ndarray, "J P M R R 3"]], None] | None = None,
     ) -> Float[np.ndarray, "J P M R R 3"]:
         """Decoded pixels (images of the group, passes, members, R, R, 3), about [-1, 1].
 
@@ -407,8 +407,8 @@ class Model:
         return Estimate(answer.prediction, spread, members, answer.whole, size, forwards, answer.painted)
 
     def reduce(
-        self, task: str, members: Float[np.ndarray, "M R R *C"], mode: str
-    ) -> tuple[Float[np.ndarray, "R R *C"], Float[np.ndarray, "R R"]]:
+        self, task: str, members: Float[np.ndarray, "M H W *C"], mode: str
+    ) -> tuple[Float[np.ndarray, "H W *C"], Float[np.ndarray, "H W"]]:
         """Members (M, R, R[, C]) to (prediction, uncertainty) at the model's resolution."""
         return get_task(task).merged(members, mode, self.options)
 

@@ -16,7 +16,7 @@ from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.engine import draw_members
 from scaling_perception.inference.model import Model, key_of, prompt_of
 from scaling_perception.inference.prediction import Prediction
-from scaling_perception.inference.settings import Settings, check_pairs
+from scaling_perception.inference.settings import Settings, check_together
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.shapes import RandomKey
 from scaling_perception.tasks import get_task
@@ -60,7 +60,7 @@ class Predictor(Model):
         for name in more:
             if name not in fields:
                 raise TypeError(f"unknown setting '{name}'{did_you_mean(name, fields)}")
-        check_pairs(more)
+        check_together(more)
         given = {"preset": preset, "spacing": spacing, "reduce": reduce}
         settings = Settings(steps=steps, ensemble=ensemble, **given, **more)
         several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
@@ -86,7 +86,7 @@ class Predictor(Model):
         Raises:
             UserError: as calling; a step that is not there.
         """
-        check_pairs(settings)
+        check_together(settings)
         chosen = Settings(**settings)
         if chosen.adaptive or chosen.aspect != "squash":
             raise UserError("intermediates go with neither tolerance nor aspect: leave them out")

@@ -36,6 +36,10 @@ def setting(
     return dataclasses.field(default=default, metadata=known | {"swept": swept, "goes_with": goes_with})
 
 
+ALIASES: dict[str | None, str] = {"v_trailing": "fixed", "least-squares": "lsq"}
+"""The telling name of a preset or a way of merging -> the one that files of every version hold."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings of a prediction. JSON-able (``dataclasses.asdict``).
@@ -43,15 +47,15 @@ class Settings:
     Attributes:
         steps: denoising steps T, 1..1000; the most of them with ``step_tolerance``.
         ensemble: members N; the most of them with ``tolerance``.
-        preset: grid of timesteps: ``fixed`` (trailing), ``paper`` (leading), ``released`` (leading, offset 1); None is
-            the model's own. Schedule and prediction type are always the model's own: at the same timestep another
-            schedule would mean another noise level than the model was trained on.
+        preset: grid of timesteps: ``v_trailing`` (trailing; recorded as ``fixed``), ``paper`` (leading), ``released``
+            (leading, offset 1); None is the model's own. Schedule and prediction type are always the model's own:
+            at the same timestep another schedule would mean another noise level than the model was trained on.
         spacing: the grid's spacing alone: leading, trailing or linspace.
         solver: ddim (also called euler), ddpm, dpm++2m, unipc, heun or single (``diffusion.solvers``).
         eta: noise of ddim and dpm++2m: 0 none, 1 as much as ancestral sampling.
         clip: bound of the clean latent's estimate in each step, None for none.
-        reduce: how members are merged: depth lsq (default), median, minmax, marigold; flow mean (default), median;
-            amodal median.
+        reduce: how members are merged: depth least-squares (default; recorded as lsq), median, minmax, marigold; flow
+            mean (default), median; amodal median.
         antithetic: members come in pairs whose noise differs in sign alone.
         aspect: ``squash``, ``letterbox`` or ``tile`` (``inference.aspect``).
         tolerance: adaptive ensembling: an image gets no further members once the prediction is expected to be within
@@ -69,14 +73,18 @@ class Settings:
     steps: int = setting(10, STEPS, "T", "denoising steps", swept=True)
     ensemble: int = setting(5, COUNT, "N", "members that are merged", swept=True)
     preset: str | None = setting(
-        None, str, "NAME", "timestep grid: fixed, paper, released", "the model's own", swept=True
+        None, str, "NAME", "timestep grid: v_trailing (in files: fixed), paper, released", "the model's own", swept=True
     )
     spacing: str | None = setting(None, str, "NAME", "spacing alone: leading, trailing, linspace", "the grid's")
     solver: str = setting("ddim", str, "NAME", "ddim (euler), ddpm, dpm++2m, unipc, heun, single", swept=True)
     eta: float = setting(0.0, NOT_NEGATIVE, "X", "noise of ddim and dpm++2m: 0 none, 1 as much as ancestral sampling")
     clip: float | None = setting(None, POSITIVE, "X", "bound of the clean latent's estimate in each step", "none")
     reduce: str | None = setting(
-        None, str, "NAME", "merging: depth lsq, median, minmax, marigold; flow and normals mean, median", "the first"
+        None,
+        str,
+        "NAME",
+        "merging: depth least-squares (in files: lsq), median, minmax, marigold; flow and normals mean, median",
+        "the first",
     )
     antithetic: bool = setting(False, bool, "", "members in pairs whose noise differs in sign alone")
     aspect: str = setting("squash", str, "NAME", "pictures that are not square: squash, letterbox, tile")
@@ -117,6 +125,8 @@ class Settings:
         check_aspect(self.aspect)
         object.__setattr__(self, "solver", solver_name(self.solver))  # an alias is recorded by the one name
         object.__setattr__(self, "cache", cache_name(self.cache))
+        for name in ("preset", "reduce"):
+            object.__setattr__(self, name, ALIASES.get(getattr(self, name), getattr(self, name)))
         for name in ("ensemble", "first", "step_chunk", "cache_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: give a whole number above 0")
@@ -176,8 +186,7 @@ SETTINGS = {one.name: one.metadata for one in dataclasses.fields(Settings)}
 
 def flag_of(name: str) -> str:
     """The flag of an argument: ``--step-tolerance`` for ``step_tolerance``."""
-    flag = "--" + name.replace("_", "-")
-    return RENAMED.get(flag, flag)
+    return RENAMED.get(flag := "--" + name.replace("_", "-"), flag)
 
 
 FLAGS = {name: flag_of(name) for name in SETTINGS if name != "first"}  # a common word: "of the first 5 images"
@@ -245,7 +254,7 @@ def shared_settings(args: argparse.Namespace) -> Settings:
     Raises:
         UserError: as ``Settings``; a flag without the one that it goes with.
     """
-    check_together(args)
+    check_together(vars(args), called=flag_of)
     return Settings(**{n: getattr(args, n) for n, one in SETTINGS.items() if not one["swept"] and given(args, n)})
 
 
@@ -254,27 +263,15 @@ def given(args: argparse.Namespace, name: str) -> bool:
     return getattr(args, name) is not None
 
 
-def check_together(args: argparse.Namespace, more: Mapping[str, str] | None = None) -> None:
-    """UserError for a flag without the one that it goes with; ``more`` pairs than those of the settings."""
-    check_pairs(vars(args), more, flag_of)
-
-
-def check_pairs(
+def check_together(
     values: Mapping[str, Any], more: Mapping[str, str] | None = None, called: Callable[[str], str] = str
 ) -> None:
-    """UserError for a setting whose effect needs another one that is missing, or off: ``cache none``.
-
-    Args:
-        values: name -> value, None where it was not given; of a swept setting perhaps several with commas.
-        more: pairs than those of the settings: a name -> the one that it goes with.
-        called: a setting's name in the message.
-    """
+    """UserError for a setting whose effect needs another one that is missing, or off (``cache none``); ``more`` pairs
+    than those of the settings. A value is None where it was not given; ``called``: a setting's name in the message."""
     pairs = {name: one["goes_with"] for name, one in SETTINGS.items() if one["goes_with"]} | dict(more or {})
     for name, other in pairs.items():
-        if values.get(name) is None:
-            continue
-        off = str(SETTINGS[other]["default"]) if other in SETTINGS else None
-        if values.get(other) is None:
+        off = SETTINGS[other]["default"] if other in SETTINGS else None
+        if values.get(name) is not None and values.get(other) is None:
             raise UserError(f"{called(name)} goes with {called(other)}: give that too, or leave it out")
-        if set(words(str(values[other]))) == {off}:
+        if values.get(name) is not None and set(words(str(values[other]))) == {off}:
             raise UserError(f"{called(name)} has no effect with {called(other)} {off}: leave it out, or choose another")

@@ -309,7 +309,7 @@ class VideoWriter:
             finally:
                 self._container.close()
 
-    def add(self, pixels: np.ndarray) -> None:
+    def add(self, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
         """Append a frame."""
         height, width = pixels.shape[:2]
         pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")

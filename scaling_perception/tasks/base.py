@@ -142,8 +142,8 @@ class Scale(NamedTuple):
     colours: str = ""
 
 
-View = Callable[[Estimate, np.ndarray], np.ndarray]
-"""(estimate, picture uint8 RGB (H, W, 3)) -> what a person looks at, uint8 RGB (H, W, 3)."""
+View = Callable[[Estimate, Colours], Colours]
+"""(estimate, picture) -> what a person looks at."""
 
 
 Encode = Callable[[Raw, int, Any], list[dict[str, Any]]]
@@ -205,7 +205,7 @@ def no_panels(raw: Raw, estimate: Estimate, protocol: Mapping[str, Any]) -> dict
     return {}
 
 
-def no_picture(prediction: np.ndarray, scale: float | None) -> np.ndarray:
+def no_picture(prediction: Native, scale: float | None) -> Colours:
     """For a task that predicts nothing of a picture."""
     raise ValueError("this task has no frames to show")
 
@@ -302,7 +302,7 @@ class Task:
     files: Mapping[str, Mapping[str, File]] = dataclasses.field(default_factory=dict)
     usual_files: tuple[str, ...] = ()
     views: Mapping[str, View] = dataclasses.field(default_factory=dict)
-    member_picture: Callable[[np.ndarray], np.ndarray] | None = None
+    member_picture: Callable[[Native], Colours] | None = None
     protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sizes: str = ""
     metrics: tuple[str, ...] = ()
@@ -316,8 +316,8 @@ class Task:
     baseline_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ceilings: tuple[str, ...] = ()
     panels: Callable[[Raw, Estimate, Mapping[str, Any]], dict[str, Colours]] = no_panels
-    clip_picture: Callable[[np.ndarray, float | None], np.ndarray] = no_picture
-    clip_scale: Callable[[np.ndarray], float] | None = None
+    clip_picture: Callable[[Native, float | None], Colours] = no_picture
+    clip_scale: Callable[[Native], float] | None = None
     panel_scales: Callable[[Raw, Mapping[str, Any]], dict[str, Scale]] = no_scales
 
     @property
@@ -344,7 +344,7 @@ class Task:
             return self.restore(merged, size, options, prompt)
         return Answer(self.native(merged, size))
 
-    def merged(self, members: Members, mode: str, options: Any) -> tuple[Map, Spread]:
+    def merged(self, members: Real[np.ndarray, "M H W *C"], mode: str, options: Any) -> tuple[Native, Native]:
         """``merge``, for a task that has one.
 
         Raises:

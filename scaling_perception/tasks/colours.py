@@ -60,8 +60,10 @@ def flow_to_color(flow: Real[np.ndarray, "H W 2"], max_flow: float | None = None
     return np.where(known[..., None], np.floor(255 * colour), 0).astype(np.uint8)
 
 
-def flow_arrows(flow: np.ndarray, ground: np.ndarray, colour: tuple[int, int, int] = (255, 220, 0)) -> np.ndarray:
-    """Arrows of a flow (H, W, 2) in pixels, on a uint8 RGB picture (H, W, 3).
+def flow_arrows(
+    flow: Real[np.ndarray, "H W 2"], ground: Colours, colour: tuple[int, int, int] = (255, 220, 0)
+) -> Colours:
+    """Arrows of a flow in pixels, on a picture.
 
     About 24 arrows along the longer side, each from the pixel that moves. The longest spans 1.6 times their distance,
     so that lengths compare within a picture and not between pictures.

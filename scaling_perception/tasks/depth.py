@@ -30,7 +30,7 @@ from scaling_perception.tasks.colours import depth_to_color, heat
 from scaling_perception.tasks.metrics import DEPTH_METRICS, depth_metrics
 from scaling_perception.tasks.resize import resize_bilinear, resize_nearest
 from scaling_perception.tasks.samples import TaskOptions, check_pixels, picture, require, sample
-from scaling_perception.tasks.shapes import Colours, Mask, Pixels, Plain, Size, Spread
+from scaling_perception.tasks.shapes import Colours, Mask, Pixels, Plain, Size
 
 PASSES = (Pass("depth", 0),)
 WORST_ABS_REL = 0.5  # relative depth error that is drawn at full scale
@@ -163,7 +163,7 @@ def inspect(raw: Mapping[str, Any], size: Size) -> dict[str, Any]:
 # Predicting
 
 
-def merge(members: Real[np.ndarray, "M R R"], mode: str, options: TaskOptions) -> tuple[Spread, Spread]:
+def merge(members: Real[np.ndarray, "M H W"], mode: str, options: TaskOptions) -> tuple[Plain, Plain]:
     """Members (M, R, R) to relative depth and its uncertainty (R, R), see ``tasks.ensemble``."""
     from scaling_perception.tasks import ensemble  # JAX: data workers load tasks without it
 

@@ -11,6 +11,5 @@ Native = Shaped[np.ndarray, "H W *C"]  # at the picture's own size
 Mask = Bool[np.ndarray, "H W"]
 Colours = UInt8[np.ndarray, "H W 3"]
 Plain = Real[np.ndarray, "H W"]
-Vectors = Real[np.ndarray, "H W C"]
 Unchecked = Real[np.ndarray, "..."]  # of a shape that the function checks itself
 Size = tuple[int, int]

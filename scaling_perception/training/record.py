@@ -21,7 +21,6 @@ from typing import Any
 from scaling_perception import __version__
 from scaling_perception.support.files import write_json
 
-ENDINGS = ("finished", "interrupted", "error", "killed")
 SPENT = "spent_"  # begins the fields of a row that say where an attempt's seconds went until then
 _FORMAT = 1
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -69,7 +68,7 @@ class Record:
         """The attempt is over after ``step`` finished steps of the run.
 
         Args:
-            why: one of ``ENDINGS``; see ``why_ended``.
+            why: ``finished``, ``interrupted``, ``error`` or ``killed``; see ``why_ended``.
             error: what went wrong; its first line is kept of an ``error``.
         """
         attempt = self.content["attempts"][-1]

@@ -190,6 +190,9 @@ def test_refusals(predictor, make_predictor, make_image, tmp_path):
     cases = [
         (lambda: predictor(image, task="dept"), "did you mean 'depth'"),
         (lambda: predictor(image, preset="fixd"), "did you mean 'fixed'"),
+        (lambda: predictor(image, cache_interval=3), "cache_interval goes with cache: give that too"),
+        (lambda: predictor(image, cache="none", cache_interval=3), "cache_interval has no effect with cache none"),
+        (lambda: predictor.intermediates(image, first=3), "first goes with tolerance"),
         (lambda: predictor(image, spacing="trailng"), "did you mean 'trailing'"),
         (lambda: predictor(image, reduce="lsqq"), "did you mean 'lsq'"),
         (lambda: predictor(image, task="flow", prompt=image, reduce="lsq"), "merge flow members"),

@@ -59,3 +59,19 @@ def test_several_values_are_checked_one_by_one():
 def test_defaults_are_the_fields():
     assert {one.name: one.default for one in dataclasses.fields(Settings)}.keys() == SETTINGS.keys()
     assert Settings().to_dict()["steps"] == 10 and Settings(solver="euler").solver == "ddim"
+    telling = Settings(preset="v_trailing", reduce="least-squares")
+    assert telling == Settings(preset="fixed", reduce="lsq"), "one name is recorded"
+
+
+@pytest.mark.parametrize("verb", REQUIRED)
+def test_earlier_spellings_of_flags_go_on_working(verb, capsys):
+    words = [*REQUIRED[verb], "--tolerance", "1", "--step-tolerance=1"]
+    parser = make_parser(verb)
+    old = parser.parse_args([*words, "--first", "3", "--step-chunk=4"])
+    new = parser.parse_args([*words, "--members-per-round=3", "--steps-per-check", "4"])
+    assert old == new and (old.first, old.step_chunk) == (3, 4)
+    assert "--first" not in parser.format_help() and capsys.readouterr() == ("", "")
+    if verb == "predict":
+        assert parser.parse_args([*words, "--", "--first"]).inputs == ["--first"]
+        for one in ("--range", "--depth-range"):
+            assert parser.parse_args([*words, one, "1,4"]).range == "1,4"

@@ -86,7 +86,7 @@ def _draw(rng: np.random.Generator) -> tuple[Scene, bool]:
     things: list[Thing] = []
     if not indoor:
         _hills(rng, palette, things, size, camera)
-    target = _target(rng, palette, things, surroundings, coarse, size, indoor)
+    target = _target(rng, palette, surroundings, coarse, size, indoor)
     things.append(target)
     _furnish(rng, palette, things, camera, size, indoor)
     things = _uncover(rng, palette, things, target, surroundings, coarse)
@@ -105,7 +105,7 @@ def _draw(rng: np.random.Generator) -> tuple[Scene, bool]:
     return scene, good
 
 
-def _look_at(rng: np.random.Generator, heading: float, pitch: float, roll: float) -> Array:
+def _look_at(heading: float, pitch: float, roll: float) -> Array:
     forward = np.array([math.cos(pitch) * math.cos(heading), math.cos(pitch) * math.sin(heading), math.sin(pitch)])
     right = np.cross(forward, [0, 0, 1.0])
     right /= np.linalg.norm(right)
@@ -127,9 +127,7 @@ def _camera(rng: np.random.Generator, size: Array, indoor: bool) -> Camera:
     roll = np.clip(rng.normal(0, 0.05), -0.15, 0.15)
     focal = 0.5 / math.tan(math.radians(rng.uniform(38, 88)) / 2)
     heading += rng.normal(0, 0.25)
-    return Camera(
-        _look_at(rng, heading, float(pitch), float(roll)), np.array([*place, height], np.float32), float(focal)
-    )
+    return Camera(_look_at(heading, float(pitch), float(roll)), np.array([*place, height], np.float32), float(focal))
 
 
 def _hills(rng: np.random.Generator, palette: Palette, things: list[Thing], size: Array, camera: Camera) -> None:
@@ -160,7 +158,6 @@ def _inside(size: Array, place: Array, radius: float) -> bool:
 def _target(
     rng: np.random.Generator,
     palette: Palette,
-    things: list[Thing],
     surroundings: Solid,
     coarse: _Coarse,
     size: Array,

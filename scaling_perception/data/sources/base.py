@@ -11,7 +11,7 @@ import dataclasses
 import errno
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -150,7 +150,8 @@ class FileSource:
         sizes = file_sizes(self.root, wanted)
         missing = [path for path in wanted if path not in sizes]
         if missing and not TOLERANT.get():
-            more = f" (and {len(missing) - 1} more files: {_first(missing[1:])})" if len(missing) > 1 else ""
+            some = ", ".join(missing[1:10]) + ", …" * (len(missing) > 10)
+            more = f" (and {len(missing) - 1} more files: {some})" if len(missing) > 1 else ""
             raise UserError(f"{self.root / missing[0]} is missing{more}: restore it or take the sample off the list")
         digest, names = hashlib.sha256(), hashlib.sha256()
         for path in wanted:
@@ -263,10 +264,6 @@ class FileSource:
         why = f"depths {low:g}..{high:g} m, valid {self.depth_range[0]:g}..{self.depth_range[1]:g} m"
         path = self.root / entry.files["depth"]
         raise UserError(f"{path} has no valid pixel ({why}): check depth_scale and the mask")
-
-
-def _first(names: Sequence[str], most: int = 9) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 # Sizes
