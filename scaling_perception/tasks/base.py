@@ -18,7 +18,7 @@ from jaxtyping import Float, Real, Shaped
 
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks.resize import resize_bilinear
-from scaling_perception.tasks.shapes import Colours, Map, Mask, Members, Native, Pixels, Size, Spread
+from scaling_perception.tasks.shapes import Colours, Map, Mask, Members, Native, Pixels, Plain, Size, Spread
 
 if TYPE_CHECKING:
     import jax
@@ -344,7 +344,7 @@ class Task:
             return self.restore(merged, size, options, prompt)
         return Answer(self.native(merged, size))
 
-    def merged(self, members: Real[np.ndarray, "M H W *C"], mode: str, options: Any) -> tuple[Native, Native]:
+    def merged(self, members: Real[np.ndarray, "M H W *C"], mode: str, options: Any) -> tuple[Native, Plain]:
         """``merge``, for a task that has one.
 
         Raises:
