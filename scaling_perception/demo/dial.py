@@ -95,12 +95,6 @@ def amount(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def error_text(stop: Stop, metric: str) -> str:
-    """``AbsRel 0.348 (95 %: 0.31 to 0.39)``."""
-    low, high = stop.interval
-    return f"{metric} {stop.choice.error:.3g} (95 % interval {low:.3g} to {high:.3g})"
-
-
 def metric_name(task: str) -> str:
     """How the table's error is written: the task's metric, or 1 - it."""
     main = get_task(task).main

@@ -73,12 +73,16 @@ def _depthwise(x: jax.Array, kernel: Any, stride: int) -> jax.Array:
     sizes = [-(-length // stride) for length in x.shape[1:3]]
     pads = [max((made - 1) * stride + side - length, 0) for made, length in zip(sizes, x.shape[1:3], strict=True)]
     x = jnp.pad(x, ((0, 0), *((pad // 2, pad - pad // 2) for pad in pads), (0, 0)))
-    out = jnp.zeros((), x.dtype)
-    for row in range(side):
-        for column in range(side):
-            last = (row + (sizes[0] - 1) * stride + 1, column + (sizes[1] - 1) * stride + 1)
-            part = jax.lax.slice(x, (0, row, column, 0), (x.shape[0], *last, x.shape[3]), (1, stride, stride, 1))
-            out = out + part * jnp.asarray(kernel[row, column])[None, None, None]
+    taps = jnp.asarray(kernel).reshape(side * side, 1, 1, -1)
+    out: Any = None
+    for tap in range(side * side):
+        row, column = divmod(tap, side)
+        last = (row + (sizes[0] - 1) * stride + 1, column + (sizes[1] - 1) * stride + 1)
+        part = jax.lax.slice(x, (0, row, column, 0), (x.shape[0], *last, x.shape[3]), (1, stride, stride, 1))
+        # lax's own functions: there are 272 taps, and jnp's take several times as long to trace
+        weight = jax.lax.slice_in_dim(taps, tap, tap + 1)
+        term = jax.lax.mul(part, jax.lax.broadcast_in_dim(weight, part.shape, (0, 1, 2, 3)))
+        out = term if out is None else jax.lax.add(out, term)
     return out
 
 
