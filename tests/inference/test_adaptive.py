@@ -110,7 +110,7 @@ def test_members_that_only_fill_a_batch_hold_up_no_exit(wanted, taken, pytestcon
         engine=engine, params=None, weights=(None, None), passes=lambda _: SimpleNamespace(labels=None)
     )
     settings = Settings(steps=10, ensemble=1, step_tolerance=0.5, step_chunk=1)
-    pixels, steps = _until_settled(predictor, np.zeros((3, 1)), 2, "depth", settings, None, None, wanted)
+    pixels, steps = _until_settled(predictor, np.zeros((3, 1)), 2, "depth", settings, None, None, wanted, None)
     assert steps == taken and pixels.shape == (2, 1, 2, 1, 1, 1)
     assert pixels[:, 0, 0].ravel().tolist() == [2, 5]
 
@@ -127,7 +127,7 @@ def test_few_graphs_serve_many_images(make_predictor, make_image):
 def test_refusals(predictor, make_image):
     cases = [
         ({"tolerance": -1.0}, "tolerance -1.0"),
-        ({"first": 0}, "first 0"),
+        ({"tolerance": 0.1, "first": 0}, "first 0"),
         ({"step_tolerance": 0.1, "solver": "ddpm"}, "without noise"),
         ({"solver": "ddmi"}, "did you mean"),
         ({"aspect": "tiles"}, "did you mean 'tile'"),
