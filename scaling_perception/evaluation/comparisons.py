@@ -31,7 +31,7 @@ OLD_KINDS = {"fixed": "constant"}
 
 def kind(cell: Mapping[str, Any]) -> str:
     """constant, adaptive or steps; a cell of an evaluation from before there were kinds is constant."""
-    found = cell.get("kind", "constant")
+    found = str(cell.get("kind", "constant"))
     return OLD_KINDS.get(found, found)
 
 
