@@ -14,6 +14,9 @@ from browsing import browser as chromium  # noqa: E402
 from browsing import choose_tab, demo, inner_tab, lacking, opened, result, run, take_example, text_of, turn  # noqa: E402
 
 from scaling_perception.cli import main  # noqa: E402
+from scaling_perception.demo import dial  # noqa: E402
+from scaling_perception.inference.budgets import load_budgets  # noqa: E402
+from scaling_perception.interop.find import find_model  # noqa: E402
 
 pytestmark = [
     pytest.mark.browser,
@@ -46,14 +49,16 @@ def test_upload_dial_run_and_downloads_are_those_of_predict(browser, address, ph
     with opened(browser, address) as page:
         page.locator("#picture-depth input[type=file]").set_input_files(photo)
         page.wait_for_selector("#picture-depth img")
+        least, more = dial.stops(load_budgets(find_model("mini")), "depth")[:2]
         assert "1 step × 1 member" in text_of(page, "#promise-depth")
-        assert "AbsRel 0.348 95 % interval" in text_of(page, "#promise-depth")
+        assert f"AbsRel {least.choice.error:.3g} 95 % interval" in text_of(page, "#promise-depth")
         first, shown = run(page, "depth"), result(page, "depth")
         promise = turn(page, "depth")
-        assert "1 step × 2 members" in promise and "AbsRel 0.346 95 % interval" in promise
+        assert (more.choice.steps, more.choice.ensemble) == (1, 2)
+        assert "1 step × 2 members" in promise and f"AbsRel {more.choice.error:.3g} 95 % interval" in promise
         second = run(page, "depth")
         assert "1 step × 2 members" in second and "Uncertainty" in second and "Uncertainty" not in first
-        assert "200 × 150" in second and "0.346" in second
+        assert "200 × 150" in second and f"{more.choice.error:.3g}" in second
         page.wait_for_function(
             "(old) => document.querySelectorAll('#result-depth img')[1].getAttribute('src') !== old", arg=shown[1]
         )
