@@ -99,7 +99,11 @@ def turn(page, task, keys="ArrowRight", times=1):
     return text_of(page, f"#promise-{task}")
 
 
-CHANGED = "([where, before]) => document.querySelector(where).innerText !== before"
+# while an answer is awaited, the seconds so far stand before the old text
+CHANGED = """([where, before]) => {
+  const text = (words) => words.replace(/^[0-9.]+s\\s*/, "");
+  return text(document.querySelector(where).innerText) !== text(before);
+}"""
 
 
 def text_of(page, where):
