@@ -99,7 +99,7 @@ def test_flow_and_amodal_give_their_files(browser, address):
         choose_tab(page, "flow")
         take_example(page, "flow")
         page.wait_for_selector("#second-flow img")
-        turn(page, "flow", "ArrowLeft", 3)
+        page.locator("#dial-flow input[type=range]").press("Home")  # the cheapest, where it may stand already
         assert "EPE" in run(page, "flow")
         inner_tab(page, "flow", "Files")
         page.locator("#files-flow a[download]:visible").first.wait_for()
