@@ -62,7 +62,7 @@ def test_predict_imports_nothing_that_it_does_not_use(tmp_path):
 
 
 @pytest.mark.slow  # a quiet machine: other processes make the same work cost up to twice as much
-def test_a_warm_predict_takes_under_three_seconds_beyond_the_import_of_jax(tmp_path):
+def test_a_warm_predict_takes_few_seconds_beyond_the_import_of_jax(tmp_path):
     one = picture(tmp_path)
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS",)}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "programs")
