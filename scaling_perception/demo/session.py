@@ -220,8 +220,8 @@ class Session:
             get_task(task).reduce_mode(settings.reduce)
             return settings
         except UserError as error:
-            said = in_flags(str(error), predict.FLAGS)
-            raise UserError(said.replace(" (see `scaling-perception predict --help`)", "")) from None
+            refusal = in_flags(str(error), predict.FLAGS)
+            raise UserError(refusal.replace(" (see `scaling-perception predict --help`)", "")) from None
 
     def _model_words(self) -> list[str]:
         usual = {"autoencoder": None, "dtype": "float32"}
@@ -318,7 +318,7 @@ class Session:
 
         def work() -> None:
             try:
-                with self._computing, warnings.catch_warnings(record=True) as told:
+                with self._computing, warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always", UserWarning)
                     before = self.predictor.compile_seconds
                     run.begin = time.perf_counter()
@@ -332,7 +332,7 @@ class Session:
                         command=lambda one: words,
                     )
                     run.compiled = self.predictor.compile_seconds - before
-                    notes = [" ".join(str(one.message).split()) for one in told if one.category is UserWarning]
+                    notes = [" ".join(str(one.message).split()) for one in caught if one.category is UserWarning]
                 run.notes = tuple(dict.fromkeys(notes))
                 news.put(summary)
             except BaseException as error:

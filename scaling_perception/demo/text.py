@@ -120,7 +120,7 @@ def header(session: Session) -> str:
     listed = ", ".join(tasks[:-1]) + (" and " if len(tasks) > 1 else "") + tasks[-1]
     return (
         '<header class="head"><h1>scaling-perception</h1>'
-        f"<p>{html.escape(listed).capitalize()} by a diffusion model. Choose the compute: the page says beforehand "
+        f"<p>{html.escape(listed).capitalize()} by a diffusion model. Choose the compute: the page shows beforehand "
         "which error it buys.</p>"
         f'<p class="soft">Model <b>{html.escape(session.model)}</b> · {millions:.3g} M parameters · '
         f"{config.depth} layers · works at {session.predictor.resolution} × {session.predictor.resolution} pixels</p>"

@@ -144,7 +144,7 @@ def part_size(model: Autoencoder, part: str, height: int, width: int) -> tuple[i
 
 
 def with_features(model: Autoencoder, dtype: Any = "float32") -> Autoencoder:
-    """The same autoencoder whose ``encode`` appends the features of a network that has seen photographs (``lite0``):
+    """The same autoencoder whose ``encode`` appends the features of a network trained on photographs (``lite0``):
     (B, H, W, 3) -> (B, H/8, W/8, 4 + 32). A condition's are of use to the transformer; a target's are cut off."""
     own = lite0.load()
 

@@ -1,11 +1,11 @@
-"""EfficientNet-Lite0 without its head: what a small network that has seen a million photographs finds in a picture.
+"""EfficientNet-Lite0 without its head: features of a small network that was trained on the photographs of ImageNet.
 
 Source: Tan and Le, "EfficientNet" (2019), in the "Lite" form for small devices: no squeeze-and-excitation, ReLU6, a
 stem and a last layer of fixed width. The weights that are shipped were trained by others on ImageNet (Apache-2.0, see
 ``weights/lite0/README.md``); here they are frozen, their batch normalisation is folded into the convolutions, and the
 outputs of three blocks, at strides 8, 16 and 32, are projected to a few channels of about unit variance.
 
-A picture is looked at in twice its size, so that the features lie on the grid of an autoencoder of factor 8.
+A picture is enlarged to twice its size first, so that the features lie on the grid of an autoencoder of factor 8.
 """
 
 from collections.abc import Mapping
@@ -95,7 +95,7 @@ def _dense(x: jax.Array, own: Mapping[str, Any]) -> jax.Array:
 
 
 def blocks_of(params: Mapping[str, Any], images: Float[AnyArray, "B H W 3"]) -> list[jax.Array]:
-    """The outputs of all blocks for pictures in [-1, 1], which are looked at as they are."""
+    """The outputs of all blocks for pictures in [-1, 1], at the size they have."""
     x = (jnp.asarray(images) * 127.5 + 0.5) / 128
     stem = params["stem"]
     kernel = jnp.asarray(stem["kernel"], x.dtype)
