@@ -30,6 +30,7 @@ from scaling_perception.models.config import DiTConfig
 from scaling_perception.models.dit import DiT, PrecomputedConditioning, abstract_params, embed_conditions, modulations
 from scaling_perception.parallel.mesh import BATCH_AXES, replicated
 from scaling_perception.parallel.rules import tree_shardings
+from scaling_perception.support.executables import kept_executable
 from scaling_perception.support.shapes import Array, EitherArray, Float, Int, RandomKey, UInt
 
 Latents = Float[EitherArray, "I h w F"]  # of the pictures that condition, the channels of one after another
@@ -443,6 +444,20 @@ class Engine:
                     ends = {"in_shardings": tuple(map(self._sharding, arguments))}
                     ends["out_shardings"] = replicated(self.mesh)
                 begin = time.perf_counter()
-                self._compiled[signature] = jax.jit(counted, **ends).lower(*arguments).compile()
+                self._compiled[signature] = kept_executable(
+                    self._about(name),
+                    arguments,
+                    jax.local_devices()[:1] if self.mesh is None else list(self.mesh.devices.flat),
+                    lambda: jax.jit(counted, **ends).lower(*arguments).compile(),
+                )
                 self.compile_seconds += time.perf_counter() - begin
             return self._compiled[signature]
+
+    def _about(self, name: str) -> str | None:
+        """All that decides a graph of this engine besides its shapes; None where the autoencoder does not describe
+        itself."""
+        autoencoder = self.autoencoder.program
+        if autoencoder is None:
+            return None
+        mesh = None if self.mesh is None else [list(self.mesh.shape.items()), str(self.mesh.axis_types)]
+        return repr((name, self.config, self.model.dtype, self.zero_start, mesh, autoencoder))

@@ -24,6 +24,7 @@ from scaling_perception.support.shapes import AnyArray, Array, Float
 
 PARTS = ("encoder", "decoder")
 FEATURES = "lite0"
+_PROGRAM = "_program"  # attribute of functions, so that a function put in place of one has none
 _NO_VARIANCE = -30.0  # log
 TINY_FOLDER = Path(__file__).resolve().parent.parent / "weights" / "tiny_vae"
 _FORMAT = "scaling-perception tiny autoencoder 1"
@@ -61,6 +62,19 @@ class Autoencoder:
     config: Any = None
     features: int = 0
 
+    @property
+    def program(self) -> str | None:
+        """All that ``encode`` and ``decode`` compute, weights aside, in words; None where one of them is not of this
+        module: it may then compute anything."""
+        parts = [getattr(function, _PROGRAM, None) for function in (self.encode, self.decode)]
+        return None if None in parts else repr(parts)
+
+
+def _described(function: Any, *words: Any) -> Any:
+    """The function with what it computes in words."""
+    setattr(function, _PROGRAM, repr(words))
+    return function
+
 
 def make_tiny(
     name: str, config: tiny_vae.TinyVAEConfig, params: Mapping[str, Any], dtype: Any = "float32"
@@ -88,8 +102,8 @@ def make_tiny(
         name=name,
         id=tree_hash(params["encoder"]),
         params=dict(params),
-        encode=encode,
-        decode=decode,
+        encode=_described(encode, "tiny", config, np.dtype(dtype)),
+        decode=_described(decode, "tiny", config, np.dtype(dtype)),
         latent_channels=config.latent_channels,
         factor=config.factor,
         config=config,
@@ -124,8 +138,8 @@ def make_kl(
         name=name,
         id=tree_hash(params["encoder"]),
         params=dict(params),
-        encode=encode,
-        decode=decode,
+        encode=_described(encode, "kl", config, limits, np.dtype(dtype)),
+        decode=_described(decode, "kl", config, limits, np.dtype(dtype)),
         latent_channels=config.latent_channels,
         factor=config.factor,
         config=config,
@@ -158,6 +172,9 @@ def with_features(model: Autoencoder, dtype: Any = "float32") -> Autoencoder:
 
     params = {**model.params, "encoder": {"latents": model.params["encoder"], "features": own}}
     made = {"name": f"{model.name}+{FEATURES}", "id": tree_hash(params["encoder"]), "params": params}
+    inner = getattr(model.encode, _PROGRAM, None)
+    if inner is not None:
+        _described(encode, FEATURES, np.dtype(dtype), inner)
     return dataclasses.replace(model, **made, encode=encode, features=len(own["features"]["bias"]))
 
 

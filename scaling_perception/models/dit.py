@@ -24,6 +24,7 @@ from scaling_perception.models.moe import MoE
 from scaling_perception.ops.attention import attention, split_heads
 from scaling_perception.parallel.mesh import split_batch
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.executables import kept_value
 from scaling_perception.support.shapes import AnyArray, Array, Float, Int, RandomKey, Real
 
 Params = dict[str, Any]  # nested dicts of arrays, or of their shapes
@@ -464,7 +465,19 @@ def init_params(config: DiTConfig, key: RandomKey) -> Params:
 @lru_cache(maxsize=64)
 def abstract_params(config: DiTConfig) -> Params:
     """The parameter tree as ``jax.ShapeDtypeStruct`` leaves; no array is built. Treat it as read-only."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))  # a key made outside is a compiled program
+
+    def traced() -> Any:
+        tree = jax.eval_shape(
+            lambda: init_params(config, jax.random.key(0))
+        )  # a key made outside is a compiled program
+        return jax.tree.map(lambda leaf: [list(leaf.shape), str(leaf.dtype)], tree)
+
+    def restored(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {name: restored(below) for name, below in node.items()}
+        return jax.ShapeDtypeStruct(tuple(node[0]), node[1])
+
+    return restored(kept_value(f"parameters of {config!r}", traced))
 
 
 def count_params(config: DiTConfig) -> int:

@@ -10,16 +10,19 @@ from pathlib import Path
 
 _GOOGLE = "0x1ae0"  # as PCI names the maker
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+EXECUTABLES = "SCALING_PERCEPTION_EXECUTABLES"
+"""Names the folder of `support.executables`; empty: none are kept."""
 
 
-def _machine() -> str:
+def processor() -> str:
     """A short name of this kind of processor: what is compiled for one may not run on another that shares the home."""
     text = platform.machine() + platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    text += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    for names in (("flags", "Features"), ("model name", "CPU part")):
+        text += next((line for line in lines if line.startswith(names)), "")
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -27,7 +30,9 @@ def keep_compiled_programs() -> None:
     """Point JAX at a cache folder of this user and machine, unless JAX_COMPILATION_CACHE_DIR already says where.
 
     Call before JAX is imported. A folder that cannot be made or written is no reason to fail: then nothing is kept,
-    which is said where the user named the folder. A ``~`` at the beginning of either variable is the home folder.
+    which is said where the user named the folder. Executables are kept in its ``executables``, unless
+    SCALING_PERCEPTION_EXECUTABLES names another folder, or is empty. A ``~`` at the beginning of either
+    cache variable is the home folder.
     """
     given = os.environ.get(_VARIABLE)
     if given is not None:
@@ -36,6 +41,7 @@ def keep_compiled_programs() -> None:
         folder = Path(os.path.expanduser(given))
         if _writable(folder):
             os.environ[_VARIABLE] = str(folder)
+            os.environ.setdefault(EXECUTABLES, str(folder / "executables"))
         else:
             print(f"{_VARIABLE}={given} cannot be written: compiled programs are not kept", file=sys.stderr, flush=True)
             del os.environ[_VARIABLE]
@@ -43,9 +49,10 @@ def keep_compiled_programs() -> None:
     home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if not os.path.isabs(home):  # no home folder, or a setting that the XDG specification says to ignore
         return
-    folder = Path(home) / "scaling-perception" / "compiled" / _machine()
+    folder = Path(home) / "scaling-perception" / "compiled" / processor()
     if _writable(folder):
         os.environ[_VARIABLE] = str(folder)
+        os.environ.setdefault(EXECUTABLES, str(folder / "executables"))
         # JAX's own, 1 s, leaves out what takes half of a second in every run of a command
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
