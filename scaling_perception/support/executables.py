@@ -42,7 +42,7 @@ _HITS: list[str] = []  # programs that JAX has read from its own cache
 
 
 def kept_executable(
-    about: str | None, arguments: Sequence[Any], devices: Sequence[jax.Device], build: Callable[[], Any]
+    about: str | None, arguments: Sequence[Any], devices: Sequence[Any], build: Callable[[], Any]
 ) -> Any:
     """``build()``, or an equal executable that an earlier process kept.
 
@@ -83,7 +83,7 @@ def kept_value(about: str, build: Callable[[], Any]) -> Any:
     )
 
 
-def _wanted(arguments: Sequence[Any], devices: Sequence[jax.Device]) -> bool:
+def _wanted(arguments: Sequence[Any], devices: Sequence[Any]) -> bool:
     if not os.environ.get(EXECUTABLES) or devices[0].platform not in PLATFORMS or jax.process_count() > 1:
         return False
     if not jax.config.jax_enable_compilation_cache:  # pyright: ignore[reportAttributeAccessIssue]

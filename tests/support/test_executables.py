@@ -180,15 +180,31 @@ def test_what_jax_read_from_its_own_cache_is_compiled_again(folder, get, tmp_pat
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
     executables.reset_cache()
     try:
-        expected = np.asarray(jax.jit(lambda x: jax.numpy.sin(x) @ x.T).lower(X).compile()(X))
+        for enabled in (True, False):  # JAX has a cache by now, and writes to it in both cases, under different names
+            jax.config.update("jax_enable_compilation_cache", enabled)
+            expected = np.asarray(jax.jit(lambda x: jax.numpy.sin(x) @ x.T).lower(X).compile()(X))
+        jax.config.update("jax_enable_compilation_cache", True)
         assert list((tmp_path / "jax").glob("*-cache"))
-        get()
+        executables._count_hits()
+        hits = len(executables._HITS)
+        np.testing.assert_array_equal(get()(X), expected)
+        assert len(executables._HITS) == hits, "it was read from JAX's cache"
         np.testing.assert_array_equal(get()(X), expected)
     finally:
+        jax.config.update("jax_enable_compilation_cache", True)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", limit)
         jax.config.update("jax_compilation_cache_dir", place)
         executables.reset_cache()
     assert len(list(folder.iterdir())) == 1
+
+
+def test_what_is_read_from_jaxs_cache_all_the_same_is_not_kept(folder):
+    def build():
+        executables._HITS.append("as another thread may have made JAX look")
+        return jax.jit(jax.numpy.cos).lower(X).compile()
+
+    kept_executable("cosine", (X,), jax.devices()[:1], build)
+    assert not folder.exists()
 
 
 def test_old_files_make_room(folder, get, monkeypatch):
