@@ -5,7 +5,9 @@ import pwd
 import subprocess
 import sys
 
-from scaling_perception.support.compilation import keep_compiled_programs, quiet_libtpu
+import pytest
+
+from scaling_perception.support.compilation import EXECUTABLES, keep_compiled_programs, quiet_libtpu
 
 _CODE = """
 from scaling_perception.support.compilation import keep_compiled_programs
@@ -32,6 +34,19 @@ def test_the_users_own_folder_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
     keep_compiled_programs()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("cache", ["mine", "", "gs://bucket/x"])
+def test_executables_are_kept_in_the_same_folder_unless_said_otherwise(monkeypatch, tmp_path, cache):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", cache)
+    monkeypatch.delenv(EXECUTABLES)
+    keep_compiled_programs()
+    assert os.environ.get(EXECUTABLES) == (os.path.join("mine", "executables") if cache == "mine" else None)
+    for given in ("", "elsewhere"):
+        monkeypatch.setenv(EXECUTABLES, given)
+        keep_compiled_programs()
+        assert os.environ[EXECUTABLES] == given
 
 
 def test_home_is_expanded_and_a_folder_is_named(monkeypatch, tmp_path, capsys):
