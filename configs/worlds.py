@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model_changes.update(
         {"task_labels": 5, "dim": args.dim, "depth": args.depth, "heads": max(args.dim // 32, 1)}
     )
-    if args.vae.endswith("+lite0"):
+    if "+lite0" in args.vae:
         config.model_changes.update({"features": 32, "cond_channels": 72})  # image and prompt, 4 + 32 each
     for task in ("depth", "flow", "amodal", "normals"):
         config.data.mixture[task] = common.entry(

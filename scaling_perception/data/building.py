@@ -38,7 +38,7 @@ from scaling_perception.support.files import write_json
 from scaling_perception.support.parts import Part, note_idle
 from scaling_perception.support.progress import progress
 from scaling_perception.support.remote import WorkingCopy
-from scaling_perception.tasks import ALL_PASSES, FIELDS, TaskOptions, fields_of, get_pass
+from scaling_perception.tasks import ALL_PASSES, FIELDS, FRAME_PASSES, TaskOptions, fields_of, get_pass
 
 # Pictures an encoder call: fixed, so that the encoder is compiled once. On a CPU core small batches stay in its caches:
 # 9.0 ms a picture of 128 pixels in batches of 8 against 12.6 ms in batches of 64.
@@ -287,8 +287,10 @@ def _shard(
     samples: dict[str, list[dict[str, Any]]] = {one.name: [] for one in ALL_PASSES}
 
     def name_of(sample: dict[str, Any], field: str, mirrored: bool) -> Name:
-        signs = get_pass(int(sample["pass_id"])).mirrored if field == "target" else encoder.PLAIN
-        return sample[field], signs if mirrored else None
+        number = int(sample["pass_id"])
+        signs = get_pass(number).mirrored if field == "target" else encoder.PLAIN
+        matched = encoder.matches and field == "prompt" and number in FRAME_PASSES
+        return Name(sample[field], signs if mirrored else None, sample["image"] if matched else None)
 
     bad, seen = [], []
     for _ in range(count):
@@ -305,8 +307,7 @@ def _shard(
             samples[get_pass(int(sample["pass_id"])).name].append(sample)
             for field in (name for name in FIELDS if name in sample):
                 for view in views:
-                    digest, signs = name_of(sample, field, view)
-                    encoder.add(digest, result["pictures"][digest], signs)
+                    encoder.add(name_of(sample, field, view), result["pictures"])
     encoder.finish()
     records = []
     for sample in (sample for made in samples.values() for sample in made):

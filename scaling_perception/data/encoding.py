@@ -1,8 +1,8 @@
 """Raw samples to pictures in many processes, and pictures to latents: what the shards of a cache are made of."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,16 +47,20 @@ class SampleMaker:
         return {"index": index, "samples": made, "pictures": pictures, "ranges": ranges}
 
 
-View = tuple[float, float, float] | None
-Name = tuple[bytes, View]
+class Name(NamedTuple):
+    """A picture to encode: its digest; its view, None as it is, or the signs of its channels when mirrored; the digest
+    of the frame before it, where it is to be matched with that."""
+
+    digest: bytes
+    view: tuple[float, float, float] | None
+    first: bytes | None
 
 
 class Encoder:
     """Collects pictures and encodes them ``batch`` at a time on each device, each distinct one once; keeps float16.
 
-    A picture is known by its digest and its view: None as it is, or the signs of its channels when mirrored. Every
-    device runs the program of one device on ``batch`` pictures, so that in float32 the bytes do not depend on how many
-    devices there are.
+    Every device runs the program of one device on ``batch`` pictures, so that in float32 the bytes do not depend on how
+    many devices there are.
     """
 
     PLAIN = (1.0, 1.0, 1.0)
@@ -71,53 +75,63 @@ class Encoder:
         split, whole = jax.sharding.PartitionSpec(BATCH_AXES), jax.sharding.PartitionSpec()
 
         def on_each(encode: Any) -> Any:
-            takes = {"in_specs": (whole, split), "out_specs": split}
-            return jax.jit(jax.shard_map(encode, mesh=mesh, check_vma=False, **takes))
+            def call(params: Any, *pictures: Any) -> Any:  # one of pictures, or one of them and one of first frames
+                takes = {"in_specs": (whole, *[split] * len(pictures)), "out_specs": split}
+                return jax.shard_map(encode, mesh=mesh, check_vma=False, **takes)(params, *pictures)
+
+            return jax.jit(call)
 
         self.factor, self.latent_channels = autoencoder.factor, autoencoder.latent_channels
+        self.matches = autoencoder.matches
         self._encode, self._exact = on_each(autoencoder.encode), None if exact is None else on_each(exact.encode)
         self._params, self._place = jax.device_put(autoencoder.params, replicated(mesh)), batch_sharding(mesh)
         self._batch, self._resolution, self._at_once = batch, resolution, batch * len(devices)
         self.clear()
 
     def clear(self) -> None:
-        self._waiting: dict[Name, Any] = {}
+        self._waiting: dict[bool, dict[Name, tuple[Any, ...]]] = {False: {}, True: {}}  # without and with a first frame
         self._running: tuple[list[Name], Any, Any] | None = None
         self.done: dict[Name, tuple[Any, Any]] = {}
         self.error: dict[str, float] = {}  # of the first batch, where ``exact`` is known: {"rms", "std", "pictures"}
         self._known: set[Name] = set()
 
-    def add(self, digest: bytes, picture: Any, view: View) -> None:
-        """Have a view of the picture (R, R, 3) encoded."""
-        name = (digest, view)
+    def add(self, name: Name, pictures: Mapping[bytes, Any]) -> None:
+        """Have a view of one of the pictures (R, R, 3), by their digests, encoded."""
         if name in self._known:
             return
         self._known.add(name)
+        paired = name.first is not None
+        digests = [name.digest] if name.first is None else [name.digest, name.first]
+        self._waiting[paired][name] = tuple(self._seen(pictures[digest], name.view) for digest in digests)
+        if len(self._waiting[paired]) == self._at_once:
+            self._start(paired)
+
+    def _seen(self, picture: Any, view: tuple[float, float, float] | None) -> Any:
         if view is not None:
             picture = picture[:, ::-1]
-        self._waiting[name] = picture if view in (None, self.PLAIN) else picture * np.asarray(view, picture.dtype)
-        if len(self._waiting) == self._at_once:
-            self._start()
+        return picture if view in (None, self.PLAIN) else picture * np.asarray(view, picture.dtype)
 
     def finish(self) -> None:
         """Encode what still waits; then ``done`` holds (mean, log-variance or None) of all that was added."""
-        if self._waiting:
-            self._start()
+        for paired, waiting in self._waiting.items():
+            if waiting:
+                self._start(paired)
         self._collect()
 
-    def _start(self) -> None:
+    def _start(self, paired: bool) -> None:
         import jax
 
-        batch = np.zeros((self._at_once, self._resolution, self._resolution, 3), np.float32)
-        for row, picture in enumerate(self._waiting.values()):
-            batch[row] = picture
-        placed = jax.device_put(batch, self._place)
-        result = self._encode(self._params, placed)
+        waiting = self._waiting[paired]
+        batch = np.zeros((1 + paired, self._at_once, self._resolution, self._resolution, 3), np.float32)
+        for row, pictures in enumerate(waiting.values()):
+            batch[:, row] = pictures
+        placed = [jax.device_put(field, self._place) for field in batch]
+        result = self._encode(self._params, *placed)
         first = self._exact is not None and not self.done and self._running is None
-        exact = self._exact(self._params, placed)[0] if first and self._exact is not None else None
+        exact = self._exact(self._params, *placed)[0] if first and self._exact is not None else None
         self._collect()  # the previous batch, while this one runs
-        self._running = (list(self._waiting), result, exact)
-        self._waiting = {}
+        self._running = (list(waiting), result, exact)
+        self._waiting[paired] = {}
 
     def _collect(self) -> None:
         if self._running is None:

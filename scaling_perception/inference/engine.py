@@ -117,8 +117,13 @@ class Engine:
 
     # The graphs
 
-    def encode(self, vae: Any, pictures: Float[EitherArray, "F I R R 3"]) -> Float[Array, "I h w C"]:
-        """Pictures (F, I, R, R, 3) of F fields to latents (I, h, w, F * 4)."""
+    def encode(
+        self, vae: Any, pictures: Float[EitherArray, "F I R R 3"], frames: bool = False
+    ) -> Float[Array, "I h w C"]:
+        """Pictures (F, I, R, R, 3) of F fields to latents (I, h, w, F * 4), with their features. ``frames``: the second
+        field is a second frame, which an autoencoder that ``matches`` encodes together with the first."""
+        if frames and self.autoencoder.matches:
+            return self.run("encode frames", partial(self._encode, frames=True), vae, pictures)
         return self.run("encode", self._encode, vae, pictures)
 
     def sample(
@@ -198,7 +203,11 @@ class Engine:
 
     # What they trace
 
-    def _encode(self, vae: Any, pictures: jax.Array) -> jax.Array:
+    def _encode(self, vae: Any, pictures: jax.Array, frames: bool = False) -> jax.Array:
+        if frames:
+            first, second = (self._spread(picture) for picture in pictures)
+            latents = self.autoencoder.encode(vae, first)[0], self.autoencoder.encode(vae, second, first)[0]
+            return jnp.concatenate(latents, axis=-1).astype(jnp.float32)
         fields, images, *shape = pictures.shape
         mean, _ = self.autoencoder.encode(vae, self._spread(pictures.reshape(fields * images, *shape)))
         mean = mean.astype(jnp.float32).reshape(fields, images, *mean.shape[1:])

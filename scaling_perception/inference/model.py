@@ -26,7 +26,7 @@ from scaling_perception.inference.inputs import raw_samples
 from scaling_perception.inference.settings import Settings
 from scaling_perception.interop.find import find_model
 from scaling_perception.interop.model_folder import load_model
-from scaling_perception.models.autoencoders import Autoencoder, load_autoencoder, tree_hash
+from scaling_perception.models.autoencoders import Autoencoder, is_matching, load_autoencoder, tree_hash
 from scaling_perception.models.compute import cached_macs, forward_macs
 from scaling_perception.models.config import config_from_dict
 from scaling_perception.parallel.mesh import make_mesh
@@ -87,6 +87,11 @@ class Model:
             raise UserError(
                 f"the model takes {self.config.features} features of each picture and autoencoder "
                 f"'{self.autoencoder.name}' gives {self.autoencoder.features}: choose the one it was trained with"
+            )
+        if self.autoencoder.matches != is_matching(meta.get("autoencoder", "")) and self.config.conditions:
+            raise UserError(
+                f"autoencoder '{self.autoencoder.name}' encodes a second frame in another way than "
+                f"'{meta.get('autoencoder')}', which the model was trained with: choose that one"
             )
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"unknown dtype '{dtype}'{did_you_mean(dtype, ('float32', 'bfloat16'))}")
@@ -319,7 +324,8 @@ class Model:
         conditions += [conditions[0]] * (plan.images - len(group))
         fields = ("image", "prompt")[: self.config.conditions]
         pictures = np.stack([np.stack([c[field] for c in conditions]) for field in fields])
-        return self.engine.encode(self._autoencoder_params, pictures)
+        prompt = get_task(task).prompt
+        return self.engine.encode(self._autoencoder_params, pictures, prompt is not None and prompt.frame)
 
     def sample(
         self,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaling_perception.models import lite0, tiny_vae, vae
+from scaling_perception.models import lite0, matching, tiny_vae, vae
 from scaling_perception.models.vae_tiles import VAELimits, tiled_decode, tiled_encode
 from scaling_perception.models.vae_torch import CLASS, vae_config_from_json, vae_from_torch
 from scaling_perception.models.weight_files import read_safetensors
@@ -24,6 +24,7 @@ from scaling_perception.support.shapes import AnyArray, Array, Float
 
 PARTS = ("encoder", "decoder")
 FEATURES = "lite0"
+MATCH = "match"
 _PROGRAM = "_program"  # attribute of functions, so that a function put in place of one has none
 _NO_VARIANCE = -30.0  # log
 TINY_FOLDER = Path(__file__).resolve().parent.parent / "weights" / "tiny_vae"
@@ -50,17 +51,20 @@ class Autoencoder:
         factor: 8.
         config: ``TinyVAEConfig`` or ``VAEConfig``.
         features: F, channels that ``encode`` appends to the latents (see ``with_features``); ``decode`` takes latents.
+        matches: whether ``encode`` takes the first frame as a third argument where ``images`` are second frames, whose
+            features are then those of the match of both (see ``with_match``).
     """
 
     name: str
     id: str
     params: Any
-    encode: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array | None]]
+    encode: Callable[..., tuple[jax.Array, jax.Array | None]]
     decode: Callable[[Any, jax.Array], jax.Array]
     latent_channels: int = 4
     factor: int = 8
     config: Any = None
     features: int = 0
+    matches: bool = False
 
     @property
     def program(self) -> str | None:
@@ -178,6 +182,40 @@ def with_features(model: Autoencoder, dtype: Any = "float32") -> Autoencoder:
     return dataclasses.replace(model, **made, encode=encode, features=len(own["features"]["bias"]))
 
 
+def with_match(model: Autoencoder) -> Autoencoder:
+    """The same autoencoder with features, whose ``encode`` knows two frames: those of a second frame (B, H, W, 3) are
+    not its own, but say where the first frame's pixels lie in it (``matching``).
+
+    Raises:
+        UserError: the autoencoder has no features, or of another number than a match.
+    """
+    if model.features != matching.FEATURES:
+        raise UserError(
+            f"autoencoder '{model.name}+{MATCH}': a match takes the place of {matching.FEATURES} features, and "
+            f"'{model.name}' has {model.features}: give {model.name.partition('+')[0]}+{FEATURES}+{MATCH}"
+        )
+
+    def encode(params: Any, images: Float[AnyArray, "B H W 3"], first: Any = None) -> tuple[Any, Any]:
+        found, logvar = model.encode(params, images)
+        if first is None:
+            return found, logvar
+        matched = matching.features(first, images).astype(found.dtype)
+        return jnp.concatenate([found[..., : model.latent_channels], matched], axis=-1), logvar
+
+    # caches and models depend on the version of the matching as on weights
+    coder = {**model.params["encoder"], MATCH: {"version": np.asarray([matching.VERSION], np.float32)}}
+    made = {"name": f"{model.name}+{MATCH}", "id": tree_hash(coder), "params": {**model.params, "encoder": coder}}
+    inner = getattr(model.encode, _PROGRAM, None)
+    if inner is not None:
+        _described(encode, MATCH, inner)
+    return dataclasses.replace(model, **made, encode=encode, matches=True)
+
+
+def is_matching(name: str) -> bool:
+    """Whether the autoencoder of this name matches two frames."""
+    return name.endswith(f"+{MATCH}")
+
+
 def tree_hash(tree: Mapping[str, Any]) -> str:
     """12 hex digits of the SHA-256 of names, shapes and float32 bytes, in the order of the names."""
     digest = hashlib.sha256()
@@ -196,13 +234,16 @@ def load_autoencoder(name_or_path: str, limits: VAELimits | None = None, dtype: 
             ``taesd_decoder.safetensors`` (TAESD's own files), ``diffusion_pytorch_model.safetensors`` (diffusers'
             ``AutoencoderTiny``, or Stable Diffusion's ``AutoencoderKL`` with its ``config.json``; where that file is
             absent its ``.fp16.`` variant is read), or a whole Stable Diffusion model with such a folder named ``vae``.
-            Followed by ``+lite0``: with features beside the latents, see :func:`with_features`.
+            Followed by ``+lite0``: with features beside the latents, see :func:`with_features`; by ``+lite0+match``:
+            where two frames match in place of the second one's, see :func:`with_match`.
         limits: bounds of memory, see :func:`make_kl`; an AutoencoderKL's only.
         dtype: of the computation; latents and images are float32.
 
     Raises:
         UserError: nothing there, an incomplete or foreign file, a missing or unexpected tensor or one of another shape.
     """
+    if is_matching(name_or_path):
+        return with_match(load_autoencoder(name_or_path.removesuffix(f"+{MATCH}"), limits, dtype))
     if name_or_path.endswith(f"+{FEATURES}"):
         return with_features(load_autoencoder(name_or_path.removesuffix(f"+{FEATURES}"), limits, dtype), dtype)
     if name_or_path == "tiny":

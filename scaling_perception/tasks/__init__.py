@@ -30,6 +30,11 @@ _GENERATED = {one.id for task in TASKS.values() if not task.conditioned for one 
 PERCEPTION: tuple[str, ...] = tuple(one.name for one in ALL_PASSES if one.id not in _GENERATED)
 """The passes that are predicted of a picture, by their ids."""
 
+FRAME_PASSES: tuple[int, ...] = tuple(
+    one.id for task in TASKS.values() if task.prompt is not None and task.prompt.frame for one in task.passes
+)
+"""The ids of the passes whose prompt is another frame, which may be matched with the picture (``models.matching``)."""
+
 RELEASED: tuple[str, ...] = ("depth", "amodal", "flow_x", "flow_y")
 """The passes of the released generalist, in the order of its labels 1000..1003 (facts 2). Model folders and caches that
 do not list their passes have these."""
@@ -37,6 +42,7 @@ do not list their passes have these."""
 __all__ = [
     "ALL_PASSES",
     "FIELDS",
+    "FRAME_PASSES",
     "PERCEPTION",
     "RELEASED",
     "TASKS",

@@ -28,13 +28,14 @@ import numpy as np
 
 from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion
 from scaling_perception.diffusion.targets import latent_mask, masked_squares, mean_of_cells
-from scaling_perception.models.autoencoders import FEATURES, Autoencoder
+from scaling_perception.models.autoencoders import FEATURES, Autoencoder, is_matching
 from scaling_perception.models.dit import DiT, DiTConfig, frozen_paths, init_params
 from scaling_perception.models.presets import at_resolution, get_preset
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import (
     ALL_PASSES,
+    FRAME_PASSES,
     PERCEPTION,
     RELEASED,
     TASKS,
@@ -83,7 +84,7 @@ def loss_parts(
         encode: (autoencoder params, pixels) -> latent mean for batches of pixels (then ``batch["constants"]`` holds
             those params), None for batches of latents.
     """
-    dit = model.config
+    dit, frames = model.config, matched_passes(config)
     noised = make_noising(preset, config)
     shift, scale = np.asarray(norm["shift"], np.float32), np.asarray(norm["scale"], np.float32)
     names = passes_of(config, dit)
@@ -91,7 +92,7 @@ def loss_parts(
     told = {f"loss_{name}": names.index(name) for name in trained} if len(trained) > 1 else {}
 
     def tally(params: Any, batch: Mapping[str, Any], key: jax.Array) -> dict[str, jax.Array]:
-        image, prompt, target, valid = latents_of(batch, encode, dit.conditions)
+        image, prompt, target, valid = latents_of(batch, encode, dit.conditions, frames)
         row = rows_of(batch["pass_id"], names)
         clean = (target - jnp.asarray(shift)[row][:, None, None]) / jnp.asarray(scale)[row][:, None, None]
         clean = jnp.where(valid[..., None], clean, 0.0)  # what hides under the mask may be anything, even NaN
@@ -124,33 +125,41 @@ def one_step_inputs(
     config: Config, dit: DiTConfig, encode: Callable[..., Any] | None
 ) -> Callable[[Mapping[str, Any]], tuple[list[jax.Array], jax.Array, jax.Array, jax.Array, jax.Array]]:
     """What ``one_step.one_step_parts`` needs of a batch; the target stays as it is, latents or pixels."""
-    names, fields = passes_of(config, dit), ["image", "prompt"][: dit.conditions]
+    names, fields, frames = passes_of(config, dit), ["image", "prompt"][: dit.conditions], matched_passes(config)
 
     def inputs(batch: Mapping[str, Any]) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array, jax.Array]:
         row = rows_of(batch["pass_id"], names)
-        conditions = _latents(batch, encode, fields)
+        conditions = _latents(batch, encode, fields, frames)
         return list(conditions.values()), batch["target"].astype(jnp.float32), batch["valid"], row, labels_of(row, dit)
 
     return inputs
 
 
 def latents_of(
-    batch: Mapping[str, Any], encode: Callable[..., Any] | None, conditions: int
+    batch: Mapping[str, Any], encode: Callable[..., Any] | None, conditions: int, frames: Sequence[int] = ()
 ) -> tuple[Any, jax.Array | None, jax.Array, jax.Array]:
     """(image, prompt, target, valid) of a batch: latents float32 (B, h, w, 4), encoded if pixels; mask (B, h, w). Those
-    of image and prompt may have features as further channels.
+    of image and prompt may have features as further channels. ``frames``: ids of the passes whose prompts are encoded
+    together with the image, by an autoencoder that matches them.
 
     Image and prompt are None where the network is not given them.
     """
     names = [*("image", "prompt")[:conditions], "target"]
     valid = batch["valid"]
-    found = _latents(batch, encode, names)
+    found = _latents(batch, encode, names, frames)
     if encode is not None:
         valid = latent_mask(valid, valid.shape[1] // found["target"].shape[1])
     return found.get("image"), found.get("prompt"), found["target"], valid
 
 
-def _latents(batch: Mapping[str, Any], encode: Callable[..., Any] | None, names: Sequence[str]) -> dict[str, jax.Array]:
+def matched_passes(config: Config) -> tuple[int, ...]:
+    """Ids of the passes of a config whose prompts are encoded together with the image."""
+    return FRAME_PASSES if is_matching(config.autoencoder) else ()
+
+
+def _latents(
+    batch: Mapping[str, Any], encode: Callable[..., Any] | None, names: Sequence[str], frames: Sequence[int]
+) -> dict[str, jax.Array]:
     """The fields ``names`` as latents float32 (B, h, w, 4); of conditions with their features."""
     if encode is None:
         return {name: batch[name].astype(jnp.float32) for name in names}
@@ -158,6 +167,11 @@ def _latents(batch: Mapping[str, Any], encode: Callable[..., Any] | None, names:
     pixels = jnp.concatenate([batch[name].astype(jnp.float32) for name in names])
     latents = jax.lax.stop_gradient(encode(batch["constants"], pixels))
     found = dict(zip(names, jnp.split(latents.astype(jnp.float32), len(names)), strict=True))
+    if frames and "prompt" in names:
+        image, prompt = (batch[name].astype(jnp.float32) for name in ("image", "prompt"))
+        matched = jax.lax.stop_gradient(encode(batch["constants"], prompt, image)).astype(jnp.float32)
+        second = (batch["pass_id"][:, None] == jnp.asarray(frames)[None]).any(axis=1)  # no gather: see `rows_of`
+        found["prompt"] = jnp.where(second[:, None, None, None], matched, found["prompt"])
     return {name: value[..., :LATENT] if name == "target" else value for name, value in found.items()}
 
 
@@ -368,7 +382,7 @@ def network_of(config: Config) -> DiTConfig:
 
 
 def _mean_of(moments: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda params, images: moments(params, images)[0]
+    return lambda params, images, *first: moments(params, images, *first)[0]
 
 
 def _autoencoder(
