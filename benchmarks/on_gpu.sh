@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs one GPU, within a budget, without a network: tests, speed, then a study of as many cells as there is time for.
 #
-#   benchmarks/on_gpu.sh OUT [PART …]     parts, in this order: tests compiles speed study; or model
+#   benchmarks/on_gpu.sh OUT [PART …]     parts, in this order: tests compiles speed study; or model; or ablations
 #
 #   BUDGET   seconds for all of it (540); what does not fit is left out, and reported as such
 #   WHEELS   folder of wheels to put on the path first: what the machine lacks (nothing is downloaded)
@@ -11,11 +11,14 @@
 #            ONLY some of them, by patterns
 #   BESIDE   parts that run while `model` renders, when the GPU has nothing to do, on one core less: `compiles speed`, say
 #   SPEEDS   benches of `compiles` and `speed`, by a pattern (*): 'sample-*', say
-#   FIRST    millions: number of the first world (0), for other worlds than an earlier run's; VAE of the latents (tiny+lite0)
+#   FIRST    millions: number of the first world (0), for other worlds than an earlier run's; VAE of the latents
+#            (tiny+lite0+match)
 #   SIZE     of the part `model`: mini or small or both, side by side, trained on as many worlds as are rendered in RENDER
 #            seconds (three fifths), for as many steps as fit into the rest or, as `mini:9000 small:5000`, for those;
 #            RES pixels (128), BATCH (256), LR;
 #            named again with the same WORK, what was begun goes on, and another size uses the same worlds
+#   STEPS    of each of the trainings of `ablations` (4500), on the worlds of `model` (the same WORK), ABREAST (5) at a
+#            time; OUT/ablations/ gets their models and evaluations; ONLY some, by a pattern
 #   DEVICE   platforms of JAX (cuda,cpu); cpu rehearses it with the smallest model: BUDGET=120 DEVICE=cpu benchmarks/on_gpu.sh out
 #
 # OUT gets logs and JSON; study.tar.gz: its table, results and logs, without checkpoints and models; SIZE/: the model.
@@ -26,7 +29,7 @@ shift
 parts=${*:-tests compiles speed study}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-budget=${BUDGET:-540} device=${DEVICE:-cuda,cpu} vae=${VAE:-tiny+lite0} jobs=${JOBS:-$(($(nproc) > 3 ? $(nproc) - 2 : 1))}
+budget=${BUDGET:-540} device=${DEVICE:-cuda,cpu} vae=${VAE:-tiny+lite0+match} jobs=${JOBS:-$(($(nproc) > 3 ? $(nproc) - 2 : 1))}
 work=${WORK:-$(mktemp -d)}
 mkdir -p "$work"
 begin=$SECONDS
@@ -137,7 +140,7 @@ renders() { # of 16 cores 9 make depth, amodal and normals, 4 every task, 3 flow
   rm -rf "$work/worlds"
   mkdir -p "$work/worlds" "$work/first"
   note "rendering worlds of $res pixels in $cores processes"
-  render "$work/first/worlds" 0 8 depth || { tail -n 5 "$work/first/worlds.log"; return 1; } # compiles the encoder
+  render "$work/first/worlds" 0 8 depth,flow || { tail -n 5 "$work/first/worlds.log"; return 1; } # compiles the encoder
   for part in ${BESIDE:-}; do XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 $part; done >"$out/beside.log" 2>&1 &
   local beside=$! lanes=()
   for ((number = 1; number <= cores; number++)); do
@@ -215,10 +218,79 @@ model() {
   ls -l "$out"
 }
 
+every_ablation() { # name, arguments of configs/worlds.py, flags
+  echo "base"
+  echo "base-2 - --config.seed=1"
+  echo "depth-alone - --config.data.mixture.flow.weight=0 --config.data.mixture.amodal.weight=0 --config.data.mixture.normals.weight=0"
+  echo "flow-alone - --config.data.mixture.depth.weight=0 --config.data.mixture.amodal.weight=0 --config.data.mixture.normals.weight=0"
+  echo "rectified diffusion=rectified"
+  echo "no-latent-norm - --config.latent_norm=none"
+  echo "no-flip - --config.data.flip=false"
+  echo "half-the-worlds worlds=half"
+  echo "deep dim=96,depth=10"
+  echo "wide dim=192,depth=3"
+  echo "uniform-timesteps - --config.timestep_sampling=uniform"
+  echo "adamw lr=1e-3 --config.optim.name=adamw"
+  echo "small dim=256,depth=8,lr=1.5e-3"
+}
+
+ablation() { # ablation NAME ARGUMENTS FLAG…: one training and its evaluations
+  local name=$1 words=${2:--} place=$work/ablations/$1 caches=$caches task
+  shift $(($# > 1 ? 2 : 1))
+  case $words in
+    worlds=half) caches=$(tr : '\n' <<<"$caches" | awk 'NR % 2' | paste -sd:) words=- ;;
+  esac
+  [ "$words" = - ] && words=''
+  within 300 "${verb[@]}" train --config "configs/worlds.py:res=${RES:-128},batch=$batch,cache=$caches,vae=$vae${words:+,$words}" \
+    --workdir "$place" --config.train.steps="${STEPS:-4500}" "$@" >"$out/ablations/$name.log" 2>&1 ||
+    { note "$name failed"; tail -n 3 "$out/ablations/$name.log"; return 1; }
+  cp "$place/metrics.jsonl" "$out/ablations/$name.metrics.jsonl"
+  measured "$name"
+}
+
+measured() { # measured NAME: what `ablation` and `one_step` trained
+  local name=$1 task
+  for task in depth flow amodal normals; do
+    OMP_NUM_THREADS=2 within 120 "${verb[@]}" evaluate --task $task --dataset worlds --split val --count "${COUNT:-48}" \
+      --model "$work/ablations/$name" --steps 1,2 --ensemble 5 --json "$out/ablations/$name-$task.json" --overwrite \
+      >>"$out/ablations/$name.log" 2>&1
+  done
+  note "$name measured"
+}
+
+one_step() { # fine-tuning of `base` by its tasks' losses
+  within 200 "${verb[@]}" train --config "configs/one_step.py:task=depth+flow+amodal+normals,init=$work/ablations/base/model,vae=$vae,cache=$caches,steps=${STEPS_LAST:-600},batch=64,lr=2e-4" \
+    --workdir "$work/ablations/one-step" >"$out/ablations/one-step.log" 2>&1 || { tail -n 3 "$out/ablations/one-step.log"; return 1; }
+  measured one-step
+}
+
+ablations() {
+  local batch=${BATCH:-256} caches
+  [ "$device" = cpu ] && batch=${BATCH:-16}
+  mkdir -p "$out/ablations" "$work/ablations"
+  caches=$(finished)
+  [ -n "$caches" ] || { note "no worlds: the part model, with the same WORK, renders them"; return 1; }
+  note "ablations of ${STEPS:-4500} steps of $batch"
+  while read -r name words flags; do
+    # shellcheck disable=SC2053 # a pattern
+    [[ $name == ${ONLY:-*} ]] || continue
+    while [ "$(jobs -rp | wc -l)" -ge "${ABREAST:-5}" ]; do wait -n; done
+    # shellcheck disable=SC2086 # the flags are several
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.12 ablation "$name" ${words:+"$words"} $flags &
+  done < <(every_ablation)
+  wait
+  # shellcheck disable=SC2053
+  if [[ one-step == ${ONLY:-*} ]]; then XLA_PYTHON_CLIENT_MEM_FRACTION=0.5 one_step; fi
+  for place in "$work"/ablations/*/model; do
+    [ -d "$place" ] && echo "$(basename "$(dirname "$place")")/model"
+  done | tar -C "$work/ablations" -T - -czf "$work/ablations.tar.gz" && split -b 15M "$work/ablations.tar.gz" "$out/ablations.tar.gz."
+  ls -l "$out"
+}
+
 for part in ${BESIDE:-} $parts; do
   case "$part" in
-    tests | compiles | speed | study | model) ;;
-    *) echo "$0: no part '$part': tests, compiles, speed, study, model" >&2; exit 2 ;;
+    tests | compiles | speed | study | model | ablations) ;;
+    *) echo "$0: no part '$part': tests, compiles, speed, study, model, ablations" >&2; exit 2 ;;
   esac
 done
 for part in $parts; do $part; done

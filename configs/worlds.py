@@ -1,7 +1,7 @@
 """A generalist that works on photographs: every task of the furnished worlds at 128 pixels, for one accelerator.
 
     scaling-perception prepare worlds --tasks depth,flow,amodal,normals --count 20000 --out runs/worlds --latents \\
-        --vae tiny+lite0 --resolution 128
+        --vae tiny+lite0+match --resolution 128
     scaling-perception train --config configs/worlds.py --workdir runs/worlds-mini
 
 `BUDGET=500 benchmarks/on_gpu.sh OUT model` does both within a time, on all cores and one GPU.
@@ -12,8 +12,8 @@ many steps as there is time for.
 Arguments: ``dim`` and ``depth`` of the network: 128 and 6 are `mini` (1.9 M parameters), 256 and 8 `small` (9.8 M);
 ``res`` pixels; ``cache`` folder of prepared latents (several joined by colons), or empty to render and encode as it
 goes; ``count`` worlds (0: all of the cache); ``steps``; ``batch``; ``lr``; ``init`` model folder or shipped name to
-start from; ``vae`` autoencoder, with or without the features of an ImageNet network (``tiny+lite0``, ``tiny``);
-``diffusion`` preset.
+start from; ``vae`` autoencoder, with or without the features of an ImageNet network (``tiny+lite0``, ``tiny``), and
+those with the second frame matched with the first or not (``tiny+lite0+match``); ``diffusion`` preset.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +29,7 @@ ARGS = {
     "steps": 20_000,
     "batch": 256,
     "lr": 2e-3,
-    "vae": "tiny+lite0",
+    "vae": "tiny+lite0+match",
     "init": "",
     "diffusion": "fixed",
 }

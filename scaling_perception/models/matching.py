@@ -111,7 +111,7 @@ def _round(first: jax.Array, second: jax.Array, flow: jax.Array) -> tuple[jax.Ar
 def _refined(first: jax.Array, second: jax.Array, flow: jax.Array) -> jax.Array:
     """``flow`` and a step of least squares (Lucas and Kanade 1981), which takes the pull towards no motion away."""
     moved = warp(second, flow)
-    across, down = (jnp.gradient(moved, axis=axis) for axis in (2, 1))
+    across, down = (jnp.asarray(jnp.gradient(moved, axis=axis)) for axis in (2, 1))
     left = first - moved
     sums = jnp.stack([(one * two).mean(-1) for one, two in ((across, across), (across, down), (down, down))], -1)
     sums = _blur(
