@@ -167,10 +167,16 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--task {args.task} has no truth to measure against: give {', '.join(measured)}")
     shared = shared_settings(args)
     tolerances = [tuple(values_of(args, name)) for name in ("tolerance", "step_tolerance")]
-    adaptive = Adaptive(tolerances[0], shared.first, tolerances[1], shared.step_chunk)
+    merges = values_of(args, "merge_in")
+    verifiers = tuple(itertools.product(values_of(args, "verifier"), values_of(args, "verify")))
+    adaptive = Adaptive(tolerances[0], shared.first, tolerances[1], shared.step_chunk, "latents" in merges, verifiers)
     intervals = values_of(args, "cache_interval") if given(args, "cache_interval") else None
     caches = combinations(values_of(args, "cache"), intervals)
-    task.reduce_mode(shared.reduce)
+    for merge in merges:
+        dataclasses.replace(shared, merge_in=merge).reduce_for(args.task)
+    for verifier, use in verifiers:
+        good = tolerances[0][0] if use == "allocate" and tolerances[0] else None
+        dataclasses.replace(shared, verifier=verifier, verify=use, tolerance=good).reduce_for(args.task)
     solvers = values_of(args, "solver")
     for solver, (cache, _), early in itertools.product(solvers, caches, tolerances[1] or [None]):
         dataclasses.replace(shared, solver=solver, cache=cache, step_tolerance=early)  # refused before anything is read

@@ -49,7 +49,7 @@ FLAGS = {
 
 _USUAL = {"model": "mini", "dtype": "float32", "seed": 0, "every": 1, "start": 0}
 _BUDGETS = ("budget", "macs", "seconds")
-_CHOSEN_BY_BUDGET = ("steps", "ensemble", "preset", "spacing", "solver", "cache", "cache_interval")
+_CHOSEN_BY_BUDGET = ("steps", "ensemble", "preset", "spacing", "solver", "cache", "cache_interval", "merge_in")
 _GO_WITH = {"align_space": "align", "align_fit": "align", "carry": "video", "flow": "video"}
 _WITH_REPEAT = ("out", "overwrite", "json", "workers", "model", "autoencoder", "mesh", "repeat")
 _OF_THE_RUN = (
@@ -298,7 +298,7 @@ def _by_budget(
     from scaling_perception.inference.outputs import chosen_before
     from scaling_perception.interop.find import find_model
 
-    names = ("steps", "ensemble", "preset", "solver", "cache", "cache_interval")
+    names = ("steps", "ensemble", "preset", "solver", "cache", "cache_interval", "merge_in")
     asked = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
     before = None if args.overwrite else chosen_before(out, items, args.task, asked, predictor.id)
     if before is not None:
@@ -328,6 +328,8 @@ def _say_choice(asked: dict[str, Any], chosen: dict[str, Any], expected: dict[st
     parts += [f"{word} {chosen[name]}" for name, word in (("preset", "grid"), ("solver", "solver")) if name in chosen]
     if chosen.get("cache", "none") != "none":
         parts.append(f"blocks every {chosen['cache_interval']} steps ({chosen['cache']})")
+    if chosen.get("merge_in", "pixels") != "pixels":
+        parts.append(f"merged in {chosen['merge_in']}")
     cost = f"{expected['macs'] / 1e9:.3g} GMACs and {expected['seconds']:.2g} s an image"
     error = f"{expected.get('metric', 'error')} {expected['error']:.3g}"
     print(f"{budget}: {', '.join(parts)}; expected {error}, {cost}", file=sys.stderr)

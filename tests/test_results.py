@@ -11,6 +11,7 @@ import pytest
 from pages import ROOT, lines
 
 from scaling_perception.cli import main
+from scaling_perception.evaluation.comparisons import against_usual, savings
 from scaling_perception.interop.find import SHIPPED
 from scaling_perception.report import BASELINE_NAMES, verdicts
 from scaling_perception.report import MAIN_METRIC as ALL_METRICS
@@ -129,6 +130,55 @@ def test_compute_by_image(task, tmp_path):
         assert abs(numbers(row["steps"])[0] - cell["mean_steps"]) <= 0.3, row
         assert abs(numbers(row["compute"])[0] - 100 * cell["macs"] / whole) <= 3, row
         same(row["error"].removeprefix(label), {**cell["metrics"][metric], "ci95": None}, str(row))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", MAIN_METRIC)
+def test_merged_as_latents(task, tmp_path):
+    metric, label, _ = MAIN_METRIC[task]
+    result = measured(command(task, "latents"), tmp_path)
+    rows = tables(section("## Members merged as latents").split(f"\n{task}, {label}:\n")[1])[0]
+    found = {(one.cell["steps"], one.cell["ensemble"]): one for one in against_usual(result["cells"], metric)}
+    assert len(rows) == len(found) == 9
+    for row in rows:
+        one = found[int(row["steps"]), int(row["N"])]
+        same(row["latents"], {**one.cell["metrics"][metric], "ci95": None}, f"{task} {row}")
+        same(row["difference"], {"mean": one.even.mean, "ci95": [one.even.low, one.even.high]}, f"{task} {row}")
+        assert abs(float(row["GMAC of decoding, latents"]) - one.cell["decoder_macs"] / 1e9) <= 0.006, row
+
+
+def change_of(shown):
+    """A paired difference of the page, without its mark."""
+    return re.sub(r" [+−]$", "", shown)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", MAIN_METRIC)
+def test_verifiers(task, tmp_path):
+    metric, label, _ = MAIN_METRIC[task]
+    chosen, allocated = tables(section("## Verifiers without ground truth"))
+    result = measured(command(task, "chosen"), tmp_path)
+    found = {
+        (one.cell["verifier"], one.cell["verify"], f"N = {one.cell['ensemble']}"): one
+        for one in against_usual(result["cells"], metric)
+    }
+    rows = [row for row in chosen if row["task"] == task and row["use"] != "usual merge"]
+    assert 4 * len(rows) == len(found)
+    for row in rows:
+        for size in (name for name in row if name.startswith("N = ")):
+            even = found[row["verifier"].strip("`"), row["use"], size].even
+            assert (even is None) == (row[size] == "not measured"), row
+            if even is not None:
+                same(change_of(row[size]), {"mean": even.mean, "ci95": [even.low, even.high]}, f"{task} {row}")
+    result = measured(command(task, "allocated"), tmp_path)
+    for row in (row for row in allocated if row["task"] == task):
+        (one,) = (
+            s for s in savings(result["cells"], metric, "adaptive") if s.cell["tolerance"] == float(row["tolerance"])
+        )
+        assert abs(numbers(row["members"])[0] - one.cell["mean_members"]) <= 0.5, row
+        same(row["error"].removeprefix(label.split()[0]), {**one.cell["metrics"][metric], "ci95": None}, str(row))
+        even = {"mean": one.even.mean, "ci95": [one.even.low, one.even.high]}
+        same(change_of(row["difference to the same compute for every image"]), even, str(row))
 
 
 @pytest.mark.slow

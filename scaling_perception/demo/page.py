@@ -10,6 +10,7 @@ import gradio as gr  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 from scaling_perception.demo import drawing, text
+from scaling_perception.demo.dial import USED
 from scaling_perception.demo.marking import marking, mask_of
 from scaling_perception.demo.parts import EXAMPLES, QUIET, Inputs, example, one_line, upload
 from scaling_perception.demo.results import results
@@ -19,7 +20,7 @@ from scaling_perception.diffusion.schedules import PRESETS, SPACINGS
 from scaling_perception.diffusion.solvers import SOLVERS
 from scaling_perception.inference.aspect import ASPECTS
 from scaling_perception.inference.inputs import to_rgb
-from scaling_perception.inference.settings import SETTINGS
+from scaling_perception.inference.settings import MERGES, SETTINGS
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import get_task
 from scaling_perception.tasks.base import Task
@@ -195,6 +196,7 @@ def _advanced(session: Session, inputs: Inputs) -> None:
         "reduce": lambda: list(task.reduce_modes),
         "aspect": lambda: list(ASPECTS),
         "cache": lambda: list(CACHES),
+        "merge_in": lambda: list(MERGES),
     }
     with gr.Accordion("Advanced", open=False, elem_id=f"advanced-{task.name}"):
         gr.Markdown("Empty fields follow the dial and the model. They are the flags of `scaling-perception predict`.")
@@ -237,7 +239,7 @@ def chosen(session: Session, inputs: Inputs, given: dict[str, Any]) -> dict[str,
     if given.get("dial") is not None:
         stops = session.stops(inputs.task.name)
         choice = stops[min(max(int(given["dial"]), 1), len(stops)) - 1].choice
-        for name in ("steps", "ensemble", "preset", "solver", "cache", "cache_interval"):
+        for name in USED:
             if (value := getattr(choice, name)) is not None:
                 found[name] = str(value)
     for name in (*SETTINGS, "seed"):

@@ -217,7 +217,7 @@ class Session:
             args = make_parser("predict").parse_args([*words, "x"])
             chosen = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
             settings = Settings(**chosen)
-            get_task(task).reduce_mode(settings.reduce)
+            settings.reduce_for(task)
             return settings
         except UserError as error:
             refusal = in_flags(str(error), predict.FLAGS)

@@ -11,7 +11,7 @@ from scipy.optimize import nnls
 
 from scaling_perception.evaluation.comparisons import evaluations_of, kind
 from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
-from scaling_perception.inference.budgets import CACHE_CELL, CELL, FILE, FORMAT, Timing, load_budgets
+from scaling_perception.inference.budgets import CACHE_CELL, CELL, FILE, FORMAT, MERGE_CELL, Timing, load_budgets
 from scaling_perception.inference.settings import NAMED, flag_of
 from scaling_perception.support.again import refuse_other
 from scaling_perception.support.errors import UserError
@@ -43,7 +43,11 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
     task = result["task"]
     main = get_task(task).main
     assert main is not None
-    fixed = [cell for cell in result["cells"] if kind(cell) == "constant" and cell["macs"] is not None]
+    fixed = [
+        cell
+        for cell in result["cells"]
+        if kind(cell) == "constant" and cell["macs"] is not None and "verifier" not in cell  # no budget chooses one
+    ]
     if not fixed:
         raise UserError("this evaluation has no cell with a known number of MACs: no table of budgets can be made")
     if result["images"] < FEWEST_IMAGES:
@@ -56,7 +60,7 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
         numbers = {"error": _short(values.mean()), "ci95": _ends(values)}
         numbers["excess"] = {"mean": _short(excess.mean()), "ci95": _ends(excess)}
         known = {name: cell.get(name, "ddim") if name == "solver" else cell[name] for name in CELL[:5]}
-        known |= {name: cell[name] for name in CACHE_CELL if name in cell}
+        known |= {name: cell[name] for name in (*CACHE_CELL, MERGE_CELL) if name in cell}
         cells.append({**known, "seconds": _short(cell["seconds"]), **numbers})
     trivial = {
         name: float(error_rows(task, found["rows"]).mean())
@@ -98,7 +102,7 @@ def check_entry(folder: str | os.PathLike[str], task: str, asked: Mapping[str, A
             chooses.
     """
     for name in ("spacing", *NAMED):
-        if name in asked:
+        if name in asked and name != MERGE_CELL:
             raise UserError(f"a table of budgets is of the usual {name}: leave out {flag_of(name)} or --write-budgets")
     entry = ((load_budgets(folder) or {}).get("tasks") or {}).get(task)
     if entry is not None and not overwrite:
@@ -136,12 +140,14 @@ def _lines(table: Mapping[str, Any]) -> str:
 
 
 def fit_timing(cells: list[dict[str, Any]]) -> Timing:
-    """`Timing` of the machine that measured the cells: seconds = a + b members + c evaluations, none negative.
+    """`Timing` of the machine that measured the cells: seconds = a + b members + c evaluations, none negative. Members
+    that are merged as latents are decoded once, and so count as one but for their evaluations.
 
     Relative errors count, so that cheap cells do.
     """
-    members = np.asarray([cell["ensemble"] for cell in cells], np.float64)
-    forwards = members * np.asarray([evaluations_of(cell) for cell in cells], np.float64)
+    sampled = np.asarray([cell["ensemble"] for cell in cells], np.float64)
+    members = np.asarray([1 if MERGE_CELL in cell else cell["ensemble"] for cell in cells], np.float64)
+    forwards = sampled * np.asarray([evaluations_of(cell) for cell in cells], np.float64)
     seconds = np.maximum(np.asarray([cell["seconds"] for cell in cells], np.float64), 1e-9)
     columns = np.stack([np.ones_like(members), members, forwards], axis=1)
     (whole, each, forward), _ = nnls(columns / seconds[:, None], np.ones_like(seconds))

@@ -35,6 +35,10 @@ def kind(cell: Mapping[str, Any]) -> str:
     return OLD_KINDS.get(found, found)
 
 
+MERGING = ("merge_in", "verifier", "verify")
+"""Fields of a cell that say how its members are merged; the usual merge has none of them."""
+
+
 def way(cell: Cell) -> tuple[str, str]:
     """Preset, and solver with its cache."""
     return cell["preset"], solver_of(cell)
@@ -42,7 +46,8 @@ def way(cell: Cell) -> tuple[str, str]:
 
 def solver_of(cell: Cell) -> str:
     """The solver and what else decides its result, as far as it is not usual: ``ddim``, ``ddim eta 1 + fora 3``."""
-    more = (name if cell[name] is True else f"{name} {cell[name]}" for name in NAMED if name in cell)
+    names = [name for name in NAMED if name in cell and not (name in MERGING and kind(cell) == "adaptive")]
+    more = (name if cell[name] is True else f"{name} {cell[name]}" for name in names)
     solver = " ".join([cell.get("solver", "ddim"), *more])
     return f"{solver} + {cell['cache']} {cell['cache_interval']}" if "cache" in cell else solver
 
@@ -97,6 +102,35 @@ def same_compute(fixed: Sequence[Cell], forwards: float, metric: str) -> dict[st
     share = 1.0 if most == least else (1 / least - 1 / forwards) / (1 / least - 1 / most)
     first, second = values(fixed[lower], metric), values(fixed[upper], metric)
     return {key: (1 - share) * first[key] + share * second[key] for key in first if key in second}
+
+
+class Merged(NamedTuple):
+    """A cell whose members are merged in another way than usual, against the usual one.
+
+    Attributes:
+        seconds: its seconds over those of the usual merge of as many members.
+        even: its metric against the usual merge of as many network evaluations; None where nothing was measured.
+    """
+
+    cell: Cell
+    seconds: float | None
+    even: Change | None
+
+
+def against_usual(cells: Sequence[Cell], metric: str) -> list[Merged]:
+    """Every cell of constant compute with a field of ``MERGING`` against the cells of the same run without one."""
+    found = []
+    for cell in select(cells, kind="constant"):
+        plain = {name: value for name, value in cell.items() if name not in MERGING}
+        if len(plain) == len(cell):
+            continue
+        plain.pop("evaluations", None)
+        usual = select(cells, kind="constant", way=way(plain), steps=cell["steps"])
+        even = same_compute(usual, evaluations_of(cell) * cell["ensemble"], metric)
+        same = select(usual, ensemble=cell["ensemble"])
+        seconds = cell["seconds"] / same[0]["seconds"] if same and same[0]["seconds"] > 0 else None
+        found.append(Merged(cell, seconds, None if even is None else change(even, values(cell, metric))))
+    return found
 
 
 class Saving(NamedTuple):

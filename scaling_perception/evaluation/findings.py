@@ -106,6 +106,7 @@ def adaptive_table(evaluation: Evaluation) -> Table:
                 tolerance = cell["tolerance" if of == "adaptive" else "step_tolerance"]
                 changes = ["" if change is None else str(change) for change in (found.whole, found.even)]
                 spent = [f"{cell['mean_members']:.1f}", f"{cell['mean_steps']:.1f}", f"{100 * found.share:.0f} %"]
+                words = f"{cell['verifier']} at most" if "verifier" in cell else words
                 first = f"{name}, {cell['steps']} steps, {words} {tolerance:g}"
                 rows.append([first, *spent, interval_text(cell["metrics"][metric], 3), *changes])
     return head, rows

@@ -5,6 +5,9 @@ members, and the clean estimates between chunks of steps, at hand, what `adaptiv
 known: its own rules are asked for it.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,25 +17,36 @@ import numpy as np
 
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.evaluation.protocols import measure
-from scaling_perception.inference.adaptive import estimate_change, rests, settled
+from scaling_perception.inference.adaptive import estimate_change, is_done, rests
 from scaling_perception.inference.aspect import Box, join
 from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.engine import draw_members
+from scaling_perception.inference.latents import decode_merged, estimate, sample_latents
 from scaling_perception.inference.model import prompt_of
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import Settings
+from scaling_perception.inference.verifying import verified
 from scaling_perception.support.errors import UserError
+from scaling_perception.tasks import get_task
 from scaling_perception.tasks.base import Estimate
 
 
 class Adaptive(NamedTuple):
-    """Compute by image: ``tolerances`` of members, in rounds of ``first``; ``step_tolerances`` of steps, looked at
-    every ``step_chunk``. All as in ``inference.settings.Settings``."""
+    """What else is made of the members than merging so many of them. All as in ``inference.settings.Settings``.
+
+    Attributes:
+        tolerances: of adaptive members, in rounds of ``first``.
+        step_tolerances: of early exits, looked at every ``step_chunk``.
+        latents: whether members are merged as latents too.
+        verifiers: pairs of a verifier and its use.
+    """
 
     tolerances: tuple[float, ...] = ()
     first: int = 2
     step_tolerances: tuple[float, ...] = ()
     step_chunk: int = 2
+    latents: bool = False
+    verifiers: tuple[tuple[str, str], ...] = ()
 
     def rounds(self, most: int) -> list[int]:
         """Members after each round of at most ``most``."""
@@ -85,6 +99,8 @@ class Sampled(NamedTuple):
         steps: when each look before the end is taken.
         clean: of each look, the clean estimates (I, N, P, h, w, C).
         change: of each look, (I, N) from the one before; infinite for the first.
+        latents: of all members, clean, (I, N, P, h, w, C), where they are merged as such.
+        other: the same of the inputs the other way round, where a verifier wants it.
     """
 
     pixels: np.ndarray
@@ -93,12 +109,26 @@ class Sampled(NamedTuple):
     steps: tuple[int, ...] = ()
     clean: tuple[np.ndarray, ...] = ()
     change: tuple[np.ndarray, ...] = ()
+    latents: np.ndarray | None = None
+    other: Sampled | None = None
 
 
 def sample_all(way: SweepContext, tables: SamplerTables, latents: Any, group: list[dict[str, Any]]) -> Sampled:
-    """All members of the group in one piece: nothing can be said of early exits."""
+    """All members of the group in one piece, decoded apart where latents are merged: nothing is said of early exits."""
     arguments = (latents, group, way.task, way.most, tables, way.key, way.plan, way.shared.antithetic)
-    return Sampled(*way.timed(lambda: way.predictor.sample(*arguments)))
+    if not way.adaptive.latents:
+        return Sampled(*way.timed(lambda: way.predictor.sample(*arguments)))
+    engine, passes, at_once = way.predictor.engine, way.predictor.passes(way.task), way.plan.members
+    clean, sampling = way.timed(lambda: sample_latents(way.predictor, *arguments))
+    filled = np.concatenate([clean, *[clean[:, :1]] * (-way.most % at_once)], axis=1)  # whole batches, as they are made
+    parts, decoding = way.timed(
+        lambda: [
+            np.asarray(engine.decode(way.predictor.weights[1], filled[:, first : first + at_once], passes))
+            for first in range(0, way.most, at_once)
+        ]
+    )
+    pixels = np.concatenate(parts, axis=2)[: len(group), :, : way.most]
+    return Sampled(pixels, sampling, decoding, latents=clean[: len(group)])
 
 
 def sample_with_looks(way: SweepContext, tables: SamplerTables, latents: Any, group: list[dict[str, Any]]) -> Sampled:
@@ -120,11 +150,26 @@ def sample_with_looks(way: SweepContext, tables: SamplerTables, latents: Any, gr
     parts, sampling = way.timed(lambda: [steps(first) for first in range(0, way.most, way.plan.members)])
     pixels, decoding = way.timed(lambda: [np.asarray(engine.decode(vae, x, passes)) for x, _ in parts])
     pixels = np.concatenate(pixels, axis=2)[: len(group), :, : way.most]
+    whole = np.concatenate([np.asarray(x) for x, _ in parts], axis=1)[: len(group), : way.most]
     clean = [
         np.concatenate(look, axis=1)[: len(group), : way.most] for look in zip(*[p[1] for p in parts], strict=True)
     ]
     change = [np.full(clean[0].shape[:2], np.inf), *map(estimate_change, clean[1:], clean)]
-    return Sampled(pixels, sampling, decoding, tuple(looks), tuple(clean), tuple(change))
+    return Sampled(pixels, sampling, decoding, tuple(looks), tuple(clean), tuple(change), whole)
+
+
+class InLatents(NamedTuple):
+    """The name of an estimate: ``size`` members merged as latents."""
+
+    size: int
+
+
+class Verified(NamedTuple):
+    """The name of an estimate: ``size`` members of which a verifier chooses."""
+
+    size: int
+    verifier: str
+    use: str
 
 
 class Nested:
@@ -150,14 +195,22 @@ class Nested:
         self._decoding += time.perf_counter() - begin
         self._early: dict[tuple[int, int], np.ndarray] = {}
         self._merged: dict[Any, np.ndarray] = {}
+        self.other = None
+        if sampled.other is not None:
+            self.other = Nested(way, raw, sampled.other, index, total, images, 0.0)
+        self._latent: dict[int, tuple[Estimate, float]] = {}
         self._reduced: dict[Any, tuple[tuple[np.ndarray, np.ndarray], float]] = {}
 
     def cell(self, cell: Mapping[str, Any]) -> tuple[float, float, Any]:
         """Network evaluations of each pass, seconds without merging, and the name of the estimate."""
         if cell["kind"] == "adaptive":
-            return self.adaptive(cell["tolerance"])
+            return self.adaptive(cell["tolerance"], cell.get("verifier"))
         if cell["kind"] == "steps":
             return self.stopped(cell["ensemble"], cell["step_tolerance"])
+        if "verifier" in cell:
+            return self.verified(cell["ensemble"], cell["verifier"], cell["verify"])
+        if cell.get("merge_in") == "latents":
+            return self.in_latents(cell["ensemble"])
         return self.fixed(cell["ensemble"])
 
     def fixed(self, size: int) -> tuple[float, float, Any]:
@@ -165,15 +218,53 @@ class Nested:
         self._merged[size] = self.members[:size]
         return self.total * size, self._seconds(size, self.total * size), size
 
-    def adaptive(self, tolerance: float) -> tuple[float, float, Any]:
-        """Members until the prediction rests."""
-        way, rounds = self.way, self.way.adaptive.rounds(self.way.most)
+    def in_latents(self, size: int) -> tuple[float, float, Any]:
+        """An ensemble of ``size``, merged as latents and decoded once."""
+        forwards, name = self.total * size, InLatents(size)
+        return forwards, self._seconds(size, forwards, decoded=0) + self._in_latents(size)[1], name
+
+    def _in_latents(self, size: int) -> tuple[Estimate, float]:
+        """The estimate, and the seconds of making it of the latents."""
+        if size not in self._latent:
+            way, every = self.way, self.sampled.latents
+            assert every is not None
+            mode, members = dataclasses.replace(way.shared, merge_in="latents").reduce_for(way.task), every[self.index]
+
+            def merged() -> Estimate:
+                found = decode_merged(way.predictor, members[None, :size], way.task, mode)
+                return estimate(way.predictor, self.raw, tuple(one[0] for one in found), way.task, mode, 0)
+
+            self._latent[size] = way.timed(merged)
+        return self._latent[size]
+
+    def verified(self, size: int, verifier: str, use: str) -> tuple[float, float, Any]:
+        """An ensemble of ``size`` of which a verifier chooses."""
+        forwards, name = self.total * size, Verified(size, verifier, use)
+        self._merged[name] = self.members[:size]
+        seconds = self._seconds(size, forwards)
+        if (other := self._other(name)) is None:
+            return forwards, seconds, name
+        return 2 * forwards, seconds + other._seconds(size, forwards), name
+
+    def _other(self, name: Verified) -> Nested | None:
+        """The members the other way round, where the verifier needs them."""
+        return None if get_task(self.way.task).verifier(name.verifier).reverse is None else self.other
+
+    def adaptive(self, tolerance: float, verifier: str | None = None) -> tuple[float, float, Any]:
+        """Members until the prediction rests, or until a verifier's score is within the tolerance."""
+        way, rounds, deciding = self.way, self.way.adaptive.rounds(self.way.most), 0.0
+        use = {} if verifier is None else {"verifier": verifier, "verify": "allocate"}
+        settings = dataclasses.replace(way.shared, ensemble=way.most, tolerance=tolerance, **use)
         for size in rounds:
             forwards, seconds, name = self.fixed(size)
-            (_, uncertainty), _ = self._reduce(name)
-            if settled(uncertainty, size, way.most, way.mode, tolerance):
+            reduced, spent = self._reduce(name)
+            begin = time.perf_counter()
+            done = is_done(way.predictor, self.raw, way.task, settings, self.members[:size], reduced, way.mode)
+            deciding += time.perf_counter() - begin
+            if done:
                 break
-        return forwards, seconds + sum(self._reduced[one][1] for one in rounds if one < size), name
+            deciding += spent
+        return forwards, seconds + deciding, name
 
     def stopped(self, size: int, tolerance: float) -> tuple[float, float, Any]:
         """Steps until the estimate rests. Members that are sampled together stop together, as the predictor has it."""
@@ -193,6 +284,8 @@ class Nested:
 
     def estimate(self, name: Any) -> tuple[Estimate, float]:
         """The members of that name merged, and the seconds of merging."""
+        if isinstance(name, InLatents):
+            return self._in_latents(name.size)[0], 0.0
         way, size, prompt = self.way, self.raw["image"].shape[:2], prompt_of(self.raw, self.way.task)
         reduced, seconds = self._reduce(name)
         begin = time.perf_counter()
@@ -203,13 +296,25 @@ class Nested:
         """Prediction and uncertainty at the model's resolution, and the seconds it took."""
         if name not in self._reduced:
             begin = time.perf_counter()
-            reduced = self.way.predictor.reduce(self.way.task, self._merged[name], self.way.mode)
+            if isinstance(name, Verified):
+                reduced = self._verify(name)
+            else:
+                reduced = self.way.predictor.reduce(self.way.task, self._merged[name], self.way.mode)
             self._reduced[name] = reduced, time.perf_counter() - begin
         return self._reduced[name]
 
-    def _seconds(self, size: int, forwards: float) -> float:
-        """Encoding, and the share of sampling and decoding that is this cell's."""
-        share = size / self.way.most
+    def _verify(self, name: Verified) -> tuple[np.ndarray, np.ndarray]:
+        way, other = self.way, self._other(name)
+        settings = dataclasses.replace(way.shared, verifier=name.verifier, verify=name.use)
+        back = None
+        if other is not None:
+            other.fixed(name.size)
+            back = other._reduce(name.size)[0][0]
+        return verified(way.predictor, self.raw, way.task, settings, self._merged[name], way.mode, back)
+
+    def _seconds(self, size: int, forwards: float, decoded: int | None = None) -> float:
+        """Encoding, and the share of sampling and decoding (of ``decoded`` members; None: all) that is this cell's."""
+        share = (size if decoded is None else decoded) / self.way.most
         return self._encoding + self._sampling * forwards / (self.total * self.way.most) + self._decoding * share
 
     def _at(self, stop: int, first: int) -> np.ndarray:

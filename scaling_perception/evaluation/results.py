@@ -34,8 +34,9 @@ def result_of(groups: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> 
     for group in groups:
         wider(ranges, group.get("ranges", {}))
     each, at = about["macs_per_forward"], about["controlled"]
+    decode = about.get("macs_per_decode")  # a part's journal may be of an earlier version
     cells = [
-        _summary(cell, [(image["key"], *image["cells"][i]) for image in images], each)
+        _summary(cell, [(image["key"], *image["cells"][i]) for image in images], each, decode)
         for i, cell in enumerate(about["cells"])
     ]
     baselines = {
@@ -44,6 +45,7 @@ def result_of(groups: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> 
     return {
         "images": len(images),
         "macs_per_forward": each,
+        "macs_per_decode": decode,
         "cells": cells,
         "baselines": {name: {"metrics": summarise(rows), "rows": rows} for name, rows in baselines.items()},
         "controls": control_results(images, at, about["cells"][at]),
@@ -53,7 +55,10 @@ def result_of(groups: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> 
 
 
 def _summary(
-    cell: dict[str, Any], found: list[tuple[str, int, float, dict[str, float]]], each: float | None
+    cell: dict[str, Any],
+    found: list[tuple[str, int, float, dict[str, float]]],
+    each: float | None,
+    decode: float | None,
 ) -> dict[str, Any]:
     """A cell with its means over images; where compute differs by image, with its distribution."""
     cell = {**cell, "kind": kind(cell)}  # a part's journal may be of an earlier version
@@ -68,11 +73,14 @@ def _summary(
         by = evaluations_of(cell) if cell["kind"] == "adaptive" else cell["ensemble"]
         counts = Counter(count / by for count in forwards)
         spent |= {"counts": {f"{count:g}": counts[count] for count in sorted(counts)}, "forwards": forwards}
+    members = mean / evaluations_of(cell) if cell["kind"] == "adaptive" else cell["ensemble"]
+    decodes = 1 if cell.get("merge_in") == "latents" else members
     return {
         **cell,
         "mean_steps": mean / cell["ensemble"] if cell["kind"] == "steps" else cell["steps"],
-        "mean_members": mean / evaluations_of(cell) if cell["kind"] == "adaptive" else cell["ensemble"],
+        "mean_members": members,
         "macs": None if each is None else each * mean,
+        "decoder_macs": None if decode is None else decode * decodes,
         "seconds": float(np.mean([one[2] for one in found])),
         **spent,
         "metrics": summarise(rows),

@@ -23,9 +23,6 @@ from scipy.ndimage import distance_transform_edt
 from scaling_perception.data.contents import contents_of, described
 from scaling_perception.data.manifest import widen_depth
 from scaling_perception.diffusion.caching import NO_CACHE
-from scaling_perception.diffusion.sampler import SamplerTables
-from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
-from scaling_perception.diffusion.solvers import SOLVERS, solver_name
 from scaling_perception.evaluation.controls import control_inputs
 from scaling_perception.evaluation.journal import Journal
 from scaling_perception.evaluation.nested import (
@@ -38,14 +35,14 @@ from scaling_perception.evaluation.nested import (
     sample_with_looks,
 )
 from scaling_perception.evaluation.parts import plan_of_others
+from scaling_perception.evaluation.points import Point, point_size, points_of, way_of
 from scaling_perception.evaluation.protocols import baseline_rows, prepare_raw, unmeasurable
 from scaling_perception.evaluation.results import result_of
 from scaling_perception.inference.aspect import Box, cut, with_aspect
 from scaling_perception.inference.batches import BatchPlan
-from scaling_perception.inference.budgets import OWN
 from scaling_perception.inference.model import prompt_of
 from scaling_perception.inference.predictor import Predictor
-from scaling_perception.inference.settings import ALIASES, Settings
+from scaling_perception.inference.settings import Settings
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.parts import Part, note_idle
 from scaling_perception.tasks import get_task
@@ -68,16 +65,6 @@ class Shown(NamedTuple):
     estimate: Estimate
     cell: dict[str, Any]
     answers: tuple[tuple[dict[str, Any], Estimate], ...] = ()
-
-
-class Point(NamedTuple):
-    """One sampled point of the grid; all its cells come from one run of the largest ensemble."""
-
-    preset: str
-    settings: Settings
-    tables: SamplerTables
-    looks: bool  # whether the clean estimates between chunks of steps are kept
-    cells: tuple[dict[str, Any], ...]
 
 
 def sweep(
@@ -132,10 +119,10 @@ def sweep(
         described_by: of a part: JSON values that the journal keeps beside it, the same for all parts.
 
     Returns:
-        ``images``, ``macs_per_forward``, ``cells``, ``baselines``, ``controls``, ``skipped``, ``ranges`` (of the true
-        depth, metres) of the evaluation JSON, and what is shown. A cell's ``seconds`` are per image: encoding, the
-        share of the sampling and decoding that its members and steps take, deciding, and merging; compiling is left
-        out.
+        ``images``, ``macs_per_forward``, ``macs_per_decode``, ``cells``, ``baselines``, ``controls``, ``skipped``,
+        ``ranges`` (of the true depth, metres) of the evaluation JSON, and what is shown. A cell's ``seconds`` are per
+        image: encoding, the share of the sampling and decoding that its members and steps take, deciding, and merging;
+        compiling is left out.
 
     Raises:
         UserError: an empty grid, a bad value in it, no image left, a prediction that is not finite, or a journal of
@@ -149,9 +136,9 @@ def sweep(
     sizes, mode, adaptive = sorted(set(ensemble)), get_task(task).reduce_mode(shared.reduce), adaptive or Adaptive()
     if shared.aspect == "tile" and (adaptive.tolerances or adaptive.step_tolerances):
         raise UserError("aspect 'tile' is measured with constant compute: leave out tolerance and step_tolerance")
-    points = _points(predictor, task, steps, sizes, presets, solvers, caches, mode, adaptive, shared)
+    points = points_of(predictor, task, steps, sizes, presets, solvers, caches, mode, adaptive, shared)
     forward = predictor.macs_per_forward if macs_per_forward is None else macs_per_forward
-    largest = max(points, key=_size).tables
+    largest = max(points, key=point_size).tables
     plan = predictor.plan(task, sizes[-1], len(source), batch_size, largest if batch_size is None else None)
     way = SweepContext(predictor, task, protocol, mode, sizes[-1], adaptive, key, plan, shared)
     run = _Run(way, source, points, sizes, panels, show, controls)
@@ -172,82 +159,6 @@ def sweep(
     if part is not None:
         return {"images": sum(len(group["images"]) for group in run.groups)}, []
     return result_of(run.groups, about), run.shown
-
-
-def _points(
-    predictor: Predictor,
-    task: str,
-    steps: Sequence[int],
-    sizes: list[int],
-    presets: Sequence[str | None],
-    solvers: Sequence[str],
-    caches: Sequence[tuple[str, int]],
-    mode: str,
-    adaptive: Adaptive,
-    shared: Settings,
-) -> list[Point]:
-    points: list[Point] = []
-    for preset in dict.fromkeys(ALIASES.get(preset, preset) for preset in presets):
-        diffusion = predictor.choose_diffusion(preset, shared.spacing)
-        name = preset or _grid_name(predictor.diffusion)
-        for solver, (cache, interval) in itertools.product(dict.fromkeys(map(solver_name, solvers)), caches):
-            for count in dict.fromkeys([1] if SOLVERS[solver].at_once else steps):
-                more = {"cache": cache, "cache_interval": interval}
-                grid = {"steps": count, "ensemble": sizes[-1], "preset": preset, "solver": solver, **more}
-                settings = dataclasses.replace(shared, first=adaptive.first, **grid)
-                tables = predictor.tables(settings, task, diffusion)
-                if cache != NO_CACHE and tables.cache is None:
-                    continue
-                looks = bool(adaptive.step_tolerances) and count > 2 * adaptive.step_chunk
-                known = {"preset": name, "spacing": diffusion.spacing, "schedule": diffusion.schedule}
-                known |= {"solver": solver, "steps": count, "reduce": mode, **shared.named}
-                if tables.cache is not None:
-                    known |= {**more, "evaluations": predictor.evaluations(settings)}
-                cells = tuple(_cells(known, sizes, settings, adaptive, looks))
-                points.append(Point(name, settings, tables, looks, cells))
-    if not points:
-        raise UserError("cache: every cell would compute every step: give a shorter cache_interval, or more steps")
-    return points
-
-
-def _cells(
-    known: dict[str, Any], sizes: list[int], settings: Settings, adaptive: Adaptive, looks: bool
-) -> Iterator[dict[str, Any]]:
-    """The cells of a point. Settings refuse what does not go together."""
-    for size in sizes:
-        dataclasses.replace(settings, ensemble=size)
-        yield {"kind": "constant", **known, "ensemble": size}
-    for tolerance in dict.fromkeys(adaptive.tolerances):
-        dataclasses.replace(settings, tolerance=tolerance)
-        more = {"tolerance": tolerance, "first": adaptive.first}
-        yield {"kind": "adaptive", **known, "ensemble": sizes[-1], **more}
-    for tolerance in dict.fromkeys(adaptive.step_tolerances):
-        dataclasses.replace(settings, step_tolerance=tolerance, step_chunk=adaptive.step_chunk)
-        more = {"step_tolerance": tolerance, "step_chunk": adaptive.step_chunk}
-        for size in sizes if looks else ():
-            yield {"kind": "steps", **known, "ensemble": size, **more}
-
-
-def _size(point: Point) -> tuple[int, bool, bool]:
-    """What orders points by the memory that they take."""
-    cache = point.tables.cache
-    return len(point.tables.t), cache is not None, cache is not None and cache.features == "blocks"
-
-
-def _way(point: Point) -> tuple[Any, ...]:
-    """All of a point's settings but for the number of steps."""
-    settings = point.settings
-    return point.preset, settings.solver, settings.cache, settings.cache_interval
-
-
-def _grid_name(own: DiffusionPreset) -> str:
-    """The preset whose timesteps a model's own diffusion uses, or ``own``."""
-    for name, preset in PRESETS.items():
-        if all(
-            getattr(own, field) == getattr(preset, field) for field in ("spacing", "steps_offset", "final_alpha_one")
-        ):
-            return name
-    return OWN
 
 
 _Seen = tuple[list[dict[str, Any]], Any, float]  # pictures, their latents, and the seconds of encoding
@@ -272,7 +183,7 @@ class _Run:
     ) -> None:
         self.way, self.source, self.points, self.sizes, self.controls = way, source, points, sizes, controls
         self.panels, self.show = panels, show or (lambda shown, number: shown)
-        first = (point for point in points if _way(point) == _way(points[0]))
+        first = (point for point in points if way_of(point) == way_of(points[0]))
         self.controlled = min(first, key=lambda point: point.settings.steps)
         self.groups: list[dict[str, Any]] = []
         self.before = 0  # images of earlier parts, as far as it matters which are the first
@@ -303,7 +214,7 @@ class _Run:
             "reduce": way.mode,
             **({"spacing": way.shared.spacing} if way.shared.spacing else {}),
             **way.shared.named,
-            "adaptive": way.adaptive._asdict(),
+            "adaptive": {n: v for n, v in way.adaptive._asdict().items() if n not in ("latents", "verifiers") or v},
             "seed": way.key,
             "panels": self.panels,
             **({"controls": self.controls} if self.controls else {}),
@@ -423,7 +334,7 @@ class _Run:
             for i, (raw, where, image) in enumerate(zip(group, boxes, record["images"], strict=True)):
                 found = Whole(way, raw, where, list(itertools.islice(parts, len(where))))
                 image["cells"] += [found.cell(cell) for cell in point.cells]
-                if i < wanted and _way(point) == _way(self.points[0]):
+                if i < wanted and way_of(point) == way_of(self.points[0]):
                     every = ((cell, found.estimate(cell)) for cell in point.cells[: len(self.sizes)])
                     answers[i] += [(cell, one._replace(members=one.members[:0])) for cell, one in every]
             for _ in range(point.settings.evaluations):
@@ -437,8 +348,15 @@ class _Run:
         """All members of each picture in ``seen``, in order; few batches of them are held at a time."""
         way, sample = self.way, sample_with_looks if point.looks else sample_all
         total = way.predictor.evaluations(point.settings)
+        task = get_task(way.task)
+        turn = next((one for name, _ in way.adaptive.verifiers if (one := task.verifier(name).reverse)), None)
         for chunk, latents, encoding in seen:
             sampled = sample(way, point.tables, latents, chunk)
+            if turn is not None:
+                turned = [turn(raw) for raw in chunk]
+                encoded, more = way.timed(partial(way.predictor.encode, turned, way.task, way.plan))
+                other = sample_all(way, point.tables, encoded, turned)
+                sampled = sampled._replace(other=other._replace(seconds=other.seconds + more))
             for index, raw in enumerate(chunk):
                 yield Nested(way, raw, sampled, index, total, len(chunk), encoding)
 
@@ -451,6 +369,8 @@ class _Run:
         for count in sorted({*self.sizes, *(adaptive.rounds(self.way.most) if adaptive.tolerances else ())}):
             members = predictor.decode_members(np.zeros((passes, count, side, side, 3), np.float32), task)
             predictor.merge(members, task, (side, side), self.way.mode)
+        if adaptive.latents:
+            predictor.reduce(task, members[:1], self.way.mode)
         self.merging_is_compiled = True
 
     def _baselines(self, group: list[dict[str, Any]]) -> Iterator[dict[str, dict[str, float]]]:
@@ -482,6 +402,7 @@ class _Run:
             "cells": [cell for point in self.points for cell in point.cells],
             "controlled": sum(before) + len(self.sizes) - 1,  # constant compute with all members
             "macs_per_forward": None if math.isnan(each) else each,
+            "macs_per_decode": self.way.predictor.decoder_macs(self.way.task),
         }
 
 

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from scaling_perception.evaluation.comparisons import evaluations_of, kind, solver_of
+from scaling_perception.evaluation.comparisons import against_usual, evaluations_of, kind, solver_of
 from scaling_perception.evaluation.intervals import interval_text
 from scaling_perception.inference.settings import NAMED
 from scaling_perception.tasks import TASKS
@@ -111,7 +111,7 @@ def print_table(result: dict[str, Any]) -> None:
         macs = "" if cell["macs"] is None else f"{cell['macs'] / 1e9:.3g}"
         steps, members = f"{cell['mean_steps']:.3g}", f"{cell['mean_members']:.3g}"
         stops = cell.get("tolerance", cell.get("step_tolerance", ""))
-        name = {"constant": "", "adaptive": "members", "steps": "steps"}[kind(cell)]
+        name = {"constant": "", "adaptive": cell.get("verifier", "members"), "steps": "steps"}[kind(cell)]
         head = [cell["preset"], solver_of(cell), steps, members, f"{name} {stops}".strip(), macs]
         rows.append([*head, f"{cell['seconds']:.3g}", *figures(cell["metrics"])])
     rows += [[name, *[""] * 6, *figures(value["metrics"])] for name, value in result["baselines"].items()]
@@ -122,6 +122,17 @@ def print_table(result: dict[str, Any]) -> None:
             [name, solver_of(cell), *map(str, (cell["steps"], cell["ensemble"])), *[""] * 3, *figures(value["metrics"])]
         )
         rows.append([f"picture against {name}", *[""] * 6, *figures(value["adds"])])
+    _print_rows(result, rows)
+    main = TASKS[result["task"]].main
+    if main is not None and (merged := against_usual(result["cells"], main.name)):
+        print(f"  against the usual merge of as many evaluations, paired by image ({main.label}), and its seconds:")
+        for cell, seconds, even in merged:
+            times = "" if seconds is None else f"× {seconds:.2f}"
+            where = f"{cell['preset']} {solver_of(cell)}, {cell['steps']} steps, N = {cell['ensemble']}"
+            print(f"    {where}: {even or 'not measured'}  {times}")
+
+
+def _print_rows(result: dict[str, Any], rows: list[list[str]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     print(f"{result['task']} on {result['dataset']}: {result['images']} images, model {result['model']}")
     if depth := result.get("ranges", {}).get("depth"):

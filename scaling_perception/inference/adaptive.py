@@ -26,9 +26,10 @@ from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.engine import NoiseKeys, draw_members
 from scaling_perception.inference.model import Model, prompt_of
 from scaling_perception.inference.settings import Settings
+from scaling_perception.inference.verifying import score_of_merged, verifier_of
 from scaling_perception.support.shapes import Array, Bool, Float, RandomKey, Real
 from scaling_perception.tasks.base import Estimate
-from scaling_perception.tasks.shapes import Pixels
+from scaling_perception.tasks.shapes import Map, Members, Pixels, Spread
 
 _MEDIAN = math.sqrt(math.pi / 2)  # standard error of a median over that of a mean (normal members)
 _DEVIATION = 1.4826  # standard deviation over median absolute deviation (normal members)
@@ -96,7 +97,7 @@ def adaptive_stream(
             for image in list(open_images):
                 raw, found = pool[image], np.stack(members[image])
                 reduced = model.reduce(task, found, mode)
-                if settled(reduced[1], len(found), settings.ensemble, mode, settings.tolerance):
+                if is_done(model, raw, task, settings, found, reduced, mode):
                     size, prompt = (raw["image"].shape[0], raw["image"].shape[1]), prompt_of(raw, task)
                     estimates[image] = model.merge(found, task, size, mode, prompt, forwards[image], reduced)
                     open_images.remove(image)
@@ -104,6 +105,22 @@ def adaptive_stream(
                     size = (raw["image"].shape[0], raw["image"].shape[1])
                     watch(model.merge(found, task, size, mode, prompt_of(raw, task), forwards[image], reduced))
         yield from (estimates[i] for i in range(len(pool)))
+
+
+def is_done(
+    model: Model,
+    raw: dict[str, Any],
+    task: str,
+    settings: Settings,
+    members: Members,
+    reduced: tuple[Map, Spread],
+    mode: str,
+) -> bool:
+    """Whether an image needs no further members: `settled`, or by the score of a verifier."""
+    by = verifier_of(settings, task)
+    if by is None or len(members) >= settings.ensemble:
+        return settled(reduced[1], len(members), settings.ensemble, mode, settings.tolerance)
+    return score_of_merged(model, raw, task, by, members, reduced[0]) <= (settings.tolerance or 0.0)
 
 
 def settled(uncertainty: Real[np.ndarray, "H W"], members: int, most: int, mode: str, tolerance: float | None) -> bool:

@@ -41,6 +41,8 @@ _BALANCED, _FAST = 0.9, 0.5
 CELL = ("steps", "ensemble", "preset", "solver", "macs", "seconds", "error", "ci95")
 CACHE_CELL = ("cache", "cache_interval", "evaluations")  # of cells with a cache; the last as `Model.evaluations`
 
+MERGE_CELL = "merge_in"  # of cells whose members are merged in another place than usual
+
 
 class Choice(NamedTuple):
     """A cell of the table. ``preset`` None is the model's own grid; ``seconds`` are those of ``here`` if given."""
@@ -54,6 +56,7 @@ class Choice(NamedTuple):
     error: float
     cache: str | None = None
     cache_interval: int | None = None
+    merge_in: str | None = None
 
 
 class Timing(NamedTuple):
@@ -188,7 +191,12 @@ def _choice(cell: Mapping[str, Any], entry: Mapping[str, Any], here: tuple[float
     preset = None if cell["preset"] == OWN else cell["preset"]
     numbers = float(cell["macs"]), seconds, float(cell["error"])
     return Choice(
-        int(cell["steps"]), int(cell["ensemble"]), preset, cell["solver"], *numbers, *map(cell.get, CACHE_CELL[:2])
+        int(cell["steps"]),
+        int(cell["ensemble"]),
+        preset,
+        cell["solver"],
+        *numbers,
+        *map(cell.get, (*CACHE_CELL[:2], MERGE_CELL)),
     )
 
 

@@ -57,6 +57,10 @@ def check_clip(settings: Settings, motion: Motion) -> None:
     """
     if settings.adaptive or settings.aspect != "squash":
         raise UserError("--video goes with neither --tolerance, --step-tolerance nor --aspect: leave them out")
+    if settings.merge_in != "pixels":
+        raise UserError("--video merges members of all frames together, as pixels: leave out --merge-in")
+    if settings.verifier is not None:
+        raise UserError("--video merges members of all frames together: leave out --verifier")
     if not 0 <= motion.carry < 1:
         raise UserError(f"--carry {motion.carry:g}: give a share from 0 up to, without, 1, such as 0.1")
     draws = settings.eta or SOLVERS[settings.solver].draws
@@ -229,7 +233,7 @@ class Clip:
         if self.motion.flow is not None:  # what is wrong with it is said before anything is written
             for one in frames[:-1]:
                 _read_flow(Path(self.motion.flow), one["name"], one["image"].shape[:2])
-        mode = what.reduce_mode(settings.reduce)
+        mode = settings.reduce_for(self.task)
         tables = model.tables(settings, self.task, model.choose_diffusion(settings.preset, settings.spacing))
         made = members_of_frames(
             model, frames, self.task, settings, tables, request.seed, self.motion.carry, request.batch_size

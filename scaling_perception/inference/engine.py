@@ -155,9 +155,21 @@ class Engine:
         function = partial(self._sample, noisy=noisy, keep=keep)
         return name, function, (params, vae, latents, draw, passes, tables)
 
-    def sampling_bytes(self, *arguments: Any) -> int:
-        """Memory that `sample` needs on a device besides its arguments, by the compiler's account (compiles it)."""
-        name, function, given = self._sampling(*arguments)
+    def clean(
+        self, params: Any, latents: Latents, draw: NoiseKeys, passes: Passes, tables: SamplerTables
+    ) -> Float[Array, "I M P h w C"]:
+        """Clean latents of every member, (I, M, P, h, w, C) in training units: what `sample` decodes."""
+        name, function, arguments = self._denoising(params, latents, draw, passes, tables)
+        return self.run(name, function, *arguments)
+
+    def _denoising(self, *arguments: Any) -> tuple[str, Callable[..., jax.Array], tuple[Any, ...]]:
+        noisy = bool(np.asarray(arguments[-1].sigma).any())
+        return "clean" + (" with noise" if noisy else ""), partial(self._clean, noisy=noisy), arguments
+
+    def sampling_bytes(self, params: Any, vae: Any, *more: Any, decoded: bool = True) -> int:
+        """Memory that `sample` (not ``decoded``: `clean`) needs on a device besides its arguments, by the compiler's
+        account (compiles it)."""
+        name, function, given = self._sampling(params, vae, *more) if decoded else self._denoising(params, *more)
         analysis = self.compiled(name, function, *given).memory_analysis()
         return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
 
@@ -369,15 +381,30 @@ class Engine:
         noisy: bool,
         keep: tuple[int, ...] | None,
     ) -> jax.Array:
+        found = self._clean(params, latents, draw, passes, tables, noisy, keep)
+        if keep:
+            return jax.lax.map(lambda z: self._decode(vae, z, passes), found)
+        return self._decode(vae, found, passes)
+
+    def _clean(
+        self,
+        params: Any,
+        latents: jax.Array,
+        draw: NoiseKeys,
+        passes: Passes,
+        tables: SamplerTables,
+        noisy: bool,
+        keep: tuple[int, ...] | None = None,
+    ) -> jax.Array:
+        """(I, M, P, h, w, C); with ``keep`` (K, I, M, P, h, w, C) of those steps' estimates."""
         rows, latent = self._shapes(latents, draw, passes)
         network, x, fresh = self._start(params, latents, draw, passes, tables, noisy)
         cached = tables.cache is not None
         denoise, memory = self._cached(network, tables, x) if cached else (self._plain(network), None)
         if keep:
             _, kept = sample(denoise, tables, x, fresh, keep=keep, memory=memory)
-            return jax.lax.map(lambda z: self._decode(vae, z.reshape(*rows, *latent), passes), kept)
-        z = sample(denoise, tables, x, fresh, memory=memory)
-        return self._decode(vae, z.reshape(*rows, *latent), passes)
+            return kept.reshape(len(keep), *rows, *latent)
+        return sample(denoise, tables, x, fresh, memory=memory).reshape(*rows, *latent)
 
     def _start(
         self, params: Any, latents: jax.Array, draw: NoiseKeys, passes: Passes, tables: SamplerTables, noisy: bool

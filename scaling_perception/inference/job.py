@@ -38,14 +38,13 @@ from scaling_perception.inference.outputs import (
     write_results,
 )
 from scaling_perception.inference.predictor import Predictor
-from scaling_perception.inference.settings import Settings
+from scaling_perception.inference.settings import LATER, Settings
 from scaling_perception.inference.video import VideoReader, is_video
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.failures import explain_os, full_or_read_only
 from scaling_perception.support.locks import hold
 from scaling_perception.support.overlap import WriteBehind, read_ahead, stopped_by_sigterm
 from scaling_perception.support.progress import progress
-from scaling_perception.tasks import get_task
 from scaling_perception.tasks.base import Estimate
 from scaling_perception.tasks.ensemble import opposed
 
@@ -385,16 +384,17 @@ def summary_of(
 
 def decided(request: Request, predictor: Predictor) -> dict[str, Any]:
     """All that decides a result besides the inputs."""
-    settings = request.settings.to_dict()
+    settings, usual = request.settings.to_dict(), Settings().to_dict()
     diffusion = predictor.choose_diffusion(settings.pop("preset"), settings.pop("spacing"))
     if settings["cache"] == NO_CACHE:  # results of versions without caches are the same
         del settings["cache"], settings["cache_interval"]
+    settings = {name: value for name, value in settings.items() if name not in LATER or value != usual[name]}
     return {
         "weights": predictor.id,
         "autoencoder_weights": predictor.autoencoder_id,
         "resolution": predictor.resolution,
         **settings,
-        "reduce": get_task(request.task).reduce_mode(request.settings.reduce),
+        "reduce": request.settings.reduce_for(request.task),
         "diffusion": dataclasses.asdict(diffusion),
         "seed": request.seed,
         "dtype": request.dtype,

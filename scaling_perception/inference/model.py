@@ -27,7 +27,7 @@ from scaling_perception.inference.settings import Settings
 from scaling_perception.interop.find import find_model
 from scaling_perception.interop.model_folder import load_model
 from scaling_perception.models.autoencoders import Autoencoder, is_matching, load_autoencoder, tree_hash
-from scaling_perception.models.compute import cached_macs, forward_macs
+from scaling_perception.models.compute import cached_macs, forward_macs, graph_macs
 from scaling_perception.models.config import config_from_dict
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.errors import UserError, did_you_mean
@@ -144,6 +144,14 @@ class Model:
         """Multiply-accumulates of the DiT for one image: a forward pass × passes × steps × members. With a cache,
         ``steps`` are `evaluations`."""
         return self.macs_per_forward * len(get_task(task).passes) * steps * ensemble
+
+    def decoder_macs(self, task: str) -> float:
+        """Multiply-accumulates of decoding one member of the task, which `macs` leaves out; merged latents are one."""
+        size, channels = self.config.input_size, self.config.in_channels
+        latents = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
+        return float(graph_macs(self.autoencoder.decode, self._autoencoder_params, latents)) * len(
+            get_task(task).passes
+        )
 
     def evaluations(self, settings: Settings) -> float:
         """Network evaluations of one member, by MACs: a step whose blocks come from a cache counts as the part of an
@@ -287,11 +295,12 @@ class Model:
         images: int,
         batch_size: int | None = None,
         tables: SamplerTables | None = None,
+        decoded: bool = True,
     ) -> BatchPlan:
         """How many images and members go into one batch, so that no batch is mostly padding and memory is enough.
 
         Without ``batch_size`` the largest batch that is any faster is tried, and with ``tables`` made smaller until the
-        compiler's account of it fits the memory that is free.
+        compiler's account of it fits the memory that is free; not ``decoded``: of members that are merged as latents.
 
         Raises:
             UserError: ensemble or batch_size below 1.
@@ -305,18 +314,18 @@ class Model:
         rows = max(1, at_once // (self.resolution**2 * len(get_task(task).passes)))
         plan = split(ensemble, rows, images, self.engine.devices)
         while tables is not None and plan.images * plan.members > 1:
-            needed, free = self._sampling_bytes(task, plan, tables), free_bytes()
+            needed, free = self._sampling_bytes(task, plan, tables, decoded), free_bytes()
             if needed <= free:
                 break
             rows = shrink(plan.images * plan.members, needed, free)
             plan = split(ensemble, rows, images, self.engine.devices)
         return plan
 
-    def _sampling_bytes(self, task: str, plan: BatchPlan, tables: SamplerTables) -> int:
+    def _sampling_bytes(self, task: str, plan: BatchPlan, tables: SamplerTables, decoded: bool = True) -> int:
         size = self.config.input_size
         latents = jax.ShapeDtypeStruct((plan.images, size, size, self.config.cond_channels), np.float32)
         draw = draw_members(jax.random.key(0), np.zeros(plan.images, np.uint32), 0, plan.members, False)
-        return self.engine.sampling_bytes(*self.weights, latents, draw, self.passes(task), tables)
+        return self.engine.sampling_bytes(*self.weights, latents, draw, self.passes(task), tables, decoded=decoded)
 
     def encode(self, group: Sequence[dict[str, Any]], task: str, plan: BatchPlan) -> Float[Array, "I h w C"]:
         """Latents (plan.images, h, w, cond_channels) of a group of raw samples; missing ones repeat the first."""

@@ -252,8 +252,14 @@ def _said(name: str, was: Any, now: Any) -> str:
 
 
 def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The entries of ``wanted`` that a record has otherwise: (name, was, is)."""
-    recorded = {**Settings().to_dict(), **found}  # what a record of an older version does not name was not turned
+    """The entries of ``wanted`` that a record has otherwise: (name, was, is).
+
+    A setting that either does not name has its default: older versions had no other, and some are recorded only where
+    they were turned.
+    """
+    usual = Settings().to_dict()
+    recorded = {**usual, **found}
+    wanted = {**{name: value for name, value in usual.items() if name in found}, **wanted}
     return [(name, recorded.get(name), value) for name, value in wanted.items() if recorded.get(name) != value]
 
 

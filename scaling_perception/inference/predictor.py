@@ -14,12 +14,13 @@ from scaling_perception.inference.adaptive import adaptive_stream
 from scaling_perception.inference.aspect import with_aspect
 from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.engine import draw_members
+from scaling_perception.inference.latents import latent_stream
 from scaling_perception.inference.model import Model, key_of, prompt_of
 from scaling_perception.inference.prediction import Prediction
 from scaling_perception.inference.settings import Settings, check_together
+from scaling_perception.inference.verifying import verified, verifier_of
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.shapes import RandomKey
-from scaling_perception.tasks import get_task
 from scaling_perception.tasks.base import Estimate
 
 
@@ -49,7 +50,8 @@ class Predictor(Model):
             key: integer or JAX key; the same key gives the same prediction.
             prompt: flow: the second frame of each image; amodal: the mask of the object's visible part.
             steps, ensemble, preset, spacing, reduce, more: see ``inference.settings.Settings``; ``more``: solver,
-                eta, clip, antithetic, aspect, tolerance, first, step_tolerance, step_chunk, cache or cache_interval.
+                eta, clip, antithetic, aspect, tolerance, first, step_tolerance, step_chunk, cache,
+                cache_interval, merge_in, verifier or verify.
             batch_size: images × members sampled at once; None chooses by memory. When given, short batches are padded
                 to it, so that calls of any length share one graph.
 
@@ -88,14 +90,14 @@ class Predictor(Model):
         """
         check_together(settings)
         chosen = Settings(**settings)
-        if chosen.adaptive or chosen.aspect != "squash":
-            raise UserError("intermediates go with neither tolerance nor aspect: leave them out")
+        if chosen.adaptive or chosen.aspect != "squash" or chosen.merge_in != "pixels" or chosen.verifier:
+            raise UserError("intermediates go with neither tolerance, aspect, merge_in nor verifier: leave them out")
         steps = [step + chosen.steps if step < 0 else step for step in at]
         if not steps or len(set(steps)) < len(steps) or not set(steps) <= set(range(chosen.steps)):
             raise UserError(f"steps {list(at)} to look at: give different ones in 0..{chosen.steps - 1}")
         (raw,) = raws = self.raw_inputs([image], task, [prompt])
         diffusion = self.choose_diffusion(chosen.preset, chosen.spacing)
-        mode = get_task(task).reduce_mode(chosen.reduce)
+        mode = chosen.reduce_for(task)
         tables = self.tables(chosen, task, diffusion)
         plan = BatchPlan(1, chosen.ensemble)
         draw = draw_members(key_of(key), self.image_ids(raws, 1), 0, chosen.ensemble, chosen.antithetic)
@@ -128,16 +130,17 @@ class Predictor(Model):
                 (``batch_size``) or rounds, and with what its steps so far give at each look of an early exit; squashed,
                 and not with the last, which is the result.
         """
-        key, mode = key_of(key), get_task(task).reduce_mode(settings.reduce)
+        key, mode = key_of(key), settings.reduce_for(task)
+        in_latents = settings.merge_in == "latents" and settings.ensemble > 1  # one member is decoded as usual
         tables = self.tables(settings, task, self.choose_diffusion(settings.preset, settings.spacing))
         if settings.aspect == "tile":
             count = None  # windows: more than there are samples
         members = min(settings.first, settings.ensemble) if settings.tolerance is not None else settings.ensemble
-        plan = self.plan(task, members, count or 10**9, batch_size, tables)
+        plan = self.plan(task, members, count or 10**9, batch_size, tables, not in_latents)
         seen = watch if settings.aspect == "squash" else None  # else these are parts of a picture, or padded
         how: dict[str, Any] = {"task": task, "settings": settings, "tables": tables, "key": key, "mode": mode}
-        of = partial(adaptive_stream, self) if settings.adaptive else self.sampled
-        run = partial(of, **how, plan=plan, watch=seen)
+        of = partial(adaptive_stream if settings.adaptive else latent_stream, self)
+        run = partial(of if settings.adaptive or in_latents else self.sampled, **how, plan=plan, watch=seen)
         yield from with_aspect(run, raws, task, settings.aspect, self.resolution)
 
     def sampled(
@@ -158,19 +161,29 @@ class Predictor(Model):
         """
         key = key_of(key)
         samples, each = iter(raws), self.evaluations(settings)
+        by = verifier_of(settings, task)
 
-        def merged(raw: dict[str, Any], pixels: np.ndarray) -> Estimate:
-            members = self.decode_members(pixels, task)
-            return self.merge(members, task, raw["image"].shape[:2], mode, prompt_of(raw, task), each * len(members))
+        def sample(group: list[dict[str, Any]], watch: Any = None) -> np.ndarray:
+            latents = self.encode(group, task, plan)
+            return self.sample(latents, group, task, settings.ensemble, tables, key, plan, settings.antithetic, watch)
+
+        def merged(raw: dict[str, Any], pixels: np.ndarray, other: np.ndarray | None = None) -> Estimate:
+            members, reduced, times = self.decode_members(pixels, task), None, 1
+            if by is not None:
+                back = None if other is None else self.reduce(task, self.decode_members(other, task), mode)[0]
+                reduced, times = verified(self, raw, task, settings, members, mode, back), 1 if back is None else 2
+            spent = each * len(members) * times
+            return self.merge(members, task, raw["image"].shape[:2], mode, prompt_of(raw, task), spent, reduced)
 
         while group := list(itertools.islice(samples, plan.images)):
-            latents = self.encode(group, task, plan)
+            others: Any = [None] * len(group)
+            if by is not None and by.reverse is not None and settings.ensemble > 1:
+                others = sample([by.reverse(raw) for raw in group])
             seen = None
             if watch is not None and len(group) == 1:
-                seen = partial(_see, watch, partial(merged, group[0]))
-            pixels = self.sample(latents, group, task, settings.ensemble, tables, key, plan, settings.antithetic, seen)
-            for raw, one in zip(group, pixels, strict=True):
-                yield merged(raw, one)
+                seen = partial(_see, watch, partial(merged, group[0], other=others[0]))
+            for raw, one, other in zip(group, sample(group, seen), others, strict=True):
+                yield merged(raw, one, other)
 
 
 def _see(watch: Callable[[Estimate], None], merged: Callable[[np.ndarray], Estimate], pixels: np.ndarray) -> None:

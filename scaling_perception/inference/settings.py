@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from scaling_perception.support.errors import UserError
+from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.verbs import COUNT, NOT_NEGATIVE, POSITIVE, RENAMED, SEED, STEPS, add_mesh
 
 if TYPE_CHECKING:  # JAX, which --help does not wait for
@@ -36,6 +36,8 @@ def setting(
     return dataclasses.field(default=default, metadata=known | {"swept": swept, "goes_with": goes_with})
 
 
+MERGES = ("pixels", "latents")
+USES = ("best", "weighted", "allocate")
 ALIASES: dict[str | None, str] = {"v_trailing": "fixed", "least-squares": "lsq"}
 """The telling name of a preset or a way of merging -> the one that files of every version hold."""
 
@@ -68,6 +70,12 @@ class Settings:
         cache: what stands in for the transformer's blocks in the steps that do not compute them: none, fora,
             taylorseer, l2p, or one of these with ``-trunk`` (``diffusion.caching``).
         cache_interval: every so many steps, from the first one on, the blocks are computed; 1 is without a cache.
+        merge_in: where members are merged: ``pixels``, each member decoded, or ``latents``, their merged latents
+            decoded once (``inference.latents``).
+        verifier: a score of members that needs no truth: flow photometric, cycle; depth and normals edges; amodal
+            visible; all agreement (``tasks.verifiers``).
+        verify: what it is used for: best, weighted or allocate (``inference.verifying``); by ``allocate`` the
+            ``tolerance`` is of the score.
     """
 
     steps: int = setting(10, STEPS, "T", "denoising steps", swept=True)
@@ -116,6 +124,25 @@ class Settings:
     cache_interval: int = setting(
         2, COUNT, "K", "with a cache: compute the blocks every so many steps", swept=True, goes_with="cache"
     )
+    merge_in: str = setting(
+        "pixels", str, "WHERE", "where members are merged: pixels, or latents, which are then decoded once", swept=True
+    )
+    verifier: str | None = setting(
+        None,
+        str,
+        "NAME",
+        "score without truth: flow photometric, cycle; depth, normals edges; amodal visible; all agreement",
+        "none",
+        swept=True,
+    )
+    verify: str = setting(
+        "best",
+        str,
+        "USE",
+        "its use: best member, weighted merge, or allocate members to scores above tolerance",
+        swept=True,
+        goes_with="verifier",
+    )
 
     def __post_init__(self) -> None:
         from scaling_perception.diffusion.caching import NO_CACHE, cache_name
@@ -125,6 +152,12 @@ class Settings:
         check_aspect(self.aspect)
         object.__setattr__(self, "solver", solver_name(self.solver))  # an alias is recorded by the one name
         object.__setattr__(self, "cache", cache_name(self.cache))
+        if self.merge_in not in MERGES:
+            raise UserError(f"unknown merge_in '{self.merge_in}'{did_you_mean(self.merge_in, MERGES)}")
+        if self.merge_in != "pixels" and self.adaptive:
+            other = "step_tolerance" if self.tolerance is None else "tolerance"
+            raise UserError(f"merge_in '{self.merge_in}' does not go with {other}: leave out one of them")
+        self._check_verifier()
         for name in ("preset", "reduce"):
             object.__setattr__(self, name, ALIASES.get(getattr(self, name), getattr(self, name)))
         for name in ("ensemble", "first", "step_chunk", "cache_interval"):
@@ -145,6 +178,23 @@ class Settings:
                 f"'{self.solver}'"
             )
 
+    def _check_verifier(self) -> None:
+        if self.verify not in USES:
+            raise UserError(f"unknown verify '{self.verify}'{did_you_mean(self.verify, USES)}")
+        allocates = self.verify == "allocate"
+        if self.verifier is None:
+            if allocates:
+                raise UserError("verify 'allocate' goes with verifier: give that too, or leave it out")
+            return
+        if self.merge_in != "pixels":
+            raise UserError(f"merge_in '{self.merge_in}' does not go with verifier: leave out one of them")
+        if self.step_tolerance is not None:
+            raise UserError("verifier does not go with step_tolerance: leave out one of them")
+        if allocates and self.tolerance is None:
+            raise UserError("verify 'allocate' goes with tolerance, the score that is good enough: give that too")
+        if not allocates and self.tolerance is not None:
+            raise UserError(f"verify '{self.verify}' does not go with tolerance: leave it out, or choose allocate")
+
     @property
     def adaptive(self) -> bool:
         """Whether images may get different numbers of members or steps."""
@@ -156,6 +206,23 @@ class Settings:
         from scaling_perception.diffusion.solvers import evaluations
 
         return evaluations(self.solver, self.steps)
+
+    def reduce_for(self, task: str) -> str:
+        """How members of a task are merged, by the name that is recorded.
+
+        Raises:
+            UserError: the task has no such way, none for latents, or not the verifier; or members are to be allocated
+                by one that costs as much as they do.
+        """
+        from scaling_perception.tasks import get_task
+
+        if self.verifier is not None:
+            costs = get_task(task).verifier(self.verifier).reverse is not None
+            if costs and self.verify == "allocate":
+                raise UserError(
+                    f"verify 'allocate' saves nothing by {self.verifier}, which predicts twice: choose another"
+                )
+        return get_task(task).reduce_mode(self.reduce, self.merge_in == "latents")
 
     def tables(self, diffusion: DiffusionPreset) -> SamplerTables:
         """The sampler's table for a model's diffusion on the chosen grid; the cache is put in by `Model.tables`.
@@ -179,7 +246,9 @@ class Settings:
         return dataclasses.asdict(self)
 
 
-NAMED = ("eta", "clip", "antithetic", "aspect")
+NAMED = ("eta", "clip", "antithetic", "aspect", "merge_in", "verifier", "verify")
+LATER = ("merge_in", "verifier", "verify")
+"""Settings whose default is not recorded with a result: versions before them had no other."""
 SETTINGS = {one.name: one.metadata for one in dataclasses.fields(Settings)}
 """Name of each setting -> the arguments of `setting`; ``default`` in words."""
 

@@ -1,8 +1,15 @@
 """Compute, counted: forward multiply-accumulates (MACs) of a DiT, the source of truth for every compute axis.
 
 MACs and FLOPs are different words: one MAC is two FLOPs. DiT's published "Gflops" are MACs, and so are the paper's
-(facts 1.4). Biases, norms, softmax and modulation are left out, and so is the autoencoder.
+(facts 1.4). Biases, norms, softmax and modulation are left out, and so is the autoencoder, which `graph_macs` counts:
+M members cost M decodes, or one where they are merged as latents.
 """
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from scaling_perception.models.config import TIME_FREQUENCIES, DiTConfig
 from scaling_perception.models.presets import at_resolution
@@ -57,3 +64,39 @@ def cached_macs(config: DiTConfig, features: str) -> int:
 def inference_macs(config: DiTConfig, steps: int, members: int, passes: int = 1, resolution: int | None = None) -> int:
     """MACs of one prediction: forward MACs x denoising steps x ensemble members x passes (flow has two, facts 1.4)."""
     return forward_macs(config, resolution) * steps * members * passes
+
+
+def graph_macs(function: Callable[..., Any], *arguments: Any) -> int:
+    """MACs of the products and convolutions of a JAX function on arguments of these shapes; nothing is computed.
+
+    A branch counts as its dearest one, a loop of unknown length once.
+    """
+    import jax
+
+    return _macs_of(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _macs_of(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        name, given = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = given["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel, out = equation.invars[1].aval.shape, given["dimension_numbers"].rhs_spec[0]
+            total += equation.outvars[0].aval.size * math.prod(kernel) // kernel[out]
+        else:
+            inner = [_macs_of(one) for one in _inside(given)]
+            total += max(inner, default=0) if name == "cond" else sum(inner) * given.get("length", 1)
+    return total
+
+
+def _inside(given: dict[str, Any]) -> Iterator[Any]:
+    """The programs that an equation holds."""
+    for value in given.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            found = getattr(one, "jaxpr", one)
+            if hasattr(found, "eqns"):
+                yield found

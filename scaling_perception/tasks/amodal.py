@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Real, Shaped
 
 from scaling_perception.support.errors import UserError
+from scaling_perception.tasks import verifiers
 from scaling_perception.tasks.base import (
     Answer,
     Estimate,
@@ -117,6 +118,27 @@ def merge(
 
     merged = ensemble.jitted_amodal(members)
     return np.asarray(merged[0]), np.asarray(merged[1])
+
+
+def uncovered(members: Real[np.ndarray, "M R R 3"], seen: verifiers.Seen) -> Float[np.ndarray, " M"]:
+    """The share of the visible part that the painted mask leaves out; 0 where nothing is visible at this size."""
+    visible = seen.prompt[..., 0] > 0
+    painted = mask_from_whole(members, seen.options.mask_threshold)
+    return (visible & ~painted).sum(axis=(1, 2)) / max(int(visible.sum()), 1)
+
+
+def agreement(members: Real[np.ndarray, "M R R 3"], seen: verifiers.Seen) -> Float[np.ndarray, " M"]:
+    """1 - IoU of the painted mask with the merged one's; 0 where both are empty."""
+    threshold = seen.options.mask_threshold
+    painted, merged = mask_from_whole(members, threshold), mask_from_whole(seen.merged, threshold)[None]
+    either = (painted | merged).sum(axis=(1, 2))
+    return np.where(either > 0, 1 - (painted & merged).sum(axis=(1, 2)) / np.maximum(either, 1), 0.0)
+
+
+VERIFIERS = {
+    "visible": verifiers.Verifier("share of the visible part that the mask leaves out, of [0, 1]", uncovered),
+    "agreement": verifiers.Verifier("1 - IoU with the merged mask", agreement, among=True),
+}
 
 
 def restore(
@@ -241,7 +263,9 @@ TASK = Task(
     check=check,
     decode_prediction=decode_prediction,
     reduce_modes=("median",),
+    latent_modes=("median",),
     merge=merge,
+    verifiers=VERIFIERS,
     restore=restore,
     flags=("mask",),
     files=FILES,

@@ -19,6 +19,7 @@ from jaxtyping import Float, Real, Shaped
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks.resize import resize_bilinear
 from scaling_perception.tasks.shapes import Colours, Map, Mask, Members, Native, Pixels, Plain, Size, Spread
+from scaling_perception.tasks.verifiers import Verifier
 
 if TYPE_CHECKING:
     import jax
@@ -245,7 +246,9 @@ class Task:
         check: UserError for a raw input that asks for nothing.
         decode_prediction: (pixels (P, M, R, R, 3), (H, W), options) -> members (M, H, W[, C]).
         reduce_modes: ways of merging members; the first is the default.
+        latent_modes: those of them by which latents can be merged (``inference.latents``).
         merge: (members (M, R, R[, C]), mode, options) -> (merged (R, R[, C]), uncertainty (R, R)).
+        verifiers: scores of members that need no truth, by name (``tasks.verifiers``).
         native: (map (R, R[, C]), (H, W)) -> the same at native size, in native units.
         restore: (merged, (H, W), options, the prompt or None) -> ``Answer``; None: the map itself by ``native``.
         relative: whether the answer is known up to scale and shift: parts of a picture are fitted to the whole, and
@@ -294,7 +297,9 @@ class Task:
     dataset: str = ""
     check: Callable[[Raw], None] = nothing_to_check
     reduce_modes: tuple[str, ...] = ()
+    latent_modes: tuple[str, ...] = ()
     merge: Merge | None = None
+    verifiers: Mapping[str, Verifier] = dataclasses.field(default_factory=dict)
     native: Callable[[Real[np.ndarray, "R R *C"], Size], Float[np.ndarray, "H W *C"]] = plain_native
     restore: Restore | None = None
     relative: bool = False
@@ -325,18 +330,31 @@ class Task:
         """Whether it predicts something of a picture; if not, it generates pictures of classes."""
         return self.fields != ("target",)
 
-    def reduce_mode(self, mode: str | None) -> str:
-        """``mode``, or the task's default for None.
+    def reduce_mode(self, mode: str | None, latents: bool = False) -> str:
+        """``mode``, or the task's default for None; ``latents``: to merge latents by.
 
         Raises:
-            UserError: the task has no such mode.
+            UserError: the task has no such mode, or none for latents.
         """
         if mode is None:
             return self.reduce_modes[0]
         if mode not in self.reduce_modes:
             near = did_you_mean(mode, self.reduce_modes)
             raise UserError(f"reduce '{mode}' is no way to merge {self.name} members{near}")
+        if latents and mode not in self.latent_modes:
+            known = ", ".join(self.latent_modes)
+            raise UserError(f"reduce '{mode}' is no way to merge {self.name} latents: give {known}, or merge_in pixels")
         return mode
+
+    def verifier(self, name: str) -> Verifier:
+        """The verifier called ``name``.
+
+        Raises:
+            UserError: the task has no such one.
+        """
+        if name not in self.verifiers:
+            raise UserError(f"verifier '{name}' is none of {self.name}{did_you_mean(name, self.verifiers)}")
+        return self.verifiers[name]
 
     def answer(self, merged: Map, size: Size, options: Any, prompt: Shaped[np.ndarray, "H W *D"] | None) -> Answer:
         """The merged map (R, R[, C]) as the task's answer at native size (H, W)."""

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Real, Shaped, UInt16
 
 from scaling_perception.support.errors import UserError
+from scaling_perception.tasks import verifiers
 from scaling_perception.tasks.alignment import THINNED, align, nearest_columns
 from scaling_perception.tasks.base import (
     VALID_MINIMUM,
@@ -332,7 +333,9 @@ TASK = Task(
     dataset="hypersim",
     decode_prediction=decode_prediction,
     reduce_modes=("lsq", "median", "minmax", "marigold"),
+    latent_modes=("lsq", "median"),
     merge=merge,
+    verifiers=verifiers.DEPTH,
     relative=True,
     flags=("ply", "intrinsics", "fov", "range", "align", "align_space", "align_fit"),
     files=FILES,

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Real, Shaped
 
 from scaling_perception.support.errors import UserError
+from scaling_perception.tasks import verifiers
 from scaling_perception.tasks.base import (
     VALID_MINIMUM,
     WEIGHT,
@@ -226,7 +227,9 @@ TASK = Task(
     dataset="flying_chairs",
     decode_prediction=decode_prediction,
     reduce_modes=("mean", "median"),
+    latent_modes=("mean", "median"),
     merge=merge,
+    verifiers=verifiers.FLOW,
     native=native,
     flags=("kitti",),
     files=FILES,

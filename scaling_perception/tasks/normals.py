@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Real, Shaped
 
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.tasks import verifiers
 from scaling_perception.tasks.base import (
     VALID_MINIMUM,
     Estimate,
@@ -141,6 +142,19 @@ def merge(
     apart = angles(members, merged[None])
     spread = np.sqrt(np.mean(np.square(apart), axis=0)) if mode == "mean" else np.median(apart, axis=0)
     return merged, spread.astype(np.float32)
+
+
+def agreement(members: Real[np.ndarray, "M R R 3"], seen: verifiers.Seen) -> Float[np.ndarray, " M"]:
+    """Mean angle to the merged normals, in degrees."""
+    return np.asarray([angles(unit(member), seen.merged).mean() for member in members])
+
+
+VERIFIERS = {
+    "edges": verifiers.Verifier(
+        "part of the normals' change where the picture does not change, of [0, 1]", verifiers.edges
+    ),
+    "agreement": verifiers.Verifier("mean angle to the merged normals, degrees", agreement, among=True),
+}
 
 
 def normals_to_color(normals: Real[np.ndarray, "H W 3"], valid: Mask | None = None) -> Colours:
@@ -283,7 +297,9 @@ TASK = Task(
     dataset="scenes",
     decode_prediction=decode_prediction,
     reduce_modes=MODES,
+    latent_modes=MODES,
     merge=merge,
+    verifiers=VERIFIERS,
     native=native,
     files=FILES,
     usual_files=("color", "npy"),

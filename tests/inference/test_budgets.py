@@ -99,6 +99,15 @@ def test_own_grid_is_none():
     assert choose(_table(_cell(1, 1, 0.3, "own", "unipc")), "depth", "best")[2:4] == (None, "unipc")
 
 
+def test_where_members_are_merged_is_chosen_too():
+    cells = [_cell(1, 5, 0.3), {**_cell(1, 5, 0.25), "merge_in": "latents"}]
+    assert choose(_table(*cells), "depth", "best").merge_in == "latents"
+    assert choose(_table(cells[0]), "depth", "best").merge_in is None
+    result = _evaluation()
+    result["cells"][1]["merge_in"] = "latents"
+    assert [cell.get("merge_in") for cell in budget_entry(result)["cells"]] == [None, "latents", None]
+
+
 def test_refusals(tmp_path):
     table = _table(*FALLING)
     cases = [

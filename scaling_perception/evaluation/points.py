@@ -1,0 +1,112 @@
+"""The grid of an evaluation: its points, each of which is sampled once, and the cells that are read off each."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from scaling_perception.diffusion.caching import NO_CACHE
+from scaling_perception.diffusion.sampler import SamplerTables
+from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
+from scaling_perception.diffusion.solvers import SOLVERS, solver_name
+from scaling_perception.evaluation.nested import Adaptive
+from scaling_perception.inference.budgets import OWN
+from scaling_perception.inference.predictor import Predictor
+from scaling_perception.inference.settings import ALIASES, Settings
+from scaling_perception.support.errors import UserError
+from scaling_perception.tasks import get_task
+
+
+class Point(NamedTuple):
+    """One sampled point of the grid; all its cells come from one run of the largest ensemble."""
+
+    preset: str
+    settings: Settings
+    tables: SamplerTables
+    looks: bool  # whether the clean estimates between chunks of steps are kept
+    cells: tuple[dict[str, Any], ...]
+
+
+def points_of(
+    predictor: Predictor,
+    task: str,
+    steps: Sequence[int],
+    sizes: list[int],
+    presets: Sequence[str | None],
+    solvers: Sequence[str],
+    caches: Sequence[tuple[str, int]],
+    mode: str,
+    adaptive: Adaptive,
+    shared: Settings,
+) -> list[Point]:
+    points: list[Point] = []
+    for preset in dict.fromkeys(ALIASES.get(preset, preset) for preset in presets):
+        diffusion = predictor.choose_diffusion(preset, shared.spacing)
+        name = preset or _grid_name(predictor.diffusion)
+        for solver, (cache, interval) in itertools.product(dict.fromkeys(map(solver_name, solvers)), caches):
+            for count in dict.fromkeys([1] if SOLVERS[solver].at_once else steps):
+                more = {"cache": cache, "cache_interval": interval}
+                grid = {"steps": count, "ensemble": sizes[-1], "preset": preset, "solver": solver, **more}
+                settings = dataclasses.replace(shared, first=adaptive.first, **grid)
+                tables = predictor.tables(settings, task, diffusion)
+                if cache != NO_CACHE and tables.cache is None:
+                    continue
+                looks = bool(adaptive.step_tolerances) and count > 2 * adaptive.step_chunk
+                known = {"preset": name, "spacing": diffusion.spacing, "schedule": diffusion.schedule}
+                known |= {"solver": solver, "steps": count, "reduce": mode, **shared.named}
+                if tables.cache is not None:
+                    known |= {**more, "evaluations": predictor.evaluations(settings)}
+                cells = tuple(_cells(task, known, sizes, settings, adaptive, looks))
+                points.append(Point(name, settings, tables, looks, cells))
+    if not points:
+        raise UserError("cache: every cell would compute every step: give a shorter cache_interval, or more steps")
+    return points
+
+
+def _cells(
+    task: str, known: dict[str, Any], sizes: list[int], settings: Settings, adaptive: Adaptive, looks: bool
+) -> Iterator[dict[str, Any]]:
+    """The cells of a point. Settings refuse what does not go together."""
+    for size in sizes:
+        dataclasses.replace(settings, ensemble=size)
+        yield {"kind": "constant", **known, "ensemble": size}
+    for size in sizes:
+        if adaptive.latents and size > 1:  # one member is decoded as it is
+            yield {"kind": "constant", **known, "ensemble": size, "merge_in": "latents"}
+    for (name, use), size in itertools.product(dict.fromkeys(adaptive.verifiers), sizes):
+        if use != "allocate" and size > 1:  # one member leaves nothing to choose
+            twice = get_task(task).verifier(name).reverse is not None
+            more = {"evaluations": 2 * known.get("evaluations", settings.evaluations)} if twice else {}
+            yield {"kind": "constant", **known, "ensemble": size, "verifier": name, "verify": use, **more}
+    allocating = [{"verifier": name, "verify": use} for name, use in adaptive.verifiers if use == "allocate"]
+    for tolerance, use in itertools.product(dict.fromkeys(adaptive.tolerances), allocating or [{}]):
+        dataclasses.replace(settings, tolerance=tolerance, **use)
+        more = {"tolerance": tolerance, "first": adaptive.first}
+        yield {"kind": "adaptive", **known, "ensemble": sizes[-1], **more, **use}
+    for tolerance in dict.fromkeys(adaptive.step_tolerances):
+        dataclasses.replace(settings, step_tolerance=tolerance, step_chunk=adaptive.step_chunk)
+        more = {"step_tolerance": tolerance, "step_chunk": adaptive.step_chunk}
+        for size in sizes if looks else ():
+            yield {"kind": "steps", **known, "ensemble": size, **more}
+
+
+def point_size(point: Point) -> tuple[int, bool, bool]:
+    """What orders points by the memory that they take."""
+    cache = point.tables.cache
+    return len(point.tables.t), cache is not None, cache is not None and cache.features == "blocks"
+
+
+def way_of(point: Point) -> tuple[Any, ...]:
+    """All of a point's settings but for the number of steps."""
+    settings = point.settings
+    return point.preset, settings.solver, settings.cache, settings.cache_interval
+
+
+def _grid_name(own: DiffusionPreset) -> str:
+    """The preset whose timesteps a model's own diffusion uses, or ``own``."""
+    for name, preset in PRESETS.items():
+        if all(
+            getattr(own, field) == getattr(preset, field) for field in ("spacing", "steps_offset", "final_alpha_one")
+        ):
+            return name
+    return OWN
