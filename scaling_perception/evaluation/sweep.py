@@ -366,11 +366,14 @@ class _Run:
             return
         predictor, task, adaptive = self.way.predictor, self.way.task, self.way.adaptive
         side, passes = predictor.resolution, len(get_task(task).passes)
-        for count in sorted({*self.sizes, *(adaptive.rounds(self.way.most) if adaptive.tolerances else ())}):
+        counts = {*self.sizes, *(adaptive.rounds(self.way.most) if adaptive.tolerances else ())}
+        if adaptive.latents or adaptive.verifiers:
+            counts.add(1)
+        if any(use == "weighted" for _, use in adaptive.verifiers):
+            counts |= {2 * size for size in self.sizes}
+        for count in sorted(counts):
             members = predictor.decode_members(np.zeros((passes, count, side, side, 3), np.float32), task)
             predictor.merge(members, task, (side, side), self.way.mode)
-        if adaptive.latents:
-            predictor.reduce(task, members[:1], self.way.mode)
         self.merging_is_compiled = True
 
     def _baselines(self, group: list[dict[str, Any]]) -> Iterator[dict[str, dict[str, float]]]:

@@ -37,6 +37,7 @@ FILE = "budgets.json"
 FORMAT = 1
 NAMES = ("fast", "balanced", "best")
 OWN = "own"  # the preset's name where a model's own grid of timesteps is none of the presets'
+_LEAST = 1e-9  # seconds; what is measured as less, or as negative, is noise
 _BALANCED, _FAST = 0.9, 0.5
 CELL = ("steps", "ensemble", "preset", "solver", "macs", "seconds", "error", "ci95")
 CACHE_CELL = ("cache", "cache_interval", "evaluations")  # of cells with a cache; the last as `Model.evaluations`
@@ -184,7 +185,7 @@ def _choice(cell: Mapping[str, Any], entry: Mapping[str, Any], here: tuple[float
         spent = min(timing["per_forward"] * forwards, seconds)
         there = entry.get("reference", timing)
         fixed, forward = (
-            now / then if then > 0 else 1.0
+            now / then if then > _LEAST else 1.0  # a machine too busy to time it says nothing of others
             for now, then in zip(here, (there["fixed"], there["per_forward"]), strict=True)
         )
         seconds = (seconds - spent) * fixed + spent * forward
@@ -232,5 +233,5 @@ def measure_timing(predictor: "Predictor", task: str, preset: str | None = None,
             runs.append(time.perf_counter() - begin)
         spent[steps] = min(runs)
     more = evaluations(solver, 5) - evaluations(solver, 1)
-    forward = max((spent[5] - spent[1]) / more, 1e-9)
+    forward = max((spent[5] - spent[1]) / more, _LEAST)
     return Timing(max(spent[1] - forward, 0.0), forward)

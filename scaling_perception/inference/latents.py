@@ -11,7 +11,6 @@ its pattern at the latents' resolution, on a scale that is about right only (`un
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.engine import draw_members
 from scaling_perception.inference.model import Model, key_of, prompt_of
 from scaling_perception.inference.settings import Settings
-from scaling_perception.support.shapes import AnyArray, Array, Float, RandomKey
+from scaling_perception.support.shapes import Array, EitherArray, Float, RandomKey
 from scaling_perception.tasks.base import Estimate
 from scaling_perception.tasks.ensemble import median
 from scaling_perception.tasks.resize import resize_bilinear
@@ -33,7 +32,7 @@ _SMALLEST = 1e-6
 
 
 def merge_latents(
-    latents: Float[AnyArray, "I M P h w C"], mode: str
+    latents: Float[EitherArray, "I M P h w C"], mode: str
 ) -> tuple[Float[Array, "I 1 P h w C"], Float[Array, "I h w"]]:
     """Clean latents of members into those of one member and their spread, root mean square over passes and channels.
 
@@ -81,13 +80,17 @@ def _anchored(merged: Float[Array, "I P h w C"], size: Float[Array, "I P 1 1 1"]
 
 
 def decode_merged(
-    model: Model, latents: Float[AnyArray, "I M P h w C"], task: str, mode: str
+    model: Model, latents: Float[EitherArray, "I M P h w C"], task: str, mode: str
 ) -> tuple[Float[np.ndarray, "I P 1 R R 3"], Float[np.ndarray, "I h w"], Float[np.ndarray, " I"]]:
     """Members merged and decoded: pixels, the latents' spread, and the standard deviation of the merged latents over
     the picture, of which `uncertainty_of` makes a map."""
-    merged, spread = model.engine.run(f"merge latents by {mode}", partial(merge_latents, mode=mode), latents)
+
+    def merge(latents: Array) -> tuple[Array, Array, Array]:
+        merged, spread = merge_latents(latents, mode)
+        return merged, spread, jnp.sqrt(jnp.mean(jnp.var(merged[:, 0], axis=(2, 3)), axis=(1, 2)))
+
+    merged, spread, varies = model.engine.run(f"merge latents by {mode}", merge, latents)
     pixels = model.engine.decode(model.weights[1], merged, model.passes(task))
-    varies = jnp.sqrt(jnp.mean(jnp.var(merged[:, 0], axis=(2, 3)), axis=(1, 2)))
     return np.asarray(pixels), np.asarray(spread), np.asarray(varies)
 
 
@@ -118,7 +121,7 @@ def estimate(
 
 def sample_latents(
     model: Model,
-    latents: Float[AnyArray, "I h w C"],
+    latents: Float[EitherArray, "I h w C"],
     group: Sequence[dict[str, Any]],
     task: str,
     ensemble: int,

@@ -95,6 +95,12 @@ def test_seconds_of_another_machine():
     assert choose(table, "depth", "best", here=(0.6, 0.01)).seconds == pytest.approx(0.325)
 
 
+def test_a_reference_that_is_noise_scales_nothing():
+    """On a busy machine five steps may have taken no longer than one: the table holds the least of seconds then."""
+    table = _table(*FALLING, timing={"fixed": 0.1, "per_forward": 0.01}, reference={"fixed": 0.3, "per_forward": 1e-9})
+    assert choose(table, "depth", "best", here=(0.3, 0.02)).seconds == pytest.approx(0.35)
+
+
 def test_own_grid_is_none():
     assert choose(_table(_cell(1, 1, 0.3, "own", "unipc")), "depth", "best")[2:4] == (None, "unipc")
 
