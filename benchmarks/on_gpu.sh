@@ -265,7 +265,8 @@ one_step() { # fine-tuning of `base` by its tasks' losses
 }
 
 ablations() {
-  local batch=${BATCH:-256} caches
+  local batch=${BATCH:-256} abreast=${ABREAST:-5} caches share
+  share=$(awk "BEGIN {print 0.75 / $abreast}") # libraries take memory beside it
   [ "$device" = cpu ] && batch=${BATCH:-16}
   mkdir -p "$out/ablations" "$work/ablations"
   caches=$(finished)
@@ -274,9 +275,9 @@ ablations() {
   while read -r name words flags; do
     # shellcheck disable=SC2053 # a pattern
     [[ $name == ${ONLY:-*} ]] || continue
-    while [ "$(jobs -rp | wc -l)" -ge "${ABREAST:-5}" ]; do wait -n; done
+    while [ "$(jobs -rp | wc -l)" -ge "$abreast" ]; do wait -n; done
     # shellcheck disable=SC2086 # the flags are several
-    XLA_PYTHON_CLIENT_MEM_FRACTION=0.12 ablation "$name" ${words:+"$words"} $flags &
+    XLA_PYTHON_CLIENT_MEM_FRACTION=$share ablation "$name" ${words:+"$words"} $flags &
   done < <(every_ablation)
   wait
   # shellcheck disable=SC2053

@@ -1,6 +1,6 @@
 """Fine-tune the shipped generalist, or another model folder, on one task of a person's own data.
 
-    scaling-perception prepare folder --raw mydata --tasks depth --out runs/mydata --latents --vae tiny+lite0 --resolution 128
+    scaling-perception prepare folder --raw mydata --tasks depth --out runs/mydata --latents --vae tiny+lite0+match --resolution 128
     scaling-perception train --config configs/finetune.py:task=depth,cache=runs/mydata --workdir runs/mydepth
     scaling-perception train --config configs/finetune.py:task=flow,source=flying_chairs,root=DATA/chairs --workdir runs/myflow
 

@@ -211,4 +211,4 @@ def test_a_start_keeps_the_passes_that_it_knows(spec, tmp_path):
         config = load_config(f"configs/{spec}init={init}")
         assert network_of(config).task_labels == rows
         more = 32 if rows == 5 else 0
-        assert (network_of(config).features, config.autoencoder) == (more, "tiny+lite0" if more else "tiny")
+        assert (network_of(config).features, config.autoencoder) == (more, "tiny+lite0+match" if more else "tiny")

@@ -1,11 +1,15 @@
 """The shipped generalists beat the trivial answers on held-out samples, for each task, by the paired difference."""
 
 import functools
+import json
+import re
 
 import numpy as np
 import pytest
+from pages import ROOT
 
 import scaling_perception as sp
+from scaling_perception.cli import main
 from scaling_perception.data.sources import open_source, scenes, worlds
 from scaling_perception.evaluation.intervals import bootstrap_ci
 from scaling_perception.evaluation.protocols import get_protocol
@@ -14,6 +18,7 @@ from scaling_perception.inference.budgets import choose, load_budgets
 from scaling_perception.interop.find import SHIPPED, shipped_models
 
 IMAGES = 32
+MINI_CARD = SHIPPED / "mini" / "README.md"
 TRIVIAL = {
     "depth": ("abs_rel", 1, ("constant", "row", "inverse_row")),
     "flow": ("epe", 1, ("zero", "oracle_mean")),
@@ -50,8 +55,10 @@ def test_beats_every_trivial_answer(predictors, model, dataset, task):
     assert mine.shape == (IMAGES,) and set(trivial) <= set(found["baselines"])
     for name in trivial:
         theirs = np.asarray([row[metric] for row in found["baselines"][name]["rows"]])
-        low, _ = bootstrap_ci(sign * (theirs - mine), seed=0)
-        assert low > 0, f"{task}: {metric} {mine.mean():.3f} against {theirs.mean():.3f} of {name}"
+        between = bootstrap_ci(sign * (theirs - mine), seed=0)
+        assert between is not None and between[0] > 0, (
+            f"{task}: {metric} {mine.mean():.3f} against {theirs.mean():.3f} of {name}"
+        )
 
 
 @pytest.mark.parametrize("model", ["mini", "mini-scenes"])
@@ -64,3 +71,26 @@ def test_budgets_are_those_of_these_weights(predictors, model):
         assert fast.macs <= balanced.macs <= best.macs
         for one in (fast, balanced, best):
             assert one.macs == pytest.approx(predictor.macs(task, one.steps, one.ensemble), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_card_s_commands_reach_the_published_curve(tmp_path):
+    """From nothing, a tenth of the batch, 1 of 30 worlds: 200 steps, in which the rate is still constant."""
+    curve = {}
+    for line in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines():
+        if row := re.fullmatch(r"\| (100|200) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| \|", line):
+            curve[int(row[1])] = [float(value) for value in row.groups()[1:]]
+    assert set(curve) == {100, 200}
+    prepare, train = re.findall(r"^scaling-perception (.*?[^\\])$", MINI_CARD.read_text("utf-8"), re.M | re.S)[:2]
+    words = re.sub(
+        r"--count \d+ --out \S+", f"--count 400 --out {tmp_path}/worlds", prepare.replace("\\\n", "")
+    ).split()
+    assert main(words) == 0
+    words = train.replace("steps=9000,batch=512", f"steps=200,batch=48,cache={tmp_path}/worlds").split()
+    assert main([*words[:-1], str(tmp_path / "run"), "--config.optim.schedule=constant"]) == 0
+    logged = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines())
+    found = {
+        row["step"]: [row[name] for name in ("loss", "loss_depth", "loss_flow_x")] for row in logged if "loss" in row
+    }
+    for step, published in curve.items():
+        np.testing.assert_allclose(found[step], published, rtol=0.2)

@@ -3,6 +3,7 @@
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -83,7 +84,7 @@ def test_warp_takes_the_values_that_the_flow_points_to():
     plane = np.stack([x, y], -1)[None]
     flow = np.random.default_rng(0).uniform(-1, 1, (1, 6, 5, 2)).astype(np.float32)
     wanted = np.clip(plane + flow, 0, [4, 5])
-    np.testing.assert_allclose(matching.warp(plane, flow), wanted, atol=1e-5)
+    np.testing.assert_allclose(matching.warp(jnp.asarray(plane), jnp.asarray(flow)), wanted, atol=1e-5)
 
 
 def test_features_are_the_means_of_quarters_of_a_cell(made, features):
@@ -108,6 +109,7 @@ def test_a_second_frame_gets_the_match_and_everything_else_what_it_had(made, fea
     batch = {"image": first, "prompt": second, "target": first, "valid": np.ones(first.shape[:3], bool)}
     batch |= {"pass_id": np.asarray([0, 2, 3, 1], np.int32), "constants": both.params}
     found = latents_of(batch, lambda *given: encode(*given)[0], 2, FRAME_PASSES)
+    assert found[1] is not None
     np.testing.assert_allclose(found[1], [alone[0], paired[1], paired[2], alone[3]], atol=2e-3)
 
 
