@@ -63,11 +63,17 @@ def _encode_with_logvar(params, images):
     return mean, mean * 2 - 5
 
 
+def _encode_matching(params, images, first=None):
+    return _encode(params, images if first is None else images - first / 2)
+
+
 def make_autoencoder(logvar=False, name="tiny"):
     # unequal weights, so that mirroring latents is not the same as mirroring pixels
     kernel = np.random.default_rng(3).normal(size=(192, 4)).astype(np.float32) / 6
     encode = _encode_with_logvar if logvar else _encode
-    return Autoencoder(name, f"{name}-{int(logvar)}", {"kernel": kernel}, encode, lambda params, z: z)
+    matches = name == "match"
+    encode = _encode_matching if matches else encode
+    return Autoencoder(name, f"{name}-{int(logvar)}", {"kernel": kernel}, encode, lambda params, z: z, matches=matches)
 
 
 def install(patch=setattr, **source):

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from scaling_perception.inference.engine import Engine
 from scaling_perception.models import matching
-from scaling_perception.models.autoencoders import is_matching, load_autoencoder
+from scaling_perception.models.autoencoders import Autoencoder, is_matching, load_autoencoder
+from scaling_perception.models.presets import get_preset
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import FRAME_PASSES, get_pass
 from scaling_perception.training.diffusion import latents_of
@@ -127,3 +129,15 @@ def test_a_model_refuses_an_autoencoder_that_encodes_frames_in_another_way():
         patch.setattr("scaling_perception.inference.model.config_from_dict", lambda fields: config)
         with pytest.raises(UserError, match="'tiny.lite0' encodes a second frame in another way"):
             Model({}, meta, load_autoencoder("tiny+lite0"))
+
+
+def test_prediction_encodes_the_second_frame_with_the_first():
+    def encode(params, images, first=None):
+        return (images if first is None else images - first / 2)[:, ::8, ::8], None
+
+    autoencoder = Autoencoder("stand-in+match", "", {}, encode, lambda params, z: z, matches=True)
+    engine = Engine(get_preset("nano"), autoencoder, "float32")
+    one, two = (np.stack([texture(seed), texture(seed + 1)]) for seed in (5, 7))
+    for frames, prompt in ((True, two - one / 2), (False, two)):
+        wanted = np.concatenate([one, prompt], axis=-1)[:, ::8, ::8]
+        np.testing.assert_allclose(engine.encode({}, np.stack([one, two]), frames), wanted, atol=1e-6)
