@@ -21,6 +21,7 @@ from scaling_perception.inference.settings import (
     SETTINGS,
     add_model_settings,
     add_settings,
+    flag_of,
     given,
     shared_settings,
     values_of,
@@ -38,6 +39,8 @@ scaling-perception evaluate --task depth --dataset nyuv2 --data /data/nyuv2 --mo
 scaling-perception evaluate --task flow --dataset flying_chairs --data /data/FlyingChairs --model runs/flow --preset fixed,paper --json runs/flow.json --panels 4
 scaling-perception evaluate --task depth --dataset scenes --model mini --steps 1,2,5,10 --ensemble 1,2,5,10 --tolerance 0.01,0.02,0.04 --json runs/adaptive.json
 scaling-perception evaluate --task depth --dataset scenes --model runs/depth --steps 1,2,5,10 --ensemble 1,2,5 --write-budgets runs/depth --json runs/budgets.json
+scaling-perception evaluate --task depth --dataset scenes --model runs/depth --count 32 --steps 10 --write-grids runs/depth
+scaling-perception evaluate --task depth --dataset scenes --model runs/depth --split test --steps 2,4,10 --spacing trailing,learned --json runs/grids.json
 """  # noqa: E501
 
 FLAGS = {
@@ -72,6 +75,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-image", metavar="OUT", help="also write a CSV of one line an image and cell")
     parser.add_argument(
         "--write-budgets", metavar="MODEL", help="put this into the model folder's budgets.json, for predict --budget"
+    )
+    parser.add_argument(
+        "--write-grids",
+        metavar="MODEL",
+        help="only find timesteps for 1 to the most of --steps and put them into the model folder's grids.json, for "
+        "--spacing learned",
+    )
+    parser.add_argument(
+        "--one-lever",
+        action="store_true",
+        default=None,
+        help="of presets, spacings, solvers and caches only cells that differ from the first of each in one at most",
     )
     add_overwrite(parser)
     add_parts(parser, "the images", "one result")
@@ -178,6 +193,7 @@ def run(args: argparse.Namespace) -> int:
         good = tolerances[0][0] if use == "allocate" and tolerances[0] else None
         dataclasses.replace(shared, verifier=verifier, verify=use, tolerance=good).reduce_for(args.task)
     solvers = values_of(args, "solver")
+    spacings = values_of(args, "spacing") or [None]
     for solver, (cache, _), early in itertools.product(solvers, caches, tolerances[1] or [None]):
         dataclasses.replace(shared, solver=solver, cache=cache, step_tolerance=early)  # refused before anything is read
     asked = _asked(args)
@@ -198,6 +214,8 @@ def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.json, args.csv, args.per_image)):
         _check_folder(Path(path))
     folder = _budgets_folder(args.write_budgets)
+    if args.write_grids is not None:
+        return _write_grids(args, protocol)
     source = open_data(args)
     if not args.count and (note := count_note(protocol, args.split, len(source))):
         print(note, file=sys.stderr)
@@ -210,6 +228,8 @@ def run(args: argparse.Namespace) -> int:
     own = {name: value for name, value in own.items() if name in protocol}
     protocol = get_protocol(args.task, args.dataset, metrics, **own)  # as the model's answers are made
     asked |= {"weights": predictor.id, "autoencoder": predictor.autoencoder_id, "data": data, "protocol": protocol}
+    if args.one_lever:
+        asked["one_lever"] = True
     if times:
         asked["intermediates"] = args.intermediates
     for path in (args.csv, args.per_image):
@@ -251,6 +271,8 @@ def run(args: argparse.Namespace) -> int:
         controls=args.controls,
         part=part,
         described_by=about,
+        spacings=spacings,
+        one_lever=bool(args.one_lever),
     )
     if part is not None:
         print(f"part {part} is finished: {found['images']} images in {journal}")
@@ -393,6 +415,37 @@ def _budgets_folder(name: str | None) -> Path | None:
     load_budgets(folder)  # a damaged table is refused before the work, not after it
     _check_folder(folder / FILE)
     return folder
+
+
+_NOT_WITH_GRIDS = ("json", "csv", "per_image", "write_budgets", "shard", "spacing", "preset", "solver", "cache")
+
+
+def _write_grids(args: argparse.Namespace, protocol: dict[str, Any]) -> int:
+    """Find the model's learned grids for the task and write them; the exit code."""
+    from scaling_perception import Predictor
+    from scaling_perception.evaluation.grid_table import grid_entry, measurable, write_grids
+    from scaling_perception.inference.grids import FILE, load_grids
+    from scaling_perception.interop.find import find_model
+    from scaling_perception.parallel.mesh import local_mesh
+
+    for name in _NOT_WITH_GRIDS:
+        if getattr(args, name) not in (None, USUAL.get(name)):
+            raise UserError(f"--write-grids evaluates no cells: leave out {flag_of(name)}")
+    folder = find_model(args.write_grids)
+    load_grids(folder)  # a damaged file is refused before the work, not after it
+    _check_folder(folder / FILE)
+    source = open_data(args)
+    predictor = Predictor.from_pretrained(
+        args.model, autoencoder=args.autoencoder, dtype=args.dtype, mesh=local_mesh(args.mesh)
+    )
+    predictor.check_task(args.task)
+    raws = measurable(source, protocol)
+    entry = grid_entry(predictor, raws, args.task, max(values_of(args, "steps")), args.seed)
+    asked = {"dataset": args.dataset, "split": args.split}
+    for steps, t in entry["grids"].items():
+        print(f"  {steps} steps: {', '.join(map(str, t))}; cost {entry['costs'][steps]:.4g}")
+    print(f"written: {write_grids(folder, args.task, {**asked, **entry})}")
+    return 0
 
 
 def _write_tables(

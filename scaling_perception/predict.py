@@ -298,7 +298,7 @@ def _by_budget(
     from scaling_perception.inference.outputs import chosen_before
     from scaling_perception.interop.find import find_model
 
-    names = ("steps", "ensemble", "preset", "solver", "cache", "cache_interval", "merge_in")
+    names = ("steps", "ensemble", "preset", "spacing", "solver", "cache", "cache_interval", "merge_in")
     asked = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
     before = None if args.overwrite else chosen_before(out, items, args.task, asked, predictor.id)
     if before is not None:
@@ -319,13 +319,16 @@ def _by_budget(
     return chosen, {"asked": asked, "expected": expected}
 
 
+_CHOSEN_WORDS = (("preset", "grid"), ("spacing", "spacing"), ("solver", "solver"))
+
+
 def _say_choice(asked: dict[str, Any], chosen: dict[str, Any], expected: dict[str, Any]) -> None:
     """One line on what the budget chose, and what the table expects of it."""
     budget = ", ".join(
         f"{flag_of(name)} {value if isinstance(value, str) else f'{value:g}'}" for name, value in asked.items()
     )
     parts = [f"{chosen['steps']} steps, {chosen['ensemble']} members"]
-    parts += [f"{word} {chosen[name]}" for name, word in (("preset", "grid"), ("solver", "solver")) if name in chosen]
+    parts += [f"{word} {chosen[name]}" for name, word in _CHOSEN_WORDS if name in chosen]
     if chosen.get("cache", "none") != "none":
         parts.append(f"blocks every {chosen['cache_interval']} steps ({chosen['cache']})")
     if chosen.get("merge_in", "pixels") != "pixels":

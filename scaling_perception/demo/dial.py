@@ -15,7 +15,7 @@ from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import Settings
 from scaling_perception.tasks import get_task
 
-USED = ("steps", "ensemble", "preset", "solver", "cache", "cache_interval", "merge_in")
+USED = ("steps", "ensemble", "preset", "spacing", "solver", "cache", "cache_interval", "merge_in")
 """What a stop decides: names of settings."""
 
 
@@ -65,7 +65,7 @@ def stop_of(table: Mapping[str, Any] | None, task: str, settings: Settings) -> S
     if get_task(task).reduce_mode(settings.reduce) != entry.get("reduce", get_task(task).reduce_mode(None)):
         return None
     for one, cell in zip(table_choices(entry), entry["cells"], strict=True):
-        same = [getattr(one, name) == asked[name] for name in ("steps", "ensemble", "preset", "solver")]
+        same = [getattr(one, name) == asked[name] for name in ("steps", "ensemble", "preset", "spacing", "solver")]
         same.append((one.merge_in or "pixels") == asked["merge_in"])
         cached = (one.cache or "none") == asked["cache"]
         if all(same) and cached and (asked["cache"] == "none" or one.cache_interval == asked["cache_interval"]):

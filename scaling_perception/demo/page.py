@@ -16,7 +16,7 @@ from scaling_perception.demo.parts import EXAMPLES, QUIET, Inputs, example, one_
 from scaling_perception.demo.results import results
 from scaling_perception.demo.session import Asked, Session
 from scaling_perception.diffusion.caching import CACHES
-from scaling_perception.diffusion.schedules import PRESETS, SPACINGS
+from scaling_perception.diffusion.schedules import LEARNED, PRESETS, SPACINGS
 from scaling_perception.diffusion.solvers import SOLVERS
 from scaling_perception.inference.aspect import ASPECTS
 from scaling_perception.inference.inputs import to_rgb
@@ -191,7 +191,7 @@ def _advanced(session: Session, inputs: Inputs) -> None:
     task, parts = inputs.task, inputs.parts
     choices: dict[str, Callable[[], list[str]]] = {
         "preset": lambda: list(PRESETS),
-        "spacing": lambda: list(SPACINGS),
+        "spacing": lambda: [*SPACINGS, LEARNED],
         "solver": lambda: list(SOLVERS),
         "reduce": lambda: list(task.reduce_modes),
         "aspect": lambda: list(ASPECTS),

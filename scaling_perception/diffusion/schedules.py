@@ -34,6 +34,7 @@ TRAIN_STEPS = 1000
 SCHEDULES = ("linear", "scaled_linear", "scaled_linear_default", "cosine", "rectified")
 PREDICTIONS = ("epsilon", "v", "x0", "velocity")
 SPACINGS = ("leading", "trailing", "linspace")
+LEARNED = "learned"  # the timesteps are given to the sampler: a model's own, found by ``evaluation.grid_table``
 
 # Names that other libraries' scheduler files use for the same things.
 _SCHEDULE_ALIASES = {"squaredcos_cap_v2": "cosine"}
@@ -158,7 +159,7 @@ class DiffusionPreset:
         schedule: a name of `betas`.
         prediction: what the network returns: ``epsilon``, ``v`` = alpha eps - sigma x0, ``x0``, or ``velocity`` =
             eps - x0.
-        spacing: the sampler's grid, see `timestep_grid`.
+        spacing: the sampler's grid, see `timestep_grid`; or ``learned``, of a sampler that is given one.
         steps_offset: added to the leading grid.
         final_alpha_one: the last step goes to alpha = 1; otherwise to alpha_0.
         zero_snr: rescale the schedule with `zero_snr`.
@@ -179,7 +180,7 @@ class DiffusionPreset:
         set_field = object.__setattr__  # the dataclass is frozen; aliases are replaced by the one name we use
         set_field(self, "schedule", choose_name("schedule", self.schedule, SCHEDULES, _SCHEDULE_ALIASES))
         set_field(self, "prediction", choose_name("prediction", self.prediction, PREDICTIONS, _PREDICTION_ALIASES))
-        set_field(self, "spacing", choose_name("timestep spacing", self.spacing, SPACINGS, {}))
+        set_field(self, "spacing", choose_name("timestep spacing", self.spacing, (*SPACINGS, LEARNED), {}))
         if self.zero_snr and self.prediction == "epsilon":
             raise UserError("prediction 'epsilon' cannot be used with zero_snr: use 'v' or 'x0', or zero_snr=False")
 

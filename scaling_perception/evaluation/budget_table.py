@@ -9,9 +9,19 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from scaling_perception.evaluation.comparisons import evaluations_of, kind
+from scaling_perception.evaluation.comparisons import evaluations_of, kind, spacing_of
 from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
-from scaling_perception.inference.budgets import CACHE_CELL, CELL, FILE, FORMAT, MERGE_CELL, Timing, load_budgets
+from scaling_perception.inference.budgets import (
+    CACHE_CELL,
+    CELL,
+    FILE,
+    FORMAT,
+    LEVERS,
+    MERGE_CELL,
+    SPACING_CELL,
+    Timing,
+    load_budgets,
+)
 from scaling_perception.inference.settings import NAMED, flag_of
 from scaling_perception.support.again import refuse_other
 from scaling_perception.support.errors import UserError
@@ -61,6 +71,7 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
         numbers["excess"] = {"mean": _short(excess.mean()), "ci95": _ends(excess)}
         known = {name: cell.get(name, "ddim") if name == "solver" else cell[name] for name in CELL[:5]}
         known |= {name: cell[name] for name in (*CACHE_CELL, MERGE_CELL) if name in cell}
+        known |= {SPACING_CELL: cell["spacing"]} if spacing_of(cell) else {}
         cells.append({**known, "seconds": _short(cell["seconds"]), **numbers})
     trivial = {
         name: float(error_rows(task, found["rows"]).mean())
@@ -81,8 +92,22 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
         "timing": _numbers(fit_timing(cells)),
         **({} if reference is None else {"reference": _numbers(reference)}),
         **({"trivial": {"name": strongest, "error": trivial[strongest]}} if strongest else {}),
-        "cells": sorted(cells, key=lambda c: (c["macs"], c["error"])),
+        "cells": sorted(_worth_keeping(cells), key=lambda c: (c["macs"], c["error"])),
     }
+
+
+def _worth_keeping(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The plain cells, and of those with a lever (``LEVERS``, another solver) the ones that no cell beats: none has at
+    most their error, MACs and seconds and less of one of them."""
+    costs = np.asarray([[cell["error"], cell["macs"], cell["seconds"]] for cell in cells])
+
+    def beaten(own: np.ndarray) -> bool:
+        return bool(((costs <= own).all(axis=1) & (costs < own).any(axis=1)).any())
+
+    def plain(cell: dict[str, Any]) -> bool:
+        return cell["solver"] == "ddim" and not set(LEVERS) & set(cell)
+
+    return [cell for cell, own in zip(cells, costs, strict=True) if plain(cell) or not beaten(own)]
 
 
 def _numbers(timing: Timing) -> dict[str, float]:
@@ -101,7 +126,7 @@ def check_entry(folder: str | os.PathLike[str], task: str, asked: Mapping[str, A
         UserError: the settings differ, or the entry does not say its own; or ``asked`` has a setting that no budget
             chooses.
     """
-    for name in ("spacing", *NAMED):
+    for name in NAMED:
         if name in asked and name != MERGE_CELL:
             raise UserError(f"a table of budgets is of the usual {name}: leave out {flag_of(name)} or --write-budgets")
     entry = ((load_budgets(folder) or {}).get("tasks") or {}).get(task)

@@ -48,8 +48,17 @@ def solver_of(cell: Cell) -> str:
     """The solver and what else decides its result, as far as it is not usual: ``ddim``, ``ddim eta 1 + fora 3``."""
     names = [name for name in NAMED if name in cell and not (name in MERGING and kind(cell) == "adaptive")]
     more = (name if cell[name] is True else f"{name} {cell[name]}" for name in names)
-    solver = " ".join([cell.get("solver", "ddim"), *more])
+    solver = " ".join([cell.get("solver", "ddim"), *spacing_of(cell), *more])
     return f"{solver} + {cell['cache']} {cell['cache_interval']}" if "cache" in cell else solver
+
+
+def spacing_of(cell: Cell) -> list[str]:
+    """The spacing where it is not the preset's; of a model's own grid, where it is learned."""
+    from scaling_perception.diffusion.schedules import LEARNED, PRESETS
+
+    spacing, preset = cell.get("spacing"), PRESETS.get(cell["preset"])
+    usual = spacing is None or (spacing != LEARNED if preset is None else spacing == preset.spacing)
+    return [] if usual else [spacing]
 
 
 def evaluations_of(cell: Cell) -> float:

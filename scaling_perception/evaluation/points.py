@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from scaling_perception.diffusion.caching import NO_CACHE
 from scaling_perception.diffusion.sampler import SamplerTables
-from scaling_perception.diffusion.schedules import PRESETS, DiffusionPreset
+from scaling_perception.diffusion.schedules import LEARNED, PRESETS, DiffusionPreset
 from scaling_perception.diffusion.solvers import SOLVERS, solver_name
 from scaling_perception.evaluation.nested import Adaptive
 from scaling_perception.inference.budgets import OWN
@@ -38,15 +38,25 @@ def points_of(
     mode: str,
     adaptive: Adaptive,
     shared: Settings,
+    spacings: Sequence[str | None],
+    one_lever: bool = False,
 ) -> list[Point]:
+    """All points of the grid; ``one_lever``: of presets, spacings, solvers and caches, those alone that differ from
+    the first of each in one at most."""
     points: list[Point] = []
-    for preset in dict.fromkeys(ALIASES.get(preset, preset) for preset in presets):
-        diffusion = predictor.choose_diffusion(preset, shared.spacing)
+    named = list(dict.fromkeys(ALIASES.get(preset, preset) for preset in presets))
+    solvers, spacings = list(dict.fromkeys(map(solver_name, solvers))), list(dict.fromkeys(spacings))
+    for preset, spacing in itertools.product(named, spacings):
+        diffusion = predictor.choose_diffusion(preset, spacing)
         name = preset or _grid_name(predictor.diffusion)
-        for solver, (cache, interval) in itertools.product(dict.fromkeys(map(solver_name, solvers)), caches):
+        for solver, (cache, interval) in itertools.product(solvers, caches):
+            moved = (preset != named[0], spacing != spacings[0], solver != solvers[0], (cache, interval) != caches[0])
+            if one_lever and sum(moved) > 1:
+                continue
             for count in dict.fromkeys([1] if SOLVERS[solver].at_once else steps):
                 more = {"cache": cache, "cache_interval": interval}
                 grid = {"steps": count, "ensemble": sizes[-1], "preset": preset, "solver": solver, **more}
+                grid["spacing"] = spacing
                 settings = dataclasses.replace(shared, first=adaptive.first, **grid)
                 tables = predictor.tables(settings, task, diffusion)
                 if cache != NO_CACHE and tables.cache is None:
@@ -54,6 +64,8 @@ def points_of(
                 looks = bool(adaptive.step_tolerances) and count > 2 * adaptive.step_chunk
                 known = {"preset": name, "spacing": diffusion.spacing, "schedule": diffusion.schedule}
                 known |= {"solver": solver, "steps": count, "reduce": mode, **shared.named}
+                if diffusion.spacing == LEARNED:
+                    known |= {"timesteps": tables.t.tolist()}
                 if tables.cache is not None:
                     known |= {**more, "evaluations": predictor.evaluations(settings)}
                 cells = tuple(_cells(task, known, sizes, settings, adaptive, looks))
@@ -99,7 +111,7 @@ def point_size(point: Point) -> tuple[int, bool, bool]:
 def way_of(point: Point) -> tuple[Any, ...]:
     """All of a point's settings but for the number of steps."""
     settings = point.settings
-    return point.preset, settings.solver, settings.cache, settings.cache_interval
+    return point.preset, settings.spacing, settings.solver, settings.cache, settings.cache_interval
 
 
 def _grid_name(own: DiffusionPreset) -> str:

@@ -23,6 +23,7 @@ from scipy.ndimage import distance_transform_edt
 from scaling_perception.data.contents import contents_of, described
 from scaling_perception.data.manifest import widen_depth
 from scaling_perception.diffusion.caching import NO_CACHE
+from scaling_perception.diffusion.schedules import LEARNED
 from scaling_perception.evaluation.controls import control_inputs
 from scaling_perception.evaluation.journal import Journal
 from scaling_perception.evaluation.nested import (
@@ -89,6 +90,8 @@ def sweep(
     controls: int = 0,
     part: Part | None = None,
     described_by: Mapping[str, Any] | None = None,
+    spacings: Sequence[str | None] = (),
+    one_lever: bool = False,
 ) -> tuple[dict[str, Any], list[Any]]:
     """Evaluate every cell of the grid, the trivial answers and the autoencoder's floor on the same images.
 
@@ -100,7 +103,7 @@ def sweep(
             ``steps`` are.
         caches: also of the grid: (method, interval), see ``diffusion.caching``; those that would compute every step of
             a step count are left out there.
-        shared: the settings of all cells: spacing, eta, clip, reduce, antithetic, aspect. Those that the grid or
+        shared: the settings of all cells: eta, clip, reduce, antithetic, aspect. Those that the grid or
             ``adaptive`` has are not read.
         key: of all noise.
         batch_size: images × members at once; None chooses by memory.
@@ -117,6 +120,8 @@ def sweep(
             grid and solver with all members.
         part: do this part of the images alone, into the ``journal``, for `parts.join`; returned is nothing of them.
         described_by: of a part: JSON values that the journal keeps beside it, the same for all parts.
+        spacings: also of the grid; none: that of ``shared``.
+        one_lever: leave out what differs from the first preset, spacing, solver and cache in more than one of them.
 
     Returns:
         ``images``, ``macs_per_forward``, ``macs_per_decode``, ``cells``, ``baselines``, ``controls``, ``skipped``,
@@ -136,12 +141,25 @@ def sweep(
     sizes, mode, adaptive = sorted(set(ensemble)), get_task(task).reduce_mode(shared.reduce), adaptive or Adaptive()
     if shared.aspect == "tile" and (adaptive.tolerances or adaptive.step_tolerances):
         raise UserError("aspect 'tile' is measured with constant compute: leave out tolerance and step_tolerance")
-    points = points_of(predictor, task, steps, sizes, presets, solvers, caches, mode, adaptive, shared)
+    points = points_of(
+        predictor,
+        task,
+        steps,
+        sizes,
+        presets,
+        solvers,
+        caches,
+        mode,
+        adaptive,
+        shared,
+        spacings or (shared.spacing,),
+        one_lever,
+    )
     forward = predictor.macs_per_forward if macs_per_forward is None else macs_per_forward
     largest = max(points, key=point_size).tables
     plan = predictor.plan(task, sizes[-1], len(source), batch_size, largest if batch_size is None else None)
     way = SweepContext(predictor, task, protocol, mode, sizes[-1], adaptive, key, plan, shared)
-    run = _Run(way, source, points, sizes, panels, show, controls)
+    run = _Run(way, source, points, sizes, panels, show, controls, one_lever)
     about = run.about(forward)
     if journal is None:
         run.go(progress)
@@ -180,11 +198,13 @@ class _Run:
         panels: int,
         show: Callable[[Shown, int], Any] | None,
         controls: int,
+        one_lever: bool,
     ) -> None:
         self.way, self.source, self.points, self.sizes, self.controls = way, source, points, sizes, controls
         self.panels, self.show = panels, show or (lambda shown, number: shown)
         first = (point for point in points if way_of(point) == way_of(points[0]))
         self.controlled = min(first, key=lambda point: point.settings.steps)
+        self.one_lever = one_lever
         self.groups: list[dict[str, Any]] = []
         self.before = 0  # images of earlier parts, as far as it matters which are the first
         self.merging_is_compiled = False
@@ -212,13 +232,23 @@ class _Run:
             "ensemble": self.sizes,
             **({"caches": [list(one) for one in caches]} if caches != [(NO_CACHE, 1)] else {}),
             "reduce": way.mode,
-            **({"spacing": way.shared.spacing} if way.shared.spacing else {}),
+            **self._spacings(),
+            **({"one_lever": True} if self.one_lever else {}),
             **way.shared.named,
             "adaptive": {n: v for n, v in way.adaptive._asdict().items() if n not in ("latents", "verifiers") or v},
             "seed": way.key,
             "panels": self.panels,
             **({"controls": self.controls} if self.controls else {}),
         }
+
+    def _spacings(self) -> dict[str, Any]:
+        """What tells grids apart: given spacings, and the timesteps of learned ones."""
+        spacings = list(dict.fromkeys(point.settings.spacing for point in self.points))
+        if spacings == [None]:
+            return {}
+        learned = [point.tables.t.tolist() for point in self.points if point.settings.spacing == LEARNED]
+        named = spacings[0] if len(spacings) == 1 else spacings
+        return {"spacing": named, **({"timesteps": learned} if learned else {})}
 
     @property
     def shown(self) -> list[Any]:

@@ -43,6 +43,9 @@ CELL = ("steps", "ensemble", "preset", "solver", "macs", "seconds", "error", "ci
 CACHE_CELL = ("cache", "cache_interval", "evaluations")  # of cells with a cache; the last as `Model.evaluations`
 
 MERGE_CELL = "merge_in"  # of cells whose members are merged in another place than usual
+SPACING_CELL = "spacing"  # of cells on another spacing than the preset's
+LEVERS = (*CACHE_CELL[:2], MERGE_CELL, SPACING_CELL)
+"""Fields of a cell and of a `Choice` that only some cells have."""
 
 
 class Choice(NamedTuple):
@@ -58,6 +61,7 @@ class Choice(NamedTuple):
     cache: str | None = None
     cache_interval: int | None = None
     merge_in: str | None = None
+    spacing: str | None = None
 
 
 class Timing(NamedTuple):
@@ -197,7 +201,7 @@ def _choice(cell: Mapping[str, Any], entry: Mapping[str, Any], here: tuple[float
         preset,
         cell["solver"],
         *numbers,
-        *map(cell.get, (*CACHE_CELL[:2], MERGE_CELL)),
+        *map(cell.get, LEVERS),
     )
 
 

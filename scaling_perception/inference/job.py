@@ -386,6 +386,7 @@ def decided(request: Request, predictor: Predictor) -> dict[str, Any]:
     """All that decides a result besides the inputs."""
     settings, usual = request.settings.to_dict(), Settings().to_dict()
     diffusion = predictor.choose_diffusion(settings.pop("preset"), settings.pop("spacing"))
+    grid = predictor.grid(request.task, request.settings.steps, diffusion)
     if settings["cache"] == NO_CACHE:  # results of versions without caches are the same
         del settings["cache"], settings["cache_interval"]
     settings = {name: value for name, value in settings.items() if name not in LATER or value != usual[name]}
@@ -396,6 +397,7 @@ def decided(request: Request, predictor: Predictor) -> dict[str, Any]:
         **settings,
         "reduce": request.settings.reduce_for(request.task),
         "diffusion": dataclasses.asdict(diffusion),
+        **({} if grid is None else {"timesteps": grid[0].tolist()}),
         "seed": request.seed,
         "dtype": request.dtype,
         "task_options": predictor.options.to_dict(),

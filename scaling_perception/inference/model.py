@@ -12,6 +12,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -19,9 +20,10 @@ import numpy as np
 
 from scaling_perception.diffusion.caching import CACHES, CacheRows, cache_rows, computed_steps, fit_weights
 from scaling_perception.diffusion.sampler import SamplerTables
-from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion
+from scaling_perception.diffusion.schedules import LEARNED, DiffusionPreset, get_diffusion
 from scaling_perception.inference.batches import BatchPlan, free_bytes, shrink, split
 from scaling_perception.inference.engine import Engine, Passes, draw_members
+from scaling_perception.inference.grids import learned_grid
 from scaling_perception.inference.inputs import raw_samples
 from scaling_perception.inference.settings import Settings
 from scaling_perception.interop.find import find_model
@@ -53,8 +55,8 @@ class Model:
         meta: the model folder's description.
         config, resolution, options, tasks: taken from it.
         id, autoencoder_id: 12 hexadecimal digits of the weights that it was made with (encoder and decoder together).
-        autoencoder: the frozen autoencoder.
-        engine: the compiled graphs.
+        autoencoder, engine: the frozen autoencoder, and the compiled graphs.
+        folder: where the model was loaded from, or None; its learned grids lie there.
         macs_per_forward: multiply-accumulates of one forward pass of the DiT on one image, NaN if unknown.
     """
 
@@ -106,6 +108,7 @@ class Model:
         self.macs_per_forward = float(forward_macs(self.config))
         self._rows = tuple(meta.get("passes", RELEASED))
         self._fitted: dict[Any, CacheRows] = {}
+        self.folder: Path | None = None
 
     @classmethod
     def from_pretrained(
@@ -122,8 +125,10 @@ class Model:
         Raises:
             UserError: nothing there, damaged files, or parts that do not fit together.
         """
-        params, meta = load_model(find_model(name))
-        return cls(params, meta, load_autoencoder(autoencoder) if autoencoder else None, dtype, mesh)
+        folder, other = find_model(name), load_autoencoder(autoencoder) if autoencoder else None
+        model = cls(*load_model(folder), other, dtype, mesh)
+        model.folder = folder
+        return model
 
     @property
     def weights(self) -> tuple[Any, Any]:
@@ -172,7 +177,7 @@ class Model:
             UserError: as `Settings.tables`.
         """
         self._warn_of_steps(settings, diffusion)
-        tables, entry = settings.tables(diffusion), CACHES[settings.cache]
+        tables, entry = settings.tables(diffusion, self.grid(task, settings.steps, diffusion)), CACHES[settings.cache]
         rows = cache_rows(settings.cache, settings.steps, settings.cache_interval)
         if entry is None or rows is None:
             return tables
@@ -183,6 +188,11 @@ class Model:
         if name not in self._fitted:
             self._fitted[name] = self._fit(tables, task, None)
         return tables._replace(cache=self._fitted[name])
+
+    def grid(self, task: str, steps: int, diffusion: DiffusionPreset) -> tuple[np.ndarray, np.ndarray] | None:
+        """`learned_grid` where the diffusion's spacing is ``learned``, else None."""
+        of = {"weights": self.id, "autoencoder": self.autoencoder_id}
+        return learned_grid(self.folder, task, steps, of) if diffusion.spacing == LEARNED else None
 
     def fit_cache(self, images: Sequence[Any], task: str, settings: Settings, prompt: Any = None) -> CacheRows:
         """Fit the weights of a cache such as ``l2p`` to the features of these pictures, for all later calls with the
@@ -203,8 +213,8 @@ class Model:
                 f"fit: choose {fitted}, and an interval of 2 to {settings.steps} steps"
             )
         raws = self.raw_inputs(list(images), task, prompt)
-        found = self._fit(settings.tables(diffusion)._replace(cache=rows), task, raws)
-        self._fitted[_fit_name(settings, task, diffusion)] = found
+        tables = settings.tables(diffusion, self.grid(task, settings.steps, diffusion))
+        found = self._fitted[_fit_name(settings, task, diffusion)] = self._fit(tables._replace(cache=rows), task, raws)
         return found
 
     def _fit(self, tables: SamplerTables, task: str, raws: list[dict[str, Any]] | None) -> CacheRows:

@@ -52,7 +52,8 @@ class Settings:
         preset: grid of timesteps: ``v_trailing`` (trailing; recorded as ``fixed``), ``paper`` (leading), ``released``
             (leading, offset 1); None is the model's own. Schedule and prediction type are always the model's own:
             at the same timestep another schedule would mean another noise level than the model was trained on.
-        spacing: the grid's spacing alone: leading, trailing or linspace.
+        spacing: the grid's spacing alone: leading, trailing, linspace, or learned: the model's own timesteps for the
+            task and the number of steps (``inference.grids``).
         solver: ddim (also called euler), ddpm, dpm++2m, unipc, heun or single (``diffusion.solvers``).
         eta: noise of ddim and dpm++2m: 0 none, 1 as much as ancestral sampling.
         clip: bound of the clean latent's estimate in each step, None for none.
@@ -83,7 +84,9 @@ class Settings:
     preset: str | None = setting(
         None, str, "NAME", "timestep grid: v_trailing (in files: fixed), paper, released", "the model's own", swept=True
     )
-    spacing: str | None = setting(None, str, "NAME", "spacing alone: leading, trailing, linspace", "the grid's")
+    spacing: str | None = setting(
+        None, str, "NAME", "spacing alone: leading, trailing, linspace, learned", "the grid's", swept=True
+    )
     solver: str = setting("ddim", str, "NAME", "ddim (euler), ddpm, dpm++2m, unipc, heun, single", swept=True)
     eta: float = setting(0.0, NOT_NEGATIVE, "X", "noise of ddim and dpm++2m: 0 none, 1 as much as ancestral sampling")
     clip: float | None = setting(None, POSITIVE, "X", "bound of the clean latent's estimate in each step", "none")
@@ -224,8 +227,11 @@ class Settings:
                 )
         return get_task(task).reduce_mode(self.reduce, self.merge_in == "latents")
 
-    def tables(self, diffusion: DiffusionPreset) -> SamplerTables:
+    def tables(self, diffusion: DiffusionPreset, grid: Any = None) -> SamplerTables:
         """The sampler's table for a model's diffusion on the chosen grid; the cache is put in by `Model.tables`.
+
+        Args:
+            grid: (t, t_next) of a learned grid.
 
         Raises:
             UserError: a value that the solver does not take, or a single step that would return amplified noise.
@@ -233,7 +239,7 @@ class Settings:
         from scaling_perception.diffusion.sampler import sampler_tables
         from scaling_perception.diffusion.solvers import refuse_amplified
 
-        return refuse_amplified(sampler_tables(diffusion, self.steps, self.eta, solver=self.solver, clip=self.clip))
+        return refuse_amplified(sampler_tables(diffusion, self.steps, self.eta, grid, self.solver, self.clip))
 
     @property
     def named(self) -> dict[str, Any]:

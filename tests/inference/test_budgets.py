@@ -114,6 +114,19 @@ def test_where_members_are_merged_is_chosen_too():
     assert [cell.get("merge_in") for cell in budget_entry(result)["cells"]] == [None, "latents", None]
 
 
+def test_levers_are_kept_only_where_nothing_beats_them():
+    """Plain cells all stay; of the others those that no cell has less error, MACs and seconds than."""
+    result = _evaluation()
+    plain = result["cells"][:3]
+    cheap = {**plain[2], "spacing": "learned", "timesteps": [999, 0], "macs": 1e6, "seconds": 0.1}
+    beaten = {**plain[0], "spacing": "learned", "timesteps": [999, 0], "macs": 9e9}
+    result["cells"] += [cheap, beaten, {**beaten, "solver": "unipc"}]
+    entry = budget_entry(result)
+    assert [cell.get("spacing") for cell in entry["cells"]] == ["learned", None, None, None]
+    chosen = choose({"format": 1, "tasks": {"depth": entry}}, "depth", "best")
+    assert (chosen.spacing, chosen.preset, chosen.macs) == ("learned", "fixed", 1e6)
+
+
 def test_refusals(tmp_path):
     table = _table(*FALLING)
     cases = [

@@ -1,0 +1,83 @@
+"""A model's learned grids of timesteps (``grids.json`` in its folder), which ``spacing`` ``learned`` samples on.
+
+`evaluate --write-grids MODEL` makes the file (``evaluation.grid_table``). A grid belongs to a task, a number of steps
+and the weights that it was found with: others are refused.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaling_perception.diffusion.schedules import TRAIN_STEPS
+from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import read_json
+from scaling_perception.support.shapes import Int
+
+FILE = "grids.json"
+FORMAT = 1
+
+
+def load_grids(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The grids of a model folder, checked, or None where it has none.
+
+    Raises:
+        UserError: there is a file and it is damaged, or of another format.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    table = read_json(path)
+    if isinstance(table, dict) and table.get("format") not in (None, FORMAT):
+        raise UserError(f"{path} has format {table['format']}, this version reads {FORMAT}: make it again")
+    whole = isinstance(table, dict) and isinstance(table.get("tasks"), dict)
+    if not whole or not all(_complete(entry) for entry in table["tasks"].values()):
+        raise UserError(f"{path} holds no grids: remove it, or make it again (`evaluate --write-grids {folder}`)")
+    return table
+
+
+def _complete(entry: Any) -> bool:
+    grids = entry.get("grids") if isinstance(entry, dict) else None
+    named = isinstance(grids, dict) and grids and all(isinstance(entry.get(one), str) for one in IDENTITY)
+    return bool(named) and all(_is_grid(name, t) for name, t in grids.items())
+
+
+def _is_grid(steps: str, t: Any) -> bool:
+    if not isinstance(t, list) or not t or steps != str(len(t)):
+        return False
+    inside = all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < TRAIN_STEPS for one in t)
+    return inside and all(after < before for before, after in zip(t, t[1:], strict=False))
+
+
+IDENTITY = ("weights", "autoencoder")
+
+
+def learned_grid(
+    folder: str | os.PathLike[str] | None, task: str, steps: int, identity: Mapping[str, str]
+) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
+    """(t, t_next) of a task's grid of ``steps`` steps, int64 (steps,) each, as `schedules.timestep_grid`.
+
+    Args:
+        folder: of the model, None where it was not loaded from one.
+        identity: the model's ids under the names of ``IDENTITY``.
+
+    Raises:
+        UserError: no grid for the task or the number of steps, or one that was found with other weights.
+    """
+    table = None if folder is None else load_grids(folder)
+    make = f"make it: `evaluate --task {task} … --write-grids MODEL`, or choose another spacing"
+    if not table or task not in table["tasks"]:
+        raise UserError(f"spacing 'learned': this model has no learned grids for {task}: {make}")
+    entry = table["tasks"][task]
+    for name in IDENTITY:
+        if entry[name] != identity[name]:
+            raise UserError(
+                f"spacing 'learned': {FILE} was made with other {name} ({entry[name]}, now {identity[name]}): {make}"
+            )
+    if str(steps) not in entry["grids"]:
+        known = ", ".join(sorted(entry["grids"], key=int))
+        raise UserError(f"spacing 'learned': no learned grid of {steps} steps for {task}, but of {known}: {make}")
+    t = np.asarray(entry["grids"][str(steps)], np.int64)
+    return t, np.append(t[1:], -1)
