@@ -12,13 +12,14 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from scaling_perception.inference.settings import FLAGS as SETTING_FLAGS
 from scaling_perception.inference.settings import (
     SETTINGS,
+    Settings,
     add_model_settings,
     add_settings,
     flag_of,
@@ -187,13 +188,8 @@ def run(args: argparse.Namespace) -> int:
     adaptive = Adaptive(tolerances[0], shared.first, tolerances[1], shared.step_chunk, "latents" in merges, verifiers)
     intervals = values_of(args, "cache_interval") if given(args, "cache_interval") else None
     caches = combinations(values_of(args, "cache"), intervals)
-    for merge in merges:
-        dataclasses.replace(shared, merge_in=merge).reduce_for(args.task)
-    for verifier, use in verifiers:
-        good = tolerances[0][0] if use == "allocate" and tolerances[0] else None
-        dataclasses.replace(shared, verifier=verifier, verify=use, tolerance=good).reduce_for(args.task)
+    _check_merging(args.task, shared, merges, verifiers, tolerances[0])
     solvers = values_of(args, "solver")
-    spacings = values_of(args, "spacing") or [None]
     for solver, (cache, _), early in itertools.product(solvers, caches, tolerances[1] or [None]):
         dataclasses.replace(shared, solver=solver, cache=cache, step_tolerance=early)  # refused before anything is read
     asked = _asked(args)
@@ -271,7 +267,7 @@ def run(args: argparse.Namespace) -> int:
         controls=args.controls,
         part=part,
         described_by=about,
-        spacings=spacings,
+        spacings=values_of(args, "spacing"),
         one_lever=bool(args.one_lever),
     )
     if part is not None:
@@ -283,6 +279,21 @@ def run(args: argparse.Namespace) -> int:
     if journal is not None:
         journal.unlink(missing_ok=True)
     return code
+
+
+def _check_merging(
+    task: str,
+    shared: Settings,
+    merges: Sequence[str],
+    verifiers: Sequence[tuple[str, str]],
+    tolerances: Sequence[float],
+) -> None:
+    """UserError for a way of merging or a verifier that the task does not have."""
+    for merge in merges:
+        dataclasses.replace(shared, merge_in=merge).reduce_for(task)
+    for verifier, use in verifiers:
+        good = tolerances[0] if use == "allocate" and tolerances else None
+        dataclasses.replace(shared, verifier=verifier, verify=use, tolerance=good).reduce_for(task)
 
 
 def _about(
