@@ -60,6 +60,25 @@ def test_what_fsdp_sends(dense):
     assert dense["warnings"] == []
 
 
+def reduced(report):
+    return sum(row["bytes"] * row["times"] for row in report["collectives"] if row["purpose"] == "gradients")
+
+
+# Slow: another mesh, by the same rule.
+@pytest.mark.parametrize("sizes", [DENSE, pytest.param({"data": 8}, marks=pytest.mark.slow)], ids=["fsdp", "data"])
+def test_a_batch_in_parts_reduces_its_gradients_once(sizes, request):
+    """Every device sums its own: one reduction after the last part, of as many bytes as a batch in one piece has."""
+    whole = request.getfixturevalue("dense") if sizes is DENSE else report_of("train", sizes)
+    parts = report_of("train", sizes, "train.batch_size=32", "train.accumulate=4")
+    ((axis, _),) = sizes.items()
+    gathered = {("all-gather", "fsdp", "weights"): (4 * 20, 4)} if axis == "fsdp" else {}  # in every part again
+    assert counts(whole)["all-reduce", axis, "gradients"] == (2, 1)
+    assert counts(parts) == {**gathered, ("all-reduce", axis, "gradients"): (0, 1)}
+    # with fsdp 64 KB more than in one piece, where the compiler does not reduce one matrix outside the layers
+    assert reduced(parts) == pytest.approx(752_448, rel=1e-4) and reduced(whole) > 0.9 * reduced(parts)
+    assert parts["warnings"] == []
+
+
 def test_what_expert_parallelism_sends(experts):
     # In each layer tokens, experts and weights are gathered, backward gradients too; their results are scattered back,
     # with the gradients of tokens and weights. Experts never travel; gradients are reduced where weights are whole.

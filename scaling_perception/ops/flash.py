@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from scaling_perception.ops.by_platform import by_platform
+from scaling_perception.support.own_samples import inside_own
 from scaling_perception.support.shapes import AnyArray, Array, Float
 
 LANES = 128
@@ -194,7 +195,7 @@ def _on_mesh(function: Any, mesh: Any, arrays: tuple[jax.Array, ...]) -> Any:
 def mesh_spec(mesh: Any, shape: tuple[int, ...]) -> PartitionSpec:
     """How (B, T, heads, head_dim) is split over a mesh: the batch as elsewhere, heads over ``tensor``; what does not
     divide is whole on every device."""
-    axes = tuple(name for name in mesh.axis_names if name != "tensor")
+    axes = () if inside_own() else tuple(name for name in mesh.axis_names if name != "tensor")
     parts, tensor = math.prod(mesh.shape[name] for name in axes), mesh.shape.get("tensor", 1)
     return PartitionSpec(axes if shape[0] % parts == 0 else None, None, "tensor" if shape[2] % tensor == 0 else None)
 

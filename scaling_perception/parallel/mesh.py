@@ -10,6 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.own_samples import OWN, inside_own
 
 AXES = ("data", "fsdp", "expert", "tensor")
 # The batch is split over all of these: what is not an expert is computed data-parallel over the expert axis too.
@@ -97,6 +98,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def on_own(function: Any, in_axes: Any) -> Any:
+    """``function`` for each device of the batch axes on its own samples: results (devices, ...), nothing reduced.
+
+    Its mapped arguments are (devices, samples, ...), their first axis split over ``BATCH_AXES``. Inside, the batch axes
+    are taken (``free_batch_axes``); ``tensor`` remains.
+    """
+    return jax.vmap(function, in_axes=in_axes, axis_name=OWN, spmd_axis_name=BATCH_AXES)
+
+
+def free_batch_axes() -> tuple[str, ...]:
+    """The axes that samples are to be split over where this is traced: ``BATCH_AXES``, or none inside ``on_own``."""
+    return () if inside_own() else BATCH_AXES
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
@@ -108,6 +123,7 @@ def split_batch(x: Any, mesh: Mesh | None) -> Any:
 
     Left alone, the compiler may split features instead, as the weights are, and give every device the whole batch.
     """
-    if mesh is None or x.shape[0] % prod(mesh.shape[name] for name in BATCH_AXES):
+    axes = free_batch_axes()
+    if mesh is None or x.shape[0] % prod(mesh.shape[name] for name in axes):
         return x
-    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes or None)))

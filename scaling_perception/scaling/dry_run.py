@@ -53,6 +53,7 @@ from scaling_perception.training.diffusion import network_of, tasks_of
 from scaling_perception.training.one_step import AT_ONCE
 from scaling_perception.training.optim import make_optimizer
 from scaling_perception.training.state import abstract_state
+from scaling_perception.training.step import sums_own
 
 # bfloat16 TFLOP/s of dense matmuls and GB of memory of one chip (makers' figures)
 CHIPS = {"v5e": (197, 16), "v5p": (459, 95), "v6e": (918, 32), "h100": (989, 80), "h200": (989, 141)}
@@ -158,11 +159,17 @@ def _memory(config: Config, dit: DiTConfig, devices: int | None) -> dict[str, An
     placed = tree_shardings(state, mesh)
     sums = {name: _bytes(getattr(state, name), getattr(placed, name)) for name in ("params", "opt_state", "ema")}
     sums["ema"] = sums["ema"] * _ITEM[config.optim.ema_dtype] // 4 if config.optim.ema_place == "device" else 0
+    gradients = sums["params"]
+    if accumulate > 1 and shares > 1 and sums_own(dit):  # the sum, that of one part, and what is left when reduced
+        own = _abstract_mesh({axis: sizes[axis] if axis == "tensor" else 1 for axis in AXES})
+        gradients += 2 * _bytes(state.params, tree_shardings(state.params, own))
+    elif accumulate > 1:
+        gradients *= 2  # the sum, and that of one part
     local = config.train.batch_size // shares  # samples of a step
     part = local // accumulate  # at a time
     kinds = {
         "params": sums["params"],
-        "gradients": sums["params"] * (2 if accumulate > 1 else 1),  # the sum, and that of one part
+        "gradients": gradients,
         "optimizer": sums["opt_state"],
         "ema": sums["ema"],
         "batch": 2 * local * _sample_bytes(config, dit),  # this step's, and the next one's on its way

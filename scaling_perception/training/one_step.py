@@ -28,7 +28,7 @@ from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusio
 from scaling_perception.diffusion.solvers import refuse_amplified, sampler_tables
 from scaling_perception.models.presets import LATENT_FACTOR
 from scaling_perception.models.vae_tiles import sliced
-from scaling_perception.parallel.mesh import BATCH_AXES
+from scaling_perception.parallel.mesh import free_batch_axes
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import TASKS, TaskOptions, get_task
@@ -85,7 +85,7 @@ def decoded_in_turns(
     if mesh is None:
         return own_rows(params, latents)
     # a loop over an array that is split would have every device decode all of it
-    split = PartitionSpec(BATCH_AXES)
+    split = PartitionSpec(free_batch_axes())
     one = jax.shard_map(own_rows, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split, check_vma=False)
     return one(params, latents)
 

@@ -1,12 +1,15 @@
 """One training step: loss, gradient, update, running average. A pure function; train.py compiles it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from scaling_perception.parallel.mesh import BATCH_AXES, on_own
 from scaling_perception.training.objective import Batch, Metrics, Objective, Parts
 from scaling_perception.training.spikes import detect_spike
 from scaling_perception.training.state import TrainState, path_name
@@ -74,6 +77,7 @@ def make_step(
         ema_warmup: its decay grows to ``ema_decay`` (``average_rate``).
         accumulate: parts that a batch is computed in, one after the other; loss, metrics and update are those of the
             whole batch, to rounding. A balance loss takes one more forward pass then, for the shares of all parts.
+            On a mesh each device sums the gradients of its samples; they are reduced once (not all: ``sums_own``).
         skip: a step whose loss or gradient is not finite changes nothing but the step's number, which the learning
             rate follows (the moments' own counters do not, for they count updates); ``skipped`` tells.
         shardings: where the state lives. Gradients are kept so, too, which makes the reduction over the batch a
@@ -108,7 +112,9 @@ def make_step(
             loss, metrics, gradient = _weighted(given(objective.loss), state.params, batch, accumulate)
         else:
             own = objective.parts._replace(tally=given(objective.parts.tally))
-            loss, metrics, gradient = _in_parts(own, state.params, batch, accumulate)
+            loss, metrics, gradient = _in_parts(
+                own, state.params, batch, accumulate, _summing_mesh(objective, shardings)
+            )
         if shardings is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
         metrics = {name: value for name, value in metrics.items() if name != "weight"}
@@ -134,55 +140,93 @@ def make_step(
     return step
 
 
-def _sum_over(function: Callable[[Batch, jax.Array], Any], batch: Batch, count: int) -> Any:
-    """The sum of ``function(part, index)`` over ``count`` parts of the batch, one after the other.
+def sums_own(model: Any) -> bool:
+    """Whether each device sums the gradients of its own samples over the parts of a batch, reduced after the last.
 
-    Part m holds the samples m, m + count, …: neighbours stay on their device.
+    Not with experts, whose rows travel between devices inside a part, and not without a DiT: gradients of single
+    devices for the kernels of convolutions would be grouped convolutions. There every part reduces its gradients. The
+    sum and a part's gradients take, on every device, the memory of all that ``tensor`` does not split.
     """
-    size = jax.tree.leaves(batch)[0].shape[0]
-    parts = jax.tree.map(lambda array: jnp.moveaxis(array.reshape(-1, count, *array.shape[1:]), 1, 0), dict(batch))
-    index = jnp.arange(size).reshape(-1, count).T
-    shapes = jax.eval_shape(function, *jax.tree.map(lambda array: array[0], (parts, index)))
+    return model is not None and not model.experts
+
+
+def _summing_mesh(objective: Objective, shardings: TrainState | None) -> Mesh | None:
+    """The mesh whose devices sum their own gradients (``sums_own``); None: every part reduces them."""
+    if shardings is None or not sums_own(objective.model):
+        return None
+    mesh = jax.tree.leaves(shardings.params)[0].mesh
+    return mesh if _shares(mesh) > 1 else None
+
+
+def _shares(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH_AXES)
+
+
+def _sum_over(
+    function: Callable[[Any, Batch, jax.Array], Any], params: Any, batch: Batch, count: int, mesh: Mesh | None = None
+) -> Any:
+    """The sum of ``function(params, part, index)`` over ``count`` parts of the batch, one after the other.
+
+    Part m holds the samples m, m + count, …: neighbours stay on their device. With a mesh each device of the batch axes
+    computes and sums the function of its own samples, and the sums are added once, after the last part.
+    """
+    size, shares = jax.tree.leaves(batch)[0].shape[0], _shares(mesh)
+    own = function if mesh is None else on_own(function, (None, 0, 0))
+
+    def split(array: jax.Array) -> jax.Array:
+        lead = (-1,) if mesh is None else (shares, size // shares // count)
+        return placed(jnp.moveaxis(array.reshape(*lead, count, *array.shape[1:]), len(lead), 0), None)
+
+    def placed(array: jax.Array, *before: None) -> jax.Array:  # an array (*before, devices, ...)
+        if mesh is None:
+            return array
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*before, BATCH_AXES)))
+
+    parts, index = jax.tree.map(split, (dict(batch), jnp.arange(size)))
+    shapes = jax.eval_shape(own, params, *jax.tree.map(lambda array: array[0], (parts, index)))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(
-        lambda total, part: (jax.tree.map(jnp.add, total, function(*part)), None), zeros, (parts, index)
-    )
-    return total
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(lambda a, b: placed(a + b), total, own(params, *part)), None
+
+    total, _ = jax.lax.scan(add, jax.tree.map(placed, zeros), (parts, index))
+    return total if mesh is None else jax.tree.map(lambda leaf: leaf.sum(axis=0), total)
 
 
-def _in_parts(parts: Parts, params: Any, batch: Batch, count: int) -> tuple[jax.Array, Metrics, Any]:
+def _in_parts(parts: Parts, params: Any, batch: Batch, count: int, mesh: Mesh | None) -> tuple[jax.Array, Metrics, Any]:
     """Loss, metrics and gradient of a batch computed in ``count`` parts whose denominators are the whole batch's.
 
     What the score divides by is tallied first. Of a dense network these are counts of cells, and the compiler leaves
-    its forward pass out.
+    its forward pass out. With a mesh (``_summing_mesh``) every device's share of a part is a part to the score.
     """
+    pieces = count * _shares(mesh)
 
-    def known_of(part: Batch, index: jax.Array) -> Any:
+    def known_of(params: Any, part: Batch, index: jax.Array) -> Any:
         found = parts.tally(params, part, index)
         return {name: jax.lax.stop_gradient(found[name]) for name in parts.known if name in found}
 
     def mean(total: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf / count, total)
+        return jax.tree.map(lambda leaf: leaf / pieces, total)
 
-    known = mean(_sum_over(known_of, batch, count)) if parts.known else {}
+    known = mean(_sum_over(known_of, params, batch, count, mesh)) if parts.known else {}
 
     def loss_of(params: Any, part: Batch, index: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         found = parts.tally(params, part, index)
-        return parts.score({**found, **known}, count)[0], found
+        return parts.score({**found, **known}, pieces)[0], found
 
-    def terms(part: Batch, index: jax.Array) -> Any:
+    def terms(params: Any, part: Batch, index: jax.Array) -> Any:
         (_, found), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, part, index)
         return found, gradient
 
-    found, gradient = mean(_sum_over(terms, batch, count))
-    loss, metrics = parts.score({**found, **known}, count)
+    found, gradient = mean(_sum_over(terms, params, batch, count, mesh))
+    loss, metrics = parts.score({**found, **known}, pieces)
     return loss, metrics, gradient
 
 
 def _weighted(loss_of: Any, params: Any, batch: Batch, count: int) -> tuple[jax.Array, Metrics, Any]:
     """Loss, metrics and gradient of a batch computed in ``count`` parts, each weighted by its metric ``weight``."""
 
-    def terms(part: Batch, index: jax.Array) -> Any:
+    def terms(params: Any, part: Batch, index: jax.Array) -> Any:
         (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, part, index)
         weight = jnp.asarray(metrics.get("weight", 1.0), jnp.float32)
         known = {name: jnp.isfinite(value) for name, value in metrics.items()}  # NaN: undefined for this part
@@ -192,7 +236,7 @@ def _weighted(loss_of: Any, params: Any, batch: Batch, count: int) -> tuple[jax.
         counted = [jax.tree.map(lambda x: jnp.where(weight > 0, x * weight, 0.0), tree) for tree in (loss, gradient)]
         return weight, counted[0], sums, counts, counted[1]
 
-    weight, loss, sums, counts, gradient = _sum_over(terms, batch, count)
+    weight, loss, sums, counts, gradient = _sum_over(terms, params, batch, count)
     whole = jnp.where(weight > 0, weight, 1.0)
     metrics = {name: sums[name] / counts[name] for name in sums}
     return loss / whole, metrics, jax.tree.map(lambda leaf: leaf / whole, gradient)

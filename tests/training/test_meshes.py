@@ -128,7 +128,17 @@ def test_from_mesh_to_mesh_the_curve_is_that_of_one_device(tmp_path, changes):
 
 
 @pytest.mark.slow  # test_accumulation.py compares losses and gradients of parts unasked
-@pytest.mark.parametrize(("sizes", "changes"), [({}, DENSE), ({"data": 2, "fsdp": 2}, EXPERTS)], ids=name_of)
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [
+        ({}, DENSE),
+        ({"data": 4}, DENSE),
+        ({"data": 2, "fsdp": 2}, DENSE),
+        ({"fsdp": 2, "tensor": 2}, DENSE),
+        ({"data": 2, "fsdp": 2}, EXPERTS),
+    ],
+    ids=name_of,
+)
 def test_a_batch_in_parts_gives_the_update_of_the_whole(sizes, changes):
     if changes is EXPERTS:
         changes = {**changes, "balance_loss": 0.0}  # a product of means over the batch: the one thing that differs
