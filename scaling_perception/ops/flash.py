@@ -249,8 +249,12 @@ def _elsewhere(*arrays: jax.Array, mesh: Any) -> Any:
     raise NotImplementedError("the kernel is for a TPU")
 
 
-_forward = by_platform("attention_forward", lambda *arrays, mesh: arrays[0], _elsewhere, tpu=flash_forward)
-_backward = by_platform("attention_backward", lambda *arrays, mesh: arrays[:3], _elsewhere, tpu=flash_backward)
+_forward = by_platform(
+    "attention_forward", lambda *arrays, mesh: arrays[0], _elsewhere, samples=True, tpu=flash_forward
+)
+_backward = by_platform(
+    "attention_backward", lambda *arrays, mesh: arrays[:3], _elsewhere, samples=True, tpu=flash_backward
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
