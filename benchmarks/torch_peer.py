@@ -31,7 +31,7 @@ def make_dit(config: DiTConfig, params: Mapping[str, Any], attention: str = "sdp
     Raises:
         UserError: a model with a part that this rendering has not.
     """
-    if config.experts or config.routed or config.qk_norm or config.context_dim:
+    if config.experts or config.qk_norm or config.context_dim:
         raise UserError(f"--against torch has dense models alone, and {config.name} is none: choose a1 to a6 or XL/2")
     model = TorchDiT(
         input_size=config.input_size,
@@ -43,6 +43,8 @@ def make_dit(config: DiTConfig, params: Mapping[str, Any], attention: str = "sdp
         heads=config.heads,
         hidden=config.hidden,
         label_rows=config.label_rows,
+        tasks=config.task_labels if config.routed else 0,
+        first_task=config.task_label(0) if config.routed else 0,
         attention=attention,
     )
     state = dit_to_torch(params, config, attention="timm")

@@ -7,11 +7,12 @@ import argparse
 from typing import Any
 
 from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
-from scaling_perception.timing import data, moe, sample, train
+from scaling_perception.timing import data, front, moe, sample, train
 
 EXAMPLES = """
 scaling-perception bench data
 scaling-perception bench data --cache runs/latents --batch 64 --workers 2 --json out/data.json
+scaling-perception bench front --model mini-scenes --count 16 --figure out/front.png --json out/front.json
 scaling-perception bench moe
 scaling-perception bench moe --tokens 4096 --dim 384 --experts 8 --active 2 --json out/moe.json
 scaling-perception bench moe --kind swiglu --dtype bfloat16 --repeats 15
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 _KINDS: dict[str, tuple[Any, str]] = {
     "data": (data, "reading latents and pictures, and waiting for them"),
+    "front": (front, "error against seconds: a model's budgets beside the released loop in PyTorch"),
     "moe": (moe, "the dispatchers of a mixture of experts"),
     "sample": (sample, "a whole prediction, and its way from a plain loop"),
     "train": (train, "a training step"),

@@ -1,5 +1,6 @@
 """`bench sample`: what is told, that all ways give the same prediction, and what is refused."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -109,4 +110,4 @@ def test_refusals(monkeypatch):
 
 def test_torch_refuses_what_it_has_not(torch):
     with pytest.raises(UserError, match="dense models alone, and nano is none"):
-        peer.load("torch_peer").make_dit(get_preset("nano"), {})
+        peer.load("torch_peer").make_dit(dataclasses.replace(get_preset("nano"), qk_norm=True), {})

@@ -1,0 +1,40 @@
+"""`bench front`: the loop is our own sampling on the same grid, and the first row that is not worse is named."""
+
+import numpy as np
+import pytest
+
+from scaling_perception.support.errors import UserError
+from scaling_perception.timing import front
+
+pytest_plugins = ("nano",)
+
+
+def _row(error, difference, seconds, **more):
+    settings = {"steps": 2, "ensemble": 1, "preset": "fixed", "solver": "ddim", **more}
+    paired = {"mean": difference, "ci95": (difference - 0.1, difference + 0.1)}
+    return {"settings": settings, "error": error, "seconds": seconds, "speed_up": 4 / seconds, "difference": paired}
+
+
+def test_the_table_and_the_figure(tmp_path):
+    rows = [_row(0.4, 0.1, 0.1), _row(0.3, 0.0, 0.2, spacing="learned"), _row(0.2, -0.1, 0.4)]
+    loop = {"steps": 50, "ensemble": 5, "error": 0.3, "seconds": 4.0}
+    result = {"model": "m", "images": 8, "loop": loop, "rows": rows, "equal": 1}
+    text = front.table(result)
+    assert "at an error not above the loop's: 20.0 times faster (2 × 1 ddim learned)" in text
+    assert "0.3000 | +0.0000 [-0.1000, +0.1000] | 0.200 | 20.0" in text
+    assert "no row reaches the loop's error" in front.table({**result, "equal": None})
+    front.draw(result, str(tmp_path / "a.png"))
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_of_noise_is_refused(make_predictor):
+    predictor = make_predictor(diffusion={"schedule": "cosine", "prediction": "epsilon", "spacing": "leading"})
+    with pytest.raises(UserError, match="loop is written for depth models of v"):
+        front.make_loop(predictor)
+
+
+def test_the_loop_is_our_sampling_on_the_leading_grid(make_predictor, make_raw, torch):
+    predictor, raw = make_predictor(), make_raw()
+    theirs = front.make_loop(predictor)[0](raw)
+    ours = predictor(raw["image"], "depth", front.STEPS, front.MEMBERS, spacing="leading").prediction
+    np.testing.assert_allclose(theirs, ours, atol=2e-3)
