@@ -40,8 +40,9 @@ def load_grids(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 def _complete(entry: Any) -> bool:
     grids = entry.get("grids") if isinstance(entry, dict) else None
-    named = isinstance(grids, dict) and grids and all(isinstance(entry.get(one), str) for one in IDENTITY)
-    return bool(named) and all(_is_grid(name, t) for name, t in grids.items())
+    if not isinstance(grids, dict) or not grids or not all(isinstance(entry.get(one), str) for one in IDENTITY):
+        return False
+    return all(_is_grid(name, t) for name, t in grids.items())
 
 
 def _is_grid(steps: str, t: Any) -> bool:
