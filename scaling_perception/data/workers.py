@@ -5,13 +5,17 @@ alone answers, one line for a worker that died, and results sent through pipes (
 which a container has 64 MB, and which outlives a killed run).
 """
 
+import contextlib
+import gc
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
 from multiprocessing import parent_process
+from multiprocessing.queues import Queue
 from multiprocessing.util import Finalize
+from queue import Empty
 from typing import Any
 
 import grain
@@ -35,8 +39,20 @@ def _start(index: int, count: int) -> None:
     for number in _ANSWERED:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
-    # A worker that is asked to stop ends without a flush: its queue would wait for a parent that no longer reads.
-    Finalize(None, os._exit, (1,), exitpriority=1000)
+    Finalize(None, _leave, exitpriority=1000)
+
+
+def _leave() -> None:
+    # A worker that is asked to stop ends without a flush: its queue would wait for a parent that no longer reads. But
+    # the parent, which empties the queue, would wait for ever for the rest of a message of which a part is written.
+    for queue in [one for one in gc.get_objects() if isinstance(one, Queue)]:
+        if getattr(queue, "_thread", None) is None:  # this worker writes nothing to it
+            continue
+        queue._buffer.clear()
+        while not queue._wlock.acquire(timeout=0.1):  # held while a message is written
+            with contextlib.suppress(Empty):
+                queue.get_nowait()  # nobody else reads
+    os._exit(1)
 
 
 def _follow_parent() -> None:

@@ -36,6 +36,22 @@ def test_results_come_in_the_order_of_the_jobs():
     assert not _workers_of(os.getpid())
 
 
+def make_large(size):
+    return lambda job: b"x" * size  # more than a pipe holds: a message is written in pieces
+
+
+@pytest.mark.timeout(60)
+def test_a_message_that_is_half_written_is_waited_for_by_nobody():
+    for taken in range(4):
+        results = ordered_map(make_large, (3_000_000 + taken,), range(100), 2, ahead=2)
+        for _ in range(taken):
+            next(results)
+        begin = time.monotonic()
+        results.close()
+        assert time.monotonic() - begin < 15
+    assert not _workers_of(os.getpid())
+
+
 def test_a_worker_that_dies_is_said():
     results = ordered_map(make, (0,), [1, "dead", 2, 3], 2)
     assert next(results)[0] == 1
