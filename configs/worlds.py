@@ -1,7 +1,7 @@
 """A generalist that works on photographs: every task of the furnished worlds at 128 pixels, for one accelerator.
 
     scaling-perception prepare worlds --tasks depth,flow,amodal,normals --count 20000 --out runs/worlds --latents \\
-        --vae tiny+lite0+match --resolution 128
+        --skip-bad --vae tiny+lite0+match --resolution 128
     scaling-perception train --config configs/worlds.py --workdir runs/worlds-mini
 
 `BUDGET=500 benchmarks/on_gpu.sh OUT model` does both within a time, on all cores and one GPU.
