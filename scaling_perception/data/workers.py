@@ -45,7 +45,8 @@ def _start(index: int, count: int) -> None:
 def _leave() -> None:
     # A worker that is asked to stop ends without a flush: its queue would wait for a parent that no longer reads. But
     # the parent, which empties the queue, would wait for ever for the rest of a message of which a part is written.
-    for queue in [one for one in gc.get_objects() if isinstance(one, Queue)]:
+    queues: list[Any] = [one for one in gc.get_objects() if isinstance(one, Queue)]
+    for queue in queues:
         if getattr(queue, "_thread", None) is None:  # this worker writes nothing to it
             continue
         queue._buffer.clear()

@@ -58,7 +58,7 @@ def spacing_of(cell: Cell) -> list[str]:
 
     spacing, preset = cell.get("spacing"), PRESETS.get(cell["preset"])
     usual = spacing is None or (spacing != LEARNED if preset is None else spacing == preset.spacing)
-    return [] if usual else [spacing]
+    return [] if usual or spacing is None else [spacing]
 
 
 def evaluations_of(cell: Cell) -> float:
