@@ -22,6 +22,7 @@ EXAMPLES = """
 scaling-perception compile --config configs/depth.py:model=XL/2,res=512,cache=x --topology v5p:4x4x4 --mesh fsdp=4
 scaling-perception compile --config configs/mini.py --topology v5e:2x2 --what all --json out/mini.json
 scaling-perception compile --config configs/mini.py --topology cpu:8 --chip h200 --mesh data=4,fsdp=2
+scaling-perception compile --config configs/depth.py:model=a1,cache=x --topology v5e:2x4 --search --json out/found.json
 """
 
 WHAT = ("train", "sample", "encode")
@@ -42,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chip", default="", help="with cpu:N, the GPU whose limits to use: a100, h100, h200")
     parser.add_argument("--json", metavar="FILE", help="also write everything to this file")
     parser.add_argument("--hlo", metavar="FILE", help="also write the compiled program's text (one program)")
+    parser.add_argument(
+        "--search", action="store_true", help="compile every sensible mesh, remat and accumulation: a table of bounds"
+    )
+    parser.add_argument("--jobs", type=COUNT, default=1, metavar="N", help="of --search: processes at a time")
     add_overwrite(parser)
 
 
@@ -57,6 +62,9 @@ def run(args: argparse.Namespace) -> None:
     if args.batch is not None and args.batch < 1:
         raise UserError(f"--batch {args.batch}: give 1 or more")
     topology = get_topology(args.topology, args.slices, args.chip)
+    if args.search:
+        _search(args, config, topology)
+        return
     mesh = mesh_of(config, args.mesh, topology.devices)
     names = WHAT if args.what == "all" else (args.what,)
     settings = settings_of(args, ("json", "hlo"))
@@ -74,6 +82,36 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         with replacing(args.json, settings) as file:
             write_json(file, reports)
+
+
+def _search(args: argparse.Namespace, config: Any, topology: Any) -> None:
+    from pathlib import Path
+
+    from scaling_perception.scaling import mesh_search
+    from scaling_perception.support.files import write_json
+    from scaling_perception.support.progress import progress
+
+    for flag, given in (("--mesh", args.mesh), ("--hlo", args.hlo)):
+        if given:
+            raise UserError(f"{flag} goes with one mesh, not with --search: leave it out")
+    if args.what != "train":
+        raise UserError(f"--search is of the train step, not of --what {args.what}: leave that out")
+    if not args.json:
+        raise UserError("--search keeps what is compiled beside its result: give --json FILE")
+    settings = settings_of(args, ("json", "hlo", "jobs"))
+    check_output(args.json, settings, args.overwrite)
+    found, too_large = mesh_search.ways(config, topology, args.batch)
+    words = ["--config", args.config, "--topology", args.topology, "--slices", str(args.slices)]
+    words += ["--chip", args.chip] if args.chip else []
+    words += ["--batch", str(args.batch)] if args.batch else []
+    words += [f"--config.{override}" for override in getattr(args, "overrides", [])]
+    folder = Path(f"{args.json}.parts")
+    print(f"{len(found)} ways to spread a step over {len(topology.devices)} devices of {topology.name}", flush=True)
+    compiled = mesh_search.compile_all(found, words, folder, args.jobs)
+    rows = mesh_search.best_first(progress(compiled, len(found), "compile"))
+    with replacing(args.json, settings) as file:
+        write_json(file, {"topology": topology.name, "chip": topology.chip.name, "too_large": too_large, "rows": rows})
+    print("\n".join(mesh_search.table(rows, too_large, topology.chip.memory)))
 
 
 def mesh_of(config: Any, text: str, devices: Sequence[Any]) -> Any:

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory", type=POSITIVE, metavar="GB", help="of a chip (default: the chip's own)")
     add("--price", metavar="CHIP=USD", default="", help="of a chip-hour (default: those of `study`)")
     add("--mfu", type=POSITIVE, default=0.4, help="share of the peak that is assumed, at most the roofline's (0.4)")
+    add("--search", metavar="JSON", help="of `compile --search`: its best bound at worst in place of --mfu")
     add("--measured-mfu", type=POSITIVE, metavar="SHARE", help="share of the peak that was measured, in place of both")
     add("--seconds-per-image", metavar="SECONDS:MACS", help="measured seconds of a prediction of so many MACs")
     add("--task", default="depth", help="depth, flow, amodal or pretrain: of the commands (default %(default)s)")
@@ -230,7 +231,12 @@ def _speed(args: argparse.Namespace) -> "Speed":
     if chip is not None and chip.name in prices:
         price = prices[chip.name].price
     memory = args.memory * 1e9 if args.memory else chip.memory if chip is not None else float("inf")
-    return Speed(chip, args.chips, args.mfu, args.measured_mfu, per_mac, price, memory)
+    mfu = args.mfu
+    if args.search:
+        from scaling_perception.scaling.mesh_search import mfu_of
+
+        mfu = mfu_of(args.search, args.chip or "")
+    return Speed(chip, args.chips, mfu, args.measured_mfu, per_mac, price, memory)
 
 
 def _sizes(args: argparse.Namespace, laws: "Laws", template: str) -> "list[Size] | None":
