@@ -39,13 +39,13 @@ def _evaluation(task="depth", metric="abs_rel", change=-0.05):
         return {metric: {"mean": float(np.mean(values)), "ci95": [float(np.min(values)), float(np.max(values))]}}
 
     cells = []
-    for preset in ("fixed", "paper"):
+    for preset, spacing in (("fixed", "trailing"), ("paper", "leading")):
         for steps in (1, 10):
             for size in (1, 5):
                 values = hard + (change if steps == 10 else 0.0) + rng.normal(0, 1e-3, 12)
                 rows = [{"key": f"k{i}", metric: float(value)} for i, value in enumerate(values)]
                 cells.append(
-                    {"preset": preset, "spacing": "trailing", "schedule": "cosine", "steps": steps, "ensemble": size}
+                    {"preset": preset, "spacing": spacing, "schedule": "cosine", "steps": steps, "ensemble": size}
                     | {"reduce": "lsq", "macs": 2e9 * steps * size, "seconds": 0.1}
                     | {"metrics": metrics(values), "rows": rows}
                 )
