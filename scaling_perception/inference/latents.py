@@ -95,7 +95,7 @@ def decode_merged(
 
 
 def uncertainty_of(
-    spread: Float[np.ndarray, "h w"], varies: float, prediction: Float[np.ndarray, "R R *C"]
+    spread: Float[np.ndarray, "h w"], varies: float | np.floating, prediction: Float[np.ndarray, "R R *C"]
 ) -> Float[np.ndarray, "R R"]:
     """The latents' spread at the prediction's resolution, times how much more the prediction varies over the picture
     than its latents do: as if the decoder were linear."""
@@ -106,7 +106,7 @@ def uncertainty_of(
 def estimate(
     model: Model,
     raw: dict[str, Any],
-    found: tuple[Float[np.ndarray, "P 1 R R 3"], Float[np.ndarray, "h w"], float],
+    found: tuple[Float[np.ndarray, "P 1 R R 3"], Float[np.ndarray, "h w"], float | np.floating],
     task: str,
     mode: str,
     forwards: float,
@@ -121,7 +121,7 @@ def estimate(
 
 def sample_latents(
     model: Model,
-    latents: Float[EitherArray, "I h w C"],
+    latents: Float[EitherArray, "I h w _"],
     group: Sequence[dict[str, Any]],
     task: str,
     ensemble: int,
