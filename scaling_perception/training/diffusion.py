@@ -154,7 +154,7 @@ def latents_of(
 
 def matched_passes(config: Config) -> tuple[int, ...]:
     """Ids of the passes of a config whose prompts are encoded together with the image."""
-    return FRAME_PASSES if is_matching(config.autoencoder) else ()
+    return FRAME_PASSES if is_matching(config.get("autoencoder", "")) else ()
 
 
 def _latents(
