@@ -1,9 +1,14 @@
 """How many images and members are computed at once."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+
+from scaling_perception.inference.engine import NoiseKeys, draw_members
+from scaling_perception.support.shapes import RandomKey, UInt
 
 
 class BatchPlan(NamedTuple):
@@ -43,3 +48,27 @@ def free_bytes() -> int:
 def shrink(rows: int, needed: int, free: int) -> int:
     """Rows that should fit, when ``rows`` of them need ``needed`` bytes: in proportion, and fewer in any case."""
     return max(1, min(rows - 1, math.floor(rows * free / needed)))
+
+
+def member_draws(
+    key: RandomKey, ids: UInt[np.ndarray, " I"], ensemble: int, at_once: int, antithetic: bool
+) -> Iterator[NoiseKeys]:
+    """The noise of ``ensemble`` members, ``at_once`` at a time; the last batch is as large as the others."""
+    for first in range(0, ensemble, at_once):
+        yield draw_members(key, ids, first, at_once, antithetic)
+
+
+def joined_members(
+    batches: Iterable[Any], ensemble: int, watch: Callable[[np.ndarray], None] | None, axis: int
+) -> np.ndarray:
+    """Batches of members joined along their axis, the first ``ensemble`` of them.
+
+    Args:
+        watch: called with the members so far, after each batch of them but the last.
+    """
+    chunks: list[np.ndarray] = []
+    for batch in batches:
+        chunks.append(np.asarray(batch))
+        if watch is not None and sum(chunk.shape[axis] for chunk in chunks) < ensemble:
+            watch(np.concatenate(chunks, axis=axis))
+    return np.concatenate(chunks, axis=axis)[(slice(None),) * axis + (slice(ensemble),)]

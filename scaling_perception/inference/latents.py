@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling_perception.diffusion.sampler import SamplerTables
-from scaling_perception.inference.batches import BatchPlan
-from scaling_perception.inference.engine import draw_members
+from scaling_perception.inference.batches import BatchPlan, joined_members, member_draws
+from scaling_perception.inference.engine import NoiseKeys
 from scaling_perception.inference.model import Model, key_of, prompt_of
 from scaling_perception.inference.settings import Settings
 from scaling_perception.support.shapes import Array, EitherArray, Float, RandomKey
@@ -136,14 +136,13 @@ def sample_latents(
     Args:
         watch: called with those of the group's members so far, after each batch of members but the last.
     """
-    key, ids, passes = key_of(key), model.image_ids(group, plan.images), model.passes(task)
-    chunks = []
-    for first in range(0, ensemble, plan.members):
-        draw = draw_members(key, ids, first, plan.members, antithetic)
-        chunks.append(np.asarray(model.engine.clean(model.params, latents, draw, passes, tables)))
-        if watch is not None and first + plan.members < ensemble:
-            watch(np.concatenate(chunks, axis=1))
-    return np.concatenate(chunks, axis=1)[:, :ensemble]
+    passes = model.passes(task)
+
+    def run(draw: NoiseKeys) -> Any:
+        return model.engine.clean(model.params, latents, draw, passes, tables)
+
+    draws = member_draws(key_of(key), model.image_ids(group, plan.images), ensemble, plan.members, antithetic)
+    return joined_members(map(run, draws), ensemble, watch, axis=1)
 
 
 def latent_stream(

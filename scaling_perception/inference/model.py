@@ -21,8 +21,8 @@ import numpy as np
 from scaling_perception.diffusion.caching import CACHES, CacheRows, cache_rows, computed_steps, fit_weights
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import LEARNED, DiffusionPreset, get_diffusion
-from scaling_perception.inference.batches import BatchPlan, free_bytes, shrink, split
-from scaling_perception.inference.engine import Engine, Passes, draw_members
+from scaling_perception.inference.batches import BatchPlan, free_bytes, joined_members, member_draws, shrink, split
+from scaling_perception.inference.engine import Engine, NoiseKeys, Passes, draw_members
 from scaling_perception.inference.grids import learned_grid
 from scaling_perception.inference.inputs import raw_samples
 from scaling_perception.inference.settings import Settings
@@ -363,14 +363,14 @@ class Model:
         Args:
             watch: called with the pixels of the members so far, after each batch of members but the last.
         """
-        key, ids, passes = key_of(key), self.image_ids(group, plan.images), self.passes(task)
-        chunks = []
-        for first in range(0, ensemble, plan.members):
-            draw = draw_members(key, ids, first, plan.members, antithetic)
-            chunks.append(np.asarray(self.engine.sample(*self.weights, latents, draw, passes, tables)))
-            if watch is not None and first + plan.members < ensemble:
-                watch(np.concatenate(chunks, axis=2)[: len(group)])
-        return np.concatenate(chunks, axis=2)[: len(group), :, :ensemble]
+        passes, count = self.passes(task), len(group)
+
+        def run(draw: NoiseKeys) -> Any:
+            return self.engine.sample(*self.weights, latents, draw, passes, tables)
+
+        seen = None if watch is None else lambda pixels: watch(pixels[:count])
+        draws = member_draws(key_of(key), self.image_ids(group, plan.images), ensemble, plan.members, antithetic)
+        return joined_members(map(run, draws), ensemble, seen, axis=2)[:count]
 
     def image_ids(self, group: Sequence[dict[str, Any]], images: int) -> UInt[np.ndarray, " {images}"]:
         """(images,) uint32, each image's share of the noise key; what only fills the batch gets 0."""
