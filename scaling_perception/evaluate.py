@@ -417,14 +417,19 @@ def _report_constants(cells: list[dict[str, Any]]) -> None:
 
 
 def _budgets_folder(name: str | None) -> Path | None:
-    from scaling_perception.inference.budgets import FILE, load_budgets
+    from scaling_perception.inference.budgets import TABLE
+
+    return None if name is None else _table_folder(name, TABLE)
+
+
+def _table_folder(name: str, table: Any) -> Path:
+    """The model folder that gets a table (`TaskTable`); a damaged one is refused before the work, not after it."""
+    from scaling_perception.inference.task_tables import read_table
     from scaling_perception.interop.find import find_model
 
-    if name is None:
-        return None
     folder = find_model(name)
-    load_budgets(folder)  # a damaged table is refused before the work, not after it
-    _check_folder(folder / FILE)
+    read_table(table, folder)
+    _check_folder(folder / table.file)
     return folder
 
 
@@ -434,17 +439,15 @@ _NOT_WITH_GRIDS = ("json", "csv", "per_image", "write_budgets", "shard", "spacin
 def _write_grids(args: argparse.Namespace, protocol: dict[str, Any]) -> int:
     """Find the model's learned grids for the task and write them; the exit code."""
     from scaling_perception import Predictor
-    from scaling_perception.evaluation.grid_table import grid_entry, measurable, write_grids
-    from scaling_perception.inference.grids import FILE, load_grids
-    from scaling_perception.interop.find import find_model
+    from scaling_perception.evaluation.grid_table import grid_entry, measurable
+    from scaling_perception.inference.grids import TABLE
+    from scaling_perception.inference.task_tables import write_entry
     from scaling_perception.parallel.mesh import local_mesh
 
     for name in _NOT_WITH_GRIDS:
         if getattr(args, name) not in (None, USUAL.get(name)):
             raise UserError(f"--write-grids evaluates no cells: leave out {flag_of(name)}")
-    folder = find_model(args.write_grids)
-    load_grids(folder)  # a damaged file is refused before the work, not after it
-    _check_folder(folder / FILE)
+    folder = _table_folder(args.write_grids, TABLE)
     source = open_data(args)
     predictor = Predictor.from_pretrained(
         args.model, autoencoder=args.autoencoder, dtype=args.dtype, mesh=local_mesh(args.mesh)
@@ -455,7 +458,7 @@ def _write_grids(args: argparse.Namespace, protocol: dict[str, Any]) -> int:
     asked = {"dataset": args.dataset, "split": args.split}
     for steps, t in entry["grids"].items():
         print(f"  {steps} steps: {', '.join(map(str, t))}; cost {entry['costs'][steps]:.4g}")
-    print(f"written: {write_grids(folder, args.task, {**asked, **entry})}")
+    print(f"written: {write_entry(TABLE, folder, args.task, {**asked, **entry})}")
     return 0
 
 
@@ -463,9 +466,10 @@ def _write_tables(
     args: argparse.Namespace, result: dict[str, Any], load: Callable[[], Any], folder: Path | None
 ) -> None:
     """The CSVs and the table of budgets, where they are asked for; ``load`` gives the predictor."""
-    from scaling_perception.evaluation.budget_table import budget_entry, write_budgets
+    from scaling_perception.evaluation.budget_table import budget_entry
     from scaling_perception.evaluation.tables import cells_csv, images_csv
-    from scaling_perception.inference.budgets import measure_timing
+    from scaling_perception.inference.budgets import TABLE, measure_timing
+    from scaling_perception.inference.task_tables import write_entry
 
     if args.csv:
         with replacing(args.csv, result["asked"]) as file:
@@ -475,7 +479,7 @@ def _write_tables(
             write_text(file, images_csv(result))
     if folder is not None:
         entry = budget_entry(result, measure_timing(load(), args.task))
-        print(f"written: {write_budgets(folder, args.task, entry)}")
+        print(f"written: {write_entry(TABLE, folder, args.task, entry)}")
 
 
 def _report_skipped(skipped: list[dict[str, str]]) -> int:

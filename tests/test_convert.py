@@ -260,6 +260,8 @@ def test_another_model_is_replaced_by_wish_alone(file, tmp_path, capsys):
         convert(file, out, "--shard-size", "300KB")
     assert len(os.listdir(out)) > 4
     refused('heads: "absent" there, 4 here', file, out, "--shard-size", "300KB", "--heads", 4)
+    for name in ("budgets.json", "grids.json"):  # tables of the replaced weights
+        (out / name).write_text("{}")
     convert(file, out, "--heads", 4, "--overwrite")
     assert sorted(os.listdir(out)) == [".settings", "README.md", "config.json", "model.safetensors"]
     assert meta_of(out)["model"]["heads"] == 4

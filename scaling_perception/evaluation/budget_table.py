@@ -1,6 +1,5 @@
 """Making a model's table of budgets (``budgets.json``) of an evaluation; ``inference.budgets`` reads it and chooses."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,19 +13,16 @@ from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
 from scaling_perception.inference.budgets import (
     CACHE_CELL,
     CELL,
-    FILE,
-    FORMAT,
     LEVERS,
     MERGE_CELL,
     SPACING_CELL,
+    TABLE,
     Timing,
     load_budgets,
 )
 from scaling_perception.inference.settings import NAMED, flag_of
 from scaling_perception.support.again import refuse_other
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.files import write_text
-from scaling_perception.support.locks import hold
 from scaling_perception.tasks import get_task
 
 
@@ -131,37 +127,7 @@ def check_entry(folder: str | os.PathLike[str], task: str, asked: Mapping[str, A
             raise UserError(f"a table of budgets is of the usual {name}: leave out {flag_of(name)} or --write-budgets")
     entry = ((load_budgets(folder) or {}).get("tasks") or {}).get(task)
     if entry is not None and not overwrite:
-        refuse_other(f"{Path(folder) / FILE} ({task})", entry.get("asked"), asked)
-
-
-def write_budgets(folder: str | os.PathLike[str], task: str, entry: Mapping[str, Any]) -> Path:
-    """Put one task's entry into the folder's table, in place of an older one; other tasks' stay. Atomic.
-
-    Raises:
-        UserError: the folder cannot be written, or holds a damaged table.
-    """
-    path = Path(folder) / FILE
-    with hold(path.with_name(f".{FILE}.lock"), f"another evaluate is writing {path}", "wait for it", wait=True):
-        table = load_budgets(folder) or {"format": FORMAT, "tasks": {}}
-        tasks = {**table["tasks"], task: dict(entry)}
-        write_text(path, _lines({**table, "tasks": dict(sorted(tasks.items()))}))
-    return path
-
-
-def _lines(table: Mapping[str, Any]) -> str:
-    """JSON with a cell a line, which a person can read and git can compare."""
-    cells: list[str] = []
-
-    def mark(entry: Mapping[str, Any]) -> dict[str, Any]:
-        first = len(cells)
-        cells.extend(json.dumps(cell, allow_nan=False) for cell in entry["cells"])
-        return {**entry, "cells": [f"@{number}@" for number in range(first, len(cells))]}
-
-    marked = {**table, "tasks": {task: mark(entry) for task, entry in table["tasks"].items()}}
-    text = json.dumps(marked, indent=1, allow_nan=False) + "\n"
-    for number, cell in enumerate(cells):
-        text = text.replace(f'"@{number}@"', cell)
-    return text
+        refuse_other(f"{Path(folder) / TABLE.file} ({task})", entry.get("asked"), asked)
 
 
 def fit_timing(cells: list[dict[str, Any]]) -> Timing:

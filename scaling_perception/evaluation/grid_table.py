@@ -13,9 +13,7 @@ are taken one by one from states of the fine run: what errors of earlier steps d
 Watson et al. (2021), whose costs are those of the variational bound instead.
 """
 
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,12 +25,9 @@ from scaling_perception.evaluation.protocols import prepare_raw, unmeasurable
 from scaling_perception.evaluation.sweep import Samples, fill_invalid
 from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.engine import draw_members
-from scaling_perception.inference.grids import FILE, FORMAT, load_grids
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import Settings
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.files import write_json
-from scaling_perception.support.locks import hold
 from scaling_perception.support.shapes import Array, Float
 from scaling_perception.tasks import get_task
 
@@ -133,16 +128,3 @@ def grid_entry(predictor: Predictor, raws: Sequence[dict[str, Any]], task: str, 
         "costs": {str(len(t)): float(f"{cost:.6g}") for cost, t in found},
         "grids": {str(len(t)): t for _, t in found},
     }
-
-
-def write_grids(folder: str | os.PathLike[str], task: str, entry: Mapping[str, Any]) -> Path:
-    """Put one task's grids into the folder's file, in place of older ones; other tasks' stay. Atomic.
-
-    Raises:
-        UserError: the folder cannot be written, or holds a damaged file.
-    """
-    path = Path(folder) / FILE
-    with hold(path.with_name(f".{FILE}.lock"), f"another evaluate is writing {path}", "wait for it", wait=True):
-        table = load_grids(folder) or {"format": FORMAT, "tasks": {}}
-        write_json(path, {**table, "tasks": dict(sorted({**table["tasks"], task: dict(entry)}.items()))})
-    return path

@@ -19,22 +19,19 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from scaling_perception.diffusion.solvers import SOLVERS, evaluations
+from scaling_perception.inference.task_tables import TaskTable, read_table
 from scaling_perception.support import choosing
 from scaling_perception.support.errors import UserError, did_you_mean
-from scaling_perception.support.files import read_json
 from scaling_perception.tasks import get_task
 
 if TYPE_CHECKING:
     from scaling_perception.inference.predictor import Predictor
 
-FILE = "budgets.json"
-FORMAT = 1
 NAMES = ("fast", "balanced", "best")
 OWN = "own"  # the preset's name where a model's own grid of timesteps is none of the presets'
 _LEAST = 1e-9  # seconds; what is measured as less, or as negative, is noise
@@ -72,31 +69,22 @@ class Timing(NamedTuple):
     per_forward: float
 
 
-def load_budgets(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The table of a model folder, checked, or None where it ships none.
-
-    Raises:
-        UserError: there is a file and it is damaged, or of another format.
-    """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        return None
-    table = read_json(path)
-    wrong = f"{path} is no table of budgets: remove it, or make it again (`evaluate --write-budgets {folder}`)"
-    if not isinstance(table, dict) or not isinstance(table.get("tasks"), dict):
-        raise UserError(wrong)
-    if table.get("format") != FORMAT:
-        raise UserError(f"{path} has format {table.get('format')}, this version reads {FORMAT}: make it again")
-    for entry in table["tasks"].values():
-        cells = entry.get("cells") if isinstance(entry, dict) else None
-        if not cells or not all(_complete(cell) for cell in cells):
-            raise UserError(wrong)
-    return table
+def _complete(entry: Any) -> bool:
+    cells = entry.get("cells") if isinstance(entry, dict) else None
+    return isinstance(cells, list) and bool(cells) and all(_complete_cell(cell) for cell in cells)
 
 
-def _complete(cell: Any) -> bool:
+def _complete_cell(cell: Any) -> bool:
     """Whether a cell has all its fields, those of a cache together or not at all."""
     return isinstance(cell, dict) and set(CELL) <= set(cell) and len(set(CACHE_CELL) & set(cell)) in (0, 3)
+
+
+TABLE = TaskTable("budgets.json", 1, "is no table of budgets", "--write-budgets", _complete)
+
+
+def load_budgets(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The table of a model folder, or None where it ships none; raises as `read_table`."""
+    return read_table(TABLE, folder)
 
 
 def choose(

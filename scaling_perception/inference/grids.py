@@ -6,36 +6,16 @@ and the weights that it was found with: others are refused.
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scaling_perception.diffusion.schedules import TRAIN_STEPS
+from scaling_perception.inference.task_tables import TaskTable, read_table
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.files import read_json
 from scaling_perception.support.shapes import Int
 
-FILE = "grids.json"
-FORMAT = 1
-
-
-def load_grids(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The grids of a model folder, checked, or None where it has none.
-
-    Raises:
-        UserError: there is a file and it is damaged, or of another format.
-    """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        return None
-    table = read_json(path)
-    if isinstance(table, dict) and table.get("format") not in (None, FORMAT):
-        raise UserError(f"{path} has format {table['format']}, this version reads {FORMAT}: make it again")
-    whole = isinstance(table, dict) and isinstance(table.get("tasks"), dict)
-    if not whole or not all(_complete(entry) for entry in table["tasks"].values()):
-        raise UserError(f"{path} holds no grids: remove it, or make it again (`evaluate --write-grids {folder}`)")
-    return table
+IDENTITY = ("weights", "autoencoder")
 
 
 def _complete(entry: Any) -> bool:
@@ -52,7 +32,12 @@ def _is_grid(steps: str, t: Any) -> bool:
     return inside and all(after < before for before, after in zip(t, t[1:], strict=False))
 
 
-IDENTITY = ("weights", "autoencoder")
+TABLE = TaskTable("grids.json", 1, "holds no grids", "--write-grids", _complete)
+
+
+def load_grids(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The grids of a model folder, or None where it has none; raises as `read_table`."""
+    return read_table(TABLE, folder)
 
 
 def learned_grid(
@@ -75,7 +60,8 @@ def learned_grid(
     for name in IDENTITY:
         if entry[name] != identity[name]:
             raise UserError(
-                f"spacing 'learned': {FILE} was made with other {name} ({entry[name]}, now {identity[name]}): {make}"
+                f"spacing 'learned': {TABLE.file} was made with other {name} ({entry[name]}, now {identity[name]}): "
+                f"{make}"
             )
     if str(steps) not in entry["grids"]:
         known = ", ".join(sorted(entry["grids"], key=int))

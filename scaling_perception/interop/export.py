@@ -49,7 +49,7 @@ TORCH_SUFFIXES = torch_files.SUFFIXES
 _KL_FILE = "diffusion_pytorch_model.safetensors"
 _MARK = "library_name: scaling-perception"  # in the card of every folder that this package writes
 _OURS = re.compile(
-    r"config\.json|README\.md|.*\.safetensors|.*\.safetensors\.index\.json|tokenizer|text_encoder|\.settings|budgets\.json"
+    r"config\.json|README\.md|.*\.safetensors|.*\.safetensors\.index\.json|tokenizer|text_encoder|\.settings|(budgets|grids)\.json"
 )
 _TOKENIZER = (
     "vocab.json",

@@ -9,12 +9,13 @@ import pytest
 
 from scaling_perception.diffusion.grids import Costs, best_grids
 from scaling_perception.diffusion.schedules import get_diffusion, timestep_grid
-from scaling_perception.evaluation.grid_table import grid_entry, transition_costs, true_latents, write_grids
+from scaling_perception.evaluation.grid_table import grid_entry, transition_costs, true_latents
 from scaling_perception.evaluation.nested import Adaptive
 from scaling_perception.evaluation.points import points_of
-from scaling_perception.inference.grids import FILE, learned_grid, load_grids
+from scaling_perception.inference.grids import TABLE, learned_grid, load_grids
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import Settings
+from scaling_perception.inference.task_tables import write_entry
 from scaling_perception.support.errors import UserError
 
 pytest_plugins = ("nano",)
@@ -58,7 +59,7 @@ IDENTITY = {"weights": "a", "autoencoder": "b"}
 
 
 def _write(folder, entry=ENTRY, **more):
-    (folder / FILE).write_text(json.dumps({"format": 1, "tasks": {"depth": entry}, **more}))
+    (folder / TABLE.file).write_text(json.dumps({"format": 1, "tasks": {"depth": entry}, **more}))
 
 
 def test_a_grid_is_what_the_sampler_takes(tmp_path):
@@ -109,10 +110,12 @@ def test_a_damaged_file_is_refused(tmp_path, grids):
         load_grids(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[]", '{"tasks": {}, "format": 1', '{"format": 1}', '{"format": 1, "tasks": []}', ""])
+@pytest.mark.parametrize(
+    "text", ["[]", '{"tasks": {}}', '{"tasks": {}, "format": 1', '{"format": 1}', '{"format": 1, "tasks": []}', ""]
+)
 def test_a_file_that_is_no_table_is_refused(tmp_path, text):
-    (tmp_path / FILE).write_text(text)
-    with pytest.raises(UserError, match=FILE):
+    (tmp_path / TABLE.file).write_text(text)
+    with pytest.raises(UserError, match=TABLE.file):
         load_grids(tmp_path)
 
 
@@ -137,8 +140,8 @@ def test_costs_of_a_model(nano_folder, make_raw, tmp_path):
     assert list(entry["grids"]) == ["1", "2"] and entry["grids"]["2"][0] > entry["grids"]["2"][1]
     with pytest.raises(UserError, match="no learned grids"):
         predictor(raws[0]["image"], "depth", 2, 1, spacing="learned")
-    write_grids(folder, "depth", entry)
-    write_grids(folder, "flow", entry)
+    write_entry(TABLE, folder, "depth", entry)
+    write_entry(TABLE, folder, "flow", entry)
     learned = predictor.tables(Settings(2, 1), "depth", predictor.choose_diffusion(None, "learned"))
     assert learned.t.tolist() == entry["grids"]["2"]
     again = predictor(raws[0]["image"], "depth", 2, 1, spacing="learned").prediction
@@ -149,6 +152,6 @@ def test_costs_of_a_model(nano_folder, make_raw, tmp_path):
         points = points_of(predictor, "depth", [2], [1], (None,), *more, alone)
         assert len(points) == count and {one.settings.spacing for one in points} == {None, "learned"}
     assert [one.cells[0].get("timesteps") for one in points].count(entry["grids"]["2"]) == 1
-    write_grids(folder, "depth", {**entry, "weights": "0" * 12})
+    write_entry(TABLE, folder, "depth", {**entry, "weights": "0" * 12})
     with pytest.raises(UserError, match=r"other weights \(0{12}"):
         predictor(raws[0]["image"], "depth", 2, 1, spacing="learned")

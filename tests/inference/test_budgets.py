@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from scaling_perception.evaluation.budget_table import budget_entry, fit_timing, write_budgets
-from scaling_perception.inference.budgets import Choice, Timing, choose, front, load_budgets, measure_timing
+from scaling_perception.evaluation.budget_table import budget_entry, fit_timing
+from scaling_perception.inference.budgets import TABLE, Choice, Timing, choose, front, load_budgets, measure_timing
+from scaling_perception.inference.task_tables import write_entry
 from scaling_perception.support.errors import UserError
 
 pytest_plugins = ("nano",)
@@ -146,7 +147,9 @@ def test_refusals(tmp_path):
         ("{", "not valid JSON"),
         ("[]", "no table"),
         ('{"format": 2, "tasks": {}}', "format 2"),
+        ('{"tasks": {}}', "no table"),
         ('{"format": 1, "tasks": {"depth": {"cells": [{"steps": 1}]}}}', "no table"),
+        ('{"format": 1, "tasks": {"depth": {"cells": 3}}}', "no table"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
@@ -175,9 +178,9 @@ def test_a_table_from_an_evaluation(tmp_path):
     assert [cell["steps"] for cell in entry["cells"]] == [1, 5, 50] and entry["metric"] == "abs_rel"
     assert entry["trivial"] == {"name": "row", "error": 0.7}
     assert entry["timing"]["per_forward"] == pytest.approx(0.01) and entry["timing"]["fixed"] > 0
-    write_budgets(tmp_path, "depth", entry)
-    write_budgets(tmp_path, "amodal", budget_entry(_evaluation("amodal", "iou")))
-    write_budgets(tmp_path, "depth", entry)
+    write_entry(TABLE, tmp_path, "depth", entry)
+    write_entry(TABLE, tmp_path, "amodal", budget_entry(_evaluation("amodal", "iou")))
+    write_entry(TABLE, tmp_path, "depth", entry)
     table = load_budgets(tmp_path)
     assert table is not None and list(table["tasks"]) == ["amodal", "depth"] and table["tasks"]["depth"] == entry
     assert table["tasks"]["amodal"]["metric"] == "1-iou"

@@ -1,0 +1,76 @@
+"""Tables in a model's folder, a JSON file with an entry for each task: ``budgets.json``, ``grids.json``.
+
+{"format": 1, "tasks": {"depth": {...}, ...}}
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import read_json, write_text
+from scaling_perception.support.locks import hold
+
+
+class TaskTable(NamedTuple):
+    """A kind of table.
+
+    Attributes:
+        file: its name in a model folder. format: what this version reads and writes.
+        missing: what a message says of a file that is none, such as "is no table of budgets".
+        flag: of `evaluate`, which makes it.
+        complete: whether an entry, any JSON value, has all that is read of it.
+    """
+
+    file: str
+    format: int
+    missing: str
+    flag: str
+    complete: Callable[[Any], bool]
+
+
+def read_table(table: TaskTable, folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The table of a model folder, checked, or None where it has none.
+
+    Raises:
+        UserError: there is a file and it is damaged, or of another format.
+    """
+    path = Path(folder) / table.file
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    if isinstance(found, dict) and found.get("format", table.format) != table.format:
+        raise UserError(f"{path} has format {found['format']}, this version reads {table.format}: make it again")
+    tasks = found.get("tasks") if isinstance(found, dict) and "format" in found else None
+    if not isinstance(tasks, dict) or not all(table.complete(entry) for entry in tasks.values()):
+        raise UserError(f"{path} {table.missing}: remove it, or make it again (`evaluate {table.flag} {folder}`)")
+    return found
+
+
+def write_entry(table: TaskTable, folder: str | os.PathLike[str], task: str, entry: Mapping[str, Any]) -> Path:
+    """Put one task's entry into the folder's table, in place of an older one; other tasks' stay. Atomic.
+
+    Raises:
+        UserError: the folder cannot be written, or holds a damaged table.
+    """
+    path = Path(folder) / table.file
+    with hold(path.with_name(f".{table.file}.lock"), f"another evaluate is writing {path}", "wait for it", wait=True):
+        found = read_table(table, folder) or {"format": table.format, "tasks": {}}
+        tasks = {**found["tasks"], task: dict(entry)}
+        write_text(path, _lines({**found, "tasks": dict(sorted(tasks.items()))}) + "\n")
+    return path
+
+
+def _lines(value: Any, margin: str = "") -> str:
+    """JSON with every field, and every object of a list, on a line of its own, which a person can read and git can
+    compare."""
+    inner = margin + " "
+    if isinstance(value, dict) and value:
+        fields = [f"{inner}{json.dumps(name)}: {_lines(field, inner)}" for name, field in value.items()]
+        return "{\n" + ",\n".join(fields) + f"\n{margin}}}"
+    text = json.dumps(value, allow_nan=False)
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        return "[\n" + ",\n".join(inner + json.dumps(one, allow_nan=False) for one in value) + f"\n{margin}]"
+    return text
