@@ -25,16 +25,16 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=0, help="samples (0: all)")
     parser.add_argument("--resolution", type=int, default=128)
     args = parser.parse_args()
-    protocol = get_protocol("flow", args.dataset)
+    protocol, options = get_protocol("flow", args.dataset), TaskOptions(flow_frame="square")
     extra = {"count": args.count, "resolution": args.resolution} if not args.data else {}
     source, run = open_source(args.dataset, args.data, args.split, "flow", **extra), jax.jit(matching.match)
     found: dict[str, list[float]] = {"matching": [], "zero": [], "oracle_mean": []}
     for index in range(min(args.count or len(source), len(source))):
         raw = flow.prepare(source[index], protocol)
-        given = flow.conditions(raw, args.resolution, TaskOptions())
+        given = flow.conditions(raw, args.resolution, options)
         matched = np.asarray(run(given["image"][None], given["prompt"][None])["filled"][0])
         trivial = flow.flow_baselines(raw["flow"], raw["valid"])
-        for name, answer in {"matching": flow.native(matched, raw["image"].shape[:2]), **trivial}.items():
+        for name, answer in {"matching": flow.native(matched, raw["image"].shape[:2], options), **trivial}.items():
             found[name].append(flow.measure(answer, raw, protocol)["epe"])
     for name, errors in found.items():
         between = bootstrap_ci(np.asarray(errors), seed=0)

@@ -98,6 +98,7 @@ def keep_start(config: Config, init: str) -> None:
             if known > max(preset.task_labels, config.model_changes.get("task_labels", 0)):
                 config.model_changes.task_labels = known
             config.autoencoder = named or start.get("autoencoder", "tiny")
+            config.task_options.flow_frame = start.get("task_options", {}).get("flow_frame", "native")
             if features := start["model"].get("features", 0):
                 pictures = config.model_changes.get("cond_channels", preset.cond_channels) // preset.in_channels
                 each = preset.in_channels + features
@@ -109,6 +110,8 @@ def apply(config: Config, args: Config) -> None:
     config.model = args.model
     config.resolution = args.res
     config.autoencoder = args.vae
+    if args.vae.endswith("+match"):  # it measures motion in the square
+        config.task_options.flow_frame = "square"
     config.init = args.init
     config.diffusion = args.diffusion
     config.data.cache = args.cache

@@ -26,7 +26,7 @@ scaling-perception prepare flying_chairs --raw /data/FlyingChairs --out runs/cha
 
 # Flags that say nothing of a manifest
 _OF_LATENTS = ("out", "check", "latents", "vae", "resolution", "flips", "flow_divisor", "image_resize", "depth_prompt")
-_OF_LATENTS += ("shard_size", "batch", "workers", "skip_bad", "overrides", "dtype", "shard", "merge")
+_OF_LATENTS += ("flow_frame", "shard_size", "batch", "workers", "skip_bad", "overrides", "dtype", "shard", "merge")
 
 
 REMOTE = ("out",)
@@ -36,6 +36,7 @@ FLAGS = {
     "a root": "--raw",
     "start or count": "--start or --count",
     "image_resize": "--image-resize",
+    "flow_frame": "--flow-frame",
     "depth_prompt": "--depth-prompt",
     "autoencoder": "--vae",
     "task": "--tasks",
@@ -64,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resolution", type=int, default=128, metavar="R", help="pixels (default %(default)s)")
     parser.add_argument("--flips", choices=("none", "both"), default="both", help="mirrored too (default %(default)s)")
     parser.add_argument("--flow-divisor", type=POSITIVE, default=75.0, metavar="D", help="default %(default)s")
+    parser.add_argument(
+        "--flow-frame",
+        metavar="FRAME",
+        help="native or square: the frame in whose pixels flow is measured (default square with a VAE that ends in "
+        "+match, else native)",
+    )
     resizes = "bilinear, nearest or nearest_depth, as the released generalist (default %(default)s)"
     parser.add_argument("--image-resize", default="bilinear", metavar="HOW", help=resizes)
     parser.add_argument(

@@ -212,3 +212,4 @@ def test_a_start_keeps_the_passes_that_it_knows(spec, tmp_path):
         assert network_of(config).task_labels == rows
         more = 32 if rows == 5 else 0
         assert (network_of(config).features, config.autoencoder) == (more, "tiny+lite0+match" if more else "tiny")
+        assert config.task_options.flow_frame == ("native" if init == str(tmp_path) else "square")

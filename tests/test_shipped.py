@@ -74,6 +74,7 @@ def test_budgets_are_those_of_these_weights(predictors, model):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_card_s_commands_reach_the_published_curve(tmp_path):
     """From nothing, a tenth of the batch, 1 of 30 worlds: 200 steps, in which the rate is still constant."""
     curve = {}

@@ -87,8 +87,10 @@ def make_cache(args: argparse.Namespace, spec: tuple[Any, ...], part: Part | Non
 def _work(args: argparse.Namespace, spec: tuple[Any, ...]) -> tuple[_Work, dict[str, Any]]:
     """What is to be encoded, and the ledger of it without shards."""
     args.batch = args.batch or _BATCH.get(jax.default_backend(), _BATCH_ELSEWHERE)
-    chosen = {"image_resize": args.image_resize, "depth_prompt": args.depth_prompt}
+    frame = args.flow_frame or ("square" if autoencoders.is_matching(args.vae) else "native")
+    chosen = {"image_resize": args.image_resize, "depth_prompt": args.depth_prompt, "flow_frame": frame}
     encoding = TaskOptions(flow_divisor=args.flow_divisor, **chosen)
+    autoencoders.check_flow_frame(args.vae, frame, "--flow-frame square")
     samples = RawSamples(*spec)
     print("\n".join(samples.taken(args.dataset, spec[1], args.split)), flush=True)
     sources, entries = sources_and_entries(samples)

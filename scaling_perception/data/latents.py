@@ -45,7 +45,7 @@ from scaling_perception.support.errors import UserError
 from scaling_perception.support.failures import explain_os, not_damage
 from scaling_perception.support.files import atomic_path, read_json
 from scaling_perception.support.remote import local
-from scaling_perception.tasks import ALL_PASSES, FIELDS
+from scaling_perception.tasks import ALL_PASSES, FIELDS, TaskOptions
 
 FORMAT = 1
 LEDGER = "ledger.json"
@@ -237,6 +237,8 @@ def read_ledger(folder: Path, name: str = LEDGER, mend: bool = False) -> dict[st
         fault = f"it lists {len(rows)} of {ledger['settings']['shards']} shards as all"
     if fault and not mend:
         raise UserError(f"{path} is damaged ({fault}): run the same prepare command again, which mends it")
+    if "task_options" in ledger["settings"]:  # what it does not say had the value that is now the default
+        ledger["settings"]["task_options"] = {**TaskOptions().encoding(), **ledger["settings"]["task_options"]}
     return ledger
 
 

@@ -323,9 +323,8 @@ def _same_encoding(reader: CacheReader, resolution: int, options: TaskOptions) -
             f"{reader.path} was prepared at {made} pixels and resolution is {resolution}: set resolution={made} or "
             "prepare another cache"
         )
-    usual = TaskOptions().encoding()  # what a cache was made with that does not say
     for name, value in options.encoding().items():
-        made = reader.settings["task_options"].get(name, usual[name])
+        made = reader.settings["task_options"][name]
         if made != value:
             raise UserError(
                 f"{reader.path} was prepared with task_options.{name}={made}, not {value}: set it so, or prepare "

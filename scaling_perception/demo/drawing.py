@@ -10,7 +10,7 @@ from PIL import Image
 
 from scaling_perception.demo.session import Run
 from scaling_perception.inference.point_cloud import Camera, camera_of_fov, parse_camera, unproject
-from scaling_perception.tasks import get_task
+from scaling_perception.tasks import TaskOptions, get_task
 from scaling_perception.tasks.colours import heat
 
 USUAL_FOV = 60.0  # degrees across the width, where nothing is known of the camera
@@ -46,14 +46,14 @@ def answer(run: Run, view: str, overlay: float = 0.0) -> np.ndarray:
     return picture
 
 
-def members(run: Run) -> list[tuple[np.ndarray, str]]:
-    """(picture, caption) of every member, as many as the page shows."""
+def members(run: Run, options: TaskOptions) -> list[tuple[np.ndarray, str]]:
+    """(picture, caption) of every member, as many as the page shows. ``options``: the model's."""
     assert run.estimate is not None
     task = get_task(run.task)
     draw = task.member_picture
     if draw is None:
         return []
-    found = [shown(draw(task.native(one, run.estimate.size))) for one in run.estimate.members[:_MEMBERS]]
+    found = [shown(draw(task.native(one, run.estimate.size, options))) for one in run.estimate.members[:_MEMBERS]]
     return [(picture, f"member {number}") for number, picture in enumerate(found, 1)]
 
 

@@ -98,7 +98,8 @@ def results(session: Session, task: Task) -> tuple[dict[str, Any], Callable[[Run
         return str(place if place.exists() else drawing.write_cloud(place, run, near, far))
 
     def redraw(run: Run, view: str, overlay: float, looking: bool) -> list[Any]:
-        shown = [run.number, text.numbers(run, session), pair(run, view, overlay), drawing.members(run)]
+        members = drawing.members(run, session.predictor.options)
+        shown = [run.number, text.numbers(run, session), pair(run, view, overlay), members]
         if not run.done:
             return [*shown, *[gr.skip()] * (3 if "cloud" in found else 2)]
         if "cloud" in found:

@@ -428,7 +428,7 @@ class Model:
         size, what = (int(size[0]), int(size[1])), get_task(task)
         merged, spread = self.reduce(task, members, mode) if reduced is None else reduced
         answer = what.answer(merged, size, self.options, prompt)
-        spread = what.native(spread, size)
+        spread = what.native(spread, size, self.options)
         return Estimate(answer.prediction, spread, members, answer.whole, size, forwards, answer.painted)
 
     def reduce(

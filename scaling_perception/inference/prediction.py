@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from scaling_perception.tasks import get_task
+from scaling_perception.tasks import TaskOptions, get_task
 from scaling_perception.tasks.base import Estimate
 
 Arrays: TypeAlias = Any  # (H, W[, C]), (I, H, W[, C]), or a list where sizes differ: numpy arrays in each case
@@ -31,9 +31,9 @@ class Prediction:
         macs: float64, multiply-accumulates of the DiT for each image (NaN if they are unknown).
     """
 
-    def __init__(self, task: str, parts: Sequence[Estimate], macs: float, single: bool) -> None:
-        """Args: ``macs``: of one network evaluation of every pass."""
-        self.task = task
+    def __init__(self, task: str, parts: Sequence[Estimate], macs: float, options: TaskOptions, single: bool) -> None:
+        """Args: ``macs``: of one network evaluation of every pass. ``options``: the model's."""
+        self.task, self._options = task, options
         self._parts, self._macs, self._single = tuple(parts), float(macs), single
 
     def _gather(self, arrays: list[np.ndarray]) -> Arrays:
@@ -52,7 +52,7 @@ class Prediction:
     @cached_property
     def members(self) -> Arrays:
         native = get_task(self.task).native
-        return self._gather([np.stack([native(m, p.size) for m in p.members]) for p in self._parts])
+        return self._gather([np.stack([native(m, p.size, self._options) for m in p.members]) for p in self._parts])
 
     @cached_property
     def whole(self) -> Arrays | None:
@@ -72,7 +72,7 @@ class Prediction:
         return len(self._parts)
 
     def __getitem__(self, index: int) -> "Prediction":
-        return Prediction(self.task, [self._parts[index]], self._macs, single=True)
+        return Prediction(self.task, [self._parts[index]], self._macs, self._options, single=True)
 
     def __iter__(self) -> Iterator["Prediction"]:
         return (self[i] for i in range(len(self)))

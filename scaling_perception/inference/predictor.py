@@ -68,7 +68,7 @@ class Predictor(Model):
         several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
         raws = self.raw_inputs(list(images) if several else [images], task, prompt if several else [prompt])
         parts = list(self.stream(raws, task, settings, key, batch_size, len(raws)))
-        return Prediction(task, parts, self.macs(task, 1, 1), single=not several)
+        return Prediction(task, parts, self.macs(task, 1, 1), self.options, single=not several)
 
     def intermediates(
         self,
@@ -109,7 +109,7 @@ class Predictor(Model):
             members = self.decode_members(pixels[0], task)
             forwards = self.evaluations(dataclasses.replace(chosen, steps=step + 1)) * chosen.ensemble
             estimate = self.merge(members, task, size, mode, prompt_of(raw, task), forwards)
-            found.append(Prediction(task, [estimate], self.macs(task, 1, 1), single=True))
+            found.append(Prediction(task, [estimate], self.macs(task, 1, 1), self.options, single=True))
         return found
 
     def stream(

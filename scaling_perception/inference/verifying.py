@@ -40,7 +40,8 @@ def scores(
         merged: their usual merge. reverse: see ``Seen``.
     """
     given = get_task(task).conditions(raw, model.resolution, model.options)
-    found = by.score(members, Seen(given["image"], given["prompt"], merged, model.options, reverse))
+    seen = Seen(given["image"], given["prompt"], merged, model.options, raw["image"].shape[:2], reverse)
+    found = by.score(members, seen)
     return np.where(np.isnan(found), np.inf, found)
 
 

@@ -216,6 +216,16 @@ def is_matching(name: str) -> bool:
     return name.endswith(f"+{MATCH}")
 
 
+def check_flow_frame(name: str, frame: str, mend: str) -> None:
+    """Raise a UserError if the autoencoder of this name matches two frames, in pixels of the square that it is given,
+    and flow is measured in those of another ``frame``; ``mend``: what to give instead."""
+    if is_matching(name) and frame != "square":
+        raise UserError(
+            f"autoencoder '{name}' matches two frames in pixels of the model's square, and flow is measured in "
+            f"{frame} ones: give {mend}"
+        )
+
+
 def tree_hash(tree: Mapping[str, Any]) -> str:
     """12 hex digits of the SHA-256 of names, shapes and float32 bytes, in the order of the names."""
     digest = hashlib.sha256()

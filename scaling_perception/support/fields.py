@@ -145,6 +145,11 @@ FIELDS: dict[str, Field] = {
     "latent_norm": Field("none", "auto: target latents are normalised by task and channel", choices=("none", "auto")),
     "task_options": Field({}, "how ground truth becomes pictures"),
     "task_options.flow_divisor": Field(75.0, "flow that a picture shows as 1, at width 512", _POSITIVE, unit="pixels"),
+    "task_options.flow_frame": Field(
+        "native",
+        "frame whose pixels measure flow: the picture at width 512, or the 512x512 it is squashed to",
+        choices="tasks.samples:FLOW_FRAMES",
+    ),
     "task_options.depth_quantiles": Field((0.02, 0.98), "valid depths that become -1 and 1; rising", "[0, 1]"),
     "task_options.mask_threshold": Field(
         250.0, "a predicted object is as dark as this or darker", "[0, 255]", unit="grey"

@@ -177,7 +177,7 @@ def prediction_of(estimate: Estimate) -> Native:
     return estimate.prediction
 
 
-def plain_native(array: Real[np.ndarray, "R R *C"], size: Size) -> Float[np.ndarray, "H W *C"]:
+def plain_native(array: Real[np.ndarray, "R R *C"], size: Size, options: Any = None) -> Float[np.ndarray, "H W *C"]:
     """A map (R, R[, C]) at native size (H, W): bilinear, values as they are."""
     return resize_bilinear(array, size)
 
@@ -249,7 +249,7 @@ class Task:
         latent_modes: those of them by which latents can be merged (``inference.latents``).
         merge: (members (M, R, R[, C]), mode, options) -> (merged (R, R[, C]), uncertainty (R, R)).
         verifiers: scores of members that need no truth, by name (``tasks.verifiers``).
-        native: (map (R, R[, C]), (H, W)) -> the same at native size, in native units.
+        native: (map (R, R[, C]), (H, W), ``TaskOptions``) -> the same at native size, in native units.
         restore: (merged, (H, W), options, the prompt or None) -> ``Answer``; None: the map itself by ``native``.
         relative: whether the answer is known up to scale and shift: parts of a picture are fitted to the whole, and
             a part of an answer is stretched to [0, 1] again.
@@ -300,7 +300,7 @@ class Task:
     latent_modes: tuple[str, ...] = ()
     merge: Merge | None = None
     verifiers: Mapping[str, Verifier] = dataclasses.field(default_factory=dict)
-    native: Callable[[Real[np.ndarray, "R R *C"], Size], Float[np.ndarray, "H W *C"]] = plain_native
+    native: Callable[[Real[np.ndarray, "R R *C"], Size, Any], Float[np.ndarray, "H W *C"]] = plain_native
     restore: Restore | None = None
     relative: bool = False
     flags: tuple[str, ...] = ()
@@ -360,7 +360,7 @@ class Task:
         """The merged map (R, R[, C]) as the task's answer at native size (H, W)."""
         if self.restore is not None:
             return self.restore(merged, size, options, prompt)
-        return Answer(self.native(merged, size))
+        return Answer(self.native(merged, size, options))
 
     def merged(self, members: Real[np.ndarray, "M H W *C"], mode: str, options: Any) -> tuple[Native, Plain]:
         """``merge``, for a task that has one.

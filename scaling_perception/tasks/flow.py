@@ -1,7 +1,9 @@
 """Optical flow: two passes, one a component, each a grey picture of pixels / divisor (facts 2 and 5.2).
 
 Both components are measured in pixels of a 512-wide frame, so that a motion looks the same at any native size; at
-FlyingChairs' 512x384 that is exactly u/75 and v/75. Values may exceed 1 and are not clipped.
+FlyingChairs' 512x384 that is exactly u/75 and v/75. With ``TaskOptions.flow_frame`` ``square`` they are measured in
+pixels of the 512x512 that the frame is squashed to, so that a motion looks the same in frames of any shape too. Values
+may exceed 1 and are not clipped.
 """
 
 from __future__ import annotations
@@ -64,8 +66,14 @@ def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> lis
         valid = resize_nearest(valid, size)
     else:
         scaled, valid = resize_flow(flow, valid, size)
-    scaled *= np.float32(REFERENCE_WIDTH / flow.shape[1] / options.flow_divisor)
+    scaled /= pixels_of_one(flow.shape[:2], options) * np.float32(options.flow_divisor)
     return [sample(raw, one, inputs, scaled[..., i], valid.copy()) for i, one in enumerate(PASSES)]
+
+
+def pixels_of_one(size: Size, options: TaskOptions) -> Float[np.ndarray, " 2"]:
+    """Native pixels of a frame (H, W) that are one pixel, across and down, of the frame that flow is measured in."""
+    height, width = size
+    return np.asarray([width, height if options.flow_frame == "square" else width], np.float32) / REFERENCE_WIDTH
 
 
 def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> dict[str, Float[np.ndarray, "R R 3"]]:
@@ -80,13 +88,13 @@ def decode_prediction(pixels: Pixels, size: Size, options: TaskOptions) -> Float
 
     Args:
         pixels: (2, M, R, R, 3), pass order flow_x, flow_y.
-        size: (H, W) of the native frame; W sets the scale.
+        size: (H, W) of the native frame, which sets the scale.
 
     Returns:
         float32 (M, H, W, 2), u right and v down.
     """
     components = np.moveaxis(check_pixels(pixels, 2).mean(axis=-1), 0, -1)
-    scale = np.float32(options.flow_divisor * size[1] / REFERENCE_WIDTH)
+    scale = pixels_of_one(size, options) * np.float32(options.flow_divisor)
     return np.stack([resize_bilinear(member, size) for member in components]) * scale
 
 
@@ -117,9 +125,11 @@ def merge(
     return np.asarray(merged[0]), np.asarray(merged[1])
 
 
-def native(array: Real[np.ndarray, "R R *C"], size: Size) -> Float[np.ndarray, "H W *C"]:
-    """A flow or its spread (R, R[, 2]) at native size (H, W), bilinear, in native pixels."""
-    return resize_bilinear(array, size) * np.float32(size[1] / array.shape[1])
+def native(array: Real[np.ndarray, "R R *C"], size: Size, options: TaskOptions) -> Float[np.ndarray, "H W *C"]:
+    """A flow or its spread (R, R[, 2]) at native size (H, W), bilinear, in native pixels; the spread, which has no
+    direction, by the width."""
+    scale = pixels_of_one(size, options) * np.float32(REFERENCE_WIDTH / array.shape[1])
+    return resize_bilinear(array, size) * (scale if array.ndim == 3 else scale[0])
 
 
 FILES = {

@@ -115,10 +115,10 @@ def decode_prediction(pixels: Pixels, size: Size, options: TaskOptions) -> Float
     Returns:
         float32 (M, H, W, 3).
     """
-    return np.stack([native(member, size) for member in check_pixels(pixels, 1)[0]])
+    return np.stack([native(member, size, options) for member in check_pixels(pixels, 1)[0]])
 
 
-def native(array: Real[np.ndarray, "R R *C"], size: Size) -> Float[np.ndarray, "H W *C"]:
+def native(array: Real[np.ndarray, "R R *C"], size: Size, options: TaskOptions) -> Float[np.ndarray, "H W *C"]:
     """Normals (R, R, 3) or their spread (R, R) at native size (H, W), bilinear; normals at unit length."""
     resized = resize_bilinear(array, size)
     return unit(resized) if array.ndim == 3 else resized

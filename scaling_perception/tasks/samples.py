@@ -16,6 +16,7 @@ from scaling_perception.tasks.shapes import Colours, Pixels
 
 IMAGE_RESIZES = ("bilinear", "nearest", "nearest_depth")
 DEPTH_PROMPTS = ("ones", "valid")
+FLOW_FRAMES = ("native", "square")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,10 @@ class TaskOptions:
 
     Attributes:
         flow_divisor: pixels of a 512-wide frame that stand for 1.0 in a flow picture (facts 5.2).
+        flow_frame: the frame in whose pixels both components of flow are measured: ``native``, the picture at a width
+            of 512 (facts 5.2), or ``square``, the 512x512 that it is squashed to. A network sees the square alone: one
+            that is to work with pictures of other shapes than it was trained on needs ``square``, and so does one that
+            is given a match of the two frames. For square pictures both are the same.
         depth_quantiles: the two quantiles of the valid depths that become -1 and +1 (facts 5.1).
         mask_threshold: a predicted object is where grey <= this, on 0..255 (facts 5.3).
         keep_visible: the predicted mask also covers the given mask of the visible part. Off in pix2gestalt's rule,
@@ -42,6 +47,7 @@ class TaskOptions:
     """
 
     flow_divisor: float = 75.0
+    flow_frame: str = "native"
     depth_quantiles: tuple[float, float] = (0.02, 0.98)
     mask_threshold: float = 250
     keep_visible: bool = False
@@ -61,7 +67,8 @@ class TaskOptions:
         for name, default in (("keep_visible", "false"), ("clip_depth", "true")):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} {getattr(self, name)!r} must be true or false: the default is {default}")
-        for name, options in (("image_resize", IMAGE_RESIZES), ("depth_prompt", DEPTH_PROMPTS)):
+        known = {"image_resize": IMAGE_RESIZES, "depth_prompt": DEPTH_PROMPTS, "flow_frame": FLOW_FRAMES}
+        for name, options in known.items():
             if getattr(self, name) not in options:
                 raise UserError(
                     f"{name} {getattr(self, name)!r} is unknown{did_you_mean(getattr(self, name), options)}"
@@ -70,7 +77,8 @@ class TaskOptions:
     def encoding(self) -> dict[str, Any]:
         """The options that decide what a sample is encoded to, as JSON values; the others matter afterwards alone."""
         values = self.to_dict()
-        return {name: values[name] for name in ("flow_divisor", "depth_quantiles", "image_resize", "depth_prompt")}
+        del values["mask_threshold"], values["keep_visible"], values["clip_depth"]
+        return values
 
     def nearest(self, task: str) -> bool:
         """Whether ``task`` brings its pictures to the model's square by nearest."""

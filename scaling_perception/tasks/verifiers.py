@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Real
 
-from scaling_perception.tasks.shapes import Map, Members
+from scaling_perception.tasks.shapes import Map, Members, Size
 
 _LEAST_INSIDE = 0.1  # share of the picture that a flow must leave inside the other frame
 
@@ -26,6 +26,7 @@ class Seen(NamedTuple):
         image, prompt: (R, R, 3) in [-1, 1], what the model was given.
         merged: the members' usual merge (R, R[, C]).
         options: the model's ``TaskOptions``.
+        size: (H, W) of the picture.
         reverse: the answer to the input the other way round (R, R[, C]), for a verifier that has ``reverse``.
     """
 
@@ -33,6 +34,7 @@ class Seen(NamedTuple):
     prompt: Float[np.ndarray, "R R 3"]
     merged: Map
     options: Any
+    size: Size
     reverse: Map | None = None
 
 
@@ -77,10 +79,17 @@ def _mean_inside(error: Float[np.ndarray, "R R"], inside: Bool[np.ndarray, "R R"
     return float(error[inside].mean()) if inside.mean() >= _LEAST_INSIDE else np.inf
 
 
+def in_square(flow: Real[np.ndarray, "*M R R 2"], seen: Seen) -> Float[np.ndarray, "*M R R 2"]:
+    """A flow on the model's square, as ``flow.decode_prediction`` gives it there, in pixels of the square both across
+    and down: where a pixel of the first picture lies in the second, as the model sees them."""
+    height, width = seen.size
+    return flow if seen.options.flow_frame == "square" else flow * np.asarray([1, width / height], np.float32)
+
+
 def photometric(flows: Real[np.ndarray, "M R R 2"], seen: Seen) -> Float[np.ndarray, " M"]:
     """Mean difference of colours in [0, 1] between a pixel and where the flow says it went, of those still inside."""
     found = []
-    for flow in flows:
+    for flow in in_square(flows, seen):
         moved, inside = look_up(seen.prompt, flow)
         found.append(_mean_inside(np.abs(moved - seen.image).mean(axis=-1) / 2, inside))
     return np.asarray(found)
@@ -89,16 +98,16 @@ def photometric(flows: Real[np.ndarray, "M R R 2"], seen: Seen) -> Float[np.ndar
 def cycle(flows: Real[np.ndarray, "M R R 2"], seen: Seen) -> Float[np.ndarray, " M"]:
     """Mean distance in pixels from a pixel to where the flow there and the reverse flow back bring it."""
     assert seen.reverse is not None
-    found = []
-    for flow in flows:
-        back, inside = look_up(seen.reverse, flow)
+    found, reverse = [], in_square(seen.reverse, seen)
+    for flow in in_square(flows, seen):
+        back, inside = look_up(reverse, flow)
         found.append(_mean_inside(np.linalg.norm(flow + back, axis=-1), inside))
     return np.asarray(found)
 
 
 def flow_agreement(flows: Real[np.ndarray, "M R R 2"], seen: Seen) -> Float[np.ndarray, " M"]:
     """Mean distance to the merged flow, in pixels."""
-    return np.linalg.norm(flows - seen.merged[None], axis=-1).mean(axis=(1, 2), dtype=np.float64)
+    return np.linalg.norm(in_square(flows - seen.merged[None], seen), axis=-1).mean(axis=(1, 2), dtype=np.float64)
 
 
 def other_way(raw: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import numpy as np
 
 from scaling_perception.diffusion.schedules import DiffusionPreset, get_diffusion
 from scaling_perception.diffusion.targets import latent_mask, masked_squares, mean_of_cells
-from scaling_perception.models.autoencoders import FEATURES, Autoencoder, is_matching
+from scaling_perception.models.autoencoders import FEATURES, Autoencoder, check_flow_frame, is_matching
 from scaling_perception.models.dit import DiT, DiTConfig, frozen_paths, init_params
 from scaling_perception.models.presets import at_resolution, get_preset
 from scaling_perception.support.configs import Config
@@ -260,6 +260,7 @@ def diffusion_objective(
     dit = network_of(config)
     preset = get_diffusion(config.diffusion, **config.diffusion_changes.to_dict())
     options = TaskOptions.from_dict(config.task_options.to_dict())
+    check_flow_frame(config.get("autoencoder", ""), options.flow_frame, "task_options.flow_frame=square")
     held_out = None
     if batches is not None:
         whole = batches

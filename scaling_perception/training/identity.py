@@ -35,6 +35,7 @@ LATER |= {"held_out.shared": False, "optim.ema_warmup": False}
 LATER |= {"train.stream_dtype": "compute", "train.matmul_precision": "default"}
 LATER |= {name: field.default for name, field in FIELDS.items() if name.startswith("data.augment.")}
 _LATER_OF_MODEL = {"model.features": 0}
+_LATER_ANYWHERE = {"task_options.flow_frame": "native"}  # in whatever table
 # With a cache these say which of its samples are used, which the data's own fingerprint holds.
 _OF_CACHE = ("source", "split", "count", "start")
 
@@ -168,6 +169,8 @@ def same_run(
                     f"cannot resume in {workdir}: the data's files are others: {found}; restore them, or choose "
                     "another --workdir"
                 )
+        for end, was in _LATER_ANYWHERE.items():
+            both[0] |= dict.fromkeys((name for name in both[1] if name.endswith(end) and name not in both[0]), was)
         old, new = ({name: value for name, value in side.items() if value != {}} for side in both)
         cached = bool(old.get("data.cache")) and bool(new.get("data.cache"))
         measured = bool(old.get("train.validate_every")) and bool(new.get("train.validate_every"))

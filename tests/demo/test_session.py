@@ -154,7 +154,7 @@ def test_views_members_and_points(session, picture, tmp_path):
     laid = drawing.answer(run, "gray", 1.0)
     worst = np.unravel_index(run.estimate.uncertainty.argmax(), (40, 56))
     assert (laid[worst] != grey[worst]).any()
-    assert [caption for _, caption in drawing.members(run)] == ["member 1", "member 2"]
+    assert [caption for _, caption in drawing.members(run, session.predictor.options)] == ["member 1", "member 2"]
     data = drawing.write_cloud(tmp_path / "cloud.glb", run, 1, 4).read_bytes()
     magic, version, length = struct.unpack("<III", data[:12])
     assert (magic, version, length) == (0x46546C67, 2, len(data))

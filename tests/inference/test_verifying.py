@@ -23,7 +23,8 @@ MEMBERS = {"depth": (), "flow": (2,), "amodal": (3,), "normals": (3,)}
 def _seen(merged, seed=0, **more):
     rng = np.random.default_rng(seed)
     image, prompt = rng.uniform(-1, 1, (2, SIDE, SIDE, 3)).astype(np.float32)
-    return Seen(**{"image": image, "prompt": prompt, "merged": merged, "options": TaskOptions(), **more})
+    usual = {"image": image, "prompt": prompt, "merged": merged, "options": TaskOptions(), "size": (SIDE, SIDE)}
+    return Seen(**usual | more)
 
 
 def _members(task, count=5):
@@ -66,6 +67,12 @@ def test_a_perfect_flow_has_no_photometric_error_and_comes_back():
     half = np.broadcast_to(np.float32([2.5, -1.5]), (1, SIDE, SIDE, 2))
     between = TASKS["flow"].verifiers["photometric"].score(half, _seen(flow, **_moved((2.5, -1.5))))
     assert between[0] < 0.01, "between pixels it is bilinear"
+    # of a frame of (2 SIDE, SIDE), whose height is squashed: 3 px across and -2 px down here are 3 and -4 by its width
+    tall = {"size": (2 * SIDE, SIDE), "reverse": -flow * np.float32([1, 2])}
+    for name, score in (("photometric", error[0]), ("cycle", 0.0)):
+        by = TASKS["flow"].verifiers[name]
+        found = by.score(flow[None] * np.float32([1, 2]), _seen(flow, **pair, **tall))
+        np.testing.assert_allclose(found, score, atol=1e-6)
     turned = TASKS["flow"].verifiers["cycle"].reverse({"image": 1, "image2": 2, "key": "a"})
     assert turned == {"image": 2, "image2": 1, "key": "a"}
 

@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from scaling_perception.cli import main
+from scaling_perception.data.latents import CacheReader
+from scaling_perception.data.pipeline import open_batches
 from scaling_perception.inference.engine import Engine
 from scaling_perception.models import matching
-from scaling_perception.models.autoencoders import Autoencoder, is_matching, load_autoencoder
+from scaling_perception.models.autoencoders import Autoencoder, check_flow_frame, is_matching, load_autoencoder
 from scaling_perception.models.presets import get_preset
+from scaling_perception.support.configs import load_config
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import FRAME_PASSES, get_pass
 from scaling_perception.training.diffusion import latents_of
@@ -118,6 +122,26 @@ def test_a_second_frame_gets_the_match_and_everything_else_what_it_had(made, fea
 def test_an_autoencoder_without_such_features_cannot_match():
     with pytest.raises(UserError, match=r"'tiny\+match': a match takes the place of 32 features, and 'tiny' has 0"):
         load_autoencoder("tiny+match")
+
+
+def test_motion_is_measured_in_the_square_that_is_matched(tmp_path, capsys):
+    """Whatever prepares or trains with a match: the default of `prepare`, and one line for anything else."""
+    words = ["prepare", "worlds", "--tasks", "flow", "--count", "1", "--resolution", "32", "--workers", "0"]
+    words += ["--latents", "--flips", "none", "--out", str(tmp_path / "cache"), "--vae", "tiny+lite0+match"]
+    assert main([*words, "--flow-frame", "native"]) == 2
+    assert "measured in native ones: give --flow-frame square" in capsys.readouterr().err
+    assert main([*words, "--flow-frame", "cube"]) == 2
+    assert "--flow-frame 'cube' is unknown; known: native, square" in capsys.readouterr().err
+    assert main(words) == 0
+    reader = CacheReader(tmp_path / "cache")
+    assert reader.settings["task_options"]["flow_frame"] == "square"
+    config = load_config(f"configs/worlds.py:dim=32,depth=1,res=32,steps=1,batch=2,cache={tmp_path / 'cache'}")
+    assert config.task_options.flow_frame == "square"
+    config.task_options.flow_frame = "native"
+    with pytest.raises(UserError, match=r"give task_options.flow_frame=square"):
+        check_flow_frame(config.autoencoder, config.task_options.flow_frame, "task_options.flow_frame=square")
+    with pytest.raises(UserError, match=r"was prepared with task_options.flow_frame=square, not native"):
+        open_batches({**config.data.to_dict(), "resolution": 32, "task_options": config.task_options.to_dict()}, 2, 0)
 
 
 def test_a_model_refuses_an_autoencoder_that_encodes_frames_in_another_way():

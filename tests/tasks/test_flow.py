@@ -6,7 +6,7 @@ import pytest
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import TaskOptions, flow
 
-OPTIONS = TaskOptions()
+OPTIONS, SQUARE = TaskOptions(), TaskOptions(flow_frame="square")
 
 
 def pixels_of(samples):
@@ -41,11 +41,29 @@ def test_decoding_inverts_encoding_exactly(make_raw, size, divisor):
     np.testing.assert_allclose(out[0], raw["flow"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [OPTIONS, SQUARE], ids=["native", "square"])
 @pytest.mark.parametrize("size", [(33, 57), (2, 300), (301, 3), (1, 1)])
-def test_constant_motion_survives_any_aspect(make_raw, size):
+def test_constant_motion_survives_any_aspect(make_raw, size, options):
     raw = make_raw(*size, flow=np.tile(np.float32([7.0, -2.0]), (*size, 1)))
-    out = flow.decode_prediction(pixels_of(flow.encode(raw, 16, OPTIONS)), size, OPTIONS)
+    pixels = pixels_of(flow.encode(raw, 16, options))
+    out = flow.decode_prediction(pixels, size, options)
     np.testing.assert_allclose(out[0], raw["flow"], rtol=1e-5)
+    # the same by way of the model's square, where members are merged
+    merged = flow.decode_prediction(pixels, (16, 16), options)[0]
+    np.testing.assert_allclose(flow.native(merged, size, options), raw["flow"], rtol=1e-5)
+    spread = flow.native(np.full((16, 16), 0.5, np.float32), size, options)
+    np.testing.assert_allclose(spread, 0.5 * size[1] / 16, rtol=1e-5)
+
+
+def test_in_the_square_a_motion_is_a_share_of_height_and_width(make_raw):
+    """Shares of height and width become shares of the square, whatever the shape of the frame."""
+    for height, width in ((48, 96), (96, 48), (64, 64)):
+        raw = make_raw(height, width, flow=np.tile(np.float32([width / 4, -height / 8]), (height, width, 1)))
+        target = pixels_of(flow.encode(raw, 32, SQUARE))[:, 0, ..., 0] * 75 * 32 / 512
+        np.testing.assert_allclose(target, np.broadcast_to([[[8.0]], [[-4.0]]], target.shape), rtol=1e-5)
+    square = make_raw(40, 40)
+    for one, two in zip(flow.encode(square, 16, OPTIONS), flow.encode(square, 16, SQUARE), strict=True):
+        np.testing.assert_array_equal(one["target"], two["target"])
 
 
 def test_smooth_motion_survives_resizing():
