@@ -137,7 +137,7 @@ def test_motion_is_measured_in_the_square_that_is_matched(tmp_path, capsys):
     assert reader.settings["task_options"]["flow_frame"] == "square"
     config = load_config(f"configs/worlds.py:dim=32,depth=1,res=32,steps=1,batch=2,cache={tmp_path / 'cache'}")
     assert config.task_options.flow_frame == "square"
-    config.task_options.flow_frame = "native"
+    config.task_options.flow_frame, config.data.flip = "native", False
     with pytest.raises(UserError, match=r"give task_options.flow_frame=square"):
         check_flow_frame(config.autoencoder, config.task_options.flow_frame, "task_options.flow_frame=square")
     with pytest.raises(UserError, match=r"was prepared with task_options.flow_frame=square, not native"):
