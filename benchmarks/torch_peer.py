@@ -149,9 +149,10 @@ def _kl_decode(layers: _Layers, config: vae.VAEConfig, z: Tensor) -> Tensor:
 
 
 def make_coders(autoencoder: Autoencoder) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """(encode, decode) of pictures (B, 3, H, W) in [-1, 1] and scaled latents (B, 4, h, w)."""
+    """(encode, decode) of pictures (B, 3, H, W) in [-1, 1] and scaled latents (B, 4, h, w), without features."""
     config, params = autoencoder.config, autoencoder.params
-    encoder, decoder = _Layers(params["encoder"]), _Layers(params["decoder"])
+    coder = params["encoder"]["latents"] if autoencoder.features else params["encoder"]
+    encoder, decoder = _Layers(coder), _Layers(params["decoder"])
     if isinstance(config, vae.VAEConfig):
         return lambda x: _kl_encode(encoder, config, x), lambda z: _kl_decode(decoder, config, z)
     return lambda x: _tiny_encode(encoder, config, x), lambda z: _tiny_decode(decoder, config, z)

@@ -8,6 +8,7 @@ are parts; `--merge` joins them.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -17,14 +18,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling_perception.inference.settings import (
-    FLAGS as SETTING_FLAGS,
+    BY_BUDGET,
+    SETTINGS,
+    add_model_settings,
+    add_settings,
+    check_together,
+    flag_of,
 )
-from scaling_perception.inference.settings import SETTINGS, add_model_settings, add_settings, check_together, flag_of
+from scaling_perception.inference.settings import FLAGS as SETTING_FLAGS
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.parts import Part, add_parts, part_of, refuse_other_flags
 from scaling_perception.support.verbs import POSITIVE, make_parser
 
 if TYPE_CHECKING:
+    from scaling_perception.inference.budgets import Choice
     from scaling_perception.inference.find import Item
     from scaling_perception.inference.job import Request
     from scaling_perception.inference.predictor import Predictor
@@ -49,7 +56,6 @@ FLAGS = {
 
 _USUAL = {"model": "mini", "dtype": "float32", "seed": 0, "every": 1, "start": 0}
 _BUDGETS = ("budget", "macs", "seconds")
-_CHOSEN_BY_BUDGET = ("steps", "ensemble", "preset", "spacing", "solver", "cache", "cache_interval", "merge_in")
 _GO_WITH = {"align_space": "align", "align_fit": "align", "carry": "video", "flow": "video"}
 _WITH_REPEAT = ("out", "overwrite", "json", "workers", "model", "autoencoder", "mesh", "repeat")
 _OF_THE_RUN = (
@@ -202,7 +208,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     if args.list == "-" and "-" in args.inputs:
         raise UserError("standard input is named twice: leave out - or --list -")
     for name in _BUDGETS:
-        for other in _CHOSEN_BY_BUDGET:
+        for other in BY_BUDGET:
             if getattr(args, name) is not None and getattr(args, other) is not None:
                 one, two = flag_of(name), flag_of(other)
                 raise UserError(f"{one} chooses {other} from the model's table: leave out {one} or {two}")
@@ -294,48 +300,38 @@ def _by_budget(
     Seconds are those of this machine, measured now. So that a run that goes on, or another one into the same folder,
     does not choose otherwise, results for the same budget are asked first.
     """
-    from scaling_perception.inference.budgets import choose, load_budgets, measure_timing
+    from scaling_perception.inference.budgets import choice_line, choose, fitting, load_budgets, measure_timing
     from scaling_perception.inference.outputs import chosen_before
     from scaling_perception.interop.find import find_model
 
-    names = ("steps", "ensemble", "preset", "spacing", "solver", "cache", "cache_interval", "merge_in")
     asked = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
     before = None if args.overwrite else chosen_before(out, items, args.task, asked, predictor.id)
     if before is not None:
         settings, budget = before
-        chosen = {name: settings[name] for name in names if settings.get(name) is not None}
-        _say_choice(asked, chosen, budget["expected"])
+        chosen = {name: settings[name] for name in BY_BUDGET if settings.get(name) is not None}
+        print(choice_line(asked, chosen, budget["expected"]), file=sys.stderr)
         return chosen, budget
-    table = load_budgets(find_model(args.model))
-    choose(
-        table, args.task, args.budget, args.macs, None if args.seconds is None else math.inf
-    )  # told before measuring
+    table = fitting(load_budgets(find_model(args.model)), args.task, lambda choice: _check(args, predictor, choice))
+    unmeasured = None if args.seconds is None else math.inf
+    choose(table, args.task, args.budget, args.macs, unmeasured)  # refused before measuring
     here = None if args.seconds is None else measure_timing(predictor, args.task)
     choice = choose(table, args.task, args.budget, args.macs, args.seconds, here)
     expected = {name: getattr(choice, name) for name in ("macs", "seconds", "error")}
     expected["metric"] = (table or {})["tasks"][args.task]["metric"]
-    chosen = {name: getattr(choice, name) for name in names if getattr(choice, name) is not None}
-    _say_choice(asked, chosen, expected)
-    return chosen, {"asked": asked, "expected": expected}
+    print(choice_line(asked, choice.settings, expected), file=sys.stderr)
+    return choice.settings, {"asked": asked, "expected": expected}
 
 
-_CHOSEN_WORDS = (("preset", "grid"), ("spacing", "spacing"), ("solver", "solver"))
+def _check(args: argparse.Namespace, predictor: "Predictor", choice: "Choice") -> None:
+    """UserError for a row of the table that does not go with the flags, or on a grid that this model does not have."""
+    from scaling_perception.inference.clips import Motion, check_clip
 
-
-def _say_choice(asked: dict[str, Any], chosen: dict[str, Any], expected: dict[str, Any]) -> None:
-    """One line on what the budget chose, and what the table expects of it."""
-    budget = ", ".join(
-        f"{flag_of(name)} {value if isinstance(value, str) else f'{value:g}'}" for name, value in asked.items()
-    )
-    parts = [f"{chosen['steps']} steps, {chosen['ensemble']} members"]
-    parts += [f"{word} {chosen[name]}" for name, word in _CHOSEN_WORDS if name in chosen]
-    if chosen.get("cache", "none") != "none":
-        parts.append(f"blocks every {chosen['cache_interval']} steps ({chosen['cache']})")
-    if chosen.get("merge_in", "pixels") != "pixels":
-        parts.append(f"merged in {chosen['merge_in']}")
-    cost = f"{expected['macs'] / 1e9:.3g} GMACs and {expected['seconds']:.2g} s an image"
-    error = f"{expected.get('metric', 'error')} {expected['error']:.3g}"
-    print(f"{budget}: {', '.join(parts)}; expected {error}, {cost}", file=sys.stderr)
+    settings = request_of(args, choice.settings).settings
+    settings.reduce_for(args.task)
+    if args.video:
+        check_clip(settings, Motion(args.carry or 0.0, args.flow))
+    if settings.spacing is not None:
+        predictor.grid(args.task, settings.steps, dataclasses.replace(predictor.diffusion, spacing=settings.spacing))
 
 
 # Again

@@ -243,6 +243,8 @@ def test_budgets_choose_from_the_models_table(command, pictures, nano_folder, tm
     cells = [
         {"steps": 1, "ensemble": 2, "macs": 2e6, "seconds": 1.0, "error": 0.5, **same},
         {"steps": 2, "ensemble": 2, "macs": 4e6, "seconds": 2.0, "error": 0.25, **same},
+        {"steps": 1, "ensemble": 3, "macs": 2e7, "seconds": 4.0, "error": 0.2, **same, "merge_in": "latents"},
+        {"steps": 1, "ensemble": 2, "macs": 2e7, "seconds": 4.0, "error": 0.1, **same, "spacing": "learned"},
     ]
     entry = {"metric": "abs_rel", "timing": {"fixed": 0.0, "per_forward": 0.5}, "cells": cells}
     (model / "budgets.json").write_text(json.dumps({"format": 1, "tasks": {"depth": entry}}))
@@ -258,6 +260,10 @@ def test_budgets_choose_from_the_models_table(command, pictures, nano_folder, tm
     text = command(*words, "--macs", "9e6")
     assert "--macs 9e+06: 2 steps, 2 members, grid paper, solver ddim; expected abs_rel 0.25, 0.004 GMACs" in text.err
     assert "(--steps 1, now 2)" in text.err
+    text = command(*words, "--macs", "3e7", out="latents")
+    assert "1 steps, 3 members, grid paper, solver ddim, merged in latents" in text.err, "there are no learned grids"
+    text = command(*words, "--macs", "3e7", "--verifier", "edges", out="verified")
+    assert "2 steps, 2 members, grid paper, solver ddim; expected" in text.err, "verifiers are of members as pixels"
     for flags, message in (
         (("--budget", "fast", "--ensemble", 3), "leave out --budget or --ensemble"),
         (("--budget", "fast", "--seconds", 3), "not allowed with"),

@@ -12,11 +12,8 @@ import numpy as np
 
 from scaling_perception.inference.budgets import Choice, choose, front, measure_timing, table_choices
 from scaling_perception.inference.predictor import Predictor
-from scaling_perception.inference.settings import Settings
+from scaling_perception.inference.settings import BY_BUDGET, Settings
 from scaling_perception.tasks import get_task
-
-USED = ("steps", "ensemble", "preset", "spacing", "solver", "cache", "cache_interval", "merge_in")
-"""What a stop decides: names of settings."""
 
 
 class Stop(NamedTuple):
@@ -60,7 +57,7 @@ def stop_of(table: Mapping[str, Any] | None, task: str, settings: Settings) -> S
     entry, plain = table["tasks"][task], Settings()
     asked = settings.to_dict()
     for name, value in plain.to_dict().items():  # the table holds for all others as they are unless asked
-        if name not in USED and name != "reduce" and asked[name] != value:
+        if name not in BY_BUDGET and name != "reduce" and asked[name] != value:
             return None
     if get_task(task).reduce_mode(settings.reduce) != entry.get("reduce", get_task(task).reduce_mode(None)):
         return None
@@ -99,9 +96,7 @@ def amount(seconds: float) -> str:
 def metric_name(task: str) -> str:
     """How the table's error is written: the task's metric, or 1 - it."""
     main = get_task(task).main
-    if main is None:
-        return "error"
-    return main.label if main.less_is_better else f"1 − {main.label}"
+    return "error" if main is None else main.error_label
 
 
 def curve(dial: Sequence[Stop], current: Stop | None, task: str, trivial: float | None = None) -> str:
@@ -114,8 +109,8 @@ def curve(dial: Sequence[Stop], current: Stop | None, task: str, trivial: float 
     high = max(one.interval[1] for one in shown)
     pad = max((high - low) * 0.06, 1e-9)
     low, high = low - pad, high + pad
-    macs = np.log([one.choice.macs for one in shown])
-    least, most = float(macs.min()), float(macs.max())
+    spent = np.log([one.choice.compute for one in shown])
+    least, most = float(spent.min()), float(spent.max())
 
     def x(value: float) -> float:
         share = 0.5 if most == least else (float(np.log(value)) - least) / (most - least)
@@ -127,19 +122,19 @@ def curve(dial: Sequence[Stop], current: Stop | None, task: str, trivial: float 
     parts = []
     for value in (low + pad, high - pad):
         parts.append(f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    line = " ".join(f"{x(one.choice.macs):.1f},{y(one.choice.error):.1f}" for one in dial)
+    line = " ".join(f"{x(one.choice.compute):.1f},{y(one.choice.error):.1f}" for one in dial)
     parts.append(f'<polyline points="{line}" class="line"/>')
     for one in shown:
         on = current is not None and one.choice == current.choice
-        at, kind = x(one.choice.macs), ' class="on"' if on else ""
+        at, kind = x(one.choice.compute), ' class="on"' if on else ""
         parts.append(
             f'<g{kind}><line x1="{at:.1f}" x2="{at:.1f}" y1="{y(one.interval[0]):.1f}" y2="{y(one.interval[1]):.1f}"/>'
             f'<circle cx="{at:.1f}" cy="{y(one.choice.error):.1f}" r="{6 if on else 3.5}"/></g>'
         )
-    for one, anchor in ((shown[0], "start"), (max(shown, key=lambda s: s.choice.macs), "end")):
+    for one, anchor in ((shown[0], "start"), (max(shown, key=lambda s: s.choice.compute), "end")):
         parts.append(
-            f'<text x="{x(one.choice.macs) + (-14 if anchor == "start" else 12):.1f}" y="{height - 8}" '
-            f'text-anchor="{anchor}">{one.choice.macs / 1e9:.2g} GMACs</text>'
+            f'<text x="{x(one.choice.compute) + (-14 if anchor == "start" else 12):.1f}" y="{height - 8}" '
+            f'text-anchor="{anchor}">{one.choice.compute / 1e9:.2g} GMACs with decoding</text>'
         )
     words = f"{metric_name(task)} against compute: " + "; ".join(
         f"{one.choice.steps} steps × {one.choice.ensemble} members {one.choice.error:.3g}" for one in dial

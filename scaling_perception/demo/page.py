@@ -10,7 +10,6 @@ import gradio as gr  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 from scaling_perception.demo import drawing, text
-from scaling_perception.demo.dial import USED
 from scaling_perception.demo.marking import marking, mask_of
 from scaling_perception.demo.parts import EXAMPLES, QUIET, Inputs, example, one_line, upload
 from scaling_perception.demo.results import results
@@ -239,9 +238,7 @@ def chosen(session: Session, inputs: Inputs, given: dict[str, Any]) -> dict[str,
     if given.get("dial") is not None:
         stops = session.stops(inputs.task.name)
         choice = stops[min(max(int(given["dial"]), 1), len(stops)) - 1].choice
-        for name in USED:
-            if (value := getattr(choice, name)) is not None:
-                found[name] = str(value)
+        found |= {name: str(value) for name, value in choice.settings.items()}
     for name in (*SETTINGS, "seed"):
         value = given.get(name)
         if value not in (None, "", False):

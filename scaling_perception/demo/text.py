@@ -53,7 +53,7 @@ def promise(session: Session, task: str, settings: Settings, stops: Sequence[dia
         beside = f"; the strongest answer without the picture has {trivial['error']:.3g}" if trivial else ""
         best = next((one for one in stops if "best" in one.names), None)
         enough = ""
-        if stop is not None and best is not None and stop.choice.macs > best.choice.macs:
+        if stop is not None and best is not None and stop.choice.compute > best.choice.compute:
             enough = f" {compute_of(best)} cannot be told apart from the lowest error: more compute buys little here."
         elif stop is not None and best is not None and stop.choice == best.choice:
             enough = " This is the cheapest setting that cannot be told apart from the lowest error."

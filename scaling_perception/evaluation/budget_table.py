@@ -13,6 +13,7 @@ from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
 from scaling_perception.inference.budgets import (
     CACHE_CELL,
     CELL,
+    DECODER_CELL,
     LEVERS,
     MERGE_CELL,
     SPACING_CELL,
@@ -68,6 +69,7 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
         known = {name: cell.get(name, "ddim") if name == "solver" else cell[name] for name in CELL[:5]}
         known |= {name: cell[name] for name in (*CACHE_CELL, MERGE_CELL) if name in cell}
         known |= {SPACING_CELL: cell["spacing"]} if spacing_of(cell) else {}
+        known |= {} if cell.get(DECODER_CELL) is None else {DECODER_CELL: cell[DECODER_CELL]}
         cells.append({**known, "seconds": _short(cell["seconds"]), **numbers})
     trivial = {
         name: float(error_rows(task, found["rows"]).mean())
@@ -88,14 +90,14 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
         "timing": _numbers(fit_timing(cells)),
         **({} if reference is None else {"reference": _numbers(reference)}),
         **({"trivial": {"name": strongest, "error": trivial[strongest]}} if strongest else {}),
-        "cells": sorted(_worth_keeping(cells), key=lambda c: (c["macs"], c["error"])),
+        "cells": sorted(_worth_keeping(cells), key=lambda c: (_compute(c), c["error"])),
     }
 
 
 def _worth_keeping(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The plain cells, and of those with a lever (``LEVERS``, another solver) the ones that no cell beats: none has at
-    most their error, MACs and seconds and less of one of them."""
-    costs = np.asarray([[cell["error"], cell["macs"], cell["seconds"]] for cell in cells])
+    most their error, MACs, MACs with the decoder's, and seconds, and less of one of them."""
+    costs = np.asarray([[cell["error"], cell["macs"], _compute(cell), cell["seconds"]] for cell in cells])
 
     def beaten(own: np.ndarray) -> bool:
         return bool(((costs <= own).all(axis=1) & (costs < own).any(axis=1)).any())
@@ -104,6 +106,10 @@ def _worth_keeping(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return cell["solver"] == "ddim" and not set(LEVERS) & set(cell)
 
     return [cell for cell, own in zip(cells, costs, strict=True) if plain(cell) or not beaten(own)]
+
+
+def _compute(cell: Mapping[str, Any]) -> float:
+    return cell["macs"] + cell.get(DECODER_CELL, 0.0)
 
 
 def _numbers(timing: Timing) -> dict[str, float]:

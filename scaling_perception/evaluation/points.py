@@ -5,6 +5,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from scaling_perception.diffusion.caching import NO_CACHE
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import LEARNED, PRESETS, DiffusionPreset
@@ -42,7 +44,7 @@ def points_of(
     one_lever: bool = False,
 ) -> list[Point]:
     """All points of the grid; ``one_lever``: of presets, spacings, solvers and caches, those alone that differ from
-    the first of each in one at most."""
+    the first of each in one at most, and compute something else than an earlier point."""
     points: list[Point] = []
     named = list(dict.fromkeys(ALIASES.get(preset, preset) for preset in presets))
     solvers, spacings = list(dict.fromkeys(map(solver_name, solvers))), list(dict.fromkeys(spacings))
@@ -61,6 +63,8 @@ def points_of(
                 tables = predictor.tables(settings, task, diffusion)
                 if cache != NO_CACHE and tables.cache is None:
                     continue
+                if one_lever and any(_same_run(tables, point.tables) for point in points):
+                    continue
                 looks = bool(adaptive.step_tolerances) and count > 2 * adaptive.step_chunk
                 known = {"preset": name, "spacing": diffusion.spacing, "schedule": diffusion.schedule}
                 known |= {"solver": solver, "steps": count, "reduce": mode, **shared.named}
@@ -73,6 +77,16 @@ def points_of(
     if not points:
         raise UserError("cache: every cell would compute every step: give a shorter cache_interval, or more steps")
     return points
+
+
+_ONE_STEP = ("t", "x0_x", "x0_out", "limit", "next_x", "next_x0", "sigma")
+
+
+def _same_run(one: SamplerTables, other: SamplerTables) -> bool:
+    """Whether both take the same single step: solvers that look back have nothing to look at in their first."""
+    if not len(one.t) == len(other.t) == 1:
+        return False
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in _ONE_STEP)
 
 
 def _cells(

@@ -1,8 +1,9 @@
 """What a model's compute buys, as a table in its folder (``budgets.json``), and how a budget becomes steps and members.
 
 `evaluate --write-budgets FOLDER` writes the table (``evaluation.budget_table``): the error of every cell of an
-evaluation with its MACs and seconds. Choosing needs no random numbers and no fit. The **front** are the cells with less
-error than every cheaper one. On it
+evaluation with its MACs and seconds. Choosing needs no random numbers and no fit. What a cell costs is its compute: the
+MACs of the DiT and those of the decoder, which runs for every member, or once where members are merged as latents. The
+**front** are the cells with less error than every cheaper one. On it
 
 * ``best`` is the cheapest that cannot be told from the lowest error: the 95 % interval of the per-image difference
   reaches 0;
@@ -10,7 +11,7 @@ error than every cheaper one. On it
 * ``fast`` is the cheapest that has gone half of the way from the strongest trivial answer's error to the lowest (from
   the cheapest cell's, where no cell beats that answer);
 * a worse one of these never costs more than a better one;
-* ``macs`` and ``seconds`` are limits: the lowest error of all cells within them.
+* ``macs`` (of the DiT alone) and ``seconds`` are limits: the lowest error of all cells within them.
 
 Errors fall as results get better: AbsRel, end-point error, 1 - IoU.
 """
@@ -18,12 +19,13 @@ Errors fall as results get better: AbsRel, end-point error, 1 - IoU.
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from scaling_perception.diffusion.solvers import SOLVERS, evaluations
+from scaling_perception.inference.settings import BY_BUDGET, flag_of
 from scaling_perception.inference.task_tables import TaskTable, read_table
 from scaling_perception.support import choosing
 from scaling_perception.support.errors import UserError, did_you_mean
@@ -41,6 +43,7 @@ CACHE_CELL = ("cache", "cache_interval", "evaluations")  # of cells with a cache
 
 MERGE_CELL = "merge_in"  # of cells whose members are merged in another place than usual
 SPACING_CELL = "spacing"  # of cells on another spacing than the preset's
+DECODER_CELL = "decoder_macs"  # of all cells whose autoencoder's are known; earlier tables have none
 LEVERS = (*CACHE_CELL[:2], MERGE_CELL, SPACING_CELL)
 """Fields of a cell and of a `Choice` that only some cells have."""
 
@@ -59,6 +62,18 @@ class Choice(NamedTuple):
     cache_interval: int | None = None
     merge_in: str | None = None
     spacing: str | None = None
+    decoder_macs: float = 0.0
+
+    @property
+    def compute(self) -> float:
+        """MACs of the DiT and of decoding."""
+        return self.macs + self.decoder_macs
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of a prediction that it decides, by name; those that it leaves as they are usually are not in
+        it."""
+        return {name: value for name in BY_BUDGET if (value := getattr(self, name)) is not None}
 
 
 class Timing(NamedTuple):
@@ -134,6 +149,27 @@ def choose(
     return ahead[min(cheapest[better] for better in NAMES[NAMES.index(name) :])]
 
 
+def fitting(table: dict[str, Any] | None, task: str, check: Callable[[Choice], None]) -> dict[str, Any] | None:
+    """The table with those cells of a task alone for which ``check`` raises no UserError.
+
+    Raises:
+        UserError: the first of ``check``, where it refuses all cells.
+    """
+    if not table or task not in table["tasks"]:
+        return table
+    entry, kept, refused = table["tasks"][task], [], []
+    for cell, choice in zip(entry["cells"], table_choices(entry), strict=True):
+        try:
+            check(choice)
+        except UserError as error:
+            refused.append(error)
+        else:
+            kept.append(cell)
+    if not kept:
+        raise refused[0]
+    return {**table, "tasks": {**table["tasks"], task: {**entry, "cells": kept}}}
+
+
 def table_choices(entry: Mapping[str, Any], here: tuple[float, float] | None = None) -> list[Choice]:
     """The cells of a task's table in their order; ``here`` as in `choose`."""
     return [_choice(cell, entry, here) for cell in entry["cells"]]
@@ -149,7 +185,7 @@ def front(choices: list[Choice]) -> list[Choice]:
 
 
 def _costs(choices: list[Choice]) -> dict[str, list[float]]:
-    return {"macs": [one.macs for one in choices], "seconds": [one.seconds for one in choices]}
+    return {name: [getattr(one, name) for one in choices] for name in ("compute", "macs", "seconds")}
 
 
 def _within(choices: list[Choice], task: str, macs: float | None, seconds: float | None) -> Choice:
@@ -190,6 +226,7 @@ def _choice(cell: Mapping[str, Any], entry: Mapping[str, Any], here: tuple[float
         cell["solver"],
         *numbers,
         *map(cell.get, LEVERS),
+        decoder_macs=float(cell.get(DECODER_CELL, 0.0)),
     )
 
 
@@ -198,6 +235,29 @@ def _tied(cell: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     if "excess" in cell:
         return not choosing.told_apart(cell["excess"]["ci95"])
     return cell["error"] <= min(entry["cells"], key=lambda c: c["error"])["ci95"][1]
+
+
+_WORDS = (("preset", "grid"), ("spacing", "spacing"), ("solver", "solver"))
+
+
+def choice_line(asked: Mapping[str, Any], chosen: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """One line on what a budget chose, and what the table expects of it.
+
+    Args:
+        asked: budget, macs or seconds, as given. chosen: `Choice.settings`.
+        expected: macs, seconds, error and metric.
+    """
+    budget = ", ".join(
+        f"{flag_of(name)} {value if isinstance(value, str) else f'{value:g}'}" for name, value in asked.items()
+    )
+    parts = [f"{chosen['steps']} steps, {chosen['ensemble']} members"]
+    parts += [f"{word} {chosen[name]}" for name, word in _WORDS if name in chosen]
+    if chosen.get("cache", "none") != "none":
+        parts.append(f"blocks every {chosen['cache_interval']} steps ({chosen['cache']})")
+    if chosen.get("merge_in", "pixels") != "pixels":
+        parts.append(f"merged in {chosen['merge_in']}")
+    cost = f"{expected['macs'] / 1e9:.3g} GMACs and {expected['seconds']:.2g} s an image"
+    return f"{budget}: {', '.join(parts)}; expected {expected.get('metric', 'error')} {expected['error']:.3g}, {cost}"
 
 
 # Seconds

@@ -36,6 +36,8 @@ def setting(
     return dataclasses.field(default=default, metadata=known | {"swept": swept, "goes_with": goes_with})
 
 
+BY_BUDGET = ("steps", "ensemble", "preset", "spacing", "solver", "cache", "cache_interval", "merge_in")
+"""Settings that a model's table of budgets chooses (``inference.budgets``)."""
 MERGES = ("pixels", "latents")
 USES = ("best", "weighted", "allocate")
 ALIASES: dict[str | None, str] = {"v_trailing": "fixed", "least-squares": "lsq"}

@@ -91,6 +91,10 @@ class Metric(NamedTuple):
     def error_name(self) -> str:
         return self.name if self.less_is_better else f"1-{self.name}"
 
+    @property
+    def error_label(self) -> str:
+        return self.label if self.less_is_better else f"1 − {self.label}"
+
 
 class Estimate(NamedTuple):
     """One image's result, at the size of the model's own pictures where not said otherwise."""

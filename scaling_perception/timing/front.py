@@ -2,7 +2,8 @@
 PyTorch (50 steps × 5 members on the leading grid) on the same weights, pictures and noise; speed-up at equal error.
 
 Both predict one picture at a time. Seconds are of whole predictions from the picture to the merged map, compiling left
-out; errors are of the same pictures, so that differences are paired.
+out; errors are of the same pictures, so that differences are paired. Features of the conditions, where the model takes
+some, are given to the loop and not in its seconds: the speed-up is then a lower bound.
 """
 
 import argparse
@@ -16,13 +17,14 @@ from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import COUNT
 from scaling_perception.timing import peer
 
-STEPS, MEMBERS, TASK = 50, 5, "depth"
+STEPS, MEMBERS = 50, 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="model folder, training run, hub id, or a name: with budgets")
-    parser.add_argument("--dataset", default="scenes", help="of depth (default scenes)")
-    parser.add_argument("--data", default="", metavar="DIR", help="folder of the dataset (scenes needs none)")
+    parser.add_argument("--task", default="depth", help="depth, flow, amodal or normals (default depth)")
+    parser.add_argument("--dataset", help="(default: what the budgets were measured on)")
+    parser.add_argument("--data", default="", metavar="DIR", help="folder of the dataset (scenes and worlds need none)")
     parser.add_argument("--split", default="test", help="(default test)")
     parser.add_argument("--count", type=COUNT, default=16, help="pictures, at least 5 (default 16)")
     parser.add_argument("--figure", metavar="PNG", help="also draw error against seconds")
@@ -32,7 +34,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Rows of the front and the loop.
 
     Raises:
-        UserError: no PyTorch, no table of budgets for depth, a model that the loop is not written for, few pictures.
+        UserError: no PyTorch, no table of budgets for the task, a model that the loop is not written for, few pictures.
     """
     from scaling_perception import Predictor
     from scaling_perception.data.sources import open_source
@@ -42,16 +44,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from scaling_perception.evaluation.protocols import get_protocol
     from scaling_perception.evaluation.protocols import measure as measure_error
     from scaling_perception.inference.budgets import front, load_budgets, table_choices
+    from scaling_perception.inference.model import prompt_of
 
     if args.figure and not args.figure.endswith(".png"):
         raise UserError(f"--figure {args.figure}: end the name in .png")
-    predictor = Predictor.from_pretrained(args.model)
-    table = load_budgets(predictor.folder or "") or {"tasks": {}}
-    if TASK not in table["tasks"]:
-        raise UserError(f"--model {args.model} has no budgets for {TASK}: `evaluate --write-budgets` makes them")
-    loop, noise_of = make_loop(predictor)
-    protocol = get_protocol(TASK, args.dataset)
-    raws = measurable(open_source(args.dataset, args.data, args.split, TASK, count=args.count), protocol)
+    predictor, task = Predictor.from_pretrained(args.model), args.task
+    predictor.check_task(task)
+    entry = (load_budgets(predictor.folder or "") or {"tasks": {}})["tasks"].get(task)
+    if entry is None:
+        raise UserError(f"--model {args.model} has no budgets for {task}: `evaluate --write-budgets` makes them")
+    loop, given_of = make_loop(predictor, task)
+    dataset = args.dataset or entry["dataset"]
+    protocol = get_protocol(task, dataset)
+    own = {"threshold": predictor.options.mask_threshold, "keep_visible": predictor.options.keep_visible}
+    protocol |= {name: value for name, value in own.items() if name in protocol}  # as the model's answers are made
+    raws = measurable(open_source(dataset, args.data, args.split, task, count=args.count), protocol)
     if len(raws) < FEWEST_IMAGES:
         raise UserError(f"--count {args.count}: {len(raws)} pictures tell nothing apart: give {FEWEST_IMAGES} or more")
 
@@ -63,17 +70,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             answer = predict(raw)
             seconds.append(time.perf_counter() - begin)
             rows.append(measure_error(answer, raw, protocol))
-        return error_rows(TASK, rows), seconds
+        return error_rows(task, rows), seconds
 
     for raw in raws:
-        noise_of(raw)  # drawn ahead: not in the loop's seconds
+        given_of(raw)  # made ahead: not in the loop's seconds
     theirs, spent = run(loop)
     slow = float(np.median(spent))
     found = []
-    for choice in front(table_choices(table["tasks"][TASK])):
-        names = ("steps", "ensemble", "preset", "spacing", "solver", "cache", "cache_interval", "merge_in")
-        own = {name: getattr(choice, name) for name in names if getattr(choice, name) is not None}
-        errors, seconds = run(lambda raw, own=own: predictor(raw["image"], TASK, **own).prediction)
+    for choice in front(table_choices(entry)):
+        own = choice.settings
+        errors, seconds = run(
+            lambda raw, own=own: predictor(raw["image"], task, prompt=prompt_of(raw, task), **own).prediction
+        )
         found.append(
             {
                 "settings": own,
@@ -85,6 +93,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )
     result = {
         "model": args.model,
+        "task": task,
+        "dataset": dataset,
         "weights": predictor.id,
         "images": len(raws),
         "loop": {"steps": STEPS, "ensemble": MEMBERS, "error": float(theirs.mean()), "seconds": slow},
@@ -99,9 +109,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 Loop = Callable[[dict[str, Any]], np.ndarray]
 
 
-def make_loop(predictor: Any) -> tuple[Loop, Loop]:
-    """The released loop, a raw sample to its depth map (H, W), and the noise (M, h, w, 4) of the predictor's own
-    members that it takes, which is drawn once for each sample.
+def make_loop(predictor: Any, task: str = "depth") -> tuple[Loop, Callable[[dict[str, Any]], Any]]:
+    """The released loop, a raw sample to its prediction at native size, and what it is given of a sample: the noise
+    (M, P, h, w, 4) of the predictor's own members and the features (conditions, h, w, F), made once for each sample.
 
     Raises:
         UserError: no PyTorch, or a model it is not written for.
@@ -112,50 +122,60 @@ def make_loop(predictor: Any) -> tuple[Loop, Loop]:
 
     from scaling_perception.inference.batches import BatchPlan
     from scaling_perception.inference.engine import draw_members
+    from scaling_perception.inference.model import prompt_of
     from scaling_perception.inference.settings import Settings
     from scaling_perception.tasks import get_task
 
-    if predictor.config.features or predictor.diffusion.prediction != "v" or TASK not in predictor.tasks:
-        raise UserError("--model: the PyTorch loop is written for depth models of v without features of the conditions")
+    if predictor.diffusion.prediction != "v":
+        raise UserError(
+            f"--model: the PyTorch loop is written for models of v, and this one predicts "
+            f"{predictor.diffusion.prediction}: choose another"
+        )
     torch_peer = peer.prepare()
-    network = torch_peer.make_dit(predictor.config, predictor.params, "sdpa")
-    passes = predictor.passes(TASK)
+    network, passes = torch_peer.make_dit(predictor.config, predictor.params, "sdpa"), predictor.passes(task)
     leading = dataclasses.replace(predictor.diffusion, spacing="leading")
-    sampler = torch_peer.Sampler(network, predictor.autoencoder, leading, STEPS, int(passes.labels[0]))
-    encode, decode, shift, scale = sampler.encode, sampler.decode, passes.shift[0], passes.scale[0]
-    fields, given = ("image", "prompt")[: predictor.config.conditions], {}
-
-    def every_condition(image: Any) -> Any:
-        import torch  # pyright: ignore[reportMissingImports]
-
-        more = [image.new_tensor(given[name].transpose(2, 0, 1)[None]) for name in fields[1:]]
-        return torch.cat([encode(one) for one in (image, *more)], dim=1)
-
-    def in_units(z: Any) -> Any:
-        like = [z.new_tensor(values)[None, :, None, None] for values in (scale, shift)]
-        return decode(z * like[0] + like[1])
-
-    sampler.encode, sampler.decode = every_condition, in_units
+    samplers = [
+        torch_peer.Sampler(network, predictor.autoencoder, leading, STEPS, int(label)) for label in passes.labels
+    ]
+    encode, decode = samplers[0].encode, samplers[0].decode
+    fields = ("image", "prompt")[: predictor.config.conditions]
     tables = Settings(steps=1).tables(dataclasses.replace(predictor.diffusion, spacing="trailing"))
+    given: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # made when a picture is first seen
 
-    noise: dict[str, np.ndarray] = {}  # drawn when a picture is first seen
-
-    def noise_of(raw: dict[str, Any]) -> np.ndarray:
-        if raw["key"] not in noise:
+    def given_of(raw: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        if raw["key"] not in given:
             draw = draw_members(jax.random.key(0), predictor.image_ids([raw], 1), 0, MEMBERS, False)
-            latents = predictor.encode([raw], TASK, BatchPlan(1, MEMBERS))
+            latents = predictor.encode([raw], task, BatchPlan(1, MEMBERS))
             state = predictor.engine.init_state(predictor.params, latents, draw, passes, tables)[2]
-            noise[raw["key"]] = np.asarray(state.x[0, :, 0])
-        return noise[raw["key"]]
+            both = np.stack(np.split(np.asarray(latents[0]), len(fields), axis=-1))
+            given[raw["key"]] = np.asarray(state.x[0]), both[..., predictor.autoencoder.latent_channels :]
+        return given[raw["key"]]
 
     def predict(raw: dict[str, Any]) -> np.ndarray:
-        conditions = get_task(TASK).conditions(raw, predictor.resolution, predictor.options)
-        given.update({name: np.asarray(conditions[name], np.float32) for name in fields})
-        pixels = sampler(given["image"], noise_of(raw))
-        members = predictor.decode_members(pixels[None], TASK)
-        return predictor.merge(members, TASK, raw["image"].shape[:2], "lsq").prediction
+        import torch  # pyright: ignore[reportMissingImports]
 
-    return predict, noise_of
+        conditions = get_task(task).conditions(raw, predictor.resolution, predictor.options)
+        pictures = [np.asarray(conditions[name], np.float32) for name in fields]
+        noise, features = given_of(raw)
+
+        def every_condition(image: Any) -> Any:
+            parts = []
+            for picture, found in zip(pictures, features, strict=True):
+                parts += [encode(image.new_tensor(picture.transpose(2, 0, 1)[None]))]
+                parts += [image.new_tensor(found.transpose(2, 0, 1)[None])]
+            return torch.cat(parts, dim=1)
+
+        pixels = []
+        for number, sampler in enumerate(samplers):
+            scale, shift = (torch.from_numpy(rows[number])[:, None, None] for rows in (passes.scale, passes.shift))
+            sampler.encode = every_condition
+            sampler.decode = lambda z, scale=scale, shift=shift: decode(z * scale + shift)
+            pixels.append(sampler(pictures[0], noise[:, number]))
+        members = predictor.decode_members(np.stack(pixels), task)
+        mode = get_task(task).reduce_mode(None)
+        return predictor.merge(members, task, raw["image"].shape[:2], mode, prompt_of(raw, task)).prediction
+
+    return predict, given_of
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -169,7 +189,8 @@ def _words(settings: Mapping[str, Any]) -> str:
 
 def _lines(result: Mapping[str, Any]) -> Iterator[str]:
     loop = result["loop"]
-    yield f"depth, {result['images']} pictures, one at a time, model {result['model']}"
+    what = f"{result['images']} pictures of {result['dataset']}"
+    yield f"{result['task']}, {what}, one at a time, model {result['model']}"
     yield "steps × members | error | minus the loop | s | times faster"
     yield f"PyTorch {loop['steps']} × {loop['ensemble']} | {loop['error']:.4f} | | {loop['seconds']:.3f} | 1"
     for row in result["rows"]:
@@ -188,15 +209,17 @@ def draw(result: Mapping[str, Any], path: str) -> None:
     """A PNG of error against seconds."""
     from matplotlib.figure import Figure
 
+    from scaling_perception.evaluation.labels import MAIN_METRIC
     from scaling_perception.support.files import atomic_path
 
+    main = MAIN_METRIC[result["task"]]
     figure = Figure(figsize=(6, 3.6), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     rows, loop = sorted(result["rows"], key=lambda row: row["seconds"]), result["loop"]
     axes.plot([row["seconds"] for row in rows], [row["error"] for row in rows], "o-", label="the model's budgets")
     axes.plot([loop["seconds"]], [loop["error"]], "s", label=f"PyTorch, {loop['steps']} steps × {loop['ensemble']}")
     axes.axhline(loop["error"], lw=0.6, ls="--", color="grey")
-    axes.set(xscale="log", xlabel="seconds a picture", ylabel="AbsRel")
+    axes.set(xscale="log", xlabel="seconds a picture", ylabel=main.error_label)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     with atomic_path(path) as temporary:

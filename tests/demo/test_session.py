@@ -49,13 +49,13 @@ def test_every_stop_of_the_shipped_dial_has_less_error_than_all_cheaper_settings
     table = load_budgets(find_model("mini"))
     for task, entry in table["tasks"].items():
         stops = dial.stops(table, task)
-        errors, macs = [s.choice.error for s in stops], [s.choice.macs for s in stops]
-        assert errors == sorted(errors, reverse=True) and macs == sorted(macs) and stops
+        errors, spent = [s.choice.error for s in stops], [s.choice.compute for s in stops]
+        assert errors == sorted(errors, reverse=True) and spent == sorted(spent) and stops
         assert errors[-1] == min(cell["error"] for cell in entry["cells"])
         assert {name for stop in stops for name in stop.names} == {"fast", "balanced", "best"}
         for stop in stops:
             assert stop.interval[0] <= stop.choice.error <= stop.interval[1]
-            given = {name: getattr(stop.choice, name) for name in ("steps", "ensemble", "preset", "solver")}
+            given = stop.choice.settings
             found = dial.stop_of(table, task, Settings(**given))
             assert found is not None and found.choice == stop.choice and found.interval == stop.interval
             assert dial.stop_of(table, task, Settings(**given, aspect="tile")) is None

@@ -152,6 +152,9 @@ def test_costs_of_a_model(nano_folder, make_raw, tmp_path):
         points = points_of(predictor, "depth", [2], [1], (None,), *more, alone)
         assert len(points) == count and {one.settings.spacing for one in points} == {None, "learned"}
     assert [one.cells[0].get("timesteps") for one in points].count(entry["grids"]["2"]) == 1
+    for alone, solvers in ((False, ["ddim", "unipc"]), (True, ["ddim"])):  # a single step is that of every solver
+        points = points_of(predictor, "depth", [1], [1], (None,), more[0], caches[:1], *more[2:5], (None,), alone)
+        assert [one.settings.solver for one in points] == solvers
     write_entry(TABLE, folder, "depth", {**entry, "weights": "0" * 12})
     with pytest.raises(UserError, match=r"other weights \(0{12}"):
         predictor(raws[0]["image"], "depth", 2, 1, spacing="learned")

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from scaling_perception.evaluation.budget_table import budget_entry, fit_timing
-from scaling_perception.inference.budgets import TABLE, Choice, Timing, choose, front, load_budgets, measure_timing
+from scaling_perception.inference.budgets import (
+    TABLE,
+    Choice,
+    Timing,
+    choose,
+    front,
+    load_budgets,
+    measure_timing,
+    table_choices,
+)
 from scaling_perception.inference.task_tables import write_entry
 from scaling_perception.support.errors import UserError
 
@@ -113,6 +122,23 @@ def test_where_members_are_merged_is_chosen_too():
     result = _evaluation()
     result["cells"][1]["merge_in"] = "latents"
     assert [cell.get("merge_in") for cell in budget_entry(result)["cells"]] == [None, "latents", None]
+
+
+def test_decoding_counts_as_compute():
+    """Equal MACs of the DiT: the latents that are decoded once are the cheaper cell, unless only --macs is limited."""
+    pixels = _cell(1, 5, 0.250, decoder_macs=50e6)
+    latents = {**_cell(1, 5, 0.251, decoder_macs=10e6), "merge_in": "latents"}
+    table = _table(_cell(1, 1, 0.3, decoder_macs=10e6), pixels, latents)
+    assert [(one.ensemble, one.merge_in) for one in front(table_choices(table["tasks"]["depth"]))] == [
+        *((1, None), (5, "latents"), (5, None))
+    ]
+    assert choose(table, "depth", "best").merge_in == "latents" and choose(table, "depth", "best").compute == 15e6
+    assert choose(table, "depth", macs=5e6).merge_in is None
+    result = _evaluation()
+    for cell in result["cells"]:
+        cell["decoder_macs"] = 7e6
+    result["cells"][1] |= {"merge_in": "latents", "decoder_macs": 7e5}
+    assert [cell["decoder_macs"] for cell in budget_entry(result)["cells"]] == [7e6, 7e5, 7e6]
 
 
 def test_levers_are_kept_only_where_nothing_beats_them():
