@@ -192,3 +192,24 @@ def test_a_step_for_a_tpu():
     config = config_of("train.dtype=bfloat16", f"train.batch_size={2**22}")
     with pytest.raises(UserError, match=r"train does not fit v5e:2x2 \([\d.]+G of 15.75G of memory\)"):
         compile_program(config, topology, mesh_of(config, "fsdp=4", topology.devices), "train")
+
+
+@pytest.mark.slow
+def test_what_a_tpu_exchanges_for_its_experts():
+    """In each of two layers rows go to their experts and back, and so do gradients: nothing is gathered over the axis
+    but the numbers of rows. What an uneven load takes besides is not counted."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu: pip install 'scaling-perception[tpu]'")
+    from scaling_perception.scaling.topologies import prepare_environment
+
+    prepare_environment("v5e:2x4")
+    config, topology = config_of("train.dtype=bfloat16", "model_changes.experts=4"), get_topology("v5e:2x4")
+    mesh = mesh_of(config, "data=2,expert=4", topology.devices)
+    report, _ = compile_program(config, topology, mesh, "train")
+    found = {key: times for key, times in counts(report).items() if key[2] in ("tokens", "results")}
+    assert found == {
+        ("all-gather", "data+expert", "tokens"): (2, 0),
+        ("ragged-all-to-all", "expert", "tokens"): (4, 0),
+        ("ragged-all-to-all", "expert", "results"): (4, 0),
+    }
+    assert report["warnings"] == [] and report["loops_of_unknown_length"] == []

@@ -1,9 +1,10 @@
 """Where experts are computed: one signature, several dispatchers, the same parameters, values and gradients.
 
 ``dense`` computes every expert on every token: the oracle. ``ragged`` sorts the (token, expert) pairs by expert and
-computes each once; with a mesh, each device does so for its own tokens, with all experts. ``ring`` leaves the experts
-where they are, split over the mesh axis ``expert``: the tokens of that axis are gathered, each device computes the
-pairs whose expert it has, and the results are summed back to the tokens' owners. No token is ever dropped.
+computes each once; with a mesh, each device does so for its own tokens, with all experts. The others leave the experts
+where they are, split over the mesh axis ``expert``. ``exchange`` sends each pair's row to the device that has its
+expert, and the result back (``models/exchange.py``). ``ring`` gathers the tokens of that axis on each device, which
+computes the pairs whose expert it has; the results are summed back to the tokens' owners. No token is ever dropped.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,13 +17,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from scaling_perception.models import exchange
 from scaling_perception.ops.grouped_matmul import block_rows
 from scaling_perception.ops.grouped_mlp import LAYERS, Rows, mlp_backward, mlp_forward
 from scaling_perception.parallel.mesh import BATCH_AXES
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.shapes import AnyArray, Array, Float, Int
 
-DISPATCHES = ("auto", "dense", "ragged", "ring")
+DISPATCHES = ("auto", "dense", "ragged", "ring", "exchange")
+OVER_AXIS = ("ring", "exchange")  # those that split experts over the mesh axis "expert"
 
 
 def expert_mlp(
@@ -44,28 +47,31 @@ def expert_mlp(
         index: (N, K) int32, the experts of each token, all different. weight: (N, K) float32.
         experts: one layer's tree, ``fc1`` and ``fc2`` for kind ``gelu``, ``gate``, ``up`` and ``down`` for ``swiglu``;
             each leaf with a leading expert axis, float32; matmuls are done in the dtype of x with float32 sums.
-        dispatch: ``dense``, ``ragged``, ``ring`` or ``auto``, which is ring where the mesh splits experts.
+        dispatch: one of ``DISPATCHES``; ``auto`` is, where the mesh splits experts, exchange, or on CPUs ring.
         mesh: the mesh that the arrays live on (``parallel.mesh``), None = one device.
 
     Returns:
         (N, D) in the dtype of x; the sum over a token's experts is float32.
 
     Raises:
-        UserError: no such dispatcher; ring without an ``expert`` axis, or with one that does not divide the experts.
+        UserError: no such dispatcher; ring or exchange without an ``expert`` axis, or with one that does not divide
+            the experts.
     """
     if dispatch not in DISPATCHES:
         raise UserError(f"unknown dispatch '{dispatch}'{did_you_mean(dispatch, DISPATCHES)}")
     axis = mesh.shape.get("expert", 1) if mesh is not None else 1
     count = jax.tree.leaves(dict(experts))[0].shape[0]
-    if dispatch == "auto":
-        dispatch = "ring" if axis > 1 else "ragged"
-    if dispatch == "ring" and axis == 1:
-        raise UserError("dispatch 'ring' needs a mesh whose expert axis is larger than 1: set mesh.expert, or 'ragged'")
-    if dispatch == "ring" and count % axis:
+    if dispatch == "auto" and axis > 1:
+        dispatch = "ring" if _on_cpus(mesh) else "exchange"
+    if dispatch in OVER_AXIS and axis == 1:
+        raise UserError(
+            f"dispatch '{dispatch}' needs a mesh whose expert axis is larger than 1: set mesh.expert, or 'ragged'"
+        )
+    if dispatch in OVER_AXIS and count % axis:
         raise UserError(f"{count} experts cannot be split over an expert axis of {axis}: choose a size that divides")
     if dispatch == "dense":
         return checkpoint_name(_dense(x, index, weight, experts, kind), "moe_out")
-    plan = _plan(kind, dispatch == "ring", mesh, experts)
+    plan = _plan(kind, dispatch, mesh, experts)
     short = -x.shape[0] % plan.shards
     if short:  # tokens of nobody: no row is computed for them
         x, weight = (jnp.pad(array, ((0, short), (0, 0))) for array in (x, weight))
@@ -95,10 +101,20 @@ class _Plan(NamedTuple):
     """How one call is laid out over devices; static."""
 
     kind: str
+    dispatch: str
     mesh: Any = None  # None: one device
-    ring: bool = False  # experts split over the axis "expert"
     split: bool = False  # hidden width split over the axis "tensor"
     batch: tuple[str, ...] = ()  # axes that split the tokens
+
+    @property
+    def over_axis(self) -> bool:
+        """Whether experts are split over the axis ``expert``."""
+        return self.dispatch in OVER_AXIS
+
+    @property
+    def native(self) -> bool:
+        """Whether rows are sent by XLA's operation, which CPUs lack."""
+        return not _on_cpus(self.mesh)
 
     @property
     def shards(self) -> int:
@@ -114,8 +130,14 @@ class _Plan(NamedTuple):
         return PartitionSpec(self.batch, "tensor" if self.split else None)
 
     @property
+    def kept(self) -> Any:
+        """Of what the forward pass keeps for the backward pass."""
+        hidden = (self.hidden,) * len(LAYERS[self.kind][0])
+        return _Kept(hidden, *(self.tokens,) * 3) if self.dispatch == "exchange" else hidden
+
+    @property
     def experts(self) -> dict[str, Any]:
-        lead, tensor = "expert" if self.ring else None, "tensor" if self.split else None
+        lead, tensor = "expert" if self.over_axis else None, "tensor" if self.split else None
         wide = {"kernel": PartitionSpec(lead, None, tensor), "bias": PartitionSpec(lead, tensor)}
         narrow = {"kernel": PartitionSpec(lead, tensor, None), "bias": PartitionSpec(lead, None)}
         first, last = LAYERS[self.kind]
@@ -132,13 +154,17 @@ class _Plan(NamedTuple):
         return jax.shard_map(local, mesh=self.mesh, in_specs=takes, out_specs=gives, check_vma=False)
 
 
-def _plan(kind: str, ring: bool, mesh: Any, experts: Mapping[str, Any]) -> _Plan:
+def _on_cpus(mesh: Any) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _plan(kind: str, dispatch: str, mesh: Any, experts: Mapping[str, Any]) -> _Plan:
     if mesh is None or mesh.size == 1:
-        return _Plan(kind)
+        return _Plan(kind, "ragged")
     hidden = experts[LAYERS[kind][1]]["kernel"].shape[1]
     tensor = mesh.shape.get("tensor", 1)
     batch = tuple(name for name in BATCH_AXES if name in mesh.shape)
-    return _Plan(kind, mesh, ring, tensor > 1 and hidden % tensor == 0, batch)
+    return _Plan(kind, dispatch, mesh, tensor > 1 and hidden % tensor == 0, batch)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -148,23 +174,24 @@ def _routed(plan: _Plan, x: jax.Array, index: jax.Array, weight: jax.Array, expe
 
 def _run_forward(plan: _Plan, keep: bool, x: jax.Array, index: jax.Array, weight: jax.Array, experts: Any) -> Any:
     cast = jax.tree.map(lambda leaf: leaf.astype(x.dtype), experts)  # before they are gathered over devices
-    hidden = (plan.hidden,) * len(LAYERS[plan.kind][0]) if keep else ()
     takes = (plan.tokens, plan.tokens, plan.tokens, plan.experts)
-    return plan.run(partial(_local_forward, keep), takes, (plan.tokens, hidden))(x, index, weight, cast)
+    local = _exchange_forward if plan.dispatch == "exchange" else _local_forward
+    return plan.run(partial(local, keep), takes, (plan.tokens, plan.kept if keep else ()))(x, index, weight, cast)
 
 
 def _routed_forward(plan: _Plan, x: jax.Array, index: jax.Array, weight: jax.Array, experts: Any) -> Any:
-    out, hidden = _run_forward(plan, True, x, index, weight, experts)
-    hidden = tuple(checkpoint_name(part, "moe_hidden") for part in hidden)
-    return out, (x, index, weight, experts, hidden)
+    out, kept = _run_forward(plan, True, x, index, weight, experts)
+    kept = jax.tree.map(lambda part: checkpoint_name(part, "moe_hidden"), kept)
+    return out, (x, index, weight, experts, kept)
 
 
-def _routed_backward(plan: _Plan, kept: Any, gradient: jax.Array) -> Any:
-    x, index, weight, experts, hidden = kept
+def _routed_backward(plan: _Plan, residuals: Any, gradient: jax.Array) -> Any:
+    x, index, weight, experts, kept = residuals
     cast = jax.tree.map(lambda leaf: leaf.astype(x.dtype), experts)
-    takes = (plan.tokens, plan.tokens, plan.tokens, plan.experts, (plan.hidden,) * len(hidden), plan.tokens)
-    run = plan.run(_local_backward, takes, (plan.tokens, plan.tokens, plan.experts))
-    to_x, to_weight, grads = run(x, index, weight, cast, hidden, gradient)
+    takes = (plan.tokens, plan.tokens, plan.tokens, plan.experts, plan.kept, plan.tokens)
+    local = _exchange_backward if plan.dispatch == "exchange" else _local_backward
+    run = plan.run(local, takes, (plan.tokens, plan.tokens, plan.experts))
+    to_x, to_weight, grads = run(x, index, weight, cast, kept, gradient)
     return to_x, None, to_weight, jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, experts)
 
 
@@ -175,15 +202,14 @@ _routed.defvjp(_routed_forward, _routed_backward)
 
 
 class _Sorted(NamedTuple):
-    rows: Rows
-    position: jax.Array  # (N, K) int32: the row of each (token, expert) pair; a row of nobody if the expert is not here
-    block: int
+    order: jax.Array  # (N K,) int32: the (token, expert) pairs, sorted by expert
+    sizes: jax.Array  # (count,) int32: pairs of each expert
+    position: jax.Array  # (N, K) int32: where each pair is in that order
 
 
-def _sort(index: jax.Array, weight: jax.Array, first: Any, count: int) -> _Sorted:
+def _sort(index: jax.Array, first: Any, count: int) -> _Sorted:
     """Sort the (token, expert) pairs of experts ``first`` … ``first + count - 1``; all other pairs come last."""
-    tokens, active = index.shape
-    pairs = tokens * active
+    pairs = index.size
     here = index.reshape(-1) - first
     here = jnp.where((here >= 0) & (here < count), here, count)
     owned = (here[:, None] == jnp.arange(count + 1)[None]).astype(jnp.int32)
@@ -191,17 +217,25 @@ def _sort(index: jax.Array, weight: jax.Array, first: Any, count: int) -> _Sorte
     sizes = rank[-1]
     position = ((rank - 1 + (jnp.cumsum(sizes) - sizes)[None]) * owned).sum(axis=1)
     order = jnp.sort(here * pairs + jnp.arange(pairs)) % pairs  # one key: several times faster than argsort
+    return _Sorted(order, sizes[:count], position.reshape(index.shape))
+
+
+def _own_rows(index: jax.Array, weight: jax.Array, first: Any, count: int) -> tuple[Rows, jax.Array, int]:
+    """(rows of the experts that are here, the row of each pair (N, K), rows of a block); of a pair whose expert is not
+    here it is a row of nobody."""
+    order, sizes, position = _sort(index, first, count)
+    tokens, active = index.shape
     most = tokens * min(active, count)  # a token's experts are all different, so no more of them can be here
     block = block_rows(most, count)
     spare = (0, -most % block + block)  # what the loop over blocks may touch past the last row, and whole tiles
     token = jnp.pad(order[:most] // active, spare)
     scale = jnp.pad(weight.reshape(-1)[order[:most]], spare)
-    return _Sorted(Rows(token, scale, sizes[:count]), position.reshape(index.shape), block)
+    return Rows(token, scale, sizes), position, block
 
 
 def _gather(plan: _Plan, *arrays: jax.Array) -> list[jax.Array]:
     """The arrays of all tokens that this device's experts may meet."""
-    return [jax.lax.all_gather(array, "expert", axis=0, tiled=True) if plan.ring else array for array in arrays]
+    return [jax.lax.all_gather(array, "expert", axis=0, tiled=True) if plan.over_axis else array for array in arrays]
 
 
 def _give_back(plan: _Plan, array: jax.Array, dtype: Any) -> jax.Array:
@@ -213,7 +247,7 @@ def _give_back(plan: _Plan, array: jax.Array, dtype: Any) -> jax.Array:
     if plan.split:
         array = jax.lax.psum(array, "tensor")
     array = array.astype(dtype)
-    return jax.lax.psum_scatter(array, "expert", scatter_dimension=0, tiled=True) if plan.ring else array
+    return jax.lax.psum_scatter(array, "expert", scatter_dimension=0, tiled=True) if plan.over_axis else array
 
 
 def _local_experts(plan: _Plan, experts: Any) -> tuple[Any, Any, int]:
@@ -223,7 +257,7 @@ def _local_experts(plan: _Plan, experts: Any) -> tuple[Any, Any, int]:
     if plan.split and "bias" in experts[last]:  # the outputs are summed over the axis: one device adds the bias
         bias = jnp.where(jax.lax.axis_index("tensor") == 0, experts[last]["bias"], 0)
         experts = {**experts, last: {**experts[last], "bias": bias}}
-    return experts, jax.lax.axis_index("expert") * count if plan.ring else 0, count
+    return experts, jax.lax.axis_index("expert") * count if plan.over_axis else 0, count
 
 
 def _sum_over_experts(rows: jax.Array, position: jax.Array, count: int) -> jax.Array:
@@ -238,7 +272,7 @@ def _sum_over_experts(rows: jax.Array, position: jax.Array, count: int) -> jax.A
 def _local_forward(keep: bool, plan: _Plan, x: jax.Array, index: jax.Array, weight: jax.Array, experts: Any) -> Any:
     x, index, weight = _gather(plan, x, index, weight)
     experts, first, count = _local_experts(plan, experts)
-    rows, position, block = _sort(index, weight, first, count)
+    rows, position, block = _own_rows(index, weight, first, count)
     out, hidden = mlp_forward(x, rows, experts, plan.kind, block, keep)
     return _give_back(plan, _sum_over_experts(out, position, count), x.dtype), hidden
 
@@ -248,11 +282,126 @@ def _local_backward(
 ) -> Any:
     x, index, weight, gradient = _gather(plan, x, index, weight, gradient)
     experts, first, count = _local_experts(plan, experts)
-    rows, position, block = _sort(index, weight, first, count)
+    rows, position, block = _own_rows(index, weight, first, count)
     to_rows, to_scale, grads = mlp_backward(x, rows, experts, hidden, gradient, plan.kind, block)
     to_weight = to_scale.at[position].get(mode="fill", fill_value=0)
     to_x = _give_back(plan, _sum_over_experts(to_rows, position, count), x.dtype)
-    if plan.mesh is not None:
-        others = tuple(name for name in plan.batch if not (plan.ring and name == "expert"))
-        grads = jax.lax.psum(grads, others)
-    return to_x, _give_back(plan, to_weight, jnp.float32), grads
+    return to_x, _give_back(plan, to_weight, jnp.float32), _sum_gradients(plan, grads)
+
+
+def _sum_gradients(plan: _Plan, grads: Any) -> Any:
+    """The experts' gradients, summed over the devices that have the same experts."""
+    if plan.mesh is None:
+        return grads
+    return jax.lax.psum(grads, tuple(name for name in plan.batch if not (plan.over_axis and name == "expert")))
+
+
+# --- one device's part of an exchange ------------------------------------------------------------------------------
+
+
+class _Kept(NamedTuple):
+    hidden: tuple[jax.Array, ...]  # rows (R, F) of the first window before the activation
+    arrived: jax.Array  # (R, D): its rows
+    results: jax.Array  # (N K, D): what came back of all windows, for this device's pairs in their order
+    counts: jax.Array  # (all devices, E) int32: rows that each sends to each expert
+
+
+class _Layout(NamedTuple):
+    """How the rows of one layer are exchanged."""
+
+    plan: _Plan
+    counts: jax.Array  # (G, E): rows of each of the group's devices for each expert
+    windows: jax.Array  # how many the busiest device of the mesh needs: all take part in each
+    length: int  # rows of a window
+    most: int  # rows that a device can receive at most
+    block: int  # rows computed together on a CPU
+
+    def window(self, first: Any) -> exchange.Window:
+        return exchange.window(self.counts, jax.lax.axis_index("expert"), first, self.length)
+
+    def send(self, rows: jax.Array, slices: exchange.Slices) -> jax.Array:
+        """(R, D): the rows of a window that come to this device's experts; the rest is 0."""
+        spare = 0 if self.plan.native else self.block  # what the loop over blocks may touch past the last row
+        into = jnp.zeros((self.length + spare, rows.shape[1]), rows.dtype)
+        return exchange.send(rows, into, slices, self.plan.native)
+
+    def send_back(self, rows: jax.Array, into: jax.Array, slices: exchange.Slices) -> jax.Array:
+        """``into``, this device's rows, with those of a window (R, D) from the devices that have their experts."""
+        if self.plan.split:
+            rows = jax.lax.psum(rows.astype(jnp.float32), "tensor").astype(rows.dtype)
+        with jax.named_scope(exchange.BACK):
+            return exchange.send(rows, into, slices, self.plan.native)
+
+    def past_first(self, visit: Callable[[Any, Any], Any], carry: Any) -> Any:
+        """``visit(first row, carry)`` for each window but the first."""
+        if self.length >= self.most:
+            return carry
+
+        def step(state: Any) -> Any:
+            at, carry = state
+            return at + 1, visit(at * self.length, carry)
+
+        with jax.named_scope(exchange.OVERFLOW):
+            return jax.lax.while_loop(lambda state: state[0] < self.windows, step, (jnp.int32(1), carry))[1]
+
+
+def _layout(plan: _Plan, index: jax.Array, counts: jax.Array) -> _Layout:
+    """counts: (all devices, E) int32, rows that each sends to each expert."""
+    devices, (tokens, active) = plan.mesh.shape["expert"], index.shape
+    count = counts.shape[1] // devices
+    share, most = tokens * active, devices * tokens * min(active, count)
+    block = block_rows(share, count)
+    length = -(-min(int(share * exchange.ROOM), most) // block) * block
+    groups = counts.reshape(-1, devices, counts.shape[1])
+    windows = (jax.vmap(exchange.busiest)(groups).max() + length - 1) // length
+    own = groups[jax.lax.axis_index(tuple(name for name in plan.batch if name != "expert"))]
+    return _Layout(plan, own, windows, length, most, block)
+
+
+def _exchange_forward(keep: bool, plan: _Plan, x: jax.Array, index: jax.Array, weight: jax.Array, experts: Any) -> Any:
+    experts, _, count = _local_experts(plan, experts)
+    order, sizes, position = _sort(index, 0, count * plan.mesh.shape["expert"])
+    counts = jax.lax.all_gather(sizes, plan.batch)
+    layout = _layout(plan, index, counts)
+    rows = x[order // index.shape[1]]
+
+    def visit(first: Any, results: jax.Array, keep: bool) -> Any:
+        at = layout.window(first)
+        arrived = layout.send(rows, at.out)
+        out, hidden = mlp_forward(arrived, Rows(None, None, at.sizes), experts, plan.kind, layout.block, keep)
+        return layout.send_back(out, results, at.back), arrived, hidden
+
+    # results take the places of the rows that were sent for them: all come back, so nothing of those is left
+    results, arrived, hidden = visit(0, rows, keep)
+    results = layout.past_first(lambda first, results: visit(first, results, False)[0], results)
+    parts = [weight[:, k, None] * results[position[:, k]].astype(jnp.float32) for k in range(index.shape[1])]
+    out = sum(parts[1:], parts[0]).astype(x.dtype)
+    return out, _Kept(hidden, arrived, results, counts[None]) if keep else ()
+
+
+def _exchange_backward(
+    plan: _Plan, x: jax.Array, index: jax.Array, weight: jax.Array, experts: Any, kept: Any, gradient: jax.Array
+) -> Any:
+    experts, _, count = _local_experts(plan, experts)
+    order, _, position = _sort(index, 0, count * plan.mesh.shape["expert"])
+    layout, token = _layout(plan, index, kept.counts[0]), order // index.shape[1]
+    pulls = (gradient[token].astype(jnp.float32) * weight.reshape(-1)[order][:, None]).astype(x.dtype)
+
+    def visit(at: exchange.Window, to_rows: jax.Array, arrived: jax.Array, hidden: Any) -> Any:
+        own, pull = Rows(None, None, at.sizes), layout.send(pulls, at.out)
+        to_own, _, grads = mlp_backward(arrived, own, experts, hidden, pull, plan.kind, layout.block)
+        return layout.send_back(to_own, to_rows, at.back), grads
+
+    def visit_again(first: Any, carry: Any) -> Any:
+        at = layout.window(first)
+        arrived = layout.send(x[token], at.out)
+        own = Rows(None, None, at.sizes)
+        _, hidden = mlp_forward(arrived, own, experts, plan.kind, layout.block, keep=True)
+        to_rows, grads = visit(at, carry[0], arrived, hidden)
+        return to_rows, jax.tree.map(jnp.add, carry[1], grads)
+
+    to_rows, grads = layout.past_first(visit_again, visit(layout.window(0), pulls, kept.arrived, kept.hidden))
+    to_x = _sum_over_experts(to_rows, position, index.shape[1]).astype(x.dtype)
+    wide = gradient.astype(jnp.float32)
+    parts = [jnp.sum(wide * kept.results[position[:, k]], axis=1) for k in range(index.shape[1])]
+    return to_x, jnp.stack(parts, axis=1), _sum_gradients(plan, grads)

@@ -44,12 +44,13 @@ class Rows(NamedTuple):
     """The rows that are computed, sorted by expert.
 
     Attributes:
-        token: (R,) int32, the token of each row. scale: (R,) float32, what its output is multiplied by.
+        token: (R,) int32, the token of each row; None: the tokens are the rows, in that order.
+        scale: (R,) float32, what its output is multiplied by; None: nothing.
         sizes: (E,) int32, rows of each expert; rows past their sum are nobody's.
     """
 
-    token: Int[Array, " R"]
-    scale: Float[Array, " R"]
+    token: Int[Array, " R"] | None
+    scale: Float[Array, " R"] | None
     sizes: Int[Array, " E"]
 
 
@@ -73,27 +74,30 @@ def _linear(m: _Matmuls, x: jax.Array, layer: Layer) -> jax.Array:
 
 
 def _forward(
-    m: _Matmuls, x: jax.Array, scale: jax.Array, experts: Any, kind: str
+    m: _Matmuls, x: jax.Array, scale: jax.Array | None, experts: Any, kind: str
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Rows (n, D) to (scaled output (n, D) float32, hidden rows (n, F) before the activation, float32)."""
     first, last = _layers(experts, kind)
     hidden = tuple(_linear(m, x, layer) for layer in first)
-    return _linear(m, _ACTIVATIONS[kind](*hidden).astype(x.dtype), last) * scale[:, None], hidden
+    out = _linear(m, _ACTIVATIONS[kind](*hidden).astype(x.dtype), last)
+    return out if scale is None else out * scale[:, None], hidden
 
 
 def _backward(
-    m: _Matmuls, x: jax.Array, scale: jax.Array, experts: Any, kind: str, hidden: Any, gradient: jax.Array
-) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    m: _Matmuls, x: jax.Array, scale: jax.Array | None, experts: Any, kind: str, hidden: Any, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array | None, dict[str, Any]]:
     """Gradients of rows (n, D) and scale (n,), and of the experts, all float32; gradient (n, D) is the output's."""
     first, last = _layers(experts, kind)
     active, pull = jax.vjp(_ACTIVATIONS[kind], *(part.astype(jnp.float32) for part in hidden))
-    to_active = m.back(gradient, last)
-    wide = gradient.astype(jnp.float32)
-    to_scale = jnp.sum(to_active * active, axis=1)
-    if "bias" in last:
-        to_scale = to_scale + jnp.sum(wide * m.bias(last), axis=1)
-    to_hidden = [part.astype(x.dtype) for part in pull(to_active * scale[:, None])]
-    grads = {LAYERS[kind][1]: m.outer(active.astype(x.dtype), (wide * scale[:, None]).astype(x.dtype), last)}
+    to_active, to_scale = m.back(gradient, last), None
+    if scale is not None:
+        wide = gradient.astype(jnp.float32)
+        to_scale = jnp.sum(to_active * active, axis=1)
+        if "bias" in last:
+            to_scale = to_scale + jnp.sum(wide * m.bias(last), axis=1)
+        to_active, gradient = to_active * scale[:, None], (wide * scale[:, None]).astype(x.dtype)
+    to_hidden = [part.astype(x.dtype) for part in pull(to_active)]
+    grads = {LAYERS[kind][1]: m.outer(active.astype(x.dtype), gradient, last)}
     for name, layer, part in zip(LAYERS[kind][0], first, to_hidden, strict=True):
         grads[name] = m.outer(x, part, layer)
     to_x = sum(m.back(part, layer) for layer, part in zip(first, to_hidden, strict=True))
@@ -116,10 +120,15 @@ _BLOCK = _Matmuls(
 )
 
 
+def _block_tokens(x: jax.Array, rows: Rows, at: jax.Array, mine: jax.Array) -> jax.Array:
+    """The tokens of a block's rows, of x or of anything else that tokens have."""
+    return block_of(x, at, mine) if rows.token is None else x[block_of(rows.token, at, mine)]
+
+
 def _forward_cpu(x: jax.Array, rows: Rows, experts: Any, kind: str, block: int, keep: bool) -> Any:
     def body(carry: Any, total: None, weights: Any, at: jax.Array, mine: jax.Array) -> tuple[Any, None]:
-        token, scale = block_of(rows.token, at, mine), block_of(rows.scale, at, mine)
-        out, parts = _forward(_BLOCK, x[token], scale, weights, kind)
+        scale = None if rows.scale is None else block_of(rows.scale, at, mine)
+        out, parts = _forward(_BLOCK, _block_tokens(x, rows, at, mine), scale, weights, kind)
         hidden = tuple(put_block(old, part, at) for old, part in zip(carry[1], parts, strict=False))
         return (put_block(carry[0], jnp.where(mine[:, None], out, 0), at), hidden), total
 
@@ -132,16 +141,19 @@ def _backward_cpu(
     x: jax.Array, rows: Rows, experts: Any, hidden: Any, gradient: jax.Array, kind: str, block: int
 ) -> Any:
     def body(carry: Any, total: Any, weights: Any, at: jax.Array, mine: jax.Array) -> tuple[Any, Any]:
-        token = block_of(rows.token, at, mine)
-        scale = jnp.where(mine, block_of(rows.scale, at, mine), 0)  # the rows of others add nothing to sums over rows
+        # the rows of others add nothing to sums over rows
+        pulls = jnp.where(mine[:, None], _block_tokens(gradient, rows, at, mine), 0)
+        scale = None if rows.scale is None else block_of(rows.scale, at, mine)
         parts = [block_of(part, at, mine) for part in hidden]
-        to_x, to_scale, grads = _backward(_BLOCK, x[token], scale, weights, kind, parts, gradient[token])
-        to_x, to_scale = jnp.where(mine[:, None], to_x, 0), jnp.where(mine, to_scale, 0)
-        return (put_block(carry[0], to_x, at), put_block(carry[1], to_scale, at)), jax.tree.map(jnp.add, total, grads)
+        own = _block_tokens(x, rows, at, mine)
+        to_x, to_scale, grads = _backward(_BLOCK, own, scale, weights, kind, parts, pulls)
+        to_x = put_block(carry[0], jnp.where(mine[:, None], to_x, 0), at)
+        to_scale = None if to_scale is None else put_block(carry[1], jnp.where(mine, to_scale, 0), at)
+        return (to_x, to_scale), jax.tree.map(jnp.add, total, grads)
 
-    count = rows.token.shape[0]
     total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], jnp.float32), experts)
-    empty = jnp.zeros((count, x.shape[1]), x.dtype), jnp.zeros((count,), jnp.float32)
+    shapes = _backward_shape(x, rows, experts, hidden, gradient, kind, block)[:2]
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (to_x, to_scale), grads = over_blocks(rows.sizes, experts, empty, total, block, body)
     return to_x, to_scale, grads
 
@@ -149,8 +161,7 @@ def _backward_cpu(
 # --- elsewhere: all rows at once -----------------------------------------------------------------------------------
 
 
-def _whole(rows: Rows) -> _Matmuls:
-    count, sizes = rows.token.shape[0], rows.sizes
+def _whole(count: int, sizes: jax.Array) -> _Matmuls:
 
     def whole_outer(x: jax.Array, y: jax.Array, layer: Layer) -> dict[str, jax.Array]:
         grads = {"kernel": outer(x, y, sizes)}
@@ -171,7 +182,8 @@ def forward_whole(
     x: Float[AnyArray, "N D"], rows: Rows, experts: Any, kind: str, block: int, keep: bool
 ) -> tuple[Float[Array, "R D"], tuple[Float[Array, "R F"], ...]]:
     """``mlp_forward`` as a chain of grouped matmuls."""
-    out, hidden = _forward(_whole(rows), x[rows.token], rows.scale, experts, kind)
+    own = x if rows.token is None else x[rows.token]
+    out, hidden = _forward(_whole(own.shape[0], rows.sizes), own, rows.scale, experts, kind)
     return out.astype(x.dtype), tuple(part.astype(x.dtype) for part in hidden) if keep else ()
 
 
@@ -185,21 +197,27 @@ def backward_whole(
     block: int,
 ) -> Any:
     """``mlp_backward`` as a chain of grouped matmuls."""
-    token = rows.token
-    to_x, to_scale, grads = _backward(_whole(rows), x[token], rows.scale, experts, kind, hidden, gradient[token])
+    own, pulls = (x, gradient) if rows.token is None else (x[rows.token], gradient[rows.token])
+    m = _whole(own.shape[0], rows.sizes)
+    to_x, to_scale, grads = _backward(m, own, rows.scale, experts, kind, hidden, pulls)
     return to_x.astype(x.dtype), to_scale, grads
 
 
+def _row_count(x: Any, rows: Rows) -> int:
+    return (x if rows.token is None else rows.token).shape[0]
+
+
 def _forward_shape(x: Any, rows: Rows, experts: Any, kind: str, block: int, keep: bool) -> Any:
-    count, shape = rows.token.shape[0], jax.ShapeDtypeStruct
+    count, shape = _row_count(x, rows), jax.ShapeDtypeStruct
     hidden = [shape((count, experts[name]["kernel"].shape[2]), x.dtype) for name in LAYERS[kind][0]]
     return shape((count, x.shape[1]), x.dtype), tuple(hidden) if keep else ()
 
 
 def _backward_shape(x: Any, rows: Rows, experts: Any, hidden: Any, gradient: Any, kind: str, block: int) -> Any:
-    count, shape = rows.token.shape[0], jax.ShapeDtypeStruct
+    count, shape = _row_count(x, rows), jax.ShapeDtypeStruct
     grads = jax.tree.map(lambda leaf: shape(leaf.shape, jnp.float32), experts)
-    return shape((count, x.shape[1]), x.dtype), shape((count,), jnp.float32), grads
+    to_scale = None if rows.scale is None else shape((count,), jnp.float32)
+    return shape((count, x.shape[1]), x.dtype), to_scale, grads
 
 
 _mlp_forward = by_platform("grouped_mlp_forward", _forward_shape, forward_whole, cpu=_forward_cpu)
@@ -233,10 +251,11 @@ def mlp_backward(
     gradient: Float[AnyArray, "N D"],
     kind: str,
     block: int,
-) -> tuple[Float[Array, "R D"], Float[Array, " R"], dict[str, dict[str, Float[Array, "E ..."]]]]:
+) -> tuple[Float[Array, "R D"], Float[Array, " R"] | None, dict[str, dict[str, Float[Array, "E ..."]]]]:
     """Gradients of ``mlp_forward`` where each row's output was added to its token's, whose gradient is (N, D).
 
     Returns:
-        (R, D) to each row's token, in the dtype of x; (R,) float32 to each row's scale; the experts', float32.
+        (R, D) to each row's token, in the dtype of x; (R,) float32 to each row's scale, None where there is none; the
+        experts', float32.
     """
     return _mlp_backward(x, rows, dict(experts), hidden, gradient, kind=kind, block=block)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from scaling_perception.models.exchange import BACK
 from scaling_perception.scaling.hlo import Array, Instruction, Loop, Module, arrays_of, numbers, places
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
@@ -19,7 +20,8 @@ class Collective(NamedTuple):
     Attributes:
         kind: one of ``KINDS``; an all-reduce of which each device keeps a part, fused, is a reduce-scatter.
         arrays: what one device puts in.
-        bytes: what is gathered, reduced, exchanged or passed on: the larger side, on one device, each time.
+        bytes: what is gathered, reduced, exchanged or passed on: the larger side, on one device, each time; of a
+            ragged-all-to-all the rows if all devices have equally many.
         groups: (G, S) device numbers that act together; of a collective-permute (S, 2) pairs of source and target.
         loops: around it, outermost first. trips: how often it runs.
         op_name: where it comes from.
@@ -56,12 +58,18 @@ def collectives(module: Module) -> list[Collective]:
                 continue
             arrays = tuple(array for name in one.operands for array in arrays_of(computation, name))
             arrays = arrays or one.arrays
-            size = sum(array.bytes for array in arrays) * (groups.shape[1] if kind == "all-gather" else 1)
+            size = _size(kind, arrays, groups.shape[1])
             if place.fused and kind == "all-reduce" and place.computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             told = one.op_name or _caller_op(module, place.computation)
             found.append(Collective(kind, one.name, arrays, size, groups, place.loops, place.trips, told))
     return found
+
+
+def _size(kind: str, arrays: tuple[Array, ...], group: int) -> int:
+    if kind == "ragged-all-to-all":  # rows, and where they go, of which one is a buffer with room to spare
+        return min(array.bytes for array in arrays[:2])
+    return sum(array.bytes for array in arrays) * (group if kind == "all-gather" else 1)
 
 
 def _caller_op(module: Module, fused: str) -> str:
@@ -234,7 +242,7 @@ PURPOSES = {
     "kept": "gradients, summed over the batch; each device keeps the part of the weights that it has",
     "gradients": "gradients, summed over the batch; each device gets the whole sum",
     "tokens": "tokens and their routing, to the devices that have their experts",
-    "results": "what the experts made, summed back to the devices that have the tokens",
+    "results": "what the experts made, back to the devices that have the tokens",
     "partial": "partial sums of a product with a matrix that is split",
     "scalars": "loss, norms, statistics and other small arrays",
     "rows": "rows of all devices, gathered on each",
@@ -245,7 +253,7 @@ PURPOSES = {
 def purpose(one: Collective, axes: tuple[str, ...], parameters: Parameters) -> str:
     """A key of ``PURPOSES``: what a collective is there for, judged by sizes, kind and where it comes from."""
     if "shard_map" in one.op_name and "psum" not in one.op_name:
-        return "results" if one.kind == "reduce-scatter" else "tokens"
+        return "results" if one.kind == "reduce-scatter" or BACK in one.op_name else "tokens"
     large = [array for array in one.arrays if array.size > 1]
     # combined collectives carry several: what weighs most decides
     of_weights = sum(array.bytes for array in large if _may_be(array, one.kind, axes, parameters))

@@ -157,6 +157,8 @@ def traffic(module: Module) -> dict[str, int]:
 def _moved(module: Module, computation: Computation, one: Instruction) -> int:
     if one.opcode == "custom-call" and "AllocateBuffer" in one.rest:
         return 0
+    if one.opcode == "ragged-all-to-all":  # from one buffer into the other, as many rows as the smaller has
+        return 2 * min(array.bytes for name in one.operands[:2] for array in arrays_of(computation, name))
     if one.opcode == "slice-start":  # (whole, slice, …); what it writes is counted where it is done
         return one.arrays[1].bytes if one.arrays[0].space == 0 else 0
     inner = module.computations.get(one.named("calls")) if one.opcode == "fusion" else None

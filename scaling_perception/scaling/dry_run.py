@@ -14,7 +14,8 @@ and else 1, in units of B T D numbers:
 
 R is the rows of experts that a device keeps room for, in units of its own tokens: K where experts are not split, and
 e min(K, E/e) where an axis ``expert`` of e devices shares E experts. Each device then holds the tokens of all e, any of
-which may choose its E/e experts, and shapes are fixed: there is room for all of them.
+which may choose its E/e experts, and shapes are fixed: there is room for all of them. Where rows are exchanged (on TPUs
+and GPUs) R is ``ROOM`` K at the most, and R + K are kept besides.
 
 and besides, of one layer, its weights in the compute dtype, gathered over fsdp, and their gradient in float32.
 
@@ -39,6 +40,7 @@ from scaling_perception.models.dit import (
     frozen_paths,
     init_params,
 )
+from scaling_perception.models.exchange import ROOM
 from scaling_perception.models.presets import LATENT_FACTOR
 from scaling_perception.parallel.mesh import AXES, BATCH_AXES
 from scaling_perception.parallel.rules import tree_shardings
@@ -68,7 +70,9 @@ DECODINGS = 3  # of a predicted picture by `one_step`: forward, again in the bac
 _ITEM = {"float32": 4, "bfloat16": 2}
 
 
-def describe_run(config: Config, devices: int | None = None, mfu: float = MFU) -> dict[str, Any]:
+def describe_run(
+    config: Config, devices: int | None = None, mfu: float = MFU, exchanged: bool = False
+) -> dict[str, Any]:
     """The numbers of a run of ``objective = "diffusion"``, JSON-able.
 
     ``model`` parameters and sizes; ``compute`` MACs (multiply-accumulates of the forward pass, the paper's count) and
@@ -78,6 +82,7 @@ def describe_run(config: Config, devices: int | None = None, mfu: float = MFU) -
     Args:
         devices: how many there will be; None = what ``config.mesh`` says, or of an axis of -1 as many as fit this
             machine's.
+        exchanged: devices that share experts receive the rows that they need, as TPUs and GPUs do, and not all tokens.
 
     Raises:
         UserError: a field is wrong, or the batch does not divide over the devices.
@@ -90,7 +95,7 @@ def describe_run(config: Config, devices: int | None = None, mfu: float = MFU) -
     macs, encoding = forward_macs(dit), encoding_macs(config)
     samples = batch * steps
     useful = 2 * TRAINING_FACTOR * macs
-    memory = _memory(config, dit, devices)
+    memory = _memory(config, dit, devices, exchanged)
     return {
         "model": {
             "name": dit.name,
@@ -143,7 +148,7 @@ def _mesh_sizes(config: Config, devices: int | None) -> dict[str, int]:
     return sizes
 
 
-def _memory(config: Config, dit: DiTConfig, devices: int | None) -> dict[str, Any]:
+def _memory(config: Config, dit: DiTConfig, devices: int | None, exchanged: bool) -> dict[str, Any]:
     """Bytes on one device, by kind."""
     sizes = _mesh_sizes(config, devices)
     count, shares = math.prod(sizes.values()), math.prod(sizes[axis] for axis in BATCH_AXES)
@@ -173,7 +178,7 @@ def _memory(config: Config, dit: DiTConfig, devices: int | None) -> dict[str, An
         "optimizer": sums["opt_state"],
         "ema": sums["ema"],
         "batch": 2 * local * _sample_bytes(config, dit),  # this step's, and the next one's on its way
-        **_activations(config, dit, part, sizes["expert"], sizes["tensor"]),
+        **_activations(config, dit, part, sizes["expert"], sizes["tensor"], exchanged),
         "layer_weights": _layer_bytes(config, state.params["blocks"], sizes) // dit.depth,
         **_autoencoder(config, dit, part),
     }
@@ -203,16 +208,22 @@ def _bytes(tree: Any, placed: Any) -> int:
     return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
 
 
-def _activations(config: Config, dit: DiTConfig, samples: int, split: int, tensor: int) -> dict[str, int]:
+def _activations(
+    config: Config, dit: DiTConfig, samples: int, split: int, tensor: int, exchanged: bool
+) -> dict[str, int]:
     """``split``: devices that share the experts; ``tensor``: those that share heads and hidden units of each layer."""
     unit, ratio = samples * dit.tokens * dit.dim, dit.hidden / dit.dim
     own = 1 / tensor if dit.heads % tensor == 0 else 1  # of queries, keys, values and what attention makes of them
     kept, working = 3 + 4 * own + ratio / tensor, 16 + 4 * ratio / tensor
     if dit.experts:
         matrices, chosen = (2 if dit.expert_mlp == "swiglu" else 1), dit.active_experts
-        room = split * min(chosen, dit.experts // split) if split > 1 and dit.experts % split == 0 else chosen
+        shares, sent = split > 1 and dit.experts % split == 0, 0.0
+        room = split * min(chosen, dit.experts // split) if shares else chosen
+        if shares and exchanged:
+            room = min(ROOM * chosen, room)
+            sent = room + chosen  # rows that came, and results that came back
         shared = (2 * dit.shared_experts / tensor + 1) if dit.shared_experts else 0
-        kept = 3 + 4 * own + matrices * room * ratio / tensor + shared
+        kept = 3 + 4 * own + matrices * room * ratio / tensor + sent + shared
         working = 16 + (2 + 2 * matrices) * chosen * ratio / tensor + 4 * chosen + 6 * dit.shared_experts / tensor
         if config.train.remat:  # made again, of one layer
             working += matrices * (room - chosen) * ratio / tensor * _ITEM[config.train.dtype] / 4

@@ -9,6 +9,8 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from scaling_perception.models.exchange import OVERFLOW
+
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s.*\{$")
 _LINE = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+) = (.*)$")
@@ -167,7 +169,8 @@ def numbers(text: str) -> list[int]:
 
 
 def places(module: Module) -> list[Place]:
-    """Every computation that runs, as often as it is called from different places; conditions and reducers left out."""
+    """Every computation that runs, as often as it is called from different places. Left out are conditions, reducers,
+    and loops that do not run if experts have equally many rows (``models.exchange.OVERFLOW``)."""
     found: list[Place] = []
 
     def visit(name: str, loops: tuple[Loop, ...], above: tuple[tuple[str, Instruction], ...], fused: bool) -> None:
@@ -176,6 +179,8 @@ def places(module: Module) -> list[Place]:
         found.append(Place(name, loops, fused))
         for one in module.computations[name].values():
             if one.opcode == "while":
+                if OVERFLOW in one.op_name:
+                    continue
                 trips = _trips(module, name, one, above)
                 loop = Loop(one.name, one.op_name, 1 if trips is None else trips, trips is not None)
                 visit(one.named("body"), (*loops, loop), (*above, (name, one)), fused)

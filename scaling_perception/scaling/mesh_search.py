@@ -80,7 +80,7 @@ def ways(config: Config, topology: Topology, batch: int | None) -> tuple[list[Wa
         needed = []
         for remat, accumulate in _COSTS:
             try:
-                memory = _memory(config, sizes, remat, accumulate, batch)
+                memory = _memory(config, topology, sizes, remat, accumulate, batch)
             except UserError as error:  # the batch does not divide
                 undivided = undivided or str(error)
                 continue
@@ -100,13 +100,15 @@ def ways(config: Config, topology: Topology, batch: int | None) -> tuple[list[Wa
     return sorted(found, key=lambda way: way.memory), too_large
 
 
-def _memory(config: Config, sizes: Mapping[str, int], remat: bool, accumulate: int, batch: int | None) -> int:
+def _memory(
+    config: Config, topology: Topology, sizes: Mapping[str, int], remat: bool, accumulate: int, batch: int | None
+) -> int:
     one = config.copy_and_resolve_references()
     with one.unlocked():
         one.mesh.update(sizes)
         one.train.update({"remat": remat, "accumulate": accumulate})
         one.train.batch_size = batch or one.train.batch_size
-    kinds = describe_run(one)["memory"]
+    kinds = describe_run(one, exchanged=bool(topology.shape))["memory"]  # fake devices are CPUs to the compiler
     return int(kinds["total"])
 
 

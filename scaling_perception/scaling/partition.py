@@ -23,7 +23,7 @@ def gathered_experts(found: Sequence[Found], parameters: Parameters) -> Iterator
             size = one.bytes * one.trips / _MEGABYTE
             yield (
                 f"{one.kind} of experts ({names[0]}) over {' × '.join(axes)}, {size:.1f} MB a step on each device: "
-                "the dispatcher is not 'ring', or a sharding rule differs from its layout"
+                "the dispatcher is neither 'ring' nor 'exchange', or a sharding rule differs from its layout"
             )
 
 

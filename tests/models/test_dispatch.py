@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from scaling_perception.models import exchange
 from scaling_perception.models.dispatch import expert_mlp
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.parallel.rules import tree_shardings
@@ -84,18 +85,23 @@ def frozen(layout):
 
 
 RING = dict(kind="gelu", dispatch="ring", layout=frozen(LAYOUTS["data 2, expert 4"]))
+EXCHANGE = {**RING, "dispatch": "exchange"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout"),
-    [("gelu", name) for name in LAYOUTS] + [("swiglu", "one device"), ("swiglu", "fsdp 2, expert 2, tensor 2")],
+    ("kind", "dispatch", "layout"),
+    [("gelu", "auto", name) for name in LAYOUTS]
+    + [("gelu", "exchange", "data 2, expert 4"), ("gelu", "exchange", "expert 8")]
+    + [("swiglu", "auto", "one device"), ("swiglu", "auto", "fsdp 2, expert 2, tensor 2")]
+    + [("swiglu", "exchange", "fsdp 2, expert 2, tensor 2")],
 )
-def test_values_and_all_gradients_equal_dense(kind, layout):
+def test_values_and_all_gradients_equal_dense(kind, dispatch, layout):
+    """An exchange needs two windows and more where all rows are of one expert."""
     experts, (x, weight, target) = draw_experts(kind), draw()
     for routing in ROUTINGS.values():
         expected = gradients(x, routing, weight, experts, target, kind=kind, dispatch="dense")
         found = gradients(
-            x, routing, weight, experts, target, kind=kind, dispatch="auto", layout=frozen(LAYOUTS[layout])
+            x, routing, weight, experts, target, kind=kind, dispatch=dispatch, layout=frozen(LAYOUTS[layout])
         )
         assert_close(found, expected, 3e-6)
 
@@ -106,9 +112,43 @@ def test_other_numbers_of_active_experts(active):
     experts, (x, weight, target) = draw_experts("gelu"), draw(active)
     index = draw_index(active)
     expected = gradients(x, index, weight, experts, target, kind="gelu", dispatch="dense")
-    for layout in (None, dict(data=1, expert=8)):
-        found = gradients(x, index, weight, experts, target, kind="gelu", dispatch="auto", layout=frozen(layout))
+    eight = frozen(dict(data=1, expert=8))
+    for dispatch, layout in (("auto", None), ("auto", eight), ("exchange", eight)):
+        found = gradients(x, index, weight, experts, target, kind="gelu", dispatch=dispatch, layout=layout)
         assert_close(found, expected, 3e-6)
+
+
+def test_slices_of_an_exchange_fit_together():
+    """Over all windows every row goes to its expert's device and back to its place, once; what a device expects is what
+    the others send."""
+    rng = np.random.default_rng(0)
+    for devices, experts, length in ((4, 8, 16), (8, 8, 64), (2, 6, 1000)):
+        counts = rng.integers(0, 20, (devices, experts)) * (rng.random((devices, experts)) < 0.7)
+        counts[:, 0] = 0  # nobody's
+        counts[1] = 0  # a device without rows
+        count, most = experts // devices, int(exchange.busiest(jnp.asarray(counts)))
+        rows = [np.stack(np.divmod(np.arange(own.sum()), 1000), 1) + [me, 0] for me, own in enumerate(counts)]
+        expert = [np.repeat(np.arange(experts), own) for own in counts]
+        returned = [np.full_like(own, -1) for own in rows]
+        for first in range(0, most, length):
+            windows = [exchange.window(jnp.asarray(counts), me, first, length) for me in range(devices)]
+            buffers = [np.full((length, 3), -1) for _ in range(devices)]
+            for way, ends in (("out", buffers), ("back", returned)):
+                for me, one in enumerate(windows):
+                    starts, sizes, to, _ = np.asarray(getattr(one, way)).reshape(4, devices, count)
+                    for other in range(devices):
+                        comes = np.asarray(getattr(windows[other], way).comes).reshape(devices, count)[me]
+                        np.testing.assert_array_equal(sizes[other], comes)
+                        for at, size, place in zip(starts[other], sizes[other], to[other], strict=True):
+                            sent = np.column_stack([rows[me], expert[me]]) if way == "out" else buffers[me][:, :2]
+                            ends[other][place : place + size] = sent[at : at + size]
+            for me, (one, buffer) in enumerate(zip(windows, buffers, strict=True)):
+                owners = np.repeat(np.arange(me * count, (me + 1) * count), np.asarray(one.sizes))
+                np.testing.assert_array_equal(
+                    buffer[:, 2], np.pad(owners, (0, length - len(owners)), constant_values=-1)
+                )
+        for own, back in zip(rows, returned, strict=True):
+            np.testing.assert_array_equal(back, own)
 
 
 def test_bfloat16_is_near_float32():
@@ -116,16 +156,17 @@ def test_bfloat16_is_near_float32():
     experts, (x, weight, target) = draw_experts("gelu"), draw()
     index = draw_index(2)
     expected = gradients(x, index, weight, experts, target, kind="gelu", dispatch="dense")
-    out, grads = gradients(x, index, weight, experts, target, **RING, dtype="bfloat16")
-    assert out.dtype == jnp.bfloat16
-    assert_close((out.astype(jnp.float32), grads), expected, 0.03)
+    for how in (RING, EXCHANGE):
+        out, grads = gradients(x, index, weight, experts, target, **how, dtype="bfloat16")
+        assert out.dtype == jnp.bfloat16
+        assert_close((out.astype(jnp.float32), grads), expected, 0.03)
 
 
 def test_gradients_of_bfloat16_are_summed_in_float32():
     """600 ones: a sum in bfloat16 stays at 256."""
     experts = jax.tree.map(jnp.zeros_like, draw_experts("gelu"))
     index, ones = jnp.zeros((600, 1), jnp.int32), jnp.ones((600, WIDTH))
-    for how in (dict(kind="gelu", dispatch="ragged"), RING):
+    for how in (dict(kind="gelu", dispatch="ragged"), RING, EXCHANGE):
         _, (_, _, grads) = gradients(ones, index, ones[:, :1], experts, ones, **how, dtype="bfloat16")
         np.testing.assert_array_equal(grads["fc2"]["bias"][0], 600.0)
 
@@ -206,9 +247,10 @@ def test_mistakes_are_one_line():
     with pytest.raises(UserError, match="unknown dispatch 'raged'; did you mean 'ragged'"):
         expert_mlp(x, index, weight, experts, "gelu", "raged")
     for mesh in (None, make_mesh(data=8)):
-        with pytest.raises(UserError, match="needs a mesh whose expert axis"):
-            expert_mlp(x, index, weight, experts, "gelu", "ring", mesh)
+        for dispatch in ("ring", "exchange"):
+            with pytest.raises(UserError, match=f"'{dispatch}' needs a mesh whose expert axis"):
+                expert_mlp(x, index, weight, experts, "gelu", dispatch, mesh)
     odd = jax.tree.map(lambda leaf: leaf[:6], experts)
-    for dispatch in ("ring", "auto"):
+    for dispatch in ("ring", "exchange", "auto"):
         with pytest.raises(UserError, match="6 experts cannot be split over an expert axis of 4"):
             expert_mlp(x, index, weight, odd, "gelu", dispatch, make_mesh(data=2, expert=4))

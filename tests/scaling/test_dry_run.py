@@ -185,6 +185,9 @@ def test_memory_of_split_experts_is_near_the_compiled_programs():
     whole = described(spec.format(4), "mesh.data=4")["memory"]["bytes"]  # not split: of each token the two it chose
     split = described(spec.format(4), "mesh.data=1", "mesh.expert=4")["memory"]["bytes"]
     assert split["activations_kept"] > 2 * whole["activations_kept"]
+    # room for a quarter more rows than there are
+    sent = described(spec.format(4), "mesh.data=1", "mesh.expert=4", exchanged=True)["memory"]["bytes"]
+    assert whole["activations_kept"] < sent["activations_kept"] < 0.7 * split["activations_kept"]
 
 
 def test_a_stream_of_float32_costs_what_is_kept_of_it():

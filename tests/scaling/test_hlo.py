@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from scaling_perception.models.exchange import BACK, OVERFLOW
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.scaling import collectives, costs, hlo
 from scaling_perception.scaling.topologies import get_topology, prepare_environment
@@ -209,6 +210,45 @@ def test_what_a_tpu_program_looks_like():
     # in the loop x is read by both pieces and the product, y is written; outside g is read; the rest is on the chip
     counting = 5 * 3 * 4
     assert sum(costs.traffic(module).values()) == 5 * 4 * (64 * 128 * 2) + 8 * 128 * 4 + counting
+
+
+_SLICES = "%i, %i, %i, /*index=5*/%i), channel_id=1, replica_groups={{0,1,2,3}}"
+_SENT = 'metadata={op_name="jit(step)/shard_map/PLACEragged_all_to_all"}'
+EXCHANGE = f"""HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%body.1 (state: (s32[], bf16[64,2,128], bf16[80,2,128])) -> (s32[], bf16[64,2,128], bf16[80,2,128]) {{
+  %state = (s32[], bf16[64,2,128], bf16[80,2,128]) parameter(0)
+  %n = s32[] get-tuple-element(%state), index=0
+  %i = s32[4] broadcast(%n), dimensions={{}}
+  %rows = bf16[64,2,128] get-tuple-element(%state), index=1
+  %room = bf16[80,2,128] get-tuple-element(%state), index=2
+  %more = bf16[80,2,128] ragged-all-to-all(%rows, %room, {_SLICES}, {_SENT.replace("PLACE", "")}
+  ROOT %result = (s32[], bf16[64,2,128], bf16[80,2,128]) tuple(%n, %rows, %more)
+}}
+
+ENTRY %main (x: bf16[64,2,128], room: bf16[80,2,128], i: s32[4]) -> bf16[64,2,128] {{
+  %x = bf16[64,2,128] parameter(0)
+  %room = bf16[80,2,128] parameter(1)
+  %i = s32[4] parameter(2)
+  %there = bf16[80,2,128] ragged-all-to-all(%x, %room, {_SLICES}, {_SENT.replace("PLACE", "")}
+  %one = s32[] constant(1)
+  %begin = (s32[], bf16[64,2,128], bf16[80,2,128]) tuple(%one, %x, %there)
+  %while.1 = (s32[], bf16[64,2,128], bf16[80,2,128]) while(%begin), condition=%condition.1, body=%body.1, metadata={{op_name="jit(step)/shard_map/{OVERFLOW}/while"}}
+  %all = bf16[80,2,128] get-tuple-element(%while.1), index=2
+  ROOT %back = bf16[64,2,128] ragged-all-to-all(%all, %x, {_SLICES}, {_SENT.replace("PLACE", BACK + "/")}
+}}
+"""  # noqa: E501
+
+
+def test_rows_that_are_exchanged():
+    """Both ways count the rows of an even load, not the room for more, and not what only an uneven load needs."""
+    module = hlo.parse(EXCHANGE)
+    there, back = collectives.collectives(module)
+    rows = 64 * 2 * 128 * 2
+    assert there.kind == back.kind == "ragged-all-to-all" and there.bytes == back.bytes == rows
+    nothing = collectives.Parameters({}, {}, {}, {})
+    assert [collectives.purpose(one, ("expert",), nothing) for one in (there, back)] == ["tokens", "results"]
+    assert sum(costs.traffic(module).values()) == 2 * 2 * rows
 
 
 KERNELS = """HloModule jit_step, is_scheduled=true, num_partitions=1
