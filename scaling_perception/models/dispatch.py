@@ -8,7 +8,7 @@ computes the pairs whose expert it has; the results are summed back to the token
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, reduce
 from math import prod
 from typing import Any, NamedTuple
 
@@ -284,7 +284,7 @@ def _local_backward(
     experts, first, count = _local_experts(plan, experts)
     rows, position, block = _own_rows(index, weight, first, count)
     to_rows, to_scale, grads = mlp_backward(x, rows, experts, hidden, gradient, plan.kind, block)
-    to_weight = to_scale.at[position].get(mode="fill", fill_value=0)
+    to_weight = jnp.asarray(to_scale).at[position].get(mode="fill", fill_value=0)
     to_x = _give_back(plan, _sum_over_experts(to_rows, position, count), x.dtype)
     return to_x, _give_back(plan, to_weight, jnp.float32), _sum_gradients(plan, grads)
 
@@ -299,11 +299,11 @@ def _sum_gradients(plan: _Plan, grads: Any) -> Any:
 # --- one device's part of an exchange ------------------------------------------------------------------------------
 
 
-class _Kept(NamedTuple):
-    hidden: tuple[jax.Array, ...]  # rows (R, F) of the first window before the activation
-    arrived: jax.Array  # (R, D): its rows
-    results: jax.Array  # (N K, D): what came back of all windows, for this device's pairs in their order
-    counts: jax.Array  # (all devices, E) int32: rows that each sends to each expert
+class _Kept(NamedTuple):  # or the PartitionSpec of each
+    hidden: tuple[Any, ...]  # rows (R, F) of the first window before the activation
+    arrived: Any  # (R, D): its rows
+    results: Any  # (N K, D): what came back of all windows, for this device's pairs in their order
+    counts: Any  # (all devices, E) int32: rows that each sends to each expert
 
 
 class _Layout(NamedTuple):
@@ -375,7 +375,7 @@ def _exchange_forward(keep: bool, plan: _Plan, x: jax.Array, index: jax.Array, w
     results, arrived, hidden = visit(0, rows, keep)
     results = layout.past_first(lambda first, results: visit(first, results, False)[0], results)
     parts = [weight[:, k, None] * results[position[:, k]].astype(jnp.float32) for k in range(index.shape[1])]
-    out = sum(parts[1:], parts[0]).astype(x.dtype)
+    out = reduce(jnp.add, parts).astype(x.dtype)
     return out, _Kept(hidden, arrived, results, counts[None]) if keep else ()
 
 
