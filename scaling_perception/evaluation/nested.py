@@ -22,7 +22,6 @@ from scaling_perception.inference.aspect import Box, join
 from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.engine import draw_members
 from scaling_perception.inference.latents import decode_merged, estimate, sample_latents
-from scaling_perception.inference.model import prompt_of
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import Settings
 from scaling_perception.inference.verifying import verified
@@ -286,10 +285,10 @@ class Nested:
         """The members of that name merged, and the seconds of merging."""
         if isinstance(name, InLatents):
             return self._in_latents(name.size)[0], 0.0
-        way, size, prompt = self.way, self.raw["image"].shape[:2], prompt_of(self.raw, self.way.task)
+        way, size = self.way, self.raw["image"].shape[:2]
         reduced, seconds = self._reduce(name)
         begin = time.perf_counter()
-        merged = way.predictor.merge(self._merged[name], way.task, size, way.mode, prompt, 0, reduced)
+        merged = way.predictor.merge(self._merged[name], way.task, size, way.mode, self.raw, 0, reduced)
         return merged, seconds + time.perf_counter() - begin
 
     def _reduce(self, name: Any) -> tuple[tuple[np.ndarray, np.ndarray], float]:

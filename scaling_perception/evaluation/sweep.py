@@ -41,7 +41,6 @@ from scaling_perception.evaluation.protocols import baseline_rows, prepare_raw, 
 from scaling_perception.evaluation.results import result_of
 from scaling_perception.inference.aspect import Box, cut, with_aspect
 from scaling_perception.inference.batches import BatchPlan
-from scaling_perception.inference.model import prompt_of
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import Settings
 from scaling_perception.support.errors import UserError
@@ -422,8 +421,8 @@ class _Run:
             for name, picture in floors.items():
                 # Merged by "median", which leaves a single member as it is.
                 members = predictor.decode_members(picture[:, None], task)
-                size, prompt = raw["image"].shape[:2], prompt_of(raw, task)
-                row = self.way.measure(predictor.merge(members, task, size, "median", prompt), raw)
+                answer = predictor.merge(members, task, raw["image"].shape[:2], "median", raw)
+                row = self.way.measure(answer, raw)
                 found[name] = {metric: value for metric, value in row.items() if metric != CONSTANT}
             yield found
 

@@ -24,7 +24,7 @@ import numpy as np
 from scaling_perception.diffusion.sampler import SamplerTables, State
 from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.engine import NoiseKeys, draw_members
-from scaling_perception.inference.model import Model, prompt_of
+from scaling_perception.inference.model import Model
 from scaling_perception.inference.settings import Settings
 from scaling_perception.inference.verifying import score_of_merged, verifier_of
 from scaling_perception.support.shapes import Array, Bool, Float, RandomKey, Real
@@ -98,12 +98,12 @@ def adaptive_stream(
                 raw, found = pool[image], np.stack(members[image])
                 reduced = model.reduce(task, found, mode)
                 if is_done(model, raw, task, settings, found, reduced, mode):
-                    size, prompt = (raw["image"].shape[0], raw["image"].shape[1]), prompt_of(raw, task)
-                    estimates[image] = model.merge(found, task, size, mode, prompt, forwards[image], reduced)
+                    size = (raw["image"].shape[0], raw["image"].shape[1])
+                    estimates[image] = model.merge(found, task, size, mode, raw, forwards[image], reduced)
                     open_images.remove(image)
                 elif watch is not None and len(pool) == 1:
                     size = (raw["image"].shape[0], raw["image"].shape[1])
-                    watch(model.merge(found, task, size, mode, prompt_of(raw, task), forwards[image], reduced))
+                    watch(model.merge(found, task, size, mode, raw, forwards[image], reduced))
         yield from (estimates[i] for i in range(len(pool)))
 
 
@@ -234,7 +234,7 @@ def _see(
     """Show what the finished members and the pixels (P, M, R, R, 3) of those in work give."""
     found = np.stack([*known, *model.decode_members(pixels, task)])[:most]
     size = (raw["image"].shape[0], raw["image"].shape[1])
-    watch(model.merge(found, task, size, mode, prompt_of(raw, task)))
+    watch(model.merge(found, task, size, mode, raw))
 
 
 def _rows(cond_tokens: Float[Array, "I P T D"], state: State, rows: list[int]) -> tuple[Float[Array, "J P T D"], State]:

@@ -25,7 +25,7 @@ from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.engine import draw_members
 from scaling_perception.inference.find import Item
 from scaling_perception.inference.metric_depth import MetricFit, Points, at_points, fit_points
-from scaling_perception.inference.model import image_id, key_of, prompt_of
+from scaling_perception.inference.model import image_id, key_of
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import Settings
 from scaling_perception.inference.video import VideoWriter, frame_rate, is_video, require_pyav
@@ -243,8 +243,8 @@ class Clip:
         spent = model.evaluations(settings) * settings.ensemble
 
         def estimate(i: int) -> Estimate:
-            size, prompt = frames[i]["image"].shape[:2], prompt_of(frames[i], self.task)
-            return model.merge(members[i], self.task, size, mode, prompt, spent, reduced[i])
+            size = frames[i]["image"].shape[:2]
+            return model.merge(members[i], self.task, size, mode, frames[i], spent, reduced[i])
 
         if self.points is not None:
             self.fit = self._fit(frames, estimate, request)

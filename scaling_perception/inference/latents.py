@@ -20,7 +20,7 @@ import numpy as np
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.inference.batches import BatchPlan, joined_members, member_draws
 from scaling_perception.inference.engine import NoiseKeys
-from scaling_perception.inference.model import Model, key_of, prompt_of
+from scaling_perception.inference.model import Model, key_of
 from scaling_perception.inference.settings import Settings
 from scaling_perception.support.shapes import Array, EitherArray, Float, RandomKey
 from scaling_perception.tasks.base import Estimate
@@ -116,7 +116,7 @@ def estimate(
     members = model.decode_members(pixels, task)
     prediction, _ = model.reduce(task, members, mode)
     size, reduced = raw["image"].shape[:2], (prediction, uncertainty_of(spread, varies, prediction))
-    return model.merge(members, task, size, mode, prompt_of(raw, task), forwards, reduced)
+    return model.merge(members, task, size, mode, raw, forwards, reduced)
 
 
 def sample_latents(

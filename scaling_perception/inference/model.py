@@ -413,21 +413,20 @@ class Model:
         task: str,
         size: tuple[int, int],
         mode: str,
-        prompt: Shaped[np.ndarray, "H W *D"] | None = None,
+        raw: dict[str, Any] | None = None,
         forwards: float = 0,
         reduced: tuple[Float[np.ndarray, "R R *C"], Float[np.ndarray, "R R"]] | None = None,
     ) -> Estimate:
         """Merge members (M, R, R[, C]) at the model's resolution, then resize to ``size`` (H, W), as Marigold does.
 
         Args:
-            prompt: what was given besides the picture (H, W[, C]), see ``prompt_of``; of use where it is a part of the
-                answer.
+            raw: the raw input; None: the answer is made of the members alone.
             forwards: network evaluations that were spent on each pass.
             reduced: what `reduce` made of the members, if that is known.
         """
         size, what = (int(size[0]), int(size[1])), get_task(task)
         merged, spread = self.reduce(task, members, mode) if reduced is None else reduced
-        answer = what.answer(merged, size, self.options, prompt)
+        answer = what.answer(merged, size, self.options, raw)
         spread = what.native(spread, size, self.options)
         return Estimate(answer.prediction, spread, members, answer.whole, size, forwards, answer.painted)
 

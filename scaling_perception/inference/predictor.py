@@ -15,7 +15,7 @@ from scaling_perception.inference.aspect import with_aspect
 from scaling_perception.inference.batches import BatchPlan
 from scaling_perception.inference.engine import draw_members
 from scaling_perception.inference.latents import latent_stream
-from scaling_perception.inference.model import Model, key_of, prompt_of
+from scaling_perception.inference.model import Model, key_of
 from scaling_perception.inference.prediction import Prediction
 from scaling_perception.inference.settings import Settings, check_together
 from scaling_perception.inference.verifying import verified, verifier_of
@@ -108,7 +108,7 @@ class Predictor(Model):
         for step, pixels in zip(steps, kept, strict=True):
             members = self.decode_members(pixels[0], task)
             forwards = self.evaluations(dataclasses.replace(chosen, steps=step + 1)) * chosen.ensemble
-            estimate = self.merge(members, task, size, mode, prompt_of(raw, task), forwards)
+            estimate = self.merge(members, task, size, mode, raw, forwards)
             found.append(Prediction(task, [estimate], self.macs(task, 1, 1), self.options, single=True))
         return found
 
@@ -173,7 +173,7 @@ class Predictor(Model):
                 back = None if other is None else self.reduce(task, self.decode_members(other, task), mode)[0]
                 reduced, times = verified(self, raw, task, settings, members, mode, back), 1 if back is None else 2
             spent = each * len(members) * times
-            return self.merge(members, task, raw["image"].shape[:2], mode, prompt_of(raw, task), spent, reduced)
+            return self.merge(members, task, raw["image"].shape[:2], mode, raw, spent, reduced)
 
         while group := list(itertools.islice(samples, plan.images)):
             others: Any = [None] * len(group)

@@ -34,6 +34,9 @@ _DAMPING = 0.03  # of least squares, squared contrast a pixel
 _VARIANCE, _COST, _APART = 0.25, 0.15, 0.7  # at which certainty falls to 1/e: pixels², cost, pixels
 _OWN, _AROUND = 0.3, ((2, 2.0), (6, 1.0), (14, 0.2))  # weights of a pixel and of the windows (radius) around it
 _OWN_LAST, _AROUND_LAST = 1.0, ((2, 0.3), (6, 0.1), (16, 0.02))
+_AROUND_REFINED = ((2, 0.3), (6, 0.1))
+_AGREED = 8  # radius in which a flow and its refinement are compared
+_TRUSTED, _UNDECIDED = 0.1, 0.2  # cost by which a refinement must be better for half of it, and its softness
 _FLOW_SCALE, _LONGEST = 4.0, 8.0  # pixels at which a channel is 1; largest value of a channel
 
 
@@ -160,6 +163,34 @@ def match(first: Float[AnyArray, "B H W 3"], second: Float[AnyArray, "B H W 3"])
     sure = sure * jnp.exp(-jnp.square(apart / _APART)) + 1e-4
     filled = _filled(flow, sure, _OWN_LAST, _AROUND_LAST)
     return {"filled": filled, "found": found, "certainty": sure, "apart": apart, "cost": cost, "contrast": contrast}
+
+
+def refined(
+    first: Float[AnyArray, "B H W 3"], second: Float[AnyArray, "B H W 3"], flow: Float[AnyArray, "B H W 2"]
+) -> Float[Array, "B H W 2"]:
+    """``flow`` (pixels) of two batches of pictures in [-1, 1], with the detail that blocks around it show.
+
+    Twice it is matched again from where it is, and mixed with what that finds by how much better each brings the second
+    picture to the first (mean difference of normalised colours in a window).
+    """
+    (one, _), (other, _) = (_normalised(jnp.asarray(picture, jnp.float32) / 2) for picture in (first, second))
+
+    def differs(flow: jax.Array) -> jax.Array:
+        apart = jnp.minimum(jnp.abs(one - warp(other, flow)), 1.0).mean(axis=-1, keepdims=True)
+        return _blur(apart, _AGREED)
+
+    def again(number: int, flow: jax.Array) -> jax.Array:
+        new, sure = flow, flow[..., :1]
+        for _ in range(_ROUNDS):
+            new, _, sure, _ = _round(one, other, new)
+        new = _filled(_refined(one, other, new), sure, 1.0, _AROUND_REFINED)
+        share = jax.nn.sigmoid((differs(flow) - differs(new) - _TRUSTED) / _UNDECIDED)
+        return flow + share * (new - flow)
+
+    return jax.lax.fori_loop(0, 2, again, jnp.asarray(flow, jnp.float32))
+
+
+jitted_refined = jax.jit(refined)
 
 
 def features(first: Float[AnyArray, "B H W 3"], second: Float[AnyArray, "B H W 3"]) -> Float[Array, "B h w 32"]:

@@ -150,6 +150,9 @@ FIELDS: dict[str, Field] = {
         "frame whose pixels measure flow: the picture at width 512, or the 512x512 it is squashed to",
         choices="tasks.samples:FLOW_FRAMES",
     ),
+    "task_options.flow_refine": Field(
+        0, "how often merged flow is doubled in size and refined by matching", "[0, 4]", unit="times"
+    ),
     "task_options.depth_quantiles": Field((0.02, 0.98), "valid depths that become -1 and 1; rising", "[0, 1]"),
     "task_options.mask_threshold": Field(
         250.0, "a predicted object is as dark as this or darker", "[0, 255]", unit="grey"

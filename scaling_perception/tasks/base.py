@@ -156,6 +156,7 @@ Conditions = Callable[[Raw, int, Any], dict[str, Map]]
 Decode = Callable[[Pixels, Size, Any], Members]
 Merge = Callable[[Members, str, Any], tuple[Map, Spread]]
 PixelLoss = Callable[[Traced, Traced, Traced, Any], Traced]
+Refine = Callable[[Map, Raw, Any], Map]
 Restore = Callable[[Map, Size, Any, Native | None], Answer]
 
 
@@ -254,6 +255,7 @@ class Task:
         merge: (members (M, R, R[, C]), mode, options) -> (merged (R, R[, C]), uncertainty (R, R)).
         verifiers: scores of members that need no truth, by name (``tasks.verifiers``).
         native: (map (R, R[, C]), (H, W), ``TaskOptions``) -> the same at native size, in native units.
+        refine: (merged, raw input, options) -> the map in more detail (R', R'[, C]), by looking at the input again.
         restore: (merged, (H, W), options, the prompt or None) -> ``Answer``; None: the map itself by ``native``.
         relative: whether the answer is known up to scale and shift: parts of a picture are fitted to the whole, and
             a part of an answer is stretched to [0, 1] again.
@@ -305,6 +307,7 @@ class Task:
     merge: Merge | None = None
     verifiers: Mapping[str, Verifier] = dataclasses.field(default_factory=dict)
     native: Callable[[Real[np.ndarray, "R R *C"], Size, Any], Float[np.ndarray, "H W *C"]] = plain_native
+    refine: Refine | None = None
     restore: Restore | None = None
     relative: bool = False
     flags: tuple[str, ...] = ()
@@ -360,10 +363,14 @@ class Task:
             raise UserError(f"verifier '{name}' is none of {self.name}{did_you_mean(name, self.verifiers)}")
         return self.verifiers[name]
 
-    def answer(self, merged: Map, size: Size, options: Any, prompt: Shaped[np.ndarray, "H W *D"] | None) -> Answer:
-        """The merged map (R, R[, C]) as the task's answer at native size (H, W)."""
+    def answer(self, merged: Map, size: Size, options: Any, raw: Mapping[str, Any] | None) -> Answer:
+        """The merged map (R, R[, C]) as the task's answer at native size (H, W); ``raw``: the raw input, or None where
+        there is none."""
         if self.restore is not None:
+            prompt = None if raw is None or self.prompt is None else raw.get(self.prompt.field)
             return self.restore(merged, size, options, prompt)
+        if self.refine is not None and raw is not None:
+            merged = self.refine(merged, raw, options)
         return Answer(self.native(merged, size, options))
 
     def merged(self, members: Real[np.ndarray, "M H W *C"], mode: str, options: Any) -> tuple[Native, Plain]:

@@ -125,6 +125,26 @@ def merge(
     return np.asarray(merged[0]), np.asarray(merged[1])
 
 
+def refine(
+    merged: Float[np.ndarray, "R R 2"], raw: Mapping[str, Any], options: TaskOptions
+) -> Float[np.ndarray, "S S 2"]:
+    """A merged flow at up to 2 ** ``options.flow_refine`` times its size, no larger than the frames need, refined by
+    matching them around it."""
+    height, width = raw["image"].shape[:2]
+    squashed = np.asarray([1, 1 if options.flow_frame == "square" else width / height], np.float32)
+    for _ in range(options.flow_refine):
+        if len(merged) >= max(height, width):
+            break
+        from scaling_perception.models import matching  # JAX: data workers load tasks without it
+
+        side = 2 * len(merged)
+        frames = conditions(raw, side, options)
+        larger = 2 * resize_bilinear(merged, (side, side)) * squashed
+        found = matching.jitted_refined(*(frames[name][None] for name in ("image", "prompt")), larger[None])
+        merged = np.asarray(found[0]) / squashed
+    return merged
+
+
 def native(array: Real[np.ndarray, "R R *C"], size: Size, options: TaskOptions) -> Float[np.ndarray, "H W *C"]:
     """A flow or its spread (R, R[, 2]) at native size (H, W), bilinear, in native pixels; the spread, which has no
     direction, by the width."""
@@ -240,6 +260,7 @@ TASK = Task(
     latent_modes=("mean", "median"),
     merge=merge,
     verifiers=verifiers.FLOW,
+    refine=refine,
     native=native,
     flags=("kitti",),
     files=FILES,

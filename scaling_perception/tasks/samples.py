@@ -29,6 +29,8 @@ class TaskOptions:
             of 512 (facts 5.2), or ``square``, the 512x512 that it is squashed to. A network sees the square alone: one
             that is to work with pictures of other shapes than it was trained on needs ``square``, and so does one that
             is given a match of the two frames. For square pictures both are the same.
+        flow_refine: how often merged flow is brought to twice its size and refined there by matching the two frames
+            around it (``models.matching.refined``), up to their own size; 0 leaves it as the members give it.
         depth_quantiles: the two quantiles of the valid depths that become -1 and +1 (facts 5.1).
         mask_threshold: a predicted object is where grey <= this, on 0..255 (facts 5.3).
         keep_visible: the predicted mask also covers the given mask of the visible part. Off in pix2gestalt's rule,
@@ -48,6 +50,7 @@ class TaskOptions:
 
     flow_divisor: float = 75.0
     flow_frame: str = "native"
+    flow_refine: int = 0
     depth_quantiles: tuple[float, float] = (0.02, 0.98)
     mask_threshold: float = 250
     keep_visible: bool = False
@@ -62,6 +65,8 @@ class TaskOptions:
             raise UserError(f"depth_quantiles {low}, {high} must rise within [0, 1]: the default is 0.02, 0.98")
         if not self.flow_divisor > 0:
             raise UserError(f"flow_divisor {self.flow_divisor} must be above 0: the default is 75")
+        if type(self.flow_refine) is not int or not 0 <= self.flow_refine <= 4:
+            raise UserError(f"flow_refine {self.flow_refine!r} must be a whole number in 0..4: the default is 0")
         if not 0 <= self.mask_threshold <= 255:
             raise UserError(f"mask_threshold {self.mask_threshold} must be in 0..255: the default is 250")
         for name, default in (("keep_visible", "false"), ("clip_depth", "true")):
@@ -77,7 +82,8 @@ class TaskOptions:
     def encoding(self) -> dict[str, Any]:
         """The options that decide what a sample is encoded to, as JSON values; the others matter afterwards alone."""
         values = self.to_dict()
-        del values["mask_threshold"], values["keep_visible"], values["clip_depth"]
+        for name in ("mask_threshold", "keep_visible", "clip_depth", "flow_refine"):
+            del values[name]
         return values
 
     def nearest(self, task: str) -> bool:

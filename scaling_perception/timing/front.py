@@ -122,7 +122,6 @@ def make_loop(predictor: Any, task: str = "depth") -> tuple[Loop, Callable[[dict
 
     from scaling_perception.inference.batches import BatchPlan
     from scaling_perception.inference.engine import draw_members
-    from scaling_perception.inference.model import prompt_of
     from scaling_perception.inference.settings import Settings
     from scaling_perception.tasks import get_task
 
@@ -173,7 +172,7 @@ def make_loop(predictor: Any, task: str = "depth") -> tuple[Loop, Callable[[dict
             pixels.append(sampler(pictures[0], noise[:, number]))
         members = predictor.decode_members(np.stack(pixels), task)
         mode = get_task(task).reduce_mode(None)
-        return predictor.merge(members, task, raw["image"].shape[:2], mode, prompt_of(raw, task)).prediction
+        return predictor.merge(members, task, raw["image"].shape[:2], mode, raw).prediction
 
     return predict, given_of
 

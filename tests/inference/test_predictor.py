@@ -402,5 +402,5 @@ def test_the_visible_part_joins_the_mask_where_the_model_says_so(nano_folder):
     visible[2:5, 3:9] = True
     for keep, expected in ((False, np.zeros_like(visible)), (True, visible)):
         predictor.options = dataclasses.replace(predictor.options, keep_visible=keep)
-        found = predictor.merge(white, "amodal", (side, side), "median", visible)
+        found = predictor.merge(white, "amodal", (side, side), "median", {"visible_mask": visible})
         np.testing.assert_array_equal(found.prediction, expected)

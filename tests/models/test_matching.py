@@ -1,5 +1,6 @@
 """Matching of two frames: known motions, what it is invariant to, and that every way of encoding gives the same."""
 
+import dataclasses
 import types
 
 import jax
@@ -16,7 +17,7 @@ from scaling_perception.models.autoencoders import Autoencoder, check_flow_frame
 from scaling_perception.models.presets import get_preset
 from scaling_perception.support.configs import load_config
 from scaling_perception.support.errors import UserError
-from scaling_perception.tasks import FRAME_PASSES, get_pass
+from scaling_perception.tasks import FRAME_PASSES, TaskOptions, flow, get_pass
 from scaling_perception.training.diffusion import latents_of
 
 SIDE = 64
@@ -91,6 +92,41 @@ def test_warp_takes_the_values_that_the_flow_points_to():
     flow = np.random.default_rng(0).uniform(-1, 1, (1, 6, 5, 2)).astype(np.float32)
     wanted = np.clip(plane + flow, 0, [4, 5])
     np.testing.assert_allclose(matching.warp(jnp.asarray(plane), jnp.asarray(flow)), wanted, atol=1e-5)
+
+
+def test_refining_finds_the_rest_of_a_motion_and_keeps_what_cannot_be_seen(made):
+    first, second, _ = made
+    truth = np.broadcast_to(np.asarray(MOTIONS, np.float32)[:, None, None], (*first.shape[:3], 2))
+    coarse = truth + np.float32([0.8, -0.6])
+    inner = np.s_[:, 12:-12, 12:-12]
+    found = np.asarray(matching.jitted_refined(first, second, coarse))
+    assert np.linalg.norm(found - truth, axis=-1)[inner].mean() < 0.2  # of 1.0; mixed twice, it comes nearer by parts
+    np.testing.assert_allclose(np.asarray(matching.jitted_refined(first, second, truth))[inner], truth[inner], atol=0.2)
+    grey = np.full_like(first, 0.1)
+    np.testing.assert_allclose(matching.jitted_refined(grey, grey, coarse), coarse, atol=1e-3)
+
+
+def test_flow_is_refined_in_frames_larger_than_the_model_s(made):
+    """Of 64 x 64 and 64 x 128 pixels, from half the size: the same whatever frame flow is measured in."""
+    first, second = ((np.clip(one[1], -1, 1) * 127.5 + 127.5).astype(np.uint8) for one in made[:2])
+    square = TaskOptions(flow_frame="square", flow_refine=1)
+    for raw, wide in (({"image": first, "image2": second}, 1), (_wide(first, second), 2)):
+        u, v = MOTIONS[1]
+        coarse = np.broadcast_to(np.float32([u / 2 + 0.3, v / 2 - 0.3]), (32, 32, 2))
+        found = flow.refine(coarse, {**raw, "key": "a"}, square)
+        assert found.shape == (64, 64, 2)
+        near = np.linalg.norm(found - [u, v], axis=-1)[12:-12, 12:-12]
+        assert near.mean() < 0.15 < np.linalg.norm(2 * coarse - [u, v], axis=-1).mean()
+        by_width = dataclasses.replace(square, flow_frame="native")
+        same = flow.refine(coarse * np.float32([1, 1 / wide]), {**raw, "key": "a"}, by_width)
+        np.testing.assert_allclose(same * [1, wide], found, atol=1e-4)
+        assert flow.refine(coarse, raw, TaskOptions(flow_frame="square")) is coarse
+        assert flow.refine(found, {"image": first}, square) is found or wide == 2, "no larger than the frames"
+
+
+def _wide(first, second):
+    """The same pair, each pixel twice as wide."""
+    return {"image": np.repeat(first, 2, axis=1), "image2": np.repeat(second, 2, axis=1)}
 
 
 def test_features_are_the_means_of_quarters_of_a_cell(made, features):

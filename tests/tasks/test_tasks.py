@@ -30,8 +30,15 @@ def test_unknown_task_names_the_nearest():
 def test_options_survive_json_and_refuse_nonsense():
     options = TaskOptions(flow_divisor=40.0, depth_quantiles=(0.1, 0.9))
     assert TaskOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
-    for bad in ({"flow_divisor": 0}, {"depth_quantiles": (0.9, 0.1)}, {"mask_threshold": 300}, {"flow_diviser": 1}):
-        with pytest.raises(UserError, match="flow_divisor|depth_quantiles|mask_threshold"):
+    for bad in (
+        {"flow_divisor": 0},
+        {"depth_quantiles": (0.9, 0.1)},
+        {"mask_threshold": 300},
+        {"flow_refine": 5},
+        {"flow_refine": 0.5},
+        {"flow_diviser": 1},
+    ):
+        with pytest.raises(UserError, match="flow_divisor|flow_refine|depth_quantiles|mask_threshold"):
             TaskOptions.from_dict(bad)
 
 
