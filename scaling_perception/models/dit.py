@@ -21,15 +21,14 @@ from scaling_perception.models.config import TIME_FREQUENCIES as TIME_FREQUENCIE
 from scaling_perception.models.config import DiTConfig as DiTConfig
 from scaling_perception.models.config import config_from_dict as config_from_dict
 from scaling_perception.models.moe import MoE
-from scaling_perception.ops.attention import attention, split_heads
-from scaling_perception.parallel.mesh import split_batch
+from scaling_perception.ops.attention import attention, self_attention, split_heads
+from scaling_perception.ops.modulation import KEPT, NORM_EPSILON, layer_norm, modulate, rounded, stored
+from scaling_perception.parallel.mesh import gather_samples, split_batch, split_columns, spreads_columns
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.executables import kept_value
 from scaling_perception.support.shapes import AnyArray, Array, Float, Int, RandomKey, Real
 
 Params = dict[str, Any]  # nested dicts of arrays, or of their shapes
-
-NORM_EPSILON = 1e-6
 
 _xavier = nn.initializers.xavier_uniform()
 _normal = nn.initializers.normal(0.02)
@@ -57,21 +56,6 @@ def timestep_features(t: Real[AnyArray, " B"]) -> Float[Array, "B 256"]:
     frequencies = jnp.asarray(np.exp(exponents.astype(np.float64)), jnp.float32)
     angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def layer_norm(x: Float[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
-    """Normalise the last axis in float32, without affine parameters; returns float32."""
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(axis=-1, keepdims=True)
-    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + NORM_EPSILON)
-
-
-def modulate(
-    x: Float[AnyArray, "B T D"], shift: Float[AnyArray, "B D"], scale: Float[AnyArray, "B D"]
-) -> Float[Array, "B T D"]:
-    """``x (1 + scale) + shift`` with x (B, T, D) and one shift and scale (B, D) per sample."""
-    return x * (1.0 + scale[:, None, :]) + shift[:, None, :]
 
 
 def patchify(x: Float[AnyArray, "B h w C"], patch: int) -> Float[AnyArray, "B T _"]:
@@ -179,12 +163,17 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         flat = x.reshape(-1, dim)  # on a CPU the gradient of a (B, T, D) matmul is far slower than of a (B T, D) one
         qkv = nn.Dense(3 * dim, kernel_init=_xavier, dtype=self.dtype, name="qkv")(flat)
-        query, key, value = split_heads(qkv.reshape(batch, tokens, 3 * dim), self.heads)
+        qkv = checkpoint_name(qkv, KEPT).reshape(batch, tokens, 3 * dim)
         if self.qk_norm:  # in float32, as all norms
+            query, key, value = split_heads(qkv, self.heads)
             query = nn.LayerNorm(NORM_EPSILON, name="q_norm")(query.astype(jnp.float32)).astype(self.dtype)
             key = nn.LayerNorm(NORM_EPSILON, name="k_norm")(key.astype(jnp.float32)).astype(self.dtype)
-        mixed = checkpoint_name(attention(query, key, value, self.mesh), "attention").reshape(-1, dim)
-        return nn.Dense(dim, kernel_init=_xavier, dtype=self.dtype, name="proj")(mixed).reshape(x.shape)
+            mixed = attention(query, key, value, self.mesh)
+        else:
+            mixed = self_attention(qkv, self.heads, self.mesh)
+        mixed = checkpoint_name(mixed.reshape(-1, dim), KEPT)
+        out = nn.Dense(dim, kernel_init=_xavier, dtype=self.dtype, name="proj")(mixed)
+        return stored(out.reshape(x.shape))
 
 
 class Mlp(nn.Module):
@@ -197,8 +186,9 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[AnyArray, "B T D"]) -> Float[Array, "B T D"]:
         flat = x.reshape(-1, x.shape[-1])  # flat for the same reason as in Attention
         hidden = nn.Dense(self.hidden, kernel_init=_xavier, dtype=self.dtype, name="fc1")(flat)
-        out = nn.Dense(x.shape[-1], kernel_init=_xavier, dtype=self.dtype, name="fc2")(nn.gelu(hidden))
-        return out.reshape(x.shape)
+        hidden = nn.gelu(checkpoint_name(hidden, KEPT))
+        out = nn.Dense(x.shape[-1], kernel_init=_xavier, dtype=self.dtype, name="fc2")(hidden)
+        return stored(out.reshape(x.shape))
 
 
 def remember(module: nn.Module, name: str, value: Any) -> None:
@@ -257,14 +247,14 @@ class Block(nn.Module):
         x, wide = split_batch(x, self.mesh), split_batch(wide, self.mesh)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(wide, 6, axis=-1)
         attend = Attention(config.heads, dtype, config.qk_norm, self.mesh, name="attn")
-        mixed = attend(modulate(layer_norm(x), shift_a, scale_a))
+        mixed = attend(rounded(modulate(layer_norm(x), shift_a, scale_a), dtype))
         remember(self, "attended", mixed)
         x = (x + gate_a[:, None, :] * mixed).astype(stream)
         inner, stats = modulate(layer_norm(x), shift_m, scale_m), None
         if config.experts:
             mixed, stats = MoE(config, dtype, self.dispatch, self.mesh, name="moe")(inner)
         else:
-            mixed = Mlp(config.hidden, dtype, name="mlp")(inner)
+            mixed = Mlp(config.hidden, dtype, name="mlp")(rounded(inner, dtype))
         remember(self, "widened", mixed)
         return (x + gate_m[:, None, :] * mixed).astype(stream), stats
 
@@ -369,11 +359,16 @@ class DiT(nn.Module):
         else:
             tokens = fixed.tokens.astype(stream) + patches(x, label, "noisy")
         blocks, final = (None, None) if fixed is None else (fixed.blocks, fixed.final)
+        if fixed is None and spreads_columns(self.mesh, x.shape[0]) and not self.is_initializing():
+            # of all layers at once: samples travel, which are few numbers here, and not a third of all weights
+            weights, condition = self.variables["params"]["blocks"]["modulation"], gather_samples(condition, self.mesh)
+            wide = jnp.einsum("bd,ldm->lbm", condition, weights["kernel"]) + weights["bias"][:, None]
+            blocks = split_batch(split_columns(wide, self.mesh), self.mesh, 1)
         # Storing every elementwise intermediate of every layer is slower than recomputing it (by a quarter of the
         # gradient's time on a CPU), and the attention logits would grow with T squared.
         policies = jax.checkpoint_policies
-        # neither grouped matmuls nor attention are seen as dots
-        named = policies.save_only_these_names("moe_hidden", "moe_out", "attention")
+        # neither grouped matmuls nor attention are seen as dots; of a linear layer what is used is kept, with its bias
+        named = policies.save_only_these_names("moe_hidden", "moe_out", KEPT)
         dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)
         kept = policies.nothing_saveable if self.remat else dots
         stack = nn.scan(

@@ -150,9 +150,6 @@ def _visits(
     kernel: Any, name: str, results: int, products: int, arrays: tuple[jax.Array, ...], how: TilePlan, memory: int,
     interpret: bool,
 ) -> Any:  # fmt: skip
-    from jax.experimental import pallas as pl  # only where it is used: a slow import
-    from jax.experimental.pallas import tpu as pltpu
-
     batch, tokens, heads, head_dim = arrays[0].shape
     width, padded = heads * how.size, (0, how.tokens - tokens)
     if how.size > head_dim:
@@ -160,18 +157,46 @@ def _visits(
     arrays = tuple(array.reshape(batch, tokens, width) for array in arrays)
     if padded[1]:  # a padded query's gradient is 0, a padded key has no weight
         arrays = tuple(jnp.pad(array, ((0, 0), padded, (0, 0))) for array in arrays)
-    block = pl.BlockSpec((1, how.tokens, how.lanes), lambda sample, part: (sample, 0, part))
+    starts = (0,) * len(arrays)
+    found = _call(kernel, name, results, products, arrays, starts, how, (tokens, heads, head_dim), memory, interpret)
+    found = [array[:, :tokens].reshape(batch, tokens, heads, how.size)[..., :head_dim] for array in found]
+    return found[0] if results == 1 else tuple(found)
+
+
+def _call(
+    kernel: Any, name: str, results: int, products: int, arrays: tuple[jax.Array, ...], starts: tuple[int, ...],
+    how: TilePlan, sizes: tuple[int, int, int], memory: int, interpret: bool, together: bool = False,
+) -> list[jax.Array]:  # fmt: skip
+    """The kernel's results, each (B, how.tokens, all heads' lanes), of flat arrays (B, how.tokens, lanes).
+
+    Args:
+        starts: the visit at whose lanes each array begins. sizes: tokens, heads and head_dim without padding.
+        together: results side by side in one array, where a visit has all heads.
+    """
+    from jax.experimental import pallas as pl  # only where it is used: a slow import
+    from jax.experimental.pallas import tpu as pltpu
+
+    (tokens, heads, head_dim), batch, width = sizes, arrays[0].shape[0], sizes[1] * how.size
+
+    def block(start: int, wide: int = 1) -> Any:
+        return pl.BlockSpec((1, how.tokens, wide * how.lanes), lambda sample, part: (sample, 0, part + start))
+
     shape = jax.ShapeDtypeStruct((batch, how.tokens, width), arrays[0].dtype)
+    out = [block(0)] * results, [shape] * results
+    visit = partial(kernel, plan=how, scale=head_dim**-0.5, keys=tokens)
+    if together:
+        out = [block(0, results)], [jax.ShapeDtypeStruct((batch, how.tokens, results * width), shape.dtype)]
+        visit = partial(_side_by_side, visit, results, width)
     taken = _taken(len(arrays) + results, how.tokens, how.lanes, how.queries, shape.dtype.itemsize)
     limit = min(taken + 16 * 2**20, memory)  # a program that may take more is scheduled better
     logits = batch * heads * tokens**2
     moved = (len(arrays) + results) * math.prod(shape.shape) * shape.dtype.itemsize
-    found = pl.pallas_call(
-        partial(kernel, plan=how, scale=head_dim**-0.5, keys=tokens),
+    return pl.pallas_call(
+        visit,
         grid=(batch, width // how.lanes),
-        in_specs=[block] * len(arrays),
-        out_specs=[block] * results,
-        out_shape=[shape] * results,
+        in_specs=[block(start) for start in starts],
+        out_specs=out[0],
+        out_shape=out[1],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=limit),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * logits * head_dim, transcendentals=logits, bytes_accessed=moved
@@ -179,15 +204,18 @@ def _visits(
         interpret=interpret,
         name=name,
     )(*arrays)
-    found = [array[:, :tokens].reshape(batch, tokens, heads, how.size)[..., :head_dim] for array in found]
-    return found[0] if results == 1 else tuple(found)
 
 
-def _on_mesh(function: Any, mesh: Any, arrays: tuple[jax.Array, ...]) -> Any:
+def _side_by_side(visit: Any, results: int, width: int, *refs: Any) -> None:
+    """A visit whose results are columns of one array."""
+    *given, out = refs
+    visit(*given, *(out.at[:, :, index * width : (index + 1) * width] for index in range(results)))
+
+
+def _on_mesh(function: Any, mesh: Any, spec: PartitionSpec, arrays: tuple[jax.Array, ...]) -> Any:
     """A kernel is not the compiler's to split: each device calls it on its samples and, with ``tensor``, its heads."""
     if mesh is None or mesh.size == 1:
         return function(*arrays)
-    spec = mesh_spec(mesh, arrays[0].shape)
     # every array is split alike and there is no sum over devices: nothing for check_vma to check
     return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
@@ -215,7 +243,7 @@ def _over_mesh(kernel: Any, name: str, results: int, products: int, arrays: Any,
     def local(*arrays: jax.Array) -> Any:
         return _visits(kernel, name, results, products, arrays, how, device_memory(mesh), interpret)
 
-    return _on_mesh(local, mesh, arrays)
+    return _on_mesh(local, mesh, PartitionSpec() if mesh is None else mesh_spec(mesh, arrays[0].shape), arrays)
 
 
 def flash_forward(
@@ -245,7 +273,7 @@ def flash_backward(
 # --- As one function -----------------------------------------------------------------------------------------------
 
 
-def _elsewhere(*arrays: jax.Array, mesh: Any) -> Any:
+def _elsewhere(*arrays: jax.Array, **options: Any) -> Any:
     raise NotImplementedError("the kernel is for a TPU")
 
 
@@ -277,3 +305,68 @@ def _pull(mesh: Any, kept: Any, gradient: jax.Array) -> Any:
 
 
 flash_attention.defvjp(_keep, _pull)
+
+
+# --- Of a fused projection -----------------------------------------------------------------------------------------
+
+
+def fits_projection(mesh: Any, shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether ``flash_projection`` is for what its kernel sees as (B, T, heads, head_dim): nothing is padded, and no
+    heads are split over ``tensor``, for the columns of a projection are not split by heads."""
+    how = local_plan(mesh, shape, dtype)
+    alone = mesh is None or mesh.shape.get("tensor", 1) == 1
+    return how is not None and alone and (how.size, how.tokens) == (shape[3], shape[1])
+
+
+def _projection(kernel: Any, name: str, results: int, products: int) -> Any:
+    """A kernel that reads query, key and value out of one array (B, T, 3 * heads * head_dim), which is not cut up."""
+
+    def run(qkv: jax.Array, *others: jax.Array, heads: int, mesh: Any, interpret: bool = False) -> jax.Array:
+        batch, tokens, width = qkv.shape
+        sizes = (tokens, heads, width // (3 * heads))
+        how = local_plan(mesh, (batch, *sizes), qkv.dtype)
+        assert how is not None, "the caller asks fits_projection()"
+        visits = heads * how.size // how.lanes
+        starts = (0, visits, 2 * visits, *[0] * len(others))
+
+        def local(qkv: jax.Array, *others: jax.Array) -> jax.Array:
+            arrays, memory = (qkv, qkv, qkv, *others), device_memory(mesh)
+            given = (arrays, starts, how, sizes, memory, interpret, visits == 1)
+            return jnp.concatenate(_call(kernel, name, results, products, *given), axis=-1)
+
+        spec = PartitionSpec() if mesh is None else PartitionSpec(mesh_spec(mesh, (batch, *sizes))[0])
+        return _on_mesh(local, mesh, spec, (qkv, *others))
+
+    return run
+
+
+projection_forward = _projection(_forward_visit, "attention_forward", 1, 2)
+projection_backward = _projection(_backward_visit, "attention_backward", 3, 5)
+
+
+def _attended(qkv: Any, *, heads: int, mesh: Any) -> Any:
+    return jax.ShapeDtypeStruct((*qkv.shape[:2], qkv.shape[2] // 3), qkv.dtype)
+
+
+_forward_of = by_platform("projection_forward", _attended, _elsewhere, samples=True, tpu=projection_forward)
+_backward_of = by_platform(
+    "projection_backward", lambda qkv, *others, heads, mesh: qkv, _elsewhere, samples=True, tpu=projection_backward
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def flash_projection(qkv: Float[AnyArray, "B T width"], heads: int, mesh: Any = None) -> Float[Array, "B T D"]:
+    """Attention of a fused projection (B, T, 3 D), laid out (3, heads, head_dim), to (B, T, D) on a TPU, where
+    ``fits_projection``. Query, key and value are not written apart, which is a pass over all three, twice a layer."""
+    return _forward_of(qkv, heads=heads, mesh=mesh)
+
+
+def _keep_projection(qkv: jax.Array, heads: int, mesh: Any) -> tuple[jax.Array, jax.Array]:
+    return _forward_of(qkv, heads=heads, mesh=mesh), qkv
+
+
+def _pull_projection(heads: int, mesh: Any, qkv: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    return (_backward_of(qkv, gradient, heads=heads, mesh=mesh),)
+
+
+flash_projection.defvjp(_keep_projection, _pull_projection)

@@ -16,6 +16,8 @@ AXES = ("data", "fsdp", "expert", "tensor")
 # The batch is split over all of these: what is not an expert is computed data-parallel over the expert axis too.
 # Parameters are split over fsdp (and tensor), experts over expert.
 BATCH_AXES = ("data", "fsdp", "expert")
+# The columns of weights that meet one row of a sample, and not its tokens, are split over these (`spreads_columns`).
+COLUMN_AXES = ("fsdp", "tensor")
 
 
 def make_mesh(
@@ -117,13 +119,37 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split_batch(x: Any, mesh: Mesh | None) -> Any:
-    """x (B, ...) with its batch split over the devices, which the compiler then keeps to; x as it is where B does not
-    divide, or without a mesh.
+def split_batch(x: Any, mesh: Mesh | None, axis: int = 0) -> Any:
+    """x (B, ...), or with B at ``axis``, with its batch split over the devices, which the compiler then keeps to; x as
+    it is where B does not divide, or without a mesh.
 
     Left alone, the compiler may split features instead, as the weights are, and give every device the whole batch.
     """
     axes = free_batch_axes()
-    if mesh is None or x.shape[0] % prod(mesh.shape[name] for name in axes):
+    if mesh is None or x.shape[axis] % prod(mesh.shape[name] for name in axes):
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes or None)))
+    return _constrained(x, mesh, *[None] * axis, axes or None)
+
+
+def spreads_columns(mesh: Mesh | None, batch: int) -> bool:
+    """Whether a product of few rows, one for each of ``batch`` samples, is computed where its columns are: each device
+    takes the rows of all devices along ``fsdp``, and gives back its columns of them. The weights are not gathered."""
+    if mesh is None or inside_own() or batch % prod(mesh.shape[name] for name in BATCH_AXES):
+        return False
+    # along expert the devices of a row of fsdp hold samples that do not follow each other
+    return mesh.shape["fsdp"] > 1 and mesh.shape["expert"] == 1
+
+
+def gather_samples(x: Any, mesh: Any) -> Any:
+    """x (B, D) with the samples of the devices along ``fsdp`` on each of them, where ``spreads_columns``."""
+    return _constrained(x, mesh, "data")
+
+
+def split_columns(x: Any, mesh: Any) -> Any:
+    """x (L, B, N) with its samples split over ``data`` and its columns over ``COLUMN_AXES`` (if they divide)."""
+    divides = x.shape[2] % prod(mesh.shape[name] for name in COLUMN_AXES) == 0
+    return _constrained(x, mesh, None, "data", COLUMN_AXES if divides else None)
+
+
+def _constrained(x: Any, mesh: Mesh, *spec: Any) -> Any:
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))

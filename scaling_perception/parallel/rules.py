@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from scaling_perception.parallel.mesh import COLUMN_AXES
+
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 # First match wins. Axes are those of parallel.mesh; a leading None under blocks is the layer axis, which is scanned.
@@ -24,7 +26,7 @@ DIT_RULES: Rules = (
     (r"blocks/moe/experts/fc2/bias", PartitionSpec(None, "expert")),
     (r"blocks/moe/shared/(gate|up)/kernel", PartitionSpec(None, "fsdp", "tensor")),
     (r"blocks/moe/shared/down/kernel", PartitionSpec(None, "tensor", "fsdp")),
-    (r"blocks/modulation/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"blocks/modulation/kernel", PartitionSpec(None, None, COLUMN_AXES)),
     (r"blocks/(attn/qkv|mlp/fc1|modulation)/bias", PartitionSpec(None, "tensor")),
     (r"(time_embed/.*|final/.*)/kernel", PartitionSpec("fsdp", None)),
     # Small, so whole on every device. A kernel that is not named here is refused: it might be large.
@@ -33,6 +35,9 @@ DIT_RULES: Rules = (
     # that is split by columns comes split by columns, where the batch is to be split.
     (r"(.*/)?(?!kernel$)[^/]+", PartitionSpec()),
 )
+
+# Kernels that a layer rounds to the compute dtype before it uses them: gathered ahead they are rounded first.
+ROUNDED = r"blocks/(attn/(qkv|proj)|mlp/(fc1|fc2)|moe/shared/\w+)/kernel"
 
 WHOLE_RULES: Rules = ((r".*", PartitionSpec()),)
 """For models that are small enough to be whole on every device."""
@@ -74,3 +79,37 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = DIT_RULES) -> Any:
         return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def gathered(params: Any, places: Any, dtype: Any, whole: bool = False) -> Any:
+    """The weights that a loss is computed with, gathered over ``fsdp`` once and not in each layer; not the experts.
+
+    Args:
+        params, places: the weights and their shardings. dtype: of the activations; kernels that layers round to it
+            are gathered in it. whole: gather those whose columns are split, too (``COLUMN_AXES``).
+    """
+
+    def gather(path: tuple[Any, ...], leaf: jax.Array, place: NamedSharding) -> jax.Array:
+        there, kind = gathered_place(_path_name(path), place, dtype, whole)
+        if there is None:
+            return leaf
+        # split as before, so that it is rounded before it is sent
+        leaf = jax.lax.with_sharding_constraint(leaf.astype(kind or leaf.dtype), place)
+        return jax.lax.with_sharding_constraint(leaf, there)
+
+    return jax.tree_util.tree_map_with_path(gather, params, places)
+
+
+def gathered_place(name: str, place: NamedSharding, dtype: Any, whole: bool) -> tuple[NamedSharding | None, Any]:
+    """The sharding of a leaf that ``gathered`` gathers, None for others; and its dtype, None for that of the leaf."""
+    if "moe/experts" in name:  # their gradients are summed in float32, of rows from many devices
+        return None, None
+    kind = dtype if re.fullmatch(ROUNDED, name) else None
+    spec = PartitionSpec(*(_without_fsdp(entry, whole) for entry in place.spec))
+    return (None, None) if spec == place.spec and kind is None else (NamedSharding(place.mesh, spec), kind)
+
+
+def _without_fsdp(entry: Any, whole: bool) -> Any:
+    if isinstance(entry, tuple) and whole:
+        return tuple(axis for axis in entry if axis != "fsdp") or None
+    return None if entry == "fsdp" else entry

@@ -154,6 +154,13 @@ def traffic(module: Module) -> dict[str, int]:
     return found
 
 
+def _source(computation: Computation, name: str) -> str:
+    """The value that ``name`` is, perhaps seen as another shape."""
+    while name in computation and computation[name].opcode == "bitcast":
+        name = computation[name].operands[0]
+    return name
+
+
 def _moved(module: Module, computation: Computation, one: Instruction) -> int:
     if one.opcode == "custom-call" and "AllocateBuffer" in one.rest:
         return 0
@@ -162,8 +169,11 @@ def _moved(module: Module, computation: Computation, one: Instruction) -> int:
     if one.opcode == "slice-start":  # (whole, slice, …); what it writes is counted where it is done
         return one.arrays[1].bytes if one.arrays[0].space == 0 else 0
     inner = module.computations.get(one.named("calls")) if one.opcode == "fusion" else None
+    operands = one.operands
+    if one.opcode == "custom-call":  # given an array more than once (query, key and value in one), it reads parts of it
+        operands = {_source(computation, name): name for name in operands}.values()
     read = 0
-    for index, name in enumerate(one.operands):
+    for index, name in enumerate(operands):
         given = sum(array.bytes for array in arrays_of(computation, name) if array.space == 0)
         if not given or one.opcode.endswith("-done"):
             continue

@@ -43,7 +43,7 @@ from scaling_perception.models.dit import (
 from scaling_perception.models.exchange import ROOM
 from scaling_perception.models.presets import LATENT_FACTOR
 from scaling_perception.parallel.mesh import AXES, BATCH_AXES
-from scaling_perception.parallel.rules import tree_shardings
+from scaling_perception.parallel.rules import gathered_place, tree_shardings
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.field_checks import check_config
@@ -54,8 +54,8 @@ from scaling_perception.training.averaging import left_of_start, start_warning
 from scaling_perception.training.diffusion import network_of, tasks_of
 from scaling_perception.training.one_step import AT_ONCE
 from scaling_perception.training.optim import make_optimizer
-from scaling_perception.training.state import abstract_state
-from scaling_perception.training.step import sums_own
+from scaling_perception.training.state import abstract_state, named_leaves
+from scaling_perception.training.step import gather_dtype, sums_own
 
 # bfloat16 TFLOP/s of dense matmuls and GB of memory of one chip (makers' figures)
 CHIPS = {"v5e": (197, 16), "v5p": (459, 95), "v6e": (918, 32), "h100": (989, 80), "h200": (989, 141)}
@@ -179,7 +179,7 @@ def _memory(config: Config, dit: DiTConfig, devices: int | None, exchanged: bool
         "ema": sums["ema"],
         "batch": 2 * local * _sample_bytes(config, dit),  # this step's, and the next one's on its way
         **_activations(config, dit, part, sizes["expert"], sizes["tensor"], exchanged),
-        "layer_weights": _layer_bytes(config, state.params["blocks"], sizes) // dit.depth,
+        "layer_weights": _gathered_bytes(config, dit, state.params, placed.params, sizes),
         **_autoencoder(config, dit, part),
     }
     return {
@@ -195,6 +195,19 @@ def _memory(config: Config, dit: DiTConfig, devices: int | None, exchanged: bool
 
 def _abstract_mesh(sizes: Mapping[str, int]) -> Any:
     return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _gathered_bytes(config: Config, dit: DiTConfig, params: Any, places: Any, sizes: Mapping[str, int]) -> int:
+    """Of one layer's weights, or of all where they are gathered once a step."""
+    dtype = gather_dtype(config.train)
+    if dtype is None:
+        return _layer_bytes(config, params["blocks"], sizes) // dit.depth
+    total, leaves = 0, named_leaves(params)
+    for name, place in named_leaves(places).items():
+        there, kind = gathered_place(name, place, dtype, config.train.accumulate > 1)
+        if there is not None:
+            total += math.prod(there.shard_shape(leaves[name].shape)) * (kind or leaves[name].dtype).itemsize
+    return total
 
 
 def _layer_bytes(config: Config, blocks: Any, sizes: Mapping[str, int]) -> int:

@@ -1,14 +1,16 @@
 """`compile --search`: every sensible way to spread a train step over a topology, compiled, and which is the best.
 
-A way is a mesh with whether activations are computed again and in how many parts the batch is computed. For each mesh
-only the cheapest of the latter that fits the memory by the dry run is compiled (`_COSTS`, in that order); meshes that
-fit in none are left out, and counted. A size of ``tensor`` has to divide the heads, one of ``expert`` the experts.
+A way is a mesh with whether activations are computed again, in how many parts the batch is computed and where weights
+that are split over ``fsdp`` are gathered. For each mesh only the cheapest of the latter that fits the memory by the dry
+run is compiled (`_COSTS`, in that order; gathered once a step first); meshes that fit in none are left out, and
+counted. A size of ``tensor`` has to divide the heads, one of ``expert`` the experts.
 
 Each way is compiled by a process of its own, which writes its report into a folder beside the result; what is there is
 not compiled again, so that the same command goes on.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -35,12 +37,14 @@ _LARGEST_TENSOR = 8  # its sums of activations are in every layer
 
 
 class Way(NamedTuple):
-    """One way to spread a step: sizes of the mesh by axis, ``remat``, parts, and the dry run's bytes on a device."""
+    """One way to spread a step: sizes of the mesh by axis, ``remat``, parts, the dry run's bytes on a device, and where
+    weights are gathered (``train.gather``)."""
 
     mesh: dict[str, int]
     remat: bool
     accumulate: int
     memory: int
+    gather: str = "layer"
 
     @property
     def flags(self) -> list[str]:
@@ -50,6 +54,7 @@ class Way(NamedTuple):
             *mesh,
             f"--config.train.remat={str(self.remat).lower()}",
             f"--config.train.accumulate={self.accumulate}",
+            f"--config.train.gather={self.gather}",
         ]
 
 
@@ -78,15 +83,17 @@ def ways(config: Config, topology: Topology, batch: int | None) -> tuple[list[Wa
     found, too_large, undivided = [], 0, ""
     for sizes in meshes(len(topology.devices), dit.heads, dit.experts):
         needed = []
-        for remat, accumulate in _COSTS:
+        places = ("step", "layer") if sizes["fsdp"] > 1 else ("layer",)
+        for (remat, accumulate), gather in itertools.product(_COSTS, places):
             try:
-                memory = _memory(config, topology, sizes, remat, accumulate, batch)
+                train = {"remat": remat, "accumulate": accumulate, "gather": gather}
+                memory = _memory(config, topology, sizes, train, batch)
             except UserError as error:  # the batch does not divide
                 undivided = undivided or str(error)
                 continue
             needed.append(memory)
             if memory <= limit:
-                found.append(Way(sizes, remat, accumulate, memory))
+                found.append(Way(sizes, remat, accumulate, memory, gather))
                 break
         else:
             too_large += bool(needed)
@@ -101,12 +108,12 @@ def ways(config: Config, topology: Topology, batch: int | None) -> tuple[list[Wa
 
 
 def _memory(
-    config: Config, topology: Topology, sizes: Mapping[str, int], remat: bool, accumulate: int, batch: int | None
+    config: Config, topology: Topology, sizes: Mapping[str, int], train: Mapping[str, Any], batch: int | None
 ) -> int:
     one = config.copy_and_resolve_references()
     with one.unlocked():
         one.mesh.update(sizes)
-        one.train.update({"remat": remat, "accumulate": accumulate})
+        one.train.update(train)
         one.train.batch_size = batch or one.train.batch_size
     kinds = describe_run(one, exchanged=bool(topology.shape))["memory"]  # fake devices are CPUs to the compiler
     return int(kinds["total"])
@@ -141,8 +148,8 @@ def _compiled(way: Way, words: Sequence[str], folder: Path) -> dict[str, Any]:
         )
         if ended.returncode:
             error = (ended.stderr.strip().splitlines() or [f"ended with {ended.returncode}"])[-1]
-    row = {"mesh": way.mesh, "remat": way.remat, "accumulate": way.accumulate, "flags": way.flags}
-    row["memory_dry_run"] = way.memory
+    row = {"mesh": way.mesh, "remat": way.remat, "accumulate": way.accumulate, "gather": way.gather}
+    row |= {"flags": way.flags, "memory_dry_run": way.memory}
     if error:
         return {**row, "error": error.removeprefix("scaling-perception: ")}
     (report,) = json.loads(place.read_text(encoding="utf-8"))
@@ -167,10 +174,11 @@ def best_of(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 def table(rows: Sequence[Mapping[str, Any]], too_large: int, limit: int) -> Iterator[str]:
     """The rows as text, the best one's flags last."""
-    yield f"{'mesh':<34}{'remat':>6}{'parts':>6}{'GiB':>8}{'ms at best':>12}{'at worst':>10}{'MFU':>8}{'at worst':>10}"
+    names = f"{'mesh':<34}{'remat':>6}{'parts':>6}{'gather':>8}{'GiB':>8}"
+    yield f"{names}{'ms at best':>12}{'at worst':>10}{'MFU':>8}{'at worst':>10}"
     for row in rows:
         mesh = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1) or "one device"
-        start = f"{mesh:<34}{'yes' if row['remat'] else 'no':>6}{row['accumulate']:>6}"
+        start = f"{mesh:<34}{'yes' if row['remat'] else 'no':>6}{row['accumulate']:>6}{row.get('gather', 'layer'):>8}"
         if "error" in row:
             yield f"{start}  {row['error']}"
             continue

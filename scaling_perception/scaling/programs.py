@@ -31,7 +31,7 @@ from scaling_perception.training.diffusion import diffusion_objective, network_o
 from scaling_perception.training.noising import LATENT
 from scaling_perception.training.optim import make_optimizer
 from scaling_perception.training.state import abstract_state, named_leaves
-from scaling_perception.training.step import make_step
+from scaling_perception.training.step import gather_dtype, make_step
 
 _PROMPT = 768  # width of the text encoder's embeddings where no encoder is read (CLIP ViT-L/14)
 # Fake devices run nothing, so their machine code need not be good: half of the time.
@@ -171,7 +171,8 @@ def train_program(config: Config, mesh: Mesh) -> Program:
 
     def compile_it() -> Any:
         skip = config.train.on_nan == "skip"
-        step = make_step(objective, tx, config.optim.ema, count, skip, places, ema_warmup=bool(config.optim.ema_warmup))
+        warmup, gather = bool(config.optim.ema_warmup), gather_dtype(config.train)
+        step = make_step(objective, tx, config.optim.ema, count, skip, places, ema_warmup=warmup, gather=gather)
         key = jax.eval_shape(lambda: jax.random.key(0))
         given = (_placed(state, places), _placed(stand.fields, batch_sharding(mesh)), _placed(key, whole))
         constants = None if objective.constants is None else _placed(objective.constants, whole)

@@ -226,6 +226,12 @@ FIELDS: dict[str, Field] = {
         "default", "of float32 products: the device's own, or more passes", choices=("default", "high", "highest")
     ),
     "train.accumulate": Field(1, "parts that a batch is computed in; same update", _FROM_1, unit="parts", free=True),
+    "train.gather": Field(
+        "layer",
+        "where weights split over fsdp are gathered: in each layer, or once a step: fewer bytes sent, more memory",
+        choices=("layer", "step"),
+        free=True,
+    ),
     "train.on_nan": Field(
         "raise",
         "at a loss or gradient that is not finite: stop, or skip the step",

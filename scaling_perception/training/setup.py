@@ -24,7 +24,7 @@ from scaling_perception.training.objective import Objective
 from scaling_perception.training.optim import make_optimizer
 from scaling_perception.training.spikes import new_guard, spike_window
 from scaling_perception.training.state import TrainState, new_state
-from scaling_perception.training.step import make_step
+from scaling_perception.training.step import gather_dtype, make_step
 
 Advance = Callable[..., tuple[TrainState, Mapping[str, jax.Array]]]
 
@@ -182,6 +182,7 @@ def compile_step(run: Run, state: TrainState, batch: Mapping[str, jax.Array]) ->
         train.spike_factor if spike_window(train) else 0.0,
         train.on_spike == "skip",
         optim.ema_warmup,
+        gather_dtype(train),
     )
     # an average that is kept apart from the step is no part of what the step is given
     shardings = run.shardings._replace(ema=()) if run.ema else run.shardings

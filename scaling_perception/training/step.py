@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from scaling_perception.parallel.mesh import BATCH_AXES, on_own
+from scaling_perception.parallel.rules import gathered
 from scaling_perception.training.objective import Batch, Metrics, Objective, Parts
 from scaling_perception.training.spikes import detect_spike
 from scaling_perception.training.state import TrainState, path_name
@@ -69,6 +70,7 @@ def make_step(
     spike_factor: float = 0.0,
     skip_spikes: bool = False,
     ema_warmup: bool = False,
+    gather: Any = None,
 ) -> Step:
     """The step of ``objective`` under the optimiser ``tx``.
 
@@ -85,6 +87,8 @@ def make_step(
         spike_factor: above 0, ``spike`` says whether this step is a loss spike (``spikes.detect_spike``), by
             ``state.guard``.
         skip_spikes: a step that is one changes nothing but the step's number and the guard; ``skipped`` tells.
+        gather: dtype of the activations where weights are gathered once a step (``rules.gathered``); None: by each
+            layer. Needs ``shardings``.
 
     Returns:
         step(state, batch, key, constants) -> (state, metrics). ``batch``: arrays (B, ...). ``key``: the run's key; the
@@ -104,19 +108,20 @@ def make_step(
 
             return of
 
-        size = jax.tree.leaves(batch)[0].shape[0]
+        size, weights = jax.tree.leaves(batch)[0].shape[0], state.params
+        if gather is not None and shardings is not None:
+            weights = gathered(weights, shardings.params, gather, accumulate > 1)
         if accumulate == 1:
             differentiate = jax.value_and_grad(given(objective.loss), has_aux=True)
-            (loss, metrics), gradient = differentiate(state.params, batch, jnp.arange(size))
+            (loss, metrics), gradient = differentiate(weights, batch, jnp.arange(size))
         elif objective.parts is None:
-            loss, metrics, gradient = _weighted(given(objective.loss), state.params, batch, accumulate)
+            loss, metrics, gradient = _weighted(given(objective.loss), weights, batch, accumulate)
         else:
             own = objective.parts._replace(tally=given(objective.parts.tally))
-            loss, metrics, gradient = _in_parts(
-                own, state.params, batch, accumulate, _summing_mesh(objective, shardings)
-            )
+            loss, metrics, gradient = _in_parts(own, weights, batch, accumulate, _summing_mesh(objective, shardings))
         if shardings is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
+        gradient = jax.tree.map(lambda leaf, weight: leaf.astype(weight.dtype), gradient, state.params)
         metrics = {name: value for name, value in metrics.items() if name != "weight"}
         updates, opt_state = tx.update(gradient, at_step(state.opt_state, state.step), state.params)
         params = optax.apply_updates(state.params, updates)
@@ -138,6 +143,11 @@ def make_step(
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in told.items()}
 
     return step
+
+
+def gather_dtype(train: Any) -> Any:
+    """``gather`` of ``make_step`` by a config's ``train``."""
+    return jnp.dtype(train.dtype) if train.gather == "step" else None
 
 
 def sums_own(model: Any) -> bool:
@@ -184,13 +194,18 @@ def _sum_over(
 
     parts, index = jax.tree.map(split, (dict(batch), jnp.arange(size)))
     shapes = jax.eval_shape(own, params, *jax.tree.map(lambda array: array[0], (parts, index)))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _sum_dtype(leaf.dtype)), shapes)
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(lambda a, b: placed(a + b), total, own(params, *part)), None
 
     total, _ = jax.lax.scan(add, jax.tree.map(placed, zeros), (parts, index))
     return total if mesh is None else jax.tree.map(lambda leaf: leaf.sum(axis=0), total)
+
+
+def _sum_dtype(dtype: Any) -> Any:
+    """Gradients of weights that were rounded ahead (``rules.gathered``) are rounded themselves; their sum is not."""
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def _in_parts(parts: Parts, params: Any, batch: Batch, count: int, mesh: Mesh | None) -> tuple[jax.Array, Metrics, Any]:

@@ -65,6 +65,30 @@ def test_values_and_gradients(shape, dtype, lanes):
     check(shape, dtype)
 
 
+@pytest.mark.parametrize(
+    "heads, size, visits", [(16, 16, 2), (4, 32, 1)], ids=["heads of two visits", "gradients in one array"]
+)
+def test_query_key_and_value_are_read_out_of_the_projection(heads, size, visits):
+    shape, rng = (2, 128, heads, size), np.random.default_rng(0)
+    qkv, gradient = (jnp.asarray(rng.standard_normal((2, 128, n * heads * size)), jnp.float32) for n in (3, 1))
+    assert flash.fits_projection(None, shape, jnp.float32)
+    assert heads * size // local_plan(None, shape, jnp.float32).lanes == visits
+    mesh = make_mesh(data=2, devices=jax.devices()[:2]) if visits == 1 else None
+    own = flash.projection_forward(qkv, heads=heads, mesh=mesh, interpret=True)
+    back = flash.projection_backward(qkv, gradient, heads=heads, mesh=mesh, interpret=True)
+    true, pull = jax.vjp(lambda qkv: attention_einsum(*split_heads(qkv, heads)).reshape(2, 128, -1), qkv)
+    np.testing.assert_allclose(own, true, atol=2e-6)
+    np.testing.assert_allclose(back, pull(gradient)[0], atol=4e-6)
+
+
+def test_a_projection_that_would_be_padded_or_whose_heads_are_split_is_cut_up():
+    bfloat16 = jnp.bfloat16
+    assert not flash.fits_projection(None, (2, 130, 2, 64), bfloat16)  # tokens
+    assert not flash.fits_projection(None, (2, 4096, 16, 72), bfloat16)  # heads
+    assert not flash.fits_projection(make_mesh(data=4, tensor=2), (8, 128, 4, 32), bfloat16)
+    assert flash.fits_projection(make_mesh(data=4, fsdp=2), (8, 128, 4, 32), bfloat16)
+
+
 def test_padded_heads_and_queries_in_parts(monkeypatch):
     too_few = flash._taken(7, 384, 144, 128, 4) - 1  # a byte too few for the heads as they are
     monkeypatch.setattr(flash, "SMALL", too_few)  # of a kind of device that is not in the table

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from scaling_perception.models.dit import DiT, abstract_params
 from scaling_perception.models.presets import get_preset
 from scaling_perception.parallel.mesh import batch_sharding, make_mesh
-from scaling_perception.parallel.rules import DIT_RULES, spec_for, tree_shardings
+from scaling_perception.parallel.rules import DIT_RULES, gathered, gathered_place, spec_for, tree_shardings
 
 
 def test_each_rule_is_the_first_match_of_some_parameter():
@@ -26,6 +26,7 @@ def test_each_rule_is_the_first_match_of_some_parameter():
     assert spec_for("ema/blocks/mlp/fc1/kernel") == PartitionSpec(None, "fsdp", "tensor")
     assert spec_for("opt_state/0/mu/blocks/attn/proj/kernel") == PartitionSpec(None, "tensor", "fsdp")
     assert spec_for("blocks/moe/experts/fc2/kernel") == PartitionSpec(None, "expert", "tensor", "fsdp")
+    assert spec_for("blocks/modulation/kernel") == PartitionSpec(None, None, ("fsdp", "tensor"))
     assert spec_for("step") == spec_for("pos_embed") == PartitionSpec()
     with pytest.raises(ValueError, match="no sharding rule"):
         spec_for("step", DIT_RULES[:-1])
@@ -51,6 +52,42 @@ def test_dimension_that_does_not_divide_stays_whole():
     assert specs == {name: PartitionSpec(None, None), "x": PartitionSpec()}
     factored = {name: jax.ShapeDtypeStruct((16,), jnp.float32)}  # an optimiser's row statistic
     assert tree_shardings(factored, mesh)[name].spec == PartitionSpec()
+
+
+def test_what_is_gathered_once_a_step():
+    """Large kernels in the dtype that layers round them to, the rest as it is; not what is never gathered."""
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    params = abstract_params(get_preset("XL-8E2A"))["blocks"] | {
+        "mlp": abstract_params(get_preset("XL/2"))["blocks"]["mlp"]
+    }
+    flat = jax.tree_util.tree_flatten_with_path({"blocks": params})[0]
+    found = {}
+    for path, leaf in flat:
+        name = "/".join(part.key for part in path)
+        place = tree_shardings({name: leaf}, mesh)[name]
+        there, kind = gathered_place(name, place, jnp.bfloat16, False)
+        found[name.removeprefix("blocks/")] = (None if there is None else there.spec, kind)
+    assert found["attn/qkv/kernel"] == (PartitionSpec(None, None, "tensor"), jnp.bfloat16)
+    assert found["mlp/fc2/kernel"] == (PartitionSpec(None, "tensor", None), jnp.bfloat16)
+    for name in ("modulation/kernel", "moe/experts/fc1/kernel", "moe/router/kernel", "mlp/fc1/bias"):
+        assert found[name] == (None, None)
+    name = "blocks/modulation/kernel"
+    place = tree_shardings({name: params["modulation"]["kernel"]}, mesh)[name]
+    assert gathered_place(name, place, jnp.bfloat16, True)[0].spec == PartitionSpec(None, None, ("tensor",))
+
+
+def test_gathered_weights_are_those_of_the_layers():
+    mesh = make_mesh(data=2, fsdp=4)
+    name, values = "kernel", np.random.default_rng(0).standard_normal((2, 16, 8), np.float32)
+    tree = {"blocks": {"mlp": {"fc1": {name: values}}}, "final": {"linear": {name: values[0]}}}
+    places = tree_shardings(tree, mesh)
+    placed = jax.device_put(tree, places)
+    found = jax.jit(lambda tree: gathered(tree, places, jnp.bfloat16))(placed)
+    wide, last = found["blocks"]["mlp"]["fc1"][name], found["final"]["linear"][name]
+    assert wide.sharding.is_fully_replicated and last.sharding.is_fully_replicated
+    assert not placed["blocks"]["mlp"]["fc1"][name].sharding.is_fully_replicated
+    np.testing.assert_array_equal(wide, values.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(last, values[0])
 
 
 def test_split_over_three_axes_gives_the_gradient_of_one_device():
