@@ -10,16 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from scaling_perception.ops.by_head import attention_by_head
-from scaling_perception.ops.flash import (
-    LANES,
-    LARGE,
-    LEAST_TOKENS,
-    fits_projection,
-    flash_attention,
-    flash_projection,
-    local_plan,
-    plan,
-)
+from scaling_perception.ops.flash import LANES, LARGE, LEAST_TOKENS, fits_projection, flash_attention, local_plan, plan
 from scaling_perception.support.shapes import AnyArray, Array, Float
 
 
@@ -51,15 +42,11 @@ def attention(
     return jax.lax.platform_dependent(query, key, value, cpu=attention_by_head, default=whole, **fused)
 
 
-def self_attention(qkv: Float[AnyArray, "B T width"], heads: int, mesh: Any = None) -> Float[Array, "B T D"]:
-    """`attention` of a fused projection (B, T, 3 D), laid out (3, heads, head_dim), to (B, T, D).
-
-    On a TPU its kernel reads query, key and value out of the projection, where nothing has to be padded.
-    """
+def reads_projection(qkv: Float[AnyArray, "B T width"], heads: int, mesh: Any = None) -> bool:
+    """Whether `flash_projection` computes the attention of a fused projection (B, T, 3 D), as `split_heads` has it: on
+    a TPU, where nothing has to be padded. Query, key and value are then not written apart."""
     batch, tokens, width = qkv.shape
-    if _is_tpu(mesh) and fits_projection(mesh, (batch, tokens, heads, width // (3 * heads)), qkv.dtype):
-        return flash_projection(qkv, heads, mesh)
-    return attention(*split_heads(qkv, heads), mesh).reshape(batch, tokens, width // 3)
+    return _is_tpu(mesh) and fits_projection(mesh, (batch, tokens, heads, width // (3 * heads)), qkv.dtype)
 
 
 def split_heads(

@@ -238,7 +238,8 @@ def make_levers(case: Case, parts: Parts) -> dict[str, Function]:
         def einsum(query: Any, key: Any, value: Any, mesh: Any) -> Any:
             return attention_einsum(query, key, value)
 
-        with mock.patch.object(dit, "attention", einsum):  # looked up while the graph is traced
+        # looked up while the graph is traced
+        with mock.patch.multiple(dit, attention=einsum, reads_projection=lambda *_: False):
             return pixels_of(case, parts, plain)
 
     return {
