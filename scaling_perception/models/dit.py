@@ -166,7 +166,7 @@ class Attention(nn.Module):
         qkv = nn.Dense(3 * dim, kernel_init=_xavier, dtype=self.dtype, name="qkv")(flat)
         qkv = checkpoint_name(qkv, KEPT).reshape(batch, tokens, 3 * dim)
         if not self.qk_norm and reads_projection(qkv, self.heads, self.mesh):
-            mixed = flash_projection(qkv, self.heads, self.mesh)
+            mixed: Any = flash_projection(qkv, self.heads, self.mesh)
         else:
             query, key, value = split_heads(qkv, self.heads)
             if self.qk_norm:  # in float32, as all norms
