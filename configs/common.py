@@ -98,7 +98,9 @@ def keep_start(config: Config, init: str) -> None:
             if known > max(preset.task_labels, config.model_changes.get("task_labels", 0)):
                 config.model_changes.task_labels = known
             config.autoencoder = named or start.get("autoencoder", "tiny")
-            config.task_options.flow_frame = start.get("task_options", {}).get("flow_frame", "native")
+            options = start.get("task_options", {})
+            config.task_options.flow_frame = options.get("flow_frame", "native")
+            config.task_options.flow_refine = options.get("flow_refine", 0)
             if features := start["model"].get("features", 0):
                 pictures = config.model_changes.get("cond_channels", preset.cond_channels) // preset.in_channels
                 each = preset.in_channels + features
