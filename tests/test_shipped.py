@@ -14,7 +14,8 @@ from scaling_perception.data.sources import open_source, scenes, worlds
 from scaling_perception.evaluation.intervals import bootstrap_ci
 from scaling_perception.evaluation.protocols import get_protocol
 from scaling_perception.evaluation.sweep import sweep
-from scaling_perception.inference.budgets import choose, load_budgets
+from scaling_perception.inference.budgets import choose, load_budgets, table_choices
+from scaling_perception.inference.settings import Settings
 from scaling_perception.interop.find import SHIPPED, shipped_models
 
 IMAGES = 32
@@ -68,9 +69,34 @@ def test_budgets_are_those_of_these_weights(predictors, model):
     for task, entry in table["tasks"].items():
         assert (entry["weights"], entry["autoencoder"]) == (predictor.id, predictor.autoencoder_id)
         fast, balanced, best = (choose(table, task, name=name) for name in ("fast", "balanced", "best"))
-        assert fast.macs <= balanced.macs <= best.macs
-        for one in (fast, balanced, best):
-            assert one.macs == pytest.approx(predictor.macs(task, one.steps, one.ensemble), rel=1e-6)
+        assert fast.compute <= balanced.compute <= best.compute
+        decoding = predictor.decoder_macs(task)
+        for one in table_choices(entry):
+            settings = Settings(**one.settings)
+            # a learned grid is there, of these weights; the cache and the way of merging exist
+            predictor.tables(settings, task, predictor.choose_diffusion(settings.preset, settings.spacing))
+            settings.reduce_for(task)
+            evaluations = predictor.evaluations(settings)
+            assert one.macs == pytest.approx(predictor.macs(task, evaluations, one.ensemble), rel=1e-6)
+            decoded = 1 if settings.merge_in == "latents" else one.ensemble
+            assert one.decoder_macs == pytest.approx(decoding * decoded, rel=1e-6)
+
+
+# the lowest errors of the tables of plain settings that the present ones replace, on the same samples
+BEFORE = {
+    "mini": {"depth": 0.279609, "flow": 1.49797, "amodal": 0.250675, "normals": 22.608},
+    "mini-scenes": {"depth": 0.245215, "flow": 2.15439, "amodal": 0.195488},
+}
+
+
+@pytest.mark.parametrize("model, task", [(model, task) for model, tasks in BEFORE.items() for task in tasks])
+def test_the_best_setting_is_no_worse_than_without_levers(model, task):
+    """On the samples that both tables were measured on."""
+    entry = load_budgets(SHIPPED / model)["tasks"][task]
+    best = choose({"tasks": {task: entry}}, task, name="best")
+    (cell,) = (cell for cell, one in zip(entry["cells"], table_choices(entry), strict=True) if one == best)
+    assert min(one["error"] for one in entry["cells"]) <= BEFORE[model][task] * (1 + 1e-4)
+    assert cell["excess"]["ci95"][0] <= 0, "its error can be told from the lowest"
 
 
 @pytest.mark.slow

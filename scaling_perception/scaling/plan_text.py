@@ -146,6 +146,9 @@ def commands_of(
             words += [flag, f"{choice[name]:g}"] if choice.get(name) else []
         if choice.get("cache"):
             words += ["--cache", choice["cache"], "--cache-interval", str(choice["cache_interval"])]
+        for name, usual in (("solver", "ddim"), ("spacing", None), ("merge_in", "pixels")):
+            if choice.get(name) not in (None, usual):
+                words += [f"--{name.replace('_', '-')}", choice[name]]
         out.append([*words, *(["--preset", preset] if preset else []), "--json", "runs/plan/evaluation.json"])
     why = "" if out else "the law does not say into how many steps and members the MACs go; give --members or --steps"
     return ["scaling-perception " + " ".join(map(shlex.quote, words)) for words in out], why

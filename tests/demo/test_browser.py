@@ -54,10 +54,10 @@ def test_upload_dial_run_and_downloads_are_those_of_predict(browser, address, ph
         assert f"AbsRel {least.choice.error:.3g} 95 % interval" in text_of(page, "#promise-depth")
         first, shown = run(page, "depth"), result(page, "depth")
         promise = turn(page, "depth")
-        assert (more.choice.steps, more.choice.ensemble) == (1, 2)
-        assert "1 step × 2 members" in promise and f"AbsRel {more.choice.error:.3g} 95 % interval" in promise
+        assert (more.choice.steps, more.choice.ensemble, more.choice.cache) == (2, 1, "taylorseer")
+        assert "2 steps × 1 member" in promise and f"AbsRel {more.choice.error:.3g} 95 % interval" in promise
         second = run(page, "depth")
-        assert "1 step × 2 members" in second and "Uncertainty" in second and "Uncertainty" not in first
+        assert "2 steps × 1 member" in second and "Uncertainty" not in first + second
         assert "200 × 150" in second and f"{more.choice.error:.3g}" in second
         page.wait_for_function(
             "(old) => document.querySelectorAll('#result-depth img')[1].getAttribute('src') !== old", arg=shown[1]
@@ -68,7 +68,6 @@ def test_upload_dial_run_and_downloads_are_those_of_predict(browser, address, ph
         page.wait_for_function(
             "(old) => document.querySelectorAll('#result-depth img')[1].getAttribute('src') !== old", arg=before
         )
-        assert page.locator("#members-depth img").count() >= 2
         inner_tab(page, "depth", "Files")
         links = page.locator("#files-depth a[download]:visible")
         links.first.wait_for()
@@ -83,13 +82,14 @@ def test_upload_dial_run_and_downloads_are_those_of_predict(browser, address, ph
     monkeypatch.chdir(tmp_path)
     assert command[:2] == ["scaling-perception", "predict"]
     assert main(command[1:]) == 0, capsys.readouterr().err
-    stems = {"depth_16bit.png", "depth.npy", "depth_color.png", "depth.ply", "depth_uncertainty.npy"}
+    stems = {"depth_16bit.png", "depth.npy", "depth_color.png", "depth.ply"}
     assert {f"my_photo_{end}" for end in stems} <= set(downloads)
     for name, data in downloads.items():
         if not name.endswith(".json"):  # the record names its own folder
             assert data == (tmp_path / "out" / name).read_bytes(), name
-    # and of the plain command, of the person's own file, without what only has members come one after the other
-    words = ["--task", "depth", "--steps", "1", "--ensemble", "2", "--out", "plain", str(photo)]
+    # and of the plain command, of the person's own file
+    words = ["--task", "depth", "--steps", "2", "--ensemble", "1", "--cache", "taylorseer", "--out", "plain"]
+    words.append(str(photo))
     assert main(["predict", *words]) == 0, capsys.readouterr().err
     assert (tmp_path / "plain" / "my photo_depth_16bit.png").read_bytes() == downloads["my_photo_depth_16bit.png"]
 
