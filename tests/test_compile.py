@@ -118,7 +118,7 @@ def test_state_is_spread_and_donated(dense):
 
 
 def test_warnings_of_a_batch_that_is_not_kept_split(monkeypatch):
-    monkeypatch.setattr(dit, "split_batch", lambda x, mesh: x)
+    monkeypatch.setattr(dit, "split_batch", lambda x, *_: x)
     warnings = "\n".join(report_of("train", DENSE)["warnings"])
     assert "an activation is whole over fsdp" in warnings
     assert "of activations" in warnings and "inside a loop, 2 times a step" in warnings
