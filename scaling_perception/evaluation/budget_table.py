@@ -96,16 +96,18 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
 
 def _worth_keeping(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The plain cells, and of those with a lever (``LEVERS``, another solver) the ones that no cell beats: none has at
-    most their error, MACs, MACs with the decoder's, and seconds, and less of one of them."""
+    most their error, MACs, MACs with the decoder's, and seconds, and less of one of them. Where all but the seconds are
+    equal, it is the same computation by another name, and the first is kept."""
     costs = np.asarray([[cell["error"], cell["macs"], _compute(cell), cell["seconds"]] for cell in cells])
 
-    def beaten(own: np.ndarray) -> bool:
-        return bool(((costs <= own).all(axis=1) & (costs < own).any(axis=1)).any())
+    def beaten(at: int) -> bool:
+        own, same = costs[at], (costs[:at, :3] == costs[at, :3]).all(axis=1)
+        return bool(same.any() or ((costs <= own).all(axis=1) & (costs < own).any(axis=1)).any())
 
     def plain(cell: dict[str, Any]) -> bool:
         return cell["solver"] == "ddim" and not set(LEVERS) & set(cell)
 
-    return [cell for cell, own in zip(cells, costs, strict=True) if plain(cell) or not beaten(own)]
+    return [cell for at, cell in enumerate(cells) if plain(cell) or not beaten(at)]
 
 
 def _compute(cell: Mapping[str, Any]) -> float:

@@ -147,7 +147,8 @@ def test_levers_are_kept_only_where_nothing_beats_them():
     plain = result["cells"][:3]
     cheap = {**plain[2], "spacing": "learned", "timesteps": [999, 0], "macs": 1e6, "seconds": 0.1}
     beaten = {**plain[0], "spacing": "learned", "timesteps": [999, 0], "macs": 9e9}
-    result["cells"] += [cheap, beaten, {**beaten, "solver": "unipc"}]
+    again = {**plain[2], "solver": "dpm++2m", "seconds": 0.2}  # another name of the same computation
+    result["cells"] += [cheap, beaten, {**beaten, "solver": "unipc"}, again]
     entry = budget_entry(result)
     assert [cell.get("spacing") for cell in entry["cells"]] == ["learned", None, None, None]
     chosen = choose({"format": 1, "tasks": {"depth": entry}}, "depth", "best")
