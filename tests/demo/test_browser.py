@@ -173,7 +173,7 @@ def test_keyboard_alone(browser, address):
         page.wait_for_selector("#picture-depth img")
         focus_by_keys(page, "#dial-depth input[type=range]")
         page.keyboard.press("ArrowRight")
-        page.wait_for_function("document.querySelector('#promise-depth').innerText.includes('2 members')")
+        page.wait_for_function("document.querySelector('#promise-depth').innerText.includes('2 steps × 1 member')")
         focus_by_keys(page, "#run-depth")
         seen = run(page, "depth", lambda: page.keyboard.press("Enter"))
-        assert "1 step × 2 members" in seen
+        assert "2 steps × 1 member" in seen
