@@ -10,6 +10,7 @@ cell. They stand where a second frame's own features would (``autoencoders.with_
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -179,7 +180,7 @@ def refined(
         apart = jnp.minimum(jnp.abs(one - warp(other, flow)), 1.0).mean(axis=-1, keepdims=True)
         return _blur(apart, _AGREED)
 
-    def again(number: int, flow: jax.Array) -> jax.Array:
+    def again(number: Any, flow: jax.Array) -> jax.Array:
         new, sure = flow, flow[..., :1]
         for _ in range(_ROUNDS):
             new, _, sure, _ = _round(one, other, new)

@@ -7,6 +7,7 @@ forward and again backward, and nothing but query, key and value is kept for the
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -166,7 +167,7 @@ def _visits(
 def _call(
     kernel: Any, name: str, results: int, products: int, arrays: tuple[jax.Array, ...], starts: tuple[int, ...],
     how: TilePlan, sizes: tuple[int, int, int], memory: int, interpret: bool, together: bool = False,
-) -> list[jax.Array]:  # fmt: skip
+) -> Sequence[jax.Array]:  # fmt: skip
     """The kernel's results, each (B, how.tokens, all heads' lanes), of flat arrays (B, how.tokens, lanes).
 
     Args:
