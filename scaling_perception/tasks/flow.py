@@ -130,18 +130,18 @@ def refine(
 ) -> Float[np.ndarray, "S S 2"]:
     """A merged flow at up to 2 ** ``options.flow_refine`` times its size, no larger than the frames need, refined by
     matching them around it."""
-    height, width = raw["image"].shape[:2]
-    squashed = np.asarray([1, 1 if options.flow_frame == "square" else width / height], np.float32)
-    for _ in range(options.flow_refine):
-        if len(merged) >= max(height, width):
-            break
-        from scaling_perception.models import matching  # JAX: data workers load tasks without it
+    from scaling_perception.models import matching  # JAX: data workers load tasks without it
 
+    size = raw["image"].shape[:2]
+    scale = verifiers.square_scale(size, options)
+    for _ in range(options.flow_refine):
+        if len(merged) >= max(size):
+            break
         side = 2 * len(merged)
         frames = conditions(raw, side, options)
-        larger = 2 * resize_bilinear(merged, (side, side)) * squashed
+        larger = 2 * resize_bilinear(merged, (side, side)) * scale
         found = matching.jitted_refined(*(frames[name][None] for name in ("image", "prompt")), larger[None])
-        merged = np.asarray(found[0]) / squashed
+        merged = np.asarray(found[0]) / scale
     return merged
 
 

@@ -79,17 +79,17 @@ def _mean_inside(error: Float[np.ndarray, "R R"], inside: Bool[np.ndarray, "R R"
     return float(error[inside].mean()) if inside.mean() >= _LEAST_INSIDE else np.inf
 
 
-def in_square(flow: Real[np.ndarray, "*M R R 2"], seen: Seen) -> Float[np.ndarray, "*M R R 2"]:
-    """A flow on the model's square, as ``flow.decode_prediction`` gives it there, in pixels of the square both across
-    and down: where a pixel of the first picture lies in the second, as the model sees them."""
-    height, width = seen.size
-    return flow if seen.options.flow_frame == "square" else flow * np.asarray([1, width / height], np.float32)
+def square_scale(size: Size, options: Any) -> Float[np.ndarray, " 2"]:
+    """What a flow on the model's square, as ``flow.decode_prediction`` gives it there, is multiplied by to be in pixels
+    of the square both across and down. ``size``: (H, W) of the frames."""
+    height, width = size
+    return np.asarray([1, 1 if options.flow_frame == "square" else width / height], np.float32)
 
 
 def photometric(flows: Real[np.ndarray, "M R R 2"], seen: Seen) -> Float[np.ndarray, " M"]:
     """Mean difference of colours in [0, 1] between a pixel and where the flow says it went, of those still inside."""
     found = []
-    for flow in in_square(flows, seen):
+    for flow in flows * square_scale(seen.size, seen.options):
         moved, inside = look_up(seen.prompt, flow)
         found.append(_mean_inside(np.abs(moved - seen.image).mean(axis=-1) / 2, inside))
     return np.asarray(found)
@@ -98,16 +98,17 @@ def photometric(flows: Real[np.ndarray, "M R R 2"], seen: Seen) -> Float[np.ndar
 def cycle(flows: Real[np.ndarray, "M R R 2"], seen: Seen) -> Float[np.ndarray, " M"]:
     """Mean distance in pixels from a pixel to where the flow there and the reverse flow back bring it."""
     assert seen.reverse is not None
-    found, reverse = [], in_square(seen.reverse, seen)
-    for flow in in_square(flows, seen):
-        back, inside = look_up(reverse, flow)
+    found, scale = [], square_scale(seen.size, seen.options)
+    for flow in flows * scale:
+        back, inside = look_up(seen.reverse * scale, flow)
         found.append(_mean_inside(np.linalg.norm(flow + back, axis=-1), inside))
     return np.asarray(found)
 
 
 def flow_agreement(flows: Real[np.ndarray, "M R R 2"], seen: Seen) -> Float[np.ndarray, " M"]:
     """Mean distance to the merged flow, in pixels."""
-    return np.linalg.norm(in_square(flows - seen.merged[None], seen), axis=-1).mean(axis=(1, 2), dtype=np.float64)
+    apart = (flows - seen.merged[None]) * square_scale(seen.size, seen.options)
+    return np.linalg.norm(apart, axis=-1).mean(axis=(1, 2), dtype=np.float64)
 
 
 def other_way(raw: dict[str, Any]) -> dict[str, Any]:
