@@ -70,6 +70,7 @@ class Encoder:
         import jax  # not in the processes that read
 
         from scaling_perception.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
+        from scaling_perception.support.compiler_options import convolving
 
         mesh = make_mesh(devices=devices)
         split, whole = jax.sharding.PartitionSpec(BATCH_AXES), jax.sharding.PartitionSpec()
@@ -79,7 +80,7 @@ class Encoder:
                 takes = {"in_specs": (whole, *[split] * len(pictures)), "out_specs": split}
                 return jax.shard_map(encode, mesh=mesh, check_vma=False, **takes)(params, *pictures)
 
-            return jax.jit(call)
+            return jax.jit(call, compiler_options=convolving(devices[0].platform))
 
         self.factor, self.latent_channels = autoencoder.factor, autoencoder.latent_channels
         self.matches = autoencoder.matches

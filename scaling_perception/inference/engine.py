@@ -30,6 +30,7 @@ from scaling_perception.models.config import DiTConfig
 from scaling_perception.models.dit import DiT, PrecomputedConditioning, abstract_params, embed_conditions, modulations
 from scaling_perception.parallel.mesh import BATCH_AXES, replicated
 from scaling_perception.parallel.rules import tree_shardings
+from scaling_perception.support.compiler_options import convolving
 from scaling_perception.support.executables import kept_executable
 from scaling_perception.support.shapes import Array, EitherArray, Float, Int, RandomKey, UInt
 
@@ -480,12 +481,12 @@ class Engine:
                     ends = {"in_shardings": tuple(map(self._sharding, arguments))}
                     ends["out_shardings"] = replicated(self.mesh)
                 begin = time.perf_counter()
-                self._compiled[signature] = kept_executable(
-                    self._about(name),
-                    arguments,
-                    jax.local_devices()[:1] if self.mesh is None else list(self.mesh.devices.flat),
-                    lambda: jax.jit(counted, **ends).lower(*arguments).compile(),
-                )
+                devices = jax.local_devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
+
+                def build() -> Any:
+                    return jax.jit(counted, **ends).lower(*arguments).compile(convolving(devices[0].platform))
+
+                self._compiled[signature] = kept_executable(self._about(name), arguments, devices, build)
                 self.compile_seconds += time.perf_counter() - begin
             return self._compiled[signature]
 

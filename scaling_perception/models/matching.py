@@ -10,12 +10,14 @@ cell. They stand where a second frame's own features would (``autoencoders.with_
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scaling_perception.support.compiler_options import convolving
 from scaling_perception.support.shapes import AnyArray, Array, Float
 
 VERSION = 1
@@ -191,7 +193,10 @@ def refined(
     return jax.lax.fori_loop(0, 2, again, jnp.asarray(flow, jnp.float32))
 
 
-jitted_refined = jax.jit(refined)
+@functools.cache
+def jitted_refined() -> Callable[..., jax.Array]:
+    """``refined``, compiled for each size."""
+    return jax.jit(refined, compiler_options=convolving(jax.default_backend()))
 
 
 def features(first: Float[AnyArray, "B H W 3"], second: Float[AnyArray, "B H W 3"]) -> Float[Array, "B h w 32"]:

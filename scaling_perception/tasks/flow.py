@@ -140,7 +140,7 @@ def refine(
         side = 2 * len(merged)
         frames = conditions(raw, side, options)
         larger = 2 * resize_bilinear(merged, (side, side)) * scale
-        found = matching.jitted_refined(*(frames[name][None] for name in ("image", "prompt")), larger[None])
+        found = matching.jitted_refined()(*(frames[name][None] for name in ("image", "prompt")), larger[None])
         merged = np.asarray(found[0]) / scale
     return merged
 

@@ -88,6 +88,7 @@ class Ours:
         import optax
 
         from scaling_perception.models.dit import DiT, frozen_paths
+        from scaling_perception.support.compiler_options import convolving
         from scaling_perception.training.diffusion import make_loss
         from scaling_perception.training.objective import Objective
         from scaling_perception.training.optim import make_optimizer
@@ -112,7 +113,8 @@ class Ours:
         self.state = new_state(jax.tree.map(jnp.asarray, case.params), tx)
         begin = time.perf_counter()
         step = jax.jit(make_step(objective, tx, case.optim.ema), donate_argnums=0)
-        self._step = step.lower(self.state, self._batch, self._key, None).compile()
+        lowered = step.lower(self.state, self._batch, self._key, None)
+        self._step = lowered.compile(convolving(jax.default_backend()))  # as `train` does
         self.compile_seconds = time.perf_counter() - begin
         self.first_loss = self()
         # the first moment starts at zero, so one step leaves the gradient there, times 1 - b1

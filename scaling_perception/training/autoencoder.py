@@ -30,6 +30,7 @@ from scaling_perception.models.autoencoders import (
     tree_hash,
 )
 from scaling_perception.parallel.rules import WHOLE_RULES
+from scaling_perception.support.compiler_options import convolving
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path, read_json, save_npy, write_json
 from scaling_perception.support.progress import progress
@@ -155,7 +156,8 @@ def encode_all(model: Autoencoder, pictures: np.ndarray, batch: int = 10) -> np.
 
 @functools.lru_cache(maxsize=8)
 def _jitted_encode(encode: Any) -> Any:
-    return jax.jit(lambda params, images: encode(params, images)[0])
+    options = convolving(jax.default_backend())
+    return jax.jit(lambda params, images: encode(params, images)[0], compiler_options=options)
 
 
 class BankBatches:

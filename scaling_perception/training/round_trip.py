@@ -17,6 +17,7 @@ import numpy as np
 
 from scaling_perception.data.sources import open_source
 from scaling_perception.models.autoencoders import Autoencoder, load_autoencoder, part_size
+from scaling_perception.support.compiler_options import convolving
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import TaskOptions, amodal, depth, flow
 from scaling_perception.tasks.alignment import align
@@ -29,7 +30,10 @@ def round_trip(model: Autoencoder | None) -> RoundTrip:
     """Pictures (N, R, R, 3) float32 -> the same after encoding and decoding; None gives them back as they are."""
     if model is None:
         return lambda pictures: np.asarray(pictures, np.float32)
-    run = jax.jit(lambda params, x: model.decode(params, model.encode(params, x)[0][..., : model.latent_channels]))
+    run = jax.jit(
+        lambda params, x: model.decode(params, model.encode(params, x)[0][..., : model.latent_channels]),
+        compiler_options=convolving(jax.default_backend()),
+    )
     return lambda pictures: np.asarray(run(model.params, np.asarray(pictures, np.float32)))
 
 

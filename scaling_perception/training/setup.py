@@ -15,6 +15,7 @@ from scaling_perception.models.compute import forward_macs
 from scaling_perception.parallel import processes
 from scaling_perception.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 from scaling_perception.parallel.rules import tree_shardings
+from scaling_perception.support.compiler_options import convolving
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.field_checks import best_metric
@@ -189,5 +190,6 @@ def compile_step(run: Run, state: TrainState, batch: Mapping[str, jax.Array]) ->
     given = state._replace(ema=()) if run.ema else state
     # donated: the old state's memory holds the new one
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, run.whole))
-    compiled = jitted.lower(given, batch, run.key, run.constants).compile()
+    lowered = jitted.lower(given, batch, run.key, run.constants)
+    compiled = lowered.compile(convolving(jax.default_backend()))
     return averaging.with_ema_update(compiled, run.ema, run.total, run.shardings.ema)

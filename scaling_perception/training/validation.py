@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from scaling_perception.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 from scaling_perception.parallel.processes import own_places, put_batch
+from scaling_perception.support.compiler_options import convolving
 from scaling_perception.support.configs import Config
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.field_checks import HELD_OUT
@@ -131,7 +132,8 @@ def make_validation(objective: Objective, config: Config, mesh: Mesh) -> Callabl
 
     score = jax.jit(lambda means: parts.score(means, count // size)) if parts is not None else None
 
-    measured = jax.jit(measure, out_shardings=replicated(mesh))
+    options = convolving(jax.default_backend())
+    measured = jax.jit(measure, out_shardings=replicated(mesh), compiler_options=options)
 
     def validate(ema: Any, key: Any, constants: Any) -> dict[str, float]:
         ema = jax.tree.map(lambda leaf: on_device(leaf) if is_off_device(leaf) else leaf, ema)

@@ -99,11 +99,13 @@ def test_refining_finds_the_rest_of_a_motion_and_keeps_what_cannot_be_seen(made)
     truth = np.broadcast_to(np.asarray(MOTIONS, np.float32)[:, None, None], (*first.shape[:3], 2))
     coarse = truth + np.float32([0.8, -0.6])
     inner = np.s_[:, 12:-12, 12:-12]
-    found = np.asarray(matching.jitted_refined(first, second, coarse))
+    found = np.asarray(matching.jitted_refined()(first, second, coarse))
     assert np.linalg.norm(found - truth, axis=-1)[inner].mean() < 0.2  # of 1.0; mixed twice, it comes nearer by parts
-    np.testing.assert_allclose(np.asarray(matching.jitted_refined(first, second, truth))[inner], truth[inner], atol=0.2)
+    np.testing.assert_allclose(
+        np.asarray(matching.jitted_refined()(first, second, truth))[inner], truth[inner], atol=0.2
+    )
     grey = np.full_like(first, 0.1)
-    np.testing.assert_allclose(matching.jitted_refined(grey, grey, coarse), coarse, atol=1e-3)
+    np.testing.assert_allclose(matching.jitted_refined()(grey, grey, coarse), coarse, atol=1e-3)
 
 
 def test_flow_is_refined_in_frames_larger_than_the_model_s(made):
