@@ -9,7 +9,7 @@ _LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 
 
 @lru_cache
-def convolving(platform: str) -> dict[str, str]:
+def convolving(platform: str) -> dict[str, str | bool]:
     """For ``compile(compiler_options=...)`` of a graph that runs on ``platform``.
 
     XLA for CPUs leaves convolutions and window sums to a library that runs each on one thread; its own use all
@@ -18,7 +18,7 @@ def convolving(platform: str) -> dict[str, str]:
     """
     if platform != "cpu" or _LIBRARY in os.environ.get("XLA_FLAGS", ""):
         return {}
-    options = {_LIBRARY: ""}
+    options: dict[str, str | bool] = {_LIBRARY: ""}
     try:
         jax.jit(lambda x: x).lower(0.0).compile(options)
     except jax.errors.JaxRuntimeError:  # experimental: another version may have renamed it

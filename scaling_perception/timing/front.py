@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="", metavar="DIR", help="folder of the dataset (scenes and worlds need none)")
     parser.add_argument("--split", default="test", help="(default test)")
     parser.add_argument("--count", type=COUNT, default=16, help="pictures, at least 5 (default 16)")
+    parser.add_argument(
+        "--one-step",
+        metavar="MODEL",
+        help="a model of configs/one_step.py: one more row, its single step of one member",
+    )
     parser.add_argument("--figure", metavar="PNG", help="also draw error against seconds")
 
 
@@ -34,7 +39,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Rows of the front and the loop.
 
     Raises:
-        UserError: no PyTorch, no table of budgets for the task, a model that the loop is not written for, few pictures.
+        UserError: no PyTorch, no table of budgets for the task, a model that the loop is not written for, few pictures,
+            ``--one-step`` of a model that was not trained for one.
     """
     from scaling_perception import Predictor
     from scaling_perception.data.sources import open_source
@@ -53,6 +59,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     entry = (load_budgets(predictor.folder or "") or {"tasks": {}})["tasks"].get(task)
     if entry is None:
         raise UserError(f"--model {args.model} has no budgets for {task}: `evaluate --write-budgets` makes them")
+    every = [(predictor, choice.settings) for choice in front(table_choices(entry))]
+    if args.one_step:
+        every.append(_of_one_step(Predictor.from_pretrained(args.one_step), args.one_step, task))
     loop, given_of = make_loop(predictor, task)
     dataset = args.dataset or entry["dataset"]
     protocol = get_protocol(task, dataset)
@@ -77,13 +86,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     theirs, spent = run(loop)
     slow = float(np.median(spent))
     found = []
-    for choice in front(table_choices(entry)):
-        own = choice.settings
+    for one, own in every:
         errors, seconds = run(
-            lambda raw, own=own: predictor(raw["image"], task, prompt=prompt_of(raw, task), **own).prediction
+            lambda raw, one=one, own=own: one(raw["image"], task, prompt=prompt_of(raw, task), **own).prediction
         )
         found.append(
             {
+                "model": args.model if one is predictor else args.one_step,
                 "settings": own,
                 "error": float(errors.mean()),
                 "seconds": float(np.median(seconds)),
@@ -104,6 +113,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.figure:
         draw(result, args.figure)
     return result
+
+
+def _of_one_step(model: Any, name: str, task: str) -> tuple[Any, dict[str, Any]]:
+    """The model and the settings that it was trained for."""
+    if not model.one_step:
+        raise UserError(f"--one-step {name}: not trained for one step: configs/one_step.py trains such a model")
+    model.check_task(task)
+    return model, {"steps": 1, "ensemble": 1, "solver": "ddim", "spacing": "trailing"}
 
 
 Loop = Callable[[dict[str, Any]], np.ndarray]
@@ -186,6 +203,10 @@ def _words(settings: Mapping[str, Any]) -> str:
     return " ".join([f"{settings['steps']} × {settings['ensemble']}", settings["solver"], *more])
 
 
+def _of(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    return "" if row["model"] == result["model"] else f" of {row['model']}"
+
+
 def _lines(result: Mapping[str, Any]) -> Iterator[str]:
     loop = result["loop"]
     what = f"{result['images']} pictures of {result['dataset']}"
@@ -196,12 +217,13 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
         low, high = row["difference"]["ci95"]
         paired = f"{row['difference']['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
         numbers = f"{row['error']:.4f} | {paired} | {row['seconds']:.3f} | {row['speed_up']:.1f}"
-        yield f"{_words(row['settings'])} | {numbers}"
+        yield f"{_words(row['settings'])}{_of(row, result)} | {numbers}"
     if result["equal"] is None:
         yield "no row reaches the loop's error"
     else:
         row = result["rows"][result["equal"]]
-        yield f"at an error not above the loop's: {row['speed_up']:.1f} times faster ({_words(row['settings'])})"
+        which = _words(row["settings"]) + _of(row, result)
+        yield f"at an error not above the loop's: {row['speed_up']:.1f} times faster ({which})"
 
 
 def draw(result: Mapping[str, Any], path: str) -> None:
@@ -215,7 +237,11 @@ def draw(result: Mapping[str, Any], path: str) -> None:
     figure = Figure(figsize=(6, 3.6), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     rows, loop = sorted(result["rows"], key=lambda row: row["seconds"]), result["loop"]
-    axes.plot([row["seconds"] for row in rows], [row["error"] for row in rows], "o-", label="the model's budgets")
+    own = [row for row in rows if row["model"] == result["model"]]
+    axes.plot([row["seconds"] for row in own], [row["error"] for row in own], "o-", label="the model's budgets")
+    for row in rows:
+        if row["model"] != result["model"]:
+            axes.plot([row["seconds"]], [row["error"]], "D", label="fine-tuned for one step")
     axes.plot([loop["seconds"]], [loop["error"]], "s", label=f"PyTorch, {loop['steps']} steps × {loop['ensemble']}")
     axes.axhline(loop["error"], lw=0.6, ls="--", color="grey")
     axes.set(xscale="log", xlabel="seconds a picture", ylabel=main.error_label)
