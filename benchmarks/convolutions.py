@@ -1,0 +1,63 @@
+"""Graphs that convolve pictures on a CPU: with the options that this package gives the compiler, and without.
+
+    python benchmarks/convolutions.py --rounds 15
+
+The shipped autoencoder at 128 pixels, `mini`'s features and matching, and a training step of the autoencoder; both
+programs take turns in one process. Nothing is printed but a table: median milliseconds of either and the median ratio.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from scaling_perception.models import matching
+from scaling_perception.models.autoencoders import load_autoencoder
+from scaling_perception.support.compiler_options import convolving
+from scaling_perception.timing.rounds import in_rounds, ratio
+
+
+def graphs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    tiny, featured = load_autoencoder("tiny"), load_autoencoder("tiny+lite0")
+    pictures, others = (jax.random.uniform(key, (1, 128, 128, 3), minval=-1) for key in keys[:2])
+    latents, batch = jax.random.normal(keys[2], (5, 16, 16, 4)), jnp.tile(pictures[:, :64, :64], (8, 1, 1, 1))
+
+    def loss(params: Any, pictures: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(tiny.decode(params, tiny.encode(params, pictures)[0]) - pictures))
+
+    return {
+        "encode one picture": (lambda params, x: tiny.encode(params, x)[0], (tiny.params, pictures)),
+        "encode one with features": (lambda params, x: featured.encode(params, x)[0], (featured.params, pictures)),
+        "decode one": (tiny.decode, (tiny.params, latents[:1])),
+        "decode five": (tiny.decode, (tiny.params, latents)),
+        "match two pictures": (matching.match, (pictures, others)),
+        "gradient of the autoencoder, 8 of 64 pixels": (jax.grad(loss), (tiny.params, batch)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    options = convolving(jax.default_backend())
+    if not options:
+        parser.error("there is nothing to compare: not a CPU, XLA_FLAGS sets the option, or the compiler lacks it")
+    print(
+        "| graph | XLA's default, ms | with the options, ms | times faster | by processor time |\n|---|---|---|---|---|"
+    )
+    for name, (function, arguments) in graphs().items():
+        lowered = jax.jit(function).lower(*arguments)
+        compiled = {"default": lowered.compile(), "options": lowered.compile(options)}
+        found = in_rounds({way: partial(run, *arguments) for way, run in compiled.items()}, rounds)
+        times = ratio(found, "default", "options")
+        default, ours = (1e3 * found[way]["seconds"] for way in ("default", "options"))
+        by_work = times["ratio_of_processor_seconds"]
+        print(f"| {name} | {default:.1f} | {ours:.1f} | {times['ratio']:.2f} | {by_work:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
