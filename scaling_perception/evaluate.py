@@ -466,7 +466,7 @@ def _write_tables(
     args: argparse.Namespace, result: dict[str, Any], load: Callable[[], Any], folder: Path | None
 ) -> None:
     """The CSVs and the table of budgets, where they are asked for; ``load`` gives the predictor."""
-    from scaling_perception.evaluation.budget_table import budget_entry
+    from scaling_perception.evaluation.budget_table import budget_entry, busy
     from scaling_perception.evaluation.tables import cells_csv, images_csv
     from scaling_perception.inference.budgets import TABLE, measure_timing
     from scaling_perception.inference.task_tables import write_entry
@@ -480,6 +480,8 @@ def _write_tables(
     if folder is not None:
         entry = budget_entry(result, measure_timing(load(), args.task))
         print(f"written: {write_entry(TABLE, folder, args.task, entry)}")
+        if note := busy():
+            print(f"note: {note}", file=sys.stderr)
 
 
 def _report_skipped(skipped: list[dict[str, str]]) -> int:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 import shutil
 import signal
@@ -193,14 +194,15 @@ def test_tables_for_other_tools(evaluate, tmp_path):
     assert float(rows[3]["macs"]) == 4 * result["macs_per_forward"] and rows[-1]["forwards"] == ""
 
 
-def test_budgets_are_written_and_read(evaluate, nano_folder, tmp_path, make_raw):
+def test_budgets_are_written_and_read(evaluate, nano_folder, tmp_path, make_raw, monkeypatch):
     few = evaluate("depth", "--steps", "1", "--write-budgets", str(tmp_path / "few"), "--controls", "0", code=2)
     assert "few" in few.err
     evaluate.samples += [make_raw(40, 56, 3), make_raw(40, 56, 4)]  # fewer than five tell no settings apart
     model = tmp_path / "model"
     shutil.copytree(nano_folder, model)
-    for task in ("depth", "amodal"):
-        evaluate(
+    for task, load in (("depth", 1.0), ("amodal", 99.0)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (0.0, load * os.cpu_count(), 0.0), raising=False)
+        said = evaluate(
             task,
             "--steps",
             "1,2",
@@ -212,6 +214,7 @@ def test_budgets_are_written_and_read(evaluate, nano_folder, tmp_path, make_raw)
             str(model),
             "--overwrite",
         )
+        assert ("the machine was busy (load average" in said.err) == (load > 1)
     table = load_budgets(model)
     assert table is not None and list(table["tasks"]) == ["amodal", "depth"]
     result = json.loads((tmp_path / "eval" / "result.json").read_text())

@@ -26,6 +26,8 @@ from scaling_perception.support.again import refuse_other
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import get_task
 
+_BUSY = 1.5  # load of a processor: an evaluation itself makes up to 1
+
 
 def error_rows(task: str, rows: list[dict[str, Any]]) -> np.ndarray:
     """(images,) float64, each image's error, which falls as results get better."""
@@ -121,6 +123,18 @@ def _numbers(timing: Timing) -> dict[str, float]:
 def _short(value: float) -> float:
     """Six digits: the table is read by people, too."""
     return float(f"{value:.6g}")
+
+
+def busy() -> str | None:
+    """Words for a machine that also did other things in the last five minutes, so that a table's seconds are too long;
+    None where it did not, or does not say."""
+    load, processors = os.getloadavg()[1] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load <= _BUSY * processors:
+        return None
+    return (
+        f"the machine was busy (load average {load:.1f}, processors {processors}): seconds are too long; errors and "
+        "MACs are not affected. Make the table again when nothing else runs"
+    )
 
 
 def check_entry(folder: str | os.PathLike[str], task: str, asked: Mapping[str, Any], overwrite: bool = False) -> None:
