@@ -105,6 +105,8 @@ class _Plan(NamedTuple):
     mesh: Any = None  # None: one device
     split: bool = False  # hidden width split over the axis "tensor"
     batch: tuple[str, ...] = ()  # axes that split the tokens
+    scatter: bool = False  # of the gradients of kernels each device along fsdp keeps a part
+    dtype: Any = jnp.float32  # of the gradients of kernels, as they are summed over devices
 
     @property
     def over_axis(self) -> bool:
@@ -115,6 +117,11 @@ class _Plan(NamedTuple):
     def native(self) -> bool:
         """Whether rows are sent by XLA's operation, which CPUs lack."""
         return not _on_cpus(self.mesh)
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows travel as ``exchange.pack`` makes them."""
+        return self.mesh.devices.flat[0].platform == "tpu"
 
     @property
     def shards(self) -> int:
@@ -137,9 +144,16 @@ class _Plan(NamedTuple):
 
     @property
     def experts(self) -> dict[str, Any]:
+        return self._experts(None)
+
+    @property
+    def gradients(self) -> dict[str, Any]:
+        return self._experts("fsdp" if self.scatter else None)
+
+    def _experts(self, fsdp: str | None) -> dict[str, Any]:
         lead, tensor = "expert" if self.over_axis else None, "tensor" if self.split else None
-        wide = {"kernel": PartitionSpec(lead, None, tensor), "bias": PartitionSpec(lead, tensor)}
-        narrow = {"kernel": PartitionSpec(lead, tensor, None), "bias": PartitionSpec(lead, None)}
+        wide = {"kernel": PartitionSpec(lead, fsdp, tensor), "bias": PartitionSpec(lead, tensor)}
+        narrow = {"kernel": PartitionSpec(lead, tensor, fsdp), "bias": PartitionSpec(lead, None)}
         first, last = LAYERS[self.kind]
         names = ("kernel", "bias") if self.kind == "gelu" else ("kernel",)
         layers = {**dict.fromkeys(first, wide), last: narrow}
@@ -161,10 +175,12 @@ def _on_cpus(mesh: Any) -> bool:
 def _plan(kind: str, dispatch: str, mesh: Any, experts: Mapping[str, Any]) -> _Plan:
     if mesh is None or mesh.size == 1:
         return _Plan(kind, "ragged")
-    hidden = experts[LAYERS[kind][1]]["kernel"].shape[1]
-    tensor = mesh.shape.get("tensor", 1)
+    _, hidden, width = experts[LAYERS[kind][1]]["kernel"].shape
+    tensor, fsdp = (mesh.shape.get(name, 1) for name in ("tensor", "fsdp"))
     batch = tuple(name for name in BATCH_AXES if name in mesh.shape)
-    return _Plan(kind, dispatch, mesh, tensor > 1 and hidden % tensor == 0, batch)
+    split, scatter = (size > 1 and of % size == 0 for size, of in ((tensor, hidden), (fsdp, width)))
+    dtype = experts[LAYERS[kind][1]]["kernel"].dtype
+    return _Plan(kind, dispatch, mesh, split, batch, scatter, dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -190,7 +206,7 @@ def _routed_backward(plan: _Plan, residuals: Any, gradient: jax.Array) -> Any:
     cast = jax.tree.map(lambda leaf: leaf.astype(x.dtype), experts)
     takes = (plan.tokens, plan.tokens, plan.tokens, plan.experts, plan.kept, plan.tokens)
     local = _exchange_backward if plan.dispatch == "exchange" else _local_backward
-    run = plan.run(local, takes, (plan.tokens, plan.tokens, plan.experts))
+    run = plan.run(local, takes, (plan.tokens, plan.tokens, plan.gradients))
     to_x, to_weight, grads = run(x, index, weight, cast, kept, gradient)
     return to_x, None, to_weight, jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, experts)
 
@@ -283,17 +299,27 @@ def _local_backward(
     x, index, weight, gradient = _gather(plan, x, index, weight, gradient)
     experts, first, count = _local_experts(plan, experts)
     rows, position, block = _own_rows(index, weight, first, count)
-    to_rows, to_scale, grads = mlp_backward(x, rows, experts, hidden, gradient, plan.kind, block)
+    to_rows, to_scale, grads = mlp_backward(x, rows, experts, hidden, gradient, plan.kind, block, plan.dtype)
     to_weight = jnp.asarray(to_scale).at[position].get(mode="fill", fill_value=0)
     to_x = _give_back(plan, _sum_over_experts(to_rows, position, count), x.dtype)
     return to_x, _give_back(plan, to_weight, jnp.float32), _sum_gradients(plan, grads)
 
 
 def _sum_gradients(plan: _Plan, grads: Any) -> Any:
-    """The experts' gradients, summed over the devices that have the same experts."""
+    """The experts' gradients, summed over the devices that have the same experts; of a kernel's each keeps the part
+    that it has of the weights."""
     if plan.mesh is None:
         return grads
-    return jax.lax.psum(grads, tuple(name for name in plan.batch if not (plan.over_axis and name == "expert")))
+    axes = tuple(name for name in plan.batch if not (plan.over_axis and name == "expert"))
+
+    def total(layer: str, name: str, grad: jax.Array) -> jax.Array:
+        if name != "kernel" or not plan.scatter:
+            return jax.lax.psum(grad, axes)
+        at = 2 if layer == LAYERS[plan.kind][1] else 1
+        part = jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=at, tiled=True)
+        return jax.lax.psum(part, tuple(axis for axis in axes if axis != "fsdp"))
+
+    return {layer: {name: total(layer, name, grad) for name, grad in own.items()} for layer, own in grads.items()}
 
 
 # --- one device's part of an exchange ------------------------------------------------------------------------------
@@ -302,7 +328,7 @@ def _sum_gradients(plan: _Plan, grads: Any) -> Any:
 class _Kept(NamedTuple):  # or the PartitionSpec of each
     hidden: tuple[Any, ...]  # rows (R, F) of the first window before the activation
     arrived: Any  # (R, D): its rows
-    results: Any  # (N K, D): what came back of all windows, for this device's pairs in their order
+    results: Any  # (N K, …): what came back of all windows, for this device's pairs in their order, packed
     counts: Any  # (all devices, E) int32: rows that each sends to each expert
 
 
@@ -315,20 +341,35 @@ class _Layout(NamedTuple):
     length: int  # rows of a window
     most: int  # rows that a device can receive at most
     block: int  # rows computed together on a CPU
+    width: int  # D
 
     def window(self, first: Any) -> exchange.Window:
         return exchange.window(self.counts, jax.lax.axis_index("expert"), first, self.length)
 
+    def pack(self, rows: jax.Array) -> jax.Array:
+        """Rows (R, D) as they travel, (R, …)."""
+        return exchange.pack(rows) if self.plan.packs else rows
+
+    def unpack(self, rows: jax.Array) -> jax.Array:
+        """Rows (R, …) that have travelled, (R, D)."""
+        return exchange.unpack(rows, self.width) if self.plan.packs else rows
+
+    def own(self, rows: jax.Array, position: jax.Array) -> list[jax.Array]:
+        """Of each of a token's experts the rows (N, D), of this device's (N K, …) at ``position`` (N, K)."""
+        return [self.unpack(rows[position[:, k]]) for k in range(position.shape[1])]
+
     def send(self, rows: jax.Array, slices: exchange.Slices) -> jax.Array:
-        """(R, D): the rows of a window that come to this device's experts; the rest is 0."""
+        """(R, D): the rows (packed) of a window that come to this device's experts; the rest is 0."""
         spare = 0 if self.plan.native else self.block  # what the loop over blocks may touch past the last row
-        into = jnp.zeros((self.length + spare, rows.shape[1]), rows.dtype)
-        return exchange.send(rows, into, slices, self.plan.native)
+        into = jnp.zeros((self.length + spare, *rows.shape[1:]), rows.dtype)
+        return self.unpack(exchange.send(rows, into, slices, self.plan.native))
 
     def send_back(self, rows: jax.Array, into: jax.Array, slices: exchange.Slices) -> jax.Array:
-        """``into``, this device's rows, with those of a window (R, D) from the devices that have their experts."""
+        """``into``, this device's rows (packed), with those of a window (R, D) from the devices that have their
+        experts."""
         if self.plan.split:
             rows = jax.lax.psum(rows.astype(jnp.float32), "tensor").astype(rows.dtype)
+        rows = self.pack(rows)
         with jax.named_scope(exchange.BACK):
             return exchange.send(rows, into, slices, self.plan.native)
 
@@ -345,7 +386,7 @@ class _Layout(NamedTuple):
             return jax.lax.while_loop(lambda state: state[0] < self.windows, step, (jnp.int32(1), carry))[1]
 
 
-def _layout(plan: _Plan, index: jax.Array, counts: jax.Array) -> _Layout:
+def _layout(plan: _Plan, index: jax.Array, counts: jax.Array, width: int) -> _Layout:
     """counts: (all devices, E) int32, rows that each sends to each expert."""
     devices, (tokens, active) = plan.mesh.shape["expert"], index.shape
     count = counts.shape[1] // devices
@@ -355,15 +396,15 @@ def _layout(plan: _Plan, index: jax.Array, counts: jax.Array) -> _Layout:
     groups = counts.reshape(-1, devices, counts.shape[1])
     windows = (jax.vmap(exchange.busiest)(groups).max() + length - 1) // length
     own = groups[jax.lax.axis_index(tuple(name for name in plan.batch if name != "expert"))]
-    return _Layout(plan, own, windows, length, most, block)
+    return _Layout(plan, own, windows, length, most, block, width)
 
 
 def _exchange_forward(keep: bool, plan: _Plan, x: jax.Array, index: jax.Array, weight: jax.Array, experts: Any) -> Any:
     experts, _, count = _local_experts(plan, experts)
     order, sizes, position = _sort(index, 0, count * plan.mesh.shape["expert"])
     counts = jax.lax.all_gather(sizes, plan.batch)
-    layout = _layout(plan, index, counts)
-    rows = x[order // index.shape[1]]
+    layout = _layout(plan, index, counts, x.shape[1])
+    rows = layout.pack(x)[order // index.shape[1]]
 
     def visit(first: Any, results: jax.Array, keep: bool) -> Any:
         at = layout.window(first)
@@ -374,7 +415,7 @@ def _exchange_forward(keep: bool, plan: _Plan, x: jax.Array, index: jax.Array, w
     # results take the places of the rows that were sent for them: all come back, so nothing of those is left
     results, arrived, hidden = visit(0, rows, keep)
     results = layout.past_first(lambda first, results: visit(first, results, False)[0], results)
-    parts = [weight[:, k, None] * results[position[:, k]].astype(jnp.float32) for k in range(index.shape[1])]
+    parts = [weight[:, k, None] * row.astype(jnp.float32) for k, row in enumerate(layout.own(results, position))]
     out = reduce(jnp.add, parts).astype(x.dtype)
     return out, _Kept(hidden, arrived, results, counts[None]) if keep else ()
 
@@ -384,24 +425,24 @@ def _exchange_backward(
 ) -> Any:
     experts, _, count = _local_experts(plan, experts)
     order, _, position = _sort(index, 0, count * plan.mesh.shape["expert"])
-    layout, token = _layout(plan, index, kept.counts[0]), order // index.shape[1]
-    pulls = (gradient[token].astype(jnp.float32) * weight.reshape(-1)[order][:, None]).astype(x.dtype)
+    layout, token = _layout(plan, index, kept.counts[0], x.shape[1]), order // index.shape[1]
+    wide = gradient.astype(jnp.float32)
+    pulls = layout.pack((gradient[token].astype(jnp.float32) * weight.reshape(-1)[order][:, None]).astype(x.dtype))
 
     def visit(at: exchange.Window, to_rows: jax.Array, arrived: jax.Array, hidden: Any) -> Any:
         own, pull = Rows(None, None, at.sizes), layout.send(pulls, at.out)
-        to_own, _, grads = mlp_backward(arrived, own, experts, hidden, pull, plan.kind, layout.block)
+        to_own, _, grads = mlp_backward(arrived, own, experts, hidden, pull, plan.kind, layout.block, plan.dtype)
         return layout.send_back(to_own, to_rows, at.back), grads
 
     def visit_again(first: Any, carry: Any) -> Any:
         at = layout.window(first)
-        arrived = layout.send(x[token], at.out)
+        arrived = layout.send(layout.pack(x)[token], at.out)
         own = Rows(None, None, at.sizes)
         _, hidden = mlp_forward(arrived, own, experts, plan.kind, layout.block, keep=True)
         to_rows, grads = visit(at, carry[0], arrived, hidden)
         return to_rows, jax.tree.map(jnp.add, carry[1], grads)
 
     to_rows, grads = layout.past_first(visit_again, visit(layout.window(0), pulls, kept.arrived, kept.hidden))
-    to_x = _sum_over_experts(to_rows, position, index.shape[1]).astype(x.dtype)
-    wide = gradient.astype(jnp.float32)
-    parts = [jnp.sum(wide * kept.results[position[:, k]], axis=1) for k in range(index.shape[1])]
+    to_x = jnp.sum(jnp.stack(layout.own(to_rows, position)), axis=0, dtype=jnp.float32).astype(x.dtype)
+    parts = [jnp.sum(wide * row, axis=1) for row in layout.own(kept.results, position)]
     return to_x, jnp.stack(parts, axis=1), _sum_gradients(plan, grads)

@@ -118,7 +118,7 @@ def _times_cpu(x: jax.Array, kernel: jax.Array, sizes: jax.Array, transpose: boo
     return mask_rows(over_blocks(sizes, kernel, out, None, block, body)[0][:rows], sizes)
 
 
-def _outer_cpu(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
+def _outer_cpu(x: jax.Array, y: jax.Array, sizes: jax.Array, dtype: str) -> jax.Array:
     block = block_rows(x.shape[0], sizes.shape[0])
     x, y = (jnp.pad(array, ((0, block), (0, 0))) for array in (x, y))
 
@@ -127,7 +127,7 @@ def _outer_cpu(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
         return carry, total + matmul(block_of(x, at, mine), rows, (0, 0))
 
     zero = jnp.zeros((x.shape[1], y.shape[1]), jnp.float32)
-    return over_blocks(sizes, None, None, zero, block, body)[1]
+    return over_blocks(sizes, None, None, zero, block, body)[1].astype(dtype)
 
 
 # --- TPU: megablox -------------------------------------------------------------------------------------------------
@@ -173,16 +173,20 @@ def times_megablox(
 
 
 def outer_megablox(
-    x: Float[AnyArray, "R D"], y: Float[AnyArray, "R F"], sizes: Int[AnyArray, " E"], interpret: bool = False
+    x: Float[AnyArray, "R D"],
+    y: Float[AnyArray, "R F"],
+    sizes: Int[AnyArray, " E"],
+    dtype: str = "float32",
+    interpret: bool = False,
 ) -> Float[Array, "E D F"]:
     """``outer`` with the TPU's kernel; ``interpret`` runs it anywhere, slowly."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     tiling = _tiling(x, sizes.shape[0], x.shape[1], y.shape[1])
     if tiling is None:
-        return _outer_ragged(jax.lax.ragged_dot_general, x, y, sizes)
+        return _outer_ragged(jax.lax.ragged_dot_general, x, y, sizes, dtype)
     x, y = _padded(x, tiling[0]), _padded(y, tiling[0])
-    return tgmm(x.swapaxes(0, 1), y, sizes, jnp.float32, tiling, interpret=interpret)
+    return tgmm(x.swapaxes(0, 1), y, sizes, jnp.dtype(dtype), tiling, interpret=interpret)
 
 
 # --- GPU, and what there is everywhere -----------------------------------------------------------------------------
@@ -193,9 +197,9 @@ def _times_ragged(dot: Callable[..., Any], x: jax.Array, kernel: jax.Array, size
     return mask_rows(dot(x, kernel, sizes, dims, preferred_element_type=x.dtype), sizes)
 
 
-def _outer_ragged(dot: Callable[..., Any], x: jax.Array, y: jax.Array, sizes: jax.Array) -> Any:
+def _outer_ragged(dot: Callable[..., Any], x: jax.Array, y: jax.Array, sizes: jax.Array, dtype: str) -> Any:
     dims = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
-    return dot(x, y, sizes, dims, preferred_element_type=jnp.float32)
+    return dot(x, y, sizes, dims, preferred_element_type=jnp.float32).astype(dtype)
 
 
 @lru_cache(maxsize=1)
@@ -220,16 +224,16 @@ def _times_gpu(x: jax.Array, kernel: jax.Array, sizes: jax.Array, transpose: boo
     return _times_ragged(_ragged_dot_gpu(), x, kernel, sizes, transpose)
 
 
-def _outer_gpu(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
-    return _outer_ragged(_ragged_dot_gpu(), x, y, sizes)
+def _outer_gpu(x: jax.Array, y: jax.Array, sizes: jax.Array, dtype: str) -> jax.Array:
+    return _outer_ragged(_ragged_dot_gpu(), x, y, sizes, dtype)
 
 
 def _times_shape(x: Any, kernel: Any, sizes: Any, transpose: bool) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((x.shape[0], kernel.shape[1 if transpose else 2]), x.dtype)
 
 
-def _outer_shape(x: Any, y: Any, sizes: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((sizes.shape[0], x.shape[1], y.shape[1]), jnp.float32)
+def _outer_shape(x: Any, y: Any, sizes: Any, dtype: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((sizes.shape[0], x.shape[1], y.shape[1]), dtype)
 
 
 _times = by_platform(
@@ -263,6 +267,9 @@ def times(
     return _times(x, kernel, sizes, transpose=transpose)
 
 
-def outer(x: Float[AnyArray, "R D"], y: Float[AnyArray, "R F"], sizes: Int[AnyArray, " E"]) -> Float[Array, "E D F"]:
-    """x (M, D) and y (M, F) to (E, D, F) float32: for each expert ``x^T y`` over its rows. No gradient."""
-    return _outer(x, y, sizes)
+def outer(
+    x: Float[AnyArray, "R D"], y: Float[AnyArray, "R F"], sizes: Int[AnyArray, " E"], dtype: Any = jnp.float32
+) -> Float[Array, "E D F"]:
+    """x (M, D) and y (M, F) to (E, D, F): for each expert ``x^T y`` over its rows, summed in float32 and given in
+    ``dtype``. No gradient."""
+    return _outer(x, y, sizes, dtype=jnp.dtype(dtype).name)

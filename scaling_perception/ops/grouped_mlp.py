@@ -60,7 +60,7 @@ class _Matmuls(NamedTuple):
     times: Callable[[jax.Array, Layer], jax.Array]  # (n, in) to (n, out) float32, without bias
     back: Callable[[jax.Array, Layer], jax.Array]  # (n, out) to (n, in) float32: times the transpose
     bias: Callable[[Layer], jax.Array]  # float32, broadcast or gathered to rows
-    outer: Callable[[jax.Array, jax.Array, Layer], dict[str, jax.Array]]  # gradient of a layer, float32
+    outer: Callable[[jax.Array, jax.Array, Layer], dict[str, jax.Array]]  # gradient of a layer
 
 
 def _layers(experts: Mapping[str, Layer], kind: str) -> tuple[list[Layer], Layer]:
@@ -86,7 +86,7 @@ def _forward(
 def _backward(
     m: _Matmuls, x: jax.Array, scale: jax.Array | None, experts: Any, kind: str, hidden: Any, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array | None, dict[str, Any]]:
-    """Gradients of rows (n, D) and scale (n,), and of the experts, all float32; gradient (n, D) is the output's."""
+    """Gradients of rows (n, D) and scale (n,), float32, and of the experts; gradient (n, D) is the output's."""
     first, last = _layers(experts, kind)
     active, pull = jax.vjp(_ACTIVATIONS[kind], *(part.astype(jnp.float32) for part in hidden))
     to_active, to_scale = m.back(gradient, last), None
@@ -138,7 +138,7 @@ def _forward_cpu(x: jax.Array, rows: Rows, experts: Any, kind: str, block: int, 
 
 
 def _backward_cpu(
-    x: jax.Array, rows: Rows, experts: Any, hidden: Any, gradient: jax.Array, kind: str, block: int
+    x: jax.Array, rows: Rows, experts: Any, hidden: Any, gradient: jax.Array, kind: str, block: int, dtype: str
 ) -> Any:
     def body(carry: Any, total: Any, weights: Any, at: jax.Array, mine: jax.Array) -> tuple[Any, Any]:
         # the rows of others add nothing to sums over rows
@@ -152,19 +152,19 @@ def _backward_cpu(
         return (to_x, to_scale), jax.tree.map(jnp.add, total, grads)
 
     total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], jnp.float32), experts)
-    shapes = _backward_shape(x, rows, experts, hidden, gradient, kind, block)[:2]
-    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    *shapes, wanted = _backward_shape(x, rows, experts, hidden, gradient, kind, block, dtype)
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tuple(shapes))
     (to_x, to_scale), grads = over_blocks(rows.sizes, experts, empty, total, block, body)
-    return to_x, to_scale, grads
+    return to_x, to_scale, jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, wanted)
 
 
 # --- elsewhere: all rows at once -----------------------------------------------------------------------------------
 
 
-def _whole(count: int, sizes: jax.Array) -> _Matmuls:
+def _whole(count: int, sizes: jax.Array, dtype: str = "float32") -> _Matmuls:
 
     def whole_outer(x: jax.Array, y: jax.Array, layer: Layer) -> dict[str, jax.Array]:
-        grads = {"kernel": outer(x, y, sizes)}
+        grads = {"kernel": outer(x, y, sizes, dtype)}
         if "bias" in layer:
             owner = jax.nn.one_hot(row_expert(sizes, count), sizes.shape[0], dtype=y.dtype)
             grads["bias"] = matmul(owner, y, (0, 0))
@@ -195,10 +195,11 @@ def backward_whole(
     gradient: Float[AnyArray, "N D"],
     kind: str,
     block: int,
+    dtype: str = "float32",
 ) -> Any:
     """``mlp_backward`` as a chain of grouped matmuls."""
     own, pulls = (x, gradient) if rows.token is None else (x[rows.token], gradient[rows.token])
-    m = _whole(own.shape[0], rows.sizes)
+    m = _whole(own.shape[0], rows.sizes, dtype)
     to_x, to_scale, grads = _backward(m, own, rows.scale, experts, kind, hidden, pulls)
     return to_x.astype(x.dtype), to_scale, grads
 
@@ -213,9 +214,15 @@ def _forward_shape(x: Any, rows: Rows, experts: Any, kind: str, block: int, keep
     return shape((count, x.shape[1]), x.dtype), tuple(hidden) if keep else ()
 
 
-def _backward_shape(x: Any, rows: Rows, experts: Any, hidden: Any, gradient: Any, kind: str, block: int) -> Any:
+def _backward_shape(
+    x: Any, rows: Rows, experts: Any, hidden: Any, gradient: Any, kind: str, block: int, dtype: str
+) -> Any:
     count, shape = _row_count(x, rows), jax.ShapeDtypeStruct
-    grads = jax.tree.map(lambda leaf: shape(leaf.shape, jnp.float32), experts)
+    kinds = {"kernel": dtype, "bias": "float32"}
+    grads = {
+        layer: {name: shape(leaf.shape, kinds[name]) for name, leaf in leaves.items()}
+        for layer, leaves in experts.items()
+    }
     to_scale = None if rows.scale is None else shape((count,), jnp.float32)
     return shape((count, x.shape[1]), x.dtype), to_scale, grads
 
@@ -251,11 +258,13 @@ def mlp_backward(
     gradient: Float[AnyArray, "N D"],
     kind: str,
     block: int,
+    dtype: Any = jnp.float32,
 ) -> tuple[Float[Array, "R D"], Float[Array, " R"] | None, dict[str, dict[str, Float[Array, "E ..."]]]]:
     """Gradients of ``mlp_forward`` where each row's output was added to its token's, whose gradient is (N, D).
 
     Returns:
         (R, D) to each row's token, in the dtype of x; (R,) float32 to each row's scale, None where there is none; the
-        experts', float32.
+        experts', summed in float32, the kernels' given in ``dtype``, the biases' in float32.
     """
-    return _mlp_backward(x, rows, dict(experts), hidden, gradient, kind=kind, block=block)
+    given = jnp.dtype(dtype).name
+    return _mlp_backward(x, rows, dict(experts), hidden, gradient, kind=kind, block=block, dtype=given)

@@ -9,6 +9,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from scaling_perception.parallel.torus import arranged
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.own_samples import OWN, inside_own
 
@@ -53,6 +54,9 @@ def make_mesh(
 def _arrange(shape: tuple[int, ...], devices: list[Any]) -> Any:
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     if slices == 1:
+        found = arranged(shape, devices) if shape[AXES.index("expert")] > 1 else None
+        if found is not None:
+            return found
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     spanning = next((at for at in (0, 1) if shape[at] % slices == 0), None)
     if spanning is None:

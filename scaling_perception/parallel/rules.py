@@ -37,7 +37,7 @@ DIT_RULES: Rules = (
 )
 
 # Kernels that a layer rounds to the compute dtype before it uses them: gathered ahead they are rounded first.
-ROUNDED = r"blocks/(attn/(qkv|proj)|mlp/(fc1|fc2)|moe/shared/\w+)/kernel"
+ROUNDED = r"blocks/(attn/(qkv|proj)|mlp/(fc1|fc2)|moe/(shared|experts)/\w+)/kernel"
 
 WHOLE_RULES: Rules = ((r".*", PartitionSpec()),)
 """For models that are small enough to be whole on every device."""
@@ -82,7 +82,7 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = DIT_RULES) -> Any:
 
 
 def gathered(params: Any, places: Any, dtype: Any, whole: bool = False) -> Any:
-    """The weights that a loss is computed with, gathered over ``fsdp`` once and not in each layer; not the experts.
+    """The weights that a loss is computed with, gathered over ``fsdp`` once and not in each layer.
 
     Args:
         params, places: the weights and their shardings. dtype: of the activations; kernels that layers round to it
@@ -102,8 +102,6 @@ def gathered(params: Any, places: Any, dtype: Any, whole: bool = False) -> Any:
 
 def gathered_place(name: str, place: NamedSharding, dtype: Any, whole: bool) -> tuple[NamedSharding | None, Any]:
     """The sharding of a leaf that ``gathered`` gathers, None for others; and its dtype, None for that of the leaf."""
-    if "moe/experts" in name:  # their gradients are summed in float32, of rows from many devices
-        return None, None
     kind = dtype if re.fullmatch(ROUNDED, name) else None
     spec = PartitionSpec(*(_without_fsdp(entry, whole) for entry in place.spec))
     return (None, None) if spec == place.spec and kind is None else (NamedSharding(place.mesh, spec), kind)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scaling_perception.support.chips import PEAKS
+from scaling_perception.support.chips import PEAKS, RINGS
 from scaling_perception.support.errors import UserError, did_you_mean
 
 GIB = 2**30
@@ -54,12 +54,12 @@ _GPU = "NVIDIA data sheets: dense bf16, NVLink and one 400 Gb/s (A100: 200 Gb/s)
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v2", PEAKS["v2"], 128, int(7.48 * GIB), 350e9, 62e9, 16, 0, 0, _OLDER),
-        Chip("v3", PEAKS["v3"], 128, int(15.48 * GIB), 450e9, 82e9, 32, 0, 0, _OLDER),
-        Chip("v4", PEAKS["v4"], 128, int(30.75 * GIB), 1228e9, 50e9, 4, 6.25e9, 0, _V4),
-        Chip("v5e", PEAKS["v5e"], 128, int(15.75 * GIB), 819e9, 50e9, 16, 3.125e9, 0, _TPU),
-        Chip("v5p", PEAKS["v5p"], 128, int(95.74 * GIB), 2765e9, 100e9, 4, 6.25e9, 0, _TPU),
-        Chip("v6e", PEAKS["v6e"], 256, int(31.25 * GIB), 1638e9, 100e9, 16, 12.5e9, 0, _TPU),
+        Chip("v2", PEAKS["v2"], 128, int(7.48 * GIB), 350e9, 62e9, RINGS["v2"], 0, 0, _OLDER),
+        Chip("v3", PEAKS["v3"], 128, int(15.48 * GIB), 450e9, 82e9, RINGS["v3"], 0, 0, _OLDER),
+        Chip("v4", PEAKS["v4"], 128, int(30.75 * GIB), 1228e9, 50e9, RINGS["v4"], 6.25e9, 0, _V4),
+        Chip("v5e", PEAKS["v5e"], 128, int(15.75 * GIB), 819e9, 50e9, RINGS["v5e"], 3.125e9, 0, _TPU),
+        Chip("v5p", PEAKS["v5p"], 128, int(95.74 * GIB), 2765e9, 100e9, RINGS["v5p"], 6.25e9, 0, _TPU),
+        Chip("v6e", PEAKS["v6e"], 256, int(31.25 * GIB), 1638e9, 100e9, RINGS["v6e"], 12.5e9, 0, _TPU),
         Chip("a100", PEAKS["a100"], 16, 80 * 10**9, 2039e9, 300e9, 0, 25e9, 8, _GPU),
         Chip("h100", PEAKS["h100"], 16, 80 * 10**9, 3350e9, 450e9, 0, 50e9, 8, _GPU),
         Chip("h200", PEAKS["h200"], 16, 141 * 10**9, 4800e9, 450e9, 0, 50e9, 8, _GPU),

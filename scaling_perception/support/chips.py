@@ -16,6 +16,9 @@ PEAKS = {
     "h200": 989e12,
 }
 
+# A dimension of a slice's torus closes to a ring where its length is a multiple of this.
+RINGS = {"v2": 16, "v3": 32, "v4": 4, "v5e": 16, "v5p": 4, "v6e": 16}
+
 # What a device's kind holds -> its chip; the first that is found counts.
 _KINDS = {
     "TPU v2": "v2",
@@ -36,6 +39,15 @@ _UNKNOWN = ("TPU v4 lite",)
 
 def peak_flops(kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of a device of this kind (``jax.Device.device_kind``), or None where they are not known."""
-    if kind in _UNKNOWN:
-        return None
-    return next((PEAKS[chip] for name, chip in _KINDS.items() if name in kind), None)
+    chip = _chip(kind)
+    return PEAKS[chip] if chip else None
+
+
+def closes(kind: str, length: int) -> bool:
+    """Whether a dimension of ``length`` devices of this kind is a ring."""
+    ring = RINGS.get(_chip(kind) or "", 0)
+    return bool(ring) and length % ring == 0
+
+
+def _chip(kind: str) -> str | None:
+    return None if kind in _UNKNOWN else next((chip for name, chip in _KINDS.items() if name in kind), None)

@@ -153,9 +153,10 @@ def gather_dtype(train: Any) -> Any:
 def sums_own(model: Any) -> bool:
     """Whether each device sums the gradients of its own samples over the parts of a batch, reduced after the last.
 
-    Not with experts, whose rows travel between devices inside a part, and not without a DiT: gradients of single
-    devices for the kernels of convolutions would be grouped convolutions. There every part reduces its gradients. The
-    sum and a part's gradients take, on every device, the memory of all that ``tensor`` does not split.
+    Not with experts, whose rows travel between devices inside a part: ``on_own`` takes the batch axes, and JAX has no
+    ``shard_map`` over them within it. Not without a DiT: gradients of single devices for the kernels of convolutions
+    would be grouped convolutions. There every part reduces its gradients. The sum and a part's gradients take, on every
+    device, the memory of all that ``tensor`` does not split.
     """
     return model is not None and not model.experts
 

@@ -103,7 +103,11 @@ def test_megablox_interpreted(width, hidden):
         assert not np.asarray(out)[int(sizes.sum()) :].any()
         back = ops.times_megablox(target, kernel, sizes, transpose=True, interpret=True)
         close(back, ops.times(target, kernel, sizes, transpose=True))
-        close(ops.outer_megablox(x, target, sizes, interpret=True), ops.outer(x, target, sizes))
+        outer = ops.outer(x, target, sizes)
+        close(ops.outer_megablox(x, target, sizes, interpret=True), outer)
+        half = ops.outer(x, target, sizes, jnp.bfloat16)  # summed in float32, rounded once
+        assert half.dtype == jnp.bfloat16
+        close(half.astype(jnp.float32), outer, 2**-8)
 
 
 def test_tiles_divide_their_dimension_and_blocks_follow_the_load():

@@ -69,7 +69,8 @@ def test_what_is_gathered_once_a_step():
         found[name.removeprefix("blocks/")] = (None if there is None else there.spec, kind)
     assert found["attn/qkv/kernel"] == (PartitionSpec(None, None, "tensor"), jnp.bfloat16)
     assert found["mlp/fc2/kernel"] == (PartitionSpec(None, "tensor", None), jnp.bfloat16)
-    for name in ("modulation/kernel", "moe/experts/fc1/kernel", "moe/router/kernel", "mlp/fc1/bias"):
+    assert found["moe/experts/fc1/kernel"] == (PartitionSpec(None, "expert", None, "tensor"), jnp.bfloat16)
+    for name in ("modulation/kernel", "moe/experts/fc1/bias", "moe/router/kernel", "mlp/fc1/bias"):
         assert found[name] == (None, None)
     name = "blocks/modulation/kernel"
     place = tree_shardings({name: params["modulation"]["kernel"]}, mesh)[name]

@@ -105,20 +105,36 @@ def test_losses_are_those_of_one_device(sizes, changes):
     held(sizes, changes, 12)
 
 
-@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_weights_gathered_once_a_step_give_the_same_losses(accumulate):
-    losses, params = alone(6, **DENSE)
-    found, state, mesh = run({"fsdp": 2}, 6, accumulate, gather=jnp.float32, **DENSE)
+@pytest.mark.parametrize(
+    ("sizes", "changes", "accumulate"),
+    [
+        ({"fsdp": 2}, DENSE, 1),
+        pytest.param({"fsdp": 2}, DENSE, 2, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "expert": 2}, EXPERTS, 1, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_weights_gathered_once_a_step_give_the_same_losses(sizes, changes, accumulate):
+    losses, params = alone(6, **changes)
+    found, state, mesh = run(sizes, 6, accumulate, gather=jnp.float32, **changes)
     np.testing.assert_allclose(found, losses, rtol=1e-5)
     for name, leaf in named_leaves(to_host(state.params, mesh)).items():
         np.testing.assert_allclose(leaf, params[name], atol=2e-4, err_msg=name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_weights_gathered_in_bfloat16_are_those_that_bfloat16_layers_use(accumulate):
-    losses, _ = alone(12, **DENSE)
-    half, sizes = {**DENSE, "train.dtype": "bfloat16"}, {"data": 2, "fsdp": 4}
+@pytest.mark.parametrize(
+    ("sizes", "changes", "accumulate"),
+    [
+        ({"data": 2, "fsdp": 4}, DENSE, 1),
+        ({"data": 2, "fsdp": 4}, DENSE, 2),
+        ({"data": 2, "fsdp": 2, "expert": 2}, EXPERTS, 1),
+    ],
+    ids=str,
+)
+def test_weights_gathered_in_bfloat16_are_those_that_bfloat16_layers_use(sizes, changes, accumulate):
+    losses, _ = alone(12, **changes)
+    half = {**changes, "train.dtype": "bfloat16"}
     layer, step = (run(sizes, 12, accumulate, gather=gather, **half)[0] for gather in (None, jnp.bfloat16))
     off, between = np.abs(layer / losses - 1).max(), np.abs(step / layer - 1).max()
     print(f"bfloat16 to float32 {off:.1e}, gathered once to by layer {between:.1e}")
