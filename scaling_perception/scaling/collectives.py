@@ -252,7 +252,8 @@ PURPOSES = {
 
 def purpose(one: Collective, axes: tuple[str, ...], parameters: Parameters) -> str:
     """A key of ``PURPOSES``: what a collective is there for, judged by sizes, kind and where it comes from."""
-    if "shard_map" in one.op_name and "psum" not in one.op_name:
+    own = one.kind == "reduce-scatter" and "expert" not in axes  # gradients of experts, along the other axes
+    if "shard_map" in one.op_name and "psum" not in one.op_name and not own:
         return "results" if one.kind == "reduce-scatter" or BACK in one.op_name else "tokens"
     large = [array for array in one.arrays if array.size > 1]
     # combined collectives carry several: what weighs most decides

@@ -127,6 +127,7 @@ def collective(kind, *shapes, loops=LOOP, op_name="jit(step)/while/body/dot_gene
         (collective("all-gather", (8192, 512), op_name="jit(step)/moe/shard_map/all_gather"), ("expert",), "tokens"),
         (collective("reduce-scatter", (16384, 512), op_name="a/shard_map/reduce_scatter"), ("expert",), "results"),
         (collective("reduce-scatter", (16384, 512), op_name=""), ("expert",), "results"),
+        (collective("reduce-scatter", (4, 512, 1536), op_name="a/shard_map/reduce_scatter"), ("fsdp",), "kept"),
         (collective("all-reduce", (8192, 512)), ("tensor",), "partial"),
         (collective("all-to-all", (8192, 512)), ("fsdp",), "reshard"),
         (collective("all-gather", (8192, 512), loops=()), ("data",), "rows"),
