@@ -64,8 +64,8 @@ def imports(trees: dict[str, ast.AST]) -> dict[str, set[str]]:
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
     """Those directly within ``node``: expressions hold neither functions with lines of their own nor imports."""
-    kinds = ast.stmt | ast.ExceptHandler | ast.match_case
-    return (child for child in ast.iter_child_nodes(node) if isinstance(child, kinds))
+    for field in ("body", "handlers", "orelse", "finalbody", "cases"):  # of a module, a statement, a handler or a case
+        yield from getattr(node, field, ())
 
 
 def _run(node: ast.AST) -> Iterator[ast.AST]:

@@ -121,17 +121,16 @@ def test_nothing_outside_tasks_compares_a_tasks_name():
         if "tasks" in path.parent.parts:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Compare):
                 sides = [node.left, *node.comparators]
                 words = {one.value for side in sides for one in ast.walk(side) if isinstance(one, ast.Constant)}
                 plain = [ast.unparse(side) for side in sides if not isinstance(side, ast.Constant)]
                 if words & names and any(asks.search(side) for side in plain):
-                    found.append(f"{where}: {ast.unparse(node)}")
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
             elif isinstance(node, ast.Dict):
                 keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
                 if len(keys & TASKS.keys()) > 1 and keys <= names:
-                    found.append(f"{where}: a table by tasks")
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}: a table by tasks")
     # labels of the published generalist, kinds of drawn pictures, and fields of files, which are called like tasks
     allowed = tuple(
         f"scaling_perception/{p}" for p in ("interop/released.py", "data/sources/textures.py", "data/formats.py")

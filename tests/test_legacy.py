@@ -37,7 +37,7 @@ def test_a_cache_is_read_and_counts_as_finished(tmp_path, capsys):
     assert "already finished: 16 records" in capsys.readouterr().out
 
 
-def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch):
+def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, one_device):
     shutil.copytree(LEGACY / "run", tmp_path / "run")
     shutil.copytree(LEGACY / "cache", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)

@@ -12,10 +12,11 @@ from scaling_perception.tasks import PERCEPTION
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, one_device):
     """A folder with a cache of normals, and a nano model that was trained on it for two steps."""
     folder = tmp_path_factory.mktemp("normals")
     words = ["scenes", "--tasks", "normals", "--count", "4", "--resolution", "32", "--latents", "--vae", "tiny"]
+    words += ["--batch", "2"]  # for each of eight devices
     assert main(["prepare", *words, "--out", str(folder / "cache")]) == 0
     config = f"configs/normals.py:model=nano,res=32,cache={folder}/cache"
     own = [f"--config.train.{word}" for word in ("steps=2", "batch_size=8", "log_every=1", "checkpoint_every=2")]

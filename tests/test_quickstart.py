@@ -2,25 +2,20 @@
 
 import json
 
-import jax
 import pytest
 
 from scaling_perception import quickstart
 from scaling_perception.cli import main
-from scaling_perception.parallel.mesh import make_mesh
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, one_device):
     """One step, one member; training in small batches on one device, with a point of its curve every other step."""
-    stage, shorter = quickstart._stage, ("--config.train.batch_size=8", "--config.train.log_every=2")
-    mesh = make_mesh(devices=jax.devices()[:1])  # compiles in half the time of eight
-    monkeypatch.setattr("scaling_perception.parallel.mesh.make_mesh", lambda **_: mesh)
+    stage = quickstart._stage
+    shorter = {"train": ("--config.train.batch_size=8", "--config.train.log_every=2"), "prepare": ("--batch", "1")}
     monkeypatch.setattr(quickstart, "STEPS", "1")
     monkeypatch.setattr(quickstart, "ENSEMBLE", "1")
-    monkeypatch.setattr(
-        quickstart, "_stage", lambda verb, *words: stage(verb, *words, *(shorter if verb == "train" else ()))
-    )
+    monkeypatch.setattr(quickstart, "_stage", lambda verb, *words: stage(verb, *words, *shorter.get(verb, ())))
 
 
 def test_renders_trains_evaluates_and_reports(tmp_path, small, capfd):

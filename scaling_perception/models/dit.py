@@ -463,18 +463,25 @@ def init_params(config: DiTConfig, key: RandomKey) -> Params:
 def abstract_params(config: DiTConfig) -> Params:
     """The parameter tree as ``jax.ShapeDtypeStruct`` leaves; no array is built. Treat it as read-only."""
 
+    def restored(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {name: restored(below) for name, below in node.items()}
+        return jax.ShapeDtypeStruct(tuple(node[0]), node[1])
+
+    return restored(_shapes(config))
+
+
+@lru_cache(maxsize=64)
+def _shapes(config: DiTConfig) -> Any:
+    """The parameter tree with [shape, dtype] as leaves, as JSON holds it; tracing takes tenths of a second."""
+
     def traced() -> Any:
         tree = jax.eval_shape(
             lambda: init_params(config, jax.random.key(0))
         )  # a key made outside is a compiled program
         return jax.tree.map(lambda leaf: [list(leaf.shape), str(leaf.dtype)], tree)
 
-    def restored(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {name: restored(below) for name, below in node.items()}
-        return jax.ShapeDtypeStruct(tuple(node[0]), node[1])
-
-    return restored(kept_value(f"parameters of {config!r}", traced))
+    return kept_value(f"parameters of {config!r}", traced)
 
 
 def count_params(config: DiTConfig) -> int:

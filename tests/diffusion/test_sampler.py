@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from applying import LIKE_PROGRAMS
 from safetensors.numpy import load_file
 
 from scaling_perception.diffusion.guidance import guided
@@ -139,12 +140,12 @@ def small_noise(row):
     return jnp.broadcast_to(jnp.cos((row.index + 1.0) * jnp.arange(16.0)), START.shape)
 
 
-@partial(jax.jit, static_argnums=1)
+@partial(jax.jit, static_argnums=1, compiler_options=LIKE_PROGRAMS)
 def sample_jit(tables, keep):
     return sample(small_network, tables, START, small_noise, keep=keep)
 
 
-@partial(jax.jit, static_argnums=3)
+@partial(jax.jit, static_argnums=3, compiler_options=LIKE_PROGRAMS)
 def advance_jit(tables, state, first, count):
     global pieces
     pieces += 1

@@ -167,6 +167,7 @@ def test_motion_is_measured_in_the_square_that_is_matched(tmp_path, capsys):
     """Whatever prepares or trains with a match: the default of `prepare`, and one line for anything else."""
     words = ["prepare", "worlds", "--tasks", "flow", "--count", "1", "--resolution", "32", "--workers", "0"]
     words += ["--latents", "--flips", "none", "--out", str(tmp_path / "cache"), "--vae", "tiny+lite0+match"]
+    words += ["--batch", "1"]  # for each of eight devices
     assert main([*words, "--flow-frame", "native"]) == 2
     assert "measured in native ones: give --flow-frame square" in capsys.readouterr().err
     assert main([*words, "--flow-frame", "cube"]) == 2

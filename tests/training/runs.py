@@ -63,7 +63,7 @@ def start(command, workdir, processes=1, devices=4, noted=False, others=(), **en
     for index in range(processes):
         own = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **environment}
         own["PYTHONPATH"] = str(ROOT)
-        own["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+        own["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"  # the last one counts
         if processes > 1:
             own |= {COORDINATOR: f"127.0.0.1:{port}", PROCESSES: str(processes), PROCESS: str(index)}
         program = [__file__, f"{workdir}.{index}.steps"] if noted else ["-m", "scaling_perception"]

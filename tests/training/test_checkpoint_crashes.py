@@ -210,7 +210,7 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
 
 
 def environment(devices):
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one counts
     cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return {**os.environ, **cached, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 

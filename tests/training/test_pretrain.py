@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from applying import LIKE_PROGRAMS
 from PIL import Image
 from toys import BATCH
 
@@ -19,7 +20,6 @@ from scaling_perception.inference.class_pictures import example_classes, sample_
 from scaling_perception.interop.model_folder import load_model
 from scaling_perception.models.dit import DiT, position_table
 from scaling_perception.models.presets import at_resolution, get_preset
-from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.configs import load_config
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import run_verb
@@ -137,7 +137,8 @@ def test_the_bound_trains_the_variance_channels_alone(dit, monkeypatch):
         if not bound:
             monkeypatch.setattr(pretrain, "learned_range_bits", lambda *_: jnp.zeros(BATCH))
         loss = pretrain.generation_parts(DiT(dit), PRESET, config, NORM, None).loss
-        slope = jax.jit(jax.value_and_grad(lambda p, loss=loss: loss(p, fields, jax.random.key(2)), has_aux=True))
+        of = jax.value_and_grad(lambda p, loss=loss: loss(p, fields, jax.random.key(2)), has_aux=True)
+        slope = jax.jit(of, compiler_options=LIKE_PROGRAMS)
         slopes.append(slope(params))
     (both, metrics), gradient = slopes[0]
     (plain, _), alone = slopes[1]
@@ -171,12 +172,10 @@ def test_more_classes_than_rows_are_refused():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, one_device):
     """A short run from pictures: rendered, encoded on the way, trained, exported, sampled."""
-    folder, one = tmp_path_factory.mktemp("pretrain"), make_mesh(devices=jax.devices()[:1])
-    with pytest.MonkeyPatch.context() as patch:  # one device compiles in half the time of eight
-        patch.setattr("scaling_perception.parallel.mesh.make_mesh", lambda **_: one)
-        verb.train(config_of("data.mixture.generation.count=48"), folder / "run")
+    folder = tmp_path_factory.mktemp("pretrain")
+    verb.train(config_of("data.mixture.generation.count=48"), folder / "run")
     return folder / "run"
 
 
@@ -212,7 +211,7 @@ def test_the_verb_draws_classes(run, tmp_path, capsys):
 
 
 def test_cached_latents_train_as_pictures_do(tmp_path):
-    words = ["--latents", "--resolution", "64", "--count", "24", "--workers", "0", "--flips", "none"]
+    words = ["--latents", "--resolution", "64", "--count", "24", "--workers", "0", "--flips", "none", "--batch", "3"]
     run_verb("prepare", ["textures", "--out", str(tmp_path / "cache"), *words])
     values = []
     for cache in ("", str(tmp_path / "cache")):
