@@ -5,6 +5,7 @@ Every way gives the decoded members of one picture, so that they can be held aga
 
 import argparse
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -177,12 +178,14 @@ def make_levers(case: Case, parts: Parts) -> dict[str, Function]:
     from scaling_perception.inference.engine import Engine
     from scaling_perception.models import dit
     from scaling_perception.ops.attention import attention_einsum
+    from scaling_perception.support.compiler_options import convolving
 
     predictor, tables, noise = case.predictor, case.tables, parts.noise
     engine, config = predictor.engine, case.config
     model, (params, coder), label = engine.model, predictor.weights, predictor.passes("depth").labels
-    encode = jax.jit(lambda coder, picture: engine.autoencoder.encode(coder, picture)[0])
-    decode = jax.jit(engine.autoencoder.decode)
+    jitted = partial(jax.jit, compiler_options=convolving(jax.default_backend()))  # as the predictor's graphs
+    encode = jitted(lambda coder, picture: engine.autoencoder.encode(coder, picture)[0])
+    decode = jitted(engine.autoencoder.decode)
 
     def network(params: Any, known: Any, x: Any, t: Any) -> Any:
         both = jnp.concatenate([jnp.broadcast_to(known, (x.shape[0], *known.shape[1:])), x], axis=-1)
@@ -209,8 +212,8 @@ def make_levers(case: Case, parts: Parts) -> dict[str, Function]:
 
         return engine.autoencoder.decode(coder, sample(denoise, tables, x))
 
-    step, whole, hoist = jax.jit(network), jax.jit(scan), jax.jit(hoisted)
-    again = jax.jit(
+    step, whole, hoist = jitted(network), jitted(scan), jitted(hoisted)
+    again = jitted(
         lambda params, coder, picture, x, tables: scan(params, coder, encode(coder, picture), x, tables)
     )  # everything of a member in one graph
 
