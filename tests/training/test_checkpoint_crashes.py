@@ -144,8 +144,9 @@ def test_damage_to_each_kind_of_file_is_noticed_or_harmless(whole, tmp_path, dam
         assert (step, len(lines)) in ((2, 0), (1, 1)), (name, seed)
         noticed |= {name} if step == 1 else set()
     print(damage.__name__, seed, "harmless:", sorted(found.keys() - noticed))
-    if damage is not flip:  # a bit may lie where nothing is
-        assert vital <= noticed
+    # a bit, or the last bytes of what a process wrote before it was merged, may lie where nothing is
+    loose = {flip: vital, truncate: {f"{item}/ocdbt.process_0/d/*" for item in items}}
+    assert vital - loose.get(damage, set()) <= noticed
 
 
 def test_every_byte_of_the_numbers_counts(whole, tmp_path):
