@@ -184,8 +184,11 @@ def make_levers(case: Case, parts: Parts) -> dict[str, Function]:
     engine, config = predictor.engine, case.config
     model, (params, coder), label = engine.model, predictor.weights, predictor.passes("depth").labels
     jitted = partial(jax.jit, compiler_options=convolving(jax.default_backend()))  # as the predictor's graphs
-    encode = jitted(lambda coder, picture: engine.autoencoder.encode(coder, picture)[0])
-    decode = jitted(engine.autoencoder.decode)
+
+    def latent(coder: Any, picture: Any) -> Any:
+        return engine.autoencoder.encode(coder, picture)[0]
+
+    encode, decode = jitted(latent), jitted(engine.autoencoder.decode)
 
     def network(params: Any, known: Any, x: Any, t: Any) -> Any:
         both = jnp.concatenate([jnp.broadcast_to(known, (x.shape[0], *known.shape[1:])), x], axis=-1)
@@ -214,7 +217,7 @@ def make_levers(case: Case, parts: Parts) -> dict[str, Function]:
 
     step, whole, hoist = jitted(network), jitted(scan), jitted(hoisted)
     again = jitted(
-        lambda params, coder, picture, x, tables: scan(params, coder, encode(coder, picture), x, tables)
+        lambda params, coder, picture, x, tables: scan(params, coder, latent(coder, picture), x, tables)
     )  # everything of a member in one graph
 
     def loop() -> np.ndarray:
