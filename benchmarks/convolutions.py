@@ -2,7 +2,8 @@
 
     python benchmarks/convolutions.py --rounds 15
 
-The shipped autoencoder at 128 pixels, `mini`'s features and matching, and a training step of the autoencoder; both
+The shipped autoencoder at 128 pixels, `mini`'s features and matching, the gradient of the autoencoder, and that of a
+transformer's MLP, which is products of matrices and should take as long either way; both
 programs take turns in one process. Nothing is printed but a table: median milliseconds of either and the median ratio.
 """
 
@@ -29,6 +30,10 @@ def graphs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     def loss(params: Any, pictures: jax.Array) -> jax.Array:
         return jnp.mean(jnp.square(tiny.decode(params, tiny.encode(params, pictures)[0]) - pictures))
 
+    def products(weights: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(jax.nn.gelu(x @ weights[0]) @ weights[1]))
+
+    weights = (jnp.full((256, 1024), 0.01), jnp.full((1024, 256), 0.01))
     return {
         "encode one picture": (lambda params, x: tiny.encode(params, x)[0], (tiny.params, pictures)),
         "encode one with features": (lambda params, x: featured.encode(params, x)[0], (featured.params, pictures)),
@@ -36,6 +41,7 @@ def graphs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "decode five": (tiny.decode, (tiny.params, latents)),
         "match two pictures": (matching.match, (pictures, others)),
         "gradient of the autoencoder, 8 of 64 pixels": (jax.grad(loss), (tiny.params, batch)),
+        "gradient of an MLP, 2048 rows of 256": (jax.grad(products), (weights, jnp.ones((2048, 256)))),
     }
 
 
