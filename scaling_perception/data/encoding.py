@@ -80,7 +80,7 @@ class Encoder:
                 takes = {"in_specs": (whole, *[split] * len(pictures)), "out_specs": split}
                 return jax.shard_map(encode, mesh=mesh, check_vma=False, **takes)(params, *pictures)
 
-            return jax.jit(call, compiler_options=convolving(devices[0].platform))
+            return jax.jit(call, compiler_options=convolving(devices[0].platform, window_sums=True))
 
         self.factor, self.latent_channels = autoencoder.factor, autoencoder.latent_channels
         self.matches = autoencoder.matches

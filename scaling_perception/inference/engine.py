@@ -476,15 +476,15 @@ class Engine:
                     return function(*values)
 
                 # what goes in and out is whole on every device, but for weights; inside, rows are split
-                ends: dict[str, Any] = {}
+                io: dict[str, Any] = {}
                 if self.mesh is not None:
-                    ends = {"in_shardings": tuple(map(self._sharding, arguments))}
-                    ends["out_shardings"] = replicated(self.mesh)
+                    io = {"in_shardings": tuple(map(self._sharding, arguments)), "out_shardings": replicated(self.mesh)}
                 begin = time.perf_counter()
                 devices = jax.local_devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
+                options = convolving(devices[0].platform, window_sums=name == "encode frames")
 
                 def build() -> Any:
-                    return jax.jit(counted, **ends).lower(*arguments).compile(convolving(devices[0].platform))
+                    return jax.jit(counted, **io).lower(*arguments).compile(options)
 
                 self._compiled[signature] = kept_executable(self._about(name), arguments, devices, build)
                 self.compile_seconds += time.perf_counter() - begin

@@ -21,8 +21,7 @@ from scaling_perception.models.config import TIME_FREQUENCIES as TIME_FREQUENCIE
 from scaling_perception.models.config import DiTConfig as DiTConfig
 from scaling_perception.models.config import config_from_dict as config_from_dict
 from scaling_perception.models.moe import MoE
-from scaling_perception.ops.attention import attention, reads_projection, split_heads
-from scaling_perception.ops.flash import flash_projection
+from scaling_perception.ops.attention import attention, projection_attention, split_heads
 from scaling_perception.ops.modulation import KEPT, NORM_EPSILON, layer_norm, modulate, rounded, stored
 from scaling_perception.parallel.mesh import gather_samples, split_batch, split_columns, spreads_columns
 from scaling_perception.support.errors import UserError
@@ -165,14 +164,13 @@ class Attention(nn.Module):
         flat = x.reshape(-1, dim)  # on a CPU the gradient of a (B, T, D) matmul is far slower than of a (B T, D) one
         qkv = nn.Dense(3 * dim, kernel_init=_xavier, dtype=self.dtype, name="qkv")(flat)
         qkv = checkpoint_name(qkv, KEPT).reshape(batch, tokens, 3 * dim)
-        if not self.qk_norm and reads_projection(qkv, self.heads, self.mesh):
-            mixed: Any = flash_projection(qkv, self.heads, self.mesh)
-        else:
+        if self.qk_norm:  # in float32, as all norms
             query, key, value = split_heads(qkv, self.heads)
-            if self.qk_norm:  # in float32, as all norms
-                query = nn.LayerNorm(NORM_EPSILON, name="q_norm")(query.astype(jnp.float32)).astype(self.dtype)
-                key = nn.LayerNorm(NORM_EPSILON, name="k_norm")(key.astype(jnp.float32)).astype(self.dtype)
+            query = nn.LayerNorm(NORM_EPSILON, name="q_norm")(query.astype(jnp.float32)).astype(self.dtype)
+            key = nn.LayerNorm(NORM_EPSILON, name="k_norm")(key.astype(jnp.float32)).astype(self.dtype)
             mixed = attention(query, key, value, self.mesh)
+        else:
+            mixed = projection_attention(qkv, self.heads, self.mesh)
         mixed = checkpoint_name(mixed.reshape(-1, dim), KEPT)
         out = nn.Dense(dim, kernel_init=_xavier, dtype=self.dtype, name="proj")(mixed)
         return stored(out.reshape(x.shape))

@@ -196,7 +196,7 @@ def refined(
 @functools.cache
 def jitted_refined() -> Callable[..., jax.Array]:
     """``refined``, compiled for each size."""
-    return jax.jit(refined, compiler_options=convolving(jax.default_backend()))
+    return jax.jit(refined, compiler_options=convolving(jax.default_backend(), window_sums=True))
 
 
 def features(first: Float[AnyArray, "B H W 3"], second: Float[AnyArray, "B H W 3"]) -> Float[Array, "B h w 32"]:

@@ -10,7 +10,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from scaling_perception.ops.by_head import attention_by_head
-from scaling_perception.ops.flash import LANES, LARGE, LEAST_TOKENS, fits_projection, flash_attention, local_plan, plan
+from scaling_perception.ops.flash import (
+    LANES,
+    LARGE,
+    LEAST_TOKENS,
+    fits_projection,
+    flash_attention,
+    flash_projection,
+    local_plan,
+    plan,
+)
+from scaling_perception.ops.native import native_is_for, native_projection
 from scaling_perception.support.shapes import AnyArray, Array, Float
 
 
@@ -23,7 +33,7 @@ def attention(
     """Softmax attention of every token to every token, scaled by head_dim ** -0.5 (facts 1.1; no mask).
 
     On a TPU the kernel of ``ops/flash.py``, on an NVIDIA GPU cuDNN's, where they are for such arrays (docs/kernels.md);
-    on a CPU one head after the other.
+    on a CPU that of ``ops/native.py`` where it is there, else one head after the other.
 
     Args:
         query, key, value: (B, T, heads, head_dim), of one dtype.
@@ -39,14 +49,32 @@ def attention(
         fused["tpu"] = partial(flash_attention, mesh=mesh)
     if _cudnn_is_for(query):
         fused["cuda"] = partial(jax.nn.dot_product_attention, implementation="cudnn")
-    return jax.lax.platform_dependent(query, key, value, cpu=attention_by_head, default=whole, **fused)
+    native = query.shape == key.shape and native_is_for(query.shape[3], query.dtype, mesh)
+    cpu = _native if native else attention_by_head
+    return jax.lax.platform_dependent(query, key, value, cpu=cpu, default=whole, **fused)
 
 
-def reads_projection(qkv: Float[AnyArray, "B T width"], heads: int, mesh: Any = None) -> bool:
-    """Whether `flash_projection` computes the attention of a fused projection (B, T, 3 D), as `split_heads` has it: on
-    a TPU, where nothing has to be padded. Query, key and value are then not written apart."""
+def projection_attention(qkv: Float[AnyArray, "B T width"], heads: int, mesh: Any = None) -> Float[Array, "B T D"]:
+    """`attention` of a fused projection (B, T, 3 D), as `split_heads` has it, to (B, T, D).
+
+    Query, key and value are not written apart on a TPU, where nothing has to be padded, and on a CPU with the kernel of
+    ``ops/native.py``.
+    """
     batch, tokens, width = qkv.shape
-    return _is_tpu(mesh) and fits_projection(mesh, (batch, tokens, heads, width // (3 * heads)), qkv.dtype)
+    if _is_tpu(mesh) and fits_projection(mesh, (batch, tokens, heads, width // (3 * heads)), qkv.dtype):
+        return flash_projection(qkv, heads, mesh)
+
+    def apart(qkv: jax.Array) -> jax.Array:
+        return attention(*split_heads(qkv, heads), mesh).reshape(batch, tokens, -1)
+
+    if native_is_for(width // (3 * heads), qkv.dtype, mesh):
+        return jax.lax.platform_dependent(qkv, cpu=partial(native_projection, heads=heads), default=apart)
+    return apart(qkv)
+
+
+def _native(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    qkv = jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in (query, key, value)], axis=-1)
+    return native_projection(qkv, query.shape[2]).reshape(query.shape)
 
 
 def split_heads(

@@ -46,15 +46,27 @@ def keep_compiled_programs() -> None:
             print(f"{_VARIABLE}={given} cannot be written: compiled programs are not kept", file=sys.stderr, flush=True)
             del os.environ[_VARIABLE]
         return
-    home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    if not os.path.isabs(home):  # no home folder, or a setting that the XDG specification says to ignore
-        return
-    folder = Path(home) / "scaling-perception" / "compiled" / processor()
-    if _writable(folder):
+    folder = _own_folder()
+    if folder is not None and _writable(folder):
         os.environ[_VARIABLE] = str(folder)
         os.environ.setdefault(EXECUTABLES, str(folder / "executables"))
         # JAX's own, 1 s, leaves out what takes half of a second in every run of a command
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+def cache_folder() -> Path | None:
+    """Where compiled programs of this user and machine are kept, which may not exist yet; None: none are kept."""
+    given = os.environ.get(_VARIABLE)
+    if given is None or "://" in given:
+        return _own_folder()
+    return Path(os.path.expanduser(given)) if given else None
+
+
+def _own_folder() -> Path | None:
+    home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if not os.path.isabs(home):  # no home folder, or a setting that the XDG specification says to ignore
+        return None
+    return Path(home) / "scaling-perception" / "compiled" / processor()
 
 
 def quiet_libtpu() -> None:

@@ -28,6 +28,7 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 from scaling_perception.support.compilation import EXECUTABLES, processor
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path
+from scaling_perception.support.native import targets
 
 PLATFORMS = ("cpu",)
 """Where a loaded executable is tested to give the bytes of a compiled one."""
@@ -58,7 +59,8 @@ def kept_executable(
     leaves, tree = jax.tree.flatten(arguments)
     shapes = [[*leaf.shape, str(leaf.dtype), bool(getattr(leaf, "weak_type", False))] for leaf in leaves]
     places = [[one.id, one.platform, one.device_kind, one.client.platform_version] for one in devices]
-    key = {"executable": about, "arguments": str(tree), "shapes": shapes, "devices": places}
+    # registered before a program that calls them is loaded
+    key = {"executable": about, "arguments": str(tree), "shapes": shapes, "devices": places, "native": targets()}
     text = json.dumps({**key, "of all": jax.device_count()}, sort_keys=True)
 
     def load(data: bytes) -> Any:

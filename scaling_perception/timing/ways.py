@@ -177,7 +177,7 @@ def make_levers(case: Case, parts: Parts) -> dict[str, Function]:
     from scaling_perception.diffusion.sampler import sample
     from scaling_perception.inference.engine import Engine
     from scaling_perception.models import dit
-    from scaling_perception.ops.attention import attention_einsum
+    from scaling_perception.ops.attention import attention_einsum, split_heads
     from scaling_perception.support.compiler_options import convolving
 
     predictor, tables, noise = case.predictor, case.tables, parts.noise
@@ -241,11 +241,11 @@ def make_levers(case: Case, parts: Parts) -> dict[str, Function]:
     plain = Engine(config, engine.autoencoder, model.dtype, engine.mesh, engine.zero_start)
 
     def without() -> np.ndarray:
-        def einsum(query: Any, key: Any, value: Any, mesh: Any) -> Any:
-            return attention_einsum(query, key, value)
+        def einsum(qkv: Any, heads: int, mesh: Any) -> Any:
+            return attention_einsum(*split_heads(qkv, heads)).reshape(*qkv.shape[:2], -1)
 
         # looked up while the graph is traced
-        with mock.patch.multiple(dit, attention=einsum, reads_projection=lambda *_: False):
+        with mock.patch.object(dit, "projection_attention", einsum):
             return pixels_of(case, parts, plain)
 
     return {

@@ -32,7 +32,8 @@ def test_values(program):
     np.testing.assert_allclose(program(*draw()), by_hand(*draw()), atol=1e-6)
 
 
-def test_each_platform_gets_its_program():
+def test_each_platform_gets_its_program(monkeypatch):
+    monkeypatch.setattr("scaling_perception.ops.attention.native_is_for", lambda *_: False)  # tests/ops/test_native.py
     shape = jax.ShapeDtypeStruct((2, 7, 3, 8), jnp.float32)
     for platform, loops in (("cpu", True), ("tpu", False), ("cuda", False)):
         text = jax.jit(attention).trace(shape, shape, shape).lower(lowering_platforms=(platform,)).as_text()

@@ -1,0 +1,127 @@
+"""C++ kernels for CPUs: compiled once on the machine that runs them, kept, and called by XLA as custom calls.
+
+They are an addition: without a compiler, or without a folder to keep them in, callers use XLA's own programs.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+from scaling_perception.support.compilation import cache_folder, processor
+from scaling_perception.support.errors import UserError
+from scaling_perception.support.files import atomic_path
+
+NATIVE = "SCALING_PERCEPTION_NATIVE"
+"""Names the folder that keeps compiled kernels; empty: there are none."""
+_SOURCES = (Path(__file__).resolve().parent.parent / "ops" / "attention.cc",)
+_TARGETS = ("attention_forward", "attention_backward")
+_COMPILERS = ("c++", "g++", "clang++")
+_SECONDS = 300  # that compiling may take, on a very busy machine
+
+
+@lru_cache(maxsize=1)
+def targets() -> dict[str, str]:
+    """Names of the custom calls, kernel to target, after they have been registered with JAX; {} where there are none.
+
+    The target's name has a hash of the kernel's source and compilation in it, so that programs kept on disk name what
+    they were compiled for. The first call on a machine compiles, for a few seconds; others load a file.
+    """
+    if not wanted():
+        return {}
+    library, mark = _library()
+    if library is None:
+        return {}
+    import jax
+
+    found = {name: f"scaling_perception_{name}_{mark}" for name in _TARGETS}
+    for name, target in found.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return found
+
+
+def wanted() -> bool:
+    """Whether kernels are looked for: there is a folder for them, and either a compiler or what it has made before."""
+    return folder() is not None and (compiler() is not None or _file(_mark()).exists())
+
+
+def folder() -> Path | None:
+    """That keeps compiled kernels; None: nothing is kept (SCALING_PERCEPTION_NATIVE or JAX_COMPILATION_CACHE_DIR is
+    empty, or there is no home folder)."""
+    named = os.environ.get(NATIVE)
+    if named is not None:
+        return Path(os.path.expanduser(named)) if named else None
+    found = cache_folder()
+    return None if found is None else found / "native"
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler: that of the variable CXX, or the first of c++, g++ and clang++."""
+    named = os.environ.get("CXX")
+    return next((path for name in ([named] if named else _COMPILERS) if (path := shutil.which(name))), None)
+
+
+def _flags() -> list[str]:
+    tuned = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    # contraction: products and sums in one instruction, which ISO C++ leaves off
+    return ["-std=c++17", "-O3", "-ffp-contract=fast", tuned, "-fPIC", "-shared", "-w"]
+
+
+def _mark() -> str:
+    """Of everything that decides what the kernels are, but for the compiler."""
+    import jaxlib.version  # its headers are part of the kernel
+
+    digest = hashlib.sha256(" ".join([processor(), jaxlib.version.__version__, *_flags()]).encode())
+    for source in _SOURCES:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _file(mark: str) -> Path:
+    where = folder()
+    assert where is not None, "the caller asks wanted()"
+    return where / f"kernels-{mark}.so"
+
+
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    mark = _mark()
+    file = _file(mark)
+    try:
+        if not file.exists():
+            _compile(file)
+        return ctypes.CDLL(str(file)), mark
+    except OSError as error:  # a damaged file, or one of a system with another C library: made again once
+        reason = error
+    except (UserError, subprocess.SubprocessError) as error:
+        return _without(error), mark
+    try:
+        _compile(file)
+        return ctypes.CDLL(str(file)), mark
+    except (OSError, UserError, subprocess.SubprocessError):
+        return _without(reason), mark
+
+
+def _compile(file: Path) -> None:
+    """Raises UserError: there is no compiler, it fails, or the folder cannot be written; OSError; SubprocessError."""
+    import jax
+
+    program = compiler()
+    if program is None:
+        raise UserError("there is no C++ compiler: install g++, or set CXX")
+    with atomic_path(file) as temporary:
+        words = [program, *_flags(), "-isystem", jax.ffi.include_dir(), *map(str, _SOURCES), "-o", str(temporary)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            raise UserError(f"{program} ended with {done.returncode}: {(lines or ['it says no reason'])[0].strip()}")
+
+
+def _without(error: Exception) -> None:
+    why = " ".join(str(error).split())[:300]
+    text = f"kernels for this processor cannot be compiled, so slower programs are used: {why} ({NATIVE}= for none)"
+    warnings.warn(text, stacklevel=2)

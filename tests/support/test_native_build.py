@@ -1,0 +1,87 @@
+"""Kernels in C++ are compiled once, and are no necessity."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from scaling_perception.support import compilation, native
+
+needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="needs a C++ compiler")
+SCRIPT = """
+import time, warnings
+from scaling_perception.support import native
+begin = time.perf_counter()
+found = native.targets()
+print(len(found), time.perf_counter() - begin)
+if found:
+    import jax, jax.numpy as jnp, numpy as np
+    out = jax.ffi.ffi_call(found["attention_forward"], jax.ShapeDtypeStruct((1, 2, 1), jnp.float32))
+    print(out(jnp.ones((1, 2, 3)), heads=np.int64(1)).tolist())
+"""
+
+
+def in_process(folder, **variables):
+    environment = {**os.environ, native.NATIVE: str(folder), **variables}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n"), done.stderr
+
+
+@needs_compiler
+def test_a_later_process_loads_what_the_first_compiled_and_needs_no_compiler(tmp_path):
+    lines, _ = in_process(tmp_path / "kernels")
+    assert lines[0].startswith("2 ") and lines[1] == "[[[1.0], [1.0]]]"
+    (file,) = (tmp_path / "kernels").iterdir()  # nothing half written is beside it
+    made = file.stat().st_mtime_ns
+    lines, errors = in_process(tmp_path / "kernels", CXX="no-such-compiler")
+    assert lines[0].startswith("2 ") and lines[1] == "[[[1.0], [1.0]]]" and not errors
+    assert file.stat().st_mtime_ns == made
+
+
+@needs_compiler
+def test_a_damaged_file_is_made_again(tmp_path):
+    in_process(tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(b"\x7fELF" + bytes(100))
+    lines, errors = in_process(tmp_path)
+    assert lines[1] == "[[[1.0], [1.0]]]" and not errors
+
+
+def test_a_compiler_that_fails_is_one_warning_and_nothing_is_left(tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'attention.cc:1: error: this is no compiler' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    lines, errors = in_process(tmp_path / "kernels", CXX=str(broken))
+    assert lines[0].startswith("0 ")
+    assert errors.count("cannot be compiled") == 1 and "this is no compiler" in errors
+    assert list((tmp_path / "kernels").iterdir()) == []
+
+
+def test_without_compiler_or_folder_there_are_none_and_no_warning(tmp_path, monkeypatch):
+    for name, value in (("CXX", "no-such-compiler"), (native.NATIVE, "")):
+        with monkeypatch.context() as changed, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            changed.setenv(native.NATIVE, str(tmp_path / "empty"))
+            changed.setenv(name, value)
+            assert native.targets.__wrapped__() == {}
+
+
+def test_the_folder_is_beside_the_compiled_programs(monkeypatch, tmp_path):
+    monkeypatch.delenv(native.NATIVE, raising=False)
+    for given, expected in (
+        (str(tmp_path), tmp_path / "native"),
+        ("", None),
+        (
+            "gs://bucket/cache",
+            tmp_path / "home" / "scaling-perception" / "compiled" / compilation.processor() / "native",
+        ),
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
+        assert native.folder() == expected
+    monkeypatch.setenv(native.NATIVE, "~/kernels")
+    assert native.folder() == Path.home() / "kernels"
