@@ -65,7 +65,8 @@ def projection_attention(qkv: Float[AnyArray, "B T width"], heads: int, mesh: An
         return flash_projection(qkv, heads, mesh)
 
     def apart(qkv: jax.Array) -> jax.Array:
-        return attention(*split_heads(qkv, heads), mesh).reshape(batch, tokens, -1)
+        mixed: Any = attention(*split_heads(qkv, heads), mesh)
+        return mixed.reshape(batch, tokens, -1)
 
     if native_is_for(width // (3 * heads), qkv.dtype, mesh):
         return jax.lax.platform_dependent(qkv, cpu=partial(native_projection, heads=heads), default=apart)
@@ -74,7 +75,8 @@ def projection_attention(qkv: Float[AnyArray, "B T width"], heads: int, mesh: An
 
 def _native(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     qkv = jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in (query, key, value)], axis=-1)
-    return native_projection(qkv, query.shape[2]).reshape(query.shape)
+    mixed: Any = native_projection(qkv, query.shape[2])
+    return mixed.reshape(query.shape)
 
 
 def split_heads(
