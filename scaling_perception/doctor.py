@@ -121,6 +121,25 @@ def _check_arithmetic() -> Finding:
     return Finding("FAIL", "arithmetic", "a compiled gradient is wrong: reinstall jax and jaxlib of one version")
 
 
+def _check_kernels() -> list[Finding]:
+    """Where JAX runs on a processor: whether it has the kernels in C++ (docs/kernels.md)."""
+    import jax
+
+    from scaling_perception.support import native
+
+    if jax.default_backend() != "cpu":
+        return []
+    if native.targets():
+        return [Finding("ok", "kernels", f"attention for this processor, compiled, in {native.folder()}")]
+    if native.folder() is None:
+        reason = f"off: {native.NATIVE} or JAX_COMPILATION_CACHE_DIR is empty, or there is no home folder"
+    elif native.compiler() is None:
+        reason = "no C++ compiler: install g++ or clang++, or set CXX"
+    else:
+        reason = "they cannot be compiled: see the warning"
+    return [Finding("note", "kernels", f"{reason}; attention takes two to three times as long without")]
+
+
 def _check_memory() -> Finding:
     import psutil
 
@@ -181,7 +200,7 @@ def findings(dataset: str | None = None, root: str = "") -> list[Finding]:
     ]
     if _without_device(found):
         return found
-    found += [_check_arithmetic(), *_check_weights()]
+    found += [_check_arithmetic(), *_check_kernels(), *_check_weights()]
     if dataset:
         found.append(_check_dataset(dataset, root))
     return found

@@ -85,11 +85,11 @@ void Product(float* c, int64_t c_stride, const float* a, int64_t by_row, int64_t
     Rows<1>(c + r * c_stride, c_stride, a + r * by_row, by_row, by_k, b, b_stride, depth, columns, add);
 }
 
-// exp of x <= 0 to 2 units in the last place; 0 below -87.
+// exp of x <= 0 to 2 units in the last place; 0 below -87. What is no number stays none.
 inline Vector Exp(Vector x) {
   const Vector low = All(-87.0f), magic = All(12582912.0f);  // 1.5 * 2^23: rounds to the nearest integer
-  const Integers live = x >= low;
-  x = live ? x : low;
+  const Integers gone = x < low;
+  x = gone ? low : x;
   const Vector n = (x * 1.44269504f + magic) - magic;
   const Vector r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   Vector p = All(1.9875691500e-4f);
@@ -103,19 +103,25 @@ inline Vector Exp(Vector x) {
   Vector two;
   std::memcpy(&two, &power, sizeof two);
   const Vector value = p * two;
-  return live ? value : Vector{};
+  return gone ? Vector{} : value;
+}
+
+// Both halves a vector becomes one of, again and again: a few instructions, where element by element is a long chain.
+template <typename Join>
+inline float Joined(Vector v, Join join) {
+  float part[kWidth];
+  Store(part, v);
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] = join(part[i], part[i + half]);
+  return part[0];
 }
 
 inline float Sum(Vector v) {
-  float total = 0;
-  for (int i = 0; i < kWidth; ++i) total += v[i];
-  return total;
+  return Joined(v, [](float a, float b) { return a + b; });
 }
 
 inline float Most(Vector v) {
-  float most = v[0];
-  for (int i = 1; i < kWidth; ++i) most = v[i] > most ? v[i] : most;
-  return most;
+  return Joined(v, [](float a, float b) { return a > b ? a : b; });
 }
 
 struct Shape {
@@ -169,9 +175,7 @@ void Softmax(float* logits, float* inverse, int64_t rows, const Shape& s) {
       Store(row + t, weight);
       sum += weight;
     }
-    // a row of logits that are no numbers has no numbers as its result, as in the oracle
-    const float all = Sum(sum);
-    inverse[r] = highest[0] == highest[0] && highest[0] < INFINITY && all > 0 ? 1.0f / all : NAN;
+    inverse[r] = 1.0f / Sum(sum);
   }
 }
 
