@@ -39,7 +39,7 @@ def keep_compiled_programs() -> None:
         if not given or "://" in given:  # none, or a bucket that JAX itself opens
             return
         folder = Path(os.path.expanduser(given))
-        if _writable(folder):
+        if writable(folder):
             os.environ[_VARIABLE] = str(folder)
             os.environ.setdefault(EXECUTABLES, str(folder / "executables"))
         else:
@@ -47,7 +47,7 @@ def keep_compiled_programs() -> None:
             del os.environ[_VARIABLE]
         return
     folder = _own_folder()
-    if folder is not None and _writable(folder):
+    if folder is not None and writable(folder):
         os.environ[_VARIABLE] = str(folder)
         os.environ.setdefault(EXECUTABLES, str(folder / "executables"))
         # JAX's own, 1 s, leaves out what takes half of a second in every run of a command
@@ -88,7 +88,8 @@ def quiet_libtpu() -> None:
     }
 
 
-def _writable(folder: Path) -> bool:
+def writable(folder: Path) -> bool:
+    """Whether files can be written there; the folder is made if it does not exist."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -13,7 +13,7 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
-from scaling_perception.support.compilation import cache_folder, processor
+from scaling_perception.support.compilation import cache_folder, processor, writable
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path
 
@@ -47,7 +47,12 @@ def targets() -> dict[str, str]:
 
 def wanted() -> bool:
     """Whether kernels are looked for: there is a folder for them, and either a compiler or what it has made before."""
-    return folder() is not None and (compiler() is not None or _file(_mark()).exists())
+    where = folder()
+    if where is None:
+        return False
+    # a folder of the user's choice that cannot be written is reported when something is to be written
+    able = compiler() is not None and (NATIVE in os.environ or writable(where))
+    return able or _is_whole(_file(_mark()))
 
 
 def folder() -> Path | None:
@@ -68,15 +73,18 @@ def compiler() -> str | None:
 
 def _flags() -> list[str]:
     tuned = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    # the compiler's library of C++ goes into the kernel: another one may be loaded already
+    alone = ["-static-libstdc++", "-static-libgcc"] if platform.system() == "Linux" else []
     # contraction: products and sums in one instruction, which ISO C++ leaves off
-    return ["-std=c++17", "-O3", "-ffp-contract=fast", tuned, "-fPIC", "-shared", "-w"]
+    return ["-std=c++17", "-O3", "-ffp-contract=fast", tuned, "-fPIC", "-shared", "-w", *alone]
 
 
 def _mark() -> str:
     """Of everything that decides what the kernels are, but for the compiler."""
     import jaxlib.version  # its headers are part of the kernel
 
-    digest = hashlib.sha256(" ".join([processor(), jaxlib.version.__version__, *_flags()]).encode())
+    parts = [processor(), *platform.libc_ver(), jaxlib.version.__version__, *_flags()]
+    digest = hashlib.sha256(" ".join(parts).encode())
     for source in _SOURCES:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
@@ -92,18 +100,23 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     mark = _mark()
     file = _file(mark)
     try:
-        if not file.exists():
+        if not _is_whole(file):
             _compile(file)
         return ctypes.CDLL(str(file)), mark
-    except OSError as error:  # a damaged file, or one of a system with another C library: made again once
-        reason = error
-    except (UserError, subprocess.SubprocessError) as error:
+    except (OSError, UserError, subprocess.SubprocessError) as error:
         return _without(error), mark
+
+
+def _digest_file(file: Path) -> Path:
+    return file.with_suffix(".sha256")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether it is what was compiled: a library that is cut would end the process when it is used."""
     try:
-        _compile(file)
-        return ctypes.CDLL(str(file)), mark
-    except (OSError, UserError, subprocess.SubprocessError):
-        return _without(reason), mark
+        return hashlib.sha256(file.read_bytes()).hexdigest() == _digest_file(file).read_text("ascii", "replace")
+    except OSError:
+        return False
 
 
 def _compile(file: Path) -> None:
@@ -119,6 +132,9 @@ def _compile(file: Path) -> None:
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             raise UserError(f"{program} ended with {done.returncode}: {(lines or ['it says no reason'])[0].strip()}")
+        digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+    with atomic_path(_digest_file(file)) as temporary:
+        temporary.write_text(digest, "ascii")
 
 
 def _without(error: Exception) -> None:

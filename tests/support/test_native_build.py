@@ -35,7 +35,8 @@ def in_process(folder, **variables):
 def test_a_later_process_loads_what_the_first_compiled_and_needs_no_compiler(tmp_path):
     lines, _ = in_process(tmp_path / "kernels")
     assert lines[0].startswith("2 ") and lines[1] == "[[[1.0], [1.0]]]"
-    (file,) = (tmp_path / "kernels").iterdir()  # nothing half written is beside it
+    file, digest = sorted((tmp_path / "kernels").iterdir(), reverse=True)  # nothing half written is beside them
+    assert (file.suffix, digest.suffix) == (".so", ".sha256")
     made = file.stat().st_mtime_ns
     lines, errors = in_process(tmp_path / "kernels", CXX="no-such-compiler")
     assert lines[0].startswith("2 ") and lines[1] == "[[[1.0], [1.0]]]" and not errors
@@ -45,10 +46,12 @@ def test_a_later_process_loads_what_the_first_compiled_and_needs_no_compiler(tmp
 @needs_compiler
 def test_a_damaged_file_is_made_again(tmp_path):
     in_process(tmp_path)
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(b"\x7fELF" + bytes(100))
+    (file,) = tmp_path.glob("*.so")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])  # cut: loading it may succeed, and calling it end the process
     lines, errors = in_process(tmp_path)
     assert lines[1] == "[[[1.0], [1.0]]]" and not errors
+    assert len(file.read_bytes()) == len(whole)
 
 
 def test_a_compiler_that_fails_is_one_warning_and_nothing_is_left(tmp_path):
@@ -59,6 +62,16 @@ def test_a_compiler_that_fails_is_one_warning_and_nothing_is_left(tmp_path):
     assert lines[0].startswith("0 ")
     assert errors.count("cannot be compiled") == 1 and "this is no compiler" in errors
     assert list((tmp_path / "kernels").iterdir()) == []
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_made_is_reported_where_the_user_chose_it(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    lines, errors = in_process(tmp_path / "file" / "kernels")
+    assert lines[0].startswith("0 ") and errors.count("cannot be compiled") == 1 and "file" in errors
+    monkeypatch.delenv(native.NATIVE, raising=False)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file"))
+    assert native.targets.__wrapped__() == {}
 
 
 def test_without_compiler_or_folder_there_are_none_and_no_warning(tmp_path, monkeypatch):
