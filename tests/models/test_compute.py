@@ -9,7 +9,7 @@ from scaling_perception.models import dit
 from scaling_perception.models.compute import forward_macs, inference_macs
 from scaling_perception.models.dit import DiT, abstract_params
 from scaling_perception.models.presets import at_resolution, get_preset
-from scaling_perception.ops.attention import attention_einsum
+from scaling_perception.ops.attention import attention_einsum, split_heads
 from scaling_perception.support.errors import UserError
 
 # billions at 256 and 512 pixels with 8 input channels (facts 1.2)
@@ -110,7 +110,10 @@ def test_equals_the_traced_program(name, pixels):
 
 def test_compiler_counts_the_same_within_its_elementwise_work(monkeypatch):
     # one layer and all heads at once, for the compiler counts the body of a scan once; wide, so that matmuls outweigh
-    monkeypatch.setattr(dit, "attention", lambda query, key, value, mesh: attention_einsum(query, key, value))
+    def einsum(qkv, heads, mesh):
+        return attention_einsum(*split_heads(qkv, heads)).reshape(*qkv.shape[:2], -1)
+
+    monkeypatch.setattr(dit, "projection_attention", einsum)
     config = get_preset("a4", depth=1, num_classes=1)
     compiled = jax.jit(lambda params, *inputs: DiT(config).apply({"params": params}, *inputs))
     flops = compiled.lower(*_inputs(config)).compile().cost_analysis()["flops"]
