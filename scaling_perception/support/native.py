@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -22,16 +23,22 @@ NATIVE = "SCALING_PERCEPTION_NATIVE"
 _SOURCES = (Path(__file__).resolve().parent.parent / "ops" / "attention.cc",)
 _TARGETS = ("attention_forward", "attention_backward")
 _COMPILERS = ("c++", "g++", "clang++")
+_ONCE = threading.Lock()
 _SECONDS = 300  # that compiling may take, on a very busy machine
 
 
-@lru_cache(maxsize=1)
 def targets() -> dict[str, str]:
     """Names of the custom calls, kernel to target, after they have been registered with JAX; {} where there are none.
 
     The target's name has a hash of the kernel's source and compilation in it, so that programs kept on disk name what
     they were compiled for. The first call on a machine compiles, for a few seconds; others load a file.
     """
+    with _ONCE:  # a name may be registered only once
+        return _registered()
+
+
+@lru_cache(maxsize=1)
+def _registered() -> dict[str, str]:
     if not wanted():
         return {}
     library, mark = _library()

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,14 @@ def test_a_folder_that_cannot_be_made_is_reported_where_the_user_chose_it(tmp_pa
     assert lines[0].startswith("0 ") and errors.count("cannot be compiled") == 1 and "file" in errors
     monkeypatch.delenv(native.NATIVE, raising=False)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file"))
-    assert native.targets.__wrapped__() == {}
+    assert native._registered.__wrapped__() == {}
+
+
+@needs_compiler
+def test_threads_that_ask_at_once_register_once():
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: native.targets(), range(8)))
+    assert found == [native.targets()] * 8 and native._registered.cache_info().misses == 1
 
 
 def test_without_compiler_or_folder_there_are_none_and_no_warning(tmp_path, monkeypatch):
@@ -80,7 +88,7 @@ def test_without_compiler_or_folder_there_are_none_and_no_warning(tmp_path, monk
             warnings.simplefilter("error")
             changed.setenv(native.NATIVE, str(tmp_path / "empty"))
             changed.setenv(name, value)
-            assert native.targets.__wrapped__() == {}
+            assert native._registered.__wrapped__() == {}
 
 
 def test_the_folder_is_beside_the_compiled_programs(monkeypatch, tmp_path):
