@@ -133,6 +133,8 @@ def _check_kernels() -> list[Finding]:
         return [Finding("ok", "kernels", f"attention for this processor, compiled, in {native.folder()}")]
     if native.folder() is None:
         reason = f"off: {native.NATIVE} or JAX_COMPILATION_CACHE_DIR is empty, or there is no home folder"
+    elif native.NATIVE not in os.environ and not native.pays():
+        return [Finding("ok", "kernels", f"not used on this processor ({native.NATIVE}=FOLDER does, docs/kernels.md)")]
     elif native.compiler() is None:
         reason = "no C++ compiler: install g++ or clang++, or set CXX"
     else:

@@ -24,6 +24,7 @@ _SOURCES = (Path(__file__).resolve().parent.parent / "ops" / "attention.cc",)
 _TARGETS = ("attention_forward", "attention_backward")
 _COMPILERS = ("c++", "g++", "clang++")
 _ONCE = threading.Lock()
+_REGISTERED: set[str] = set()
 _SECONDS = 300  # that compiling may take, on a very busy machine
 
 
@@ -33,7 +34,7 @@ def targets() -> dict[str, str]:
     The target's name has a hash of the kernel's source and compilation in it, so that programs kept on disk name what
     they were compiled for. The first call on a machine compiles, for a few seconds; others load a file.
     """
-    with _ONCE:  # a name may be registered only once
+    with _ONCE:  # a name is registered only once
         return _registered()
 
 
@@ -48,18 +49,34 @@ def _registered() -> dict[str, str]:
 
     found = {name: f"scaling_perception_{name}_{mark}" for name in _TARGETS}
     for name, target in found.items():
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+        if target not in _REGISTERED:
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+            _REGISTERED.add(target)
     return found
 
 
 def wanted() -> bool:
-    """Whether kernels are looked for: there is a folder for them, and either a compiler or what it has made before."""
+    """Whether kernels are looked for: `pays`, or SCALING_PERCEPTION_NATIVE names a folder; and there is a compiler, or
+    what it has made before."""
     where = folder()
-    if where is None:
+    if where is None or not (NATIVE in os.environ or pays()):
         return False
     # a folder of the user's choice that cannot be written is reported when something is to be written
     able = compiler() is not None and (NATIVE in os.environ or writable(where))
     return able or _is_whole(_file(_mark()))
+
+
+def pays() -> bool:
+    """Whether this is a processor on which the kernels were measured to be faster (docs/kernels.md): one of Intel's
+    with AVX-512."""
+    return "GenuineIntel" in _processor_text() and "avx512f" in _processor_text().split()
+
+
+def _processor_text() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def folder() -> Path | None:

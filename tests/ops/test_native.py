@@ -1,6 +1,8 @@
 """The kernel for CPUs against the oracle in float64, and where it is used."""
 
 import functools
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,15 @@ SHAPES = [
     (1, 49, 1, LARGEST),
     (1, 300, 2, 5),
 ]
+
+
+@pytest.fixture(autouse=True)
+def used(monkeypatch):
+    """On whatever processor."""
+    monkeypatch.setenv(native.NATIVE, str(native.folder() or Path(tempfile.gettempdir()) / "scaling-perception-native"))
+    native._registered.cache_clear()
+    yield
+    native._registered.cache_clear()
 
 
 def draw(shape, scale=1.0, dtype=np.float32):

@@ -25,6 +25,13 @@ if found:
 """
 
 
+@pytest.fixture
+def fresh():
+    native._registered.cache_clear()
+    yield
+    native._registered.cache_clear()
+
+
 def in_process(folder, **variables):
     environment = {**os.environ, native.NATIVE: str(folder), **variables}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
@@ -71,12 +78,14 @@ def test_a_folder_that_cannot_be_made_is_reported_where_the_user_chose_it(tmp_pa
     lines, errors = in_process(tmp_path / "file" / "kernels")
     assert lines[0].startswith("0 ") and errors.count("cannot be compiled") == 1 and "file" in errors
     monkeypatch.delenv(native.NATIVE, raising=False)
+    monkeypatch.setattr(native, "pays", lambda: True)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file"))
     assert native._registered.__wrapped__() == {}
 
 
 @needs_compiler
-def test_threads_that_ask_at_once_register_once():
+def test_threads_that_ask_at_once_register_once(fresh, tmp_path, monkeypatch):
+    monkeypatch.setenv(native.NATIVE, str(tmp_path))
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: native.targets(), range(8)))
     assert found == [native.targets()] * 8 and native._registered.cache_info().misses == 1
@@ -89,6 +98,25 @@ def test_without_compiler_or_folder_there_are_none_and_no_warning(tmp_path, monk
             changed.setenv(native.NATIVE, str(tmp_path / "empty"))
             changed.setenv(name, value)
             assert native._registered.__wrapped__() == {}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("text", "used"),
+    [
+        ("vendor_id : GenuineIntel\nflags : fpu avx2 avx512f avx512bw\n", True),
+        ("vendor_id : GenuineIntel\nflags : fpu avx2\n", False),
+        ("vendor_id : AuthenticAMD\nflags : fpu avx2 avx512f\n", False),
+        ("", False),
+    ],
+)
+def test_only_processors_on_which_it_was_measured_use_it_unasked(text, used, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "_processor_text", lambda: text)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv(native.NATIVE, raising=False)
+    assert native.wanted() == used
+    monkeypatch.setenv(native.NATIVE, str(tmp_path))
+    assert native.wanted()
 
 
 def test_the_folder_is_beside_the_compiled_programs(monkeypatch, tmp_path):
