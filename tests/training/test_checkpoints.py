@@ -307,9 +307,12 @@ def test_poll_ends_a_save_and_the_next_save_waits_for_it(saved, held):
     assert saved.steps() == [4, 5]
 
 
-def failing(error, written=saving.Saving.written):
+def failing(error, begun, written=saving.Saving.written):
+    """Fails once ``begun`` is set: before, the call of ``save`` itself might see the failure."""
+
     def fail(self):
         written(self)
+        assert begun.wait(60)
         raise error
 
     return fail
@@ -320,9 +323,11 @@ def test_a_save_that_fails_is_told_by_whatever_comes_next(saved, monkeypatch, te
     error = ValueError(
         'RESOURCE_EXHAUSTED: Error writing "params": Failed to write 527734 bytes: No space left on device'
     )
+    begun = threading.Event()
     with monkeypatch.context() as patch:
-        patch.setattr(saving.Saving, "written", failing(error))
+        patch.setattr(saving.Saving, "written", failing(error, begun))
         saved.save(state_at(4), IDENTITY)
+        begun.set()
         saved._saving.join()
     call = (lambda: saved.save(state_at(5), IDENTITY)) if teller == "save" else getattr(saved, teller)
     with pytest.raises(UserError, match="cannot save step 4 .*free space and run the same .*checkpoint 3 is kept"):
@@ -333,8 +338,10 @@ def test_a_save_that_fails_is_told_by_whatever_comes_next(saved, monkeypatch, te
 
 
 def test_closing_after_another_error_leaves_that_one(saved, monkeypatch, capsys):
-    monkeypatch.setattr(saving.Saving, "written", failing(OSError(errno.EIO, "Input/output error")))
+    begun = threading.Event()
+    monkeypatch.setattr(saving.Saving, "written", failing(OSError(errno.EIO, "Input/output error"), begun))
     saved.save(state_at(4), IDENTITY)
+    begun.set()
     with pytest.raises(KeyError, match="first"):
         try:
             raise KeyError("first")
