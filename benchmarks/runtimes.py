@@ -1,6 +1,6 @@
 """One forward pass of a network on a CPU: ours, PyTorch's and, where it is installed, OpenVINO's.
 
-    pip install openvino torch && python benchmarks/runtimes.py --model a1 --batch 5
+    pip install openvino torch && python -m benchmarks.runtimes --model a1 --batch 5
 
 Random weights, the same for all; outputs are compared with ours. OpenVINO converts the PyTorch module; its bfloat16 is
 an inference precision (float32 in and out). All ways take turns in one process.
