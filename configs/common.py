@@ -60,9 +60,10 @@ def defaults() -> Config:
 def shipped_masks(config: Config) -> None:
     """How the shipped model's painted objects become masks.
 
-    225 was best on 40 training scenes, for what was white comes back a little grey; the visible part is known anyway.
+    225 was best on 40 training scenes, for what was white comes back a little grey; the visible part is known anyway,
+    and what is painted around it as a rim of a pixel or two is the autoencoder's.
     """
-    config.task_options.update({"mask_threshold": 225.0, "keep_visible": True})
+    config.task_options.update({"mask_threshold": 225.0, "keep_visible": True, "mask_opening": 1})
 
 
 def source(name: str, task: str, root: str = "", count: int = 0, start: int = 0) -> ConfigDict:

@@ -158,6 +158,9 @@ FIELDS: dict[str, Field] = {
         250.0, "a predicted object is as dark as this or darker", "[0, 255]", unit="grey"
     ),
     "task_options.keep_visible": Field(False, "the predicted mask also covers the given visible part"),
+    "task_options.mask_opening": Field(
+        0, "what joins the given mask is wider than twice this; else it is left out", "[0, 16]", unit="pixels"
+    ),
     "task_options.image_resize": Field("bilinear", "how pictures become square", choices="tasks.samples:IMAGE_RESIZES"),
     "task_options.depth_prompt": Field(
         "ones", "prompt of depth: ones, or the mask of valid depths", choices="tasks.samples:DEPTH_PROMPTS"

@@ -151,10 +151,23 @@ def restore(
 
     The published rule: a mask at the model's size, brought back by nearest (facts 6.3).
     """
-    mask = painted = resize_nearest(mask_from_whole(merged, options.mask_threshold), size)
+    found = mask_from_whole(merged, options.mask_threshold)
+    mask = painted = resize_nearest(found, size)
     if options.keep_visible and prompt is not None:
-        mask = painted | np.asarray(prompt, bool)
+        visible = np.asarray(prompt, bool)
+        if options.mask_opening:
+            mask = resize_nearest(opened(found & ~resize_nearest(visible, found.shape), options.mask_opening), size)
+        mask = mask | visible
     return Answer(mask, plain_native(merged, size), painted)
+
+
+def opened(mask: Bool[np.ndarray, "H W"], radius: int) -> Bool[np.ndarray, "H W"]:
+    """``mask`` where a square of 2 ``radius`` + 1 pixels fits into it, as if it went on beyond the picture's border."""
+    from scipy import ndimage  # data workers load tasks without it
+
+    square = np.ones((2 * radius + 1, 2 * radius + 1), bool)
+    core = ndimage.binary_erosion(mask, square, border_value=1)
+    return ndimage.binary_dilation(core, square) & mask
 
 
 def pixel_loss(prediction: Traced, truth: Traced, valid: Traced, options: TaskOptions, /) -> Traced:

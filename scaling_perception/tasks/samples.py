@@ -35,6 +35,9 @@ class TaskOptions:
         mask_threshold: a predicted object is where grey <= this, on 0..255 (facts 5.3).
         keep_visible: the predicted mask also covers the given mask of the visible part. Off in pix2gestalt's rule,
             which loses what is brighter than the threshold though the visible part is known.
+        mask_opening: what is painted beside the given mask joins it only where a square of 2 ``mask_opening`` + 1
+            pixels of the model's picture fits into it (a morphological opening): a small autoencoder paints a rim
+            around every object. 0 lets all of it join; else ``keep_visible`` must be true.
         image_resize: how pictures become square: ``bilinear`` (antialiased), ``nearest`` (torch's nearest-exact, of
             everything), or ``nearest_depth`` (nearest for depth, bilinear for the others), which is what the released
             generalist was fed (facts 5 and 10, row 26).
@@ -54,6 +57,7 @@ class TaskOptions:
     depth_quantiles: tuple[float, float] = (0.02, 0.98)
     mask_threshold: float = 250
     keep_visible: bool = False
+    mask_opening: int = 0
     image_resize: str = "bilinear"
     depth_prompt: str = "ones"
     clip_depth: bool = True
@@ -69,9 +73,13 @@ class TaskOptions:
             raise UserError(f"flow_refine {self.flow_refine!r} must be a whole number in 0..4: the default is 0")
         if not 0 <= self.mask_threshold <= 255:
             raise UserError(f"mask_threshold {self.mask_threshold} must be in 0..255: the default is 250")
+        if type(self.mask_opening) is not int or not 0 <= self.mask_opening <= 16:
+            raise UserError(f"mask_opening {self.mask_opening!r} must be a whole number in 0..16: the default is 0")
         for name, default in (("keep_visible", "false"), ("clip_depth", "true")):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} {getattr(self, name)!r} must be true or false: the default is {default}")
+        if self.mask_opening and not self.keep_visible:
+            raise UserError(f"mask_opening {self.mask_opening} needs keep_visible: set it true, or mask_opening 0")
         known = {"image_resize": IMAGE_RESIZES, "depth_prompt": DEPTH_PROMPTS, "flow_frame": FLOW_FRAMES}
         for name, options in known.items():
             if getattr(self, name) not in options:
@@ -82,7 +90,7 @@ class TaskOptions:
     def encoding(self) -> dict[str, Any]:
         """The options that decide what a sample is encoded to, as JSON values; the others matter afterwards alone."""
         values = self.to_dict()
-        for name in ("mask_threshold", "keep_visible", "clip_depth", "flow_refine"):
+        for name in ("mask_threshold", "keep_visible", "mask_opening", "clip_depth", "flow_refine"):
             del values[name]
         return values
 

@@ -35,7 +35,11 @@ LATER |= {"held_out.shared": False, "optim.ema_warmup": False}
 LATER |= {"train.stream_dtype": "compute", "train.matmul_precision": "default"}
 LATER |= {name: field.default for name, field in FIELDS.items() if name.startswith("data.augment.")}
 _LATER_OF_MODEL = {"model.features": 0}
-_LATER_ANYWHERE = {"task_options.flow_frame": "native", "task_options.flow_refine": 0}  # in whatever table
+_LATER_ANYWHERE = {  # in whatever table
+    "task_options.flow_frame": "native",
+    "task_options.flow_refine": 0,
+    "task_options.mask_opening": 0,
+}
 # With a cache these say which of its samples are used, which the data's own fingerprint holds.
 _OF_CACHE = ("source", "split", "count", "start")
 

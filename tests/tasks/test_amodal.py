@@ -1,5 +1,7 @@
 """Amodal encoding and pix2gestalt's threshold."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -68,3 +70,41 @@ def test_threshold_is_exact_for_every_grey():
 def test_mask_of_several_members(make_raw):
     rgb = np.random.default_rng(0).uniform(-1.2, 1.2, (3, 5, 6, 3)).astype(np.float32)
     assert amodal.mask_from_whole(rgb).shape == (3, 5, 6)
+
+
+def test_a_thin_rim_beside_the_given_mask_is_left_out():
+    """What is painted joins where a square of three pixels fits: the hidden half does, not the rim around it."""
+    visible = np.zeros((32, 32), bool)
+    visible[8:20, 4:14] = True
+    painted = np.full((32, 32, 3), 1.0, np.float32)
+    painted[7:21, 3:15] = -1  # a rim of one pixel
+    painted[10:16, 14:24] = -1  # the hidden part
+    painted[0:2, 28:32] = -1  # a corner: goes on beyond the border, as far as anybody knows
+    painted[31, 0:10] = -1  # one row at the border
+    options = TaskOptions(keep_visible=True, mask_opening=1)
+    hidden = np.zeros((32, 32), bool)
+    hidden[10:16, 14:24] = hidden[0:2, 28:32] = True
+
+    answer = amodal.restore(painted, (32, 32), options, visible)
+    np.testing.assert_array_equal(answer.prediction, visible | hidden)
+    np.testing.assert_array_equal(answer.painted, amodal.mask_from_whole(painted))  # as it was painted, rim and all
+    twice = amodal.restore(painted, (64, 64), options, visible.repeat(2, 0).repeat(2, 1))
+    np.testing.assert_array_equal(twice.prediction, answer.prediction.repeat(2, 0).repeat(2, 1))
+    unasked = amodal.restore(painted, (32, 32), options, None)
+    np.testing.assert_array_equal(unasked.prediction, answer.painted)  # nothing was given: nothing is beside it
+
+    wide = dataclasses.replace(options, mask_opening=3)  # the hidden part is six pixels high
+    without = amodal.restore(painted, (32, 32), wide, visible).prediction
+    np.testing.assert_array_equal(without, visible)
+
+
+def test_opening_by_its_definition():
+    mask = np.random.default_rng(0).random((20, 30)) < 0.8
+    beyond = np.pad(mask, 2, constant_values=True)
+    expected = np.zeros_like(mask)
+    for row in range(20):
+        for column in range(30):
+            if beyond[row : row + 5, column : column + 5].all():
+                expected[max(row - 2, 0) : row + 3, max(column - 2, 0) : column + 3] = True
+    assert expected.any() and not expected.all()
+    np.testing.assert_array_equal(amodal.opened(mask, 2), expected & mask)

@@ -36,9 +36,12 @@ def test_options_survive_json_and_refuse_nonsense():
         {"mask_threshold": 300},
         {"flow_refine": 5},
         {"flow_refine": 0.5},
+        {"mask_opening": -1, "keep_visible": True},
+        {"mask_opening": 1.0, "keep_visible": True},
+        {"mask_opening": 1},
         {"flow_diviser": 1},
     ):
-        with pytest.raises(UserError, match="flow_divisor|flow_refine|depth_quantiles|mask_threshold"):
+        with pytest.raises(UserError, match="flow_divisor|flow_refine|depth_quantiles|mask_threshold|mask_opening"):
             TaskOptions.from_dict(bad)
 
 
