@@ -87,7 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--one-lever",
         action="store_true",
         default=None,
-        help="of presets, spacings, solvers and caches only cells that differ from the first of each in one at most",
+        help="of presets, spacings, solvers, caches and views only cells that differ from the first of each in one at "
+        "most",
     )
     add_overwrite(parser)
     add_parts(parser, "the images", "one result")
@@ -167,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
     from scaling_perception.evaluation.nested import Adaptive
     from scaling_perception.evaluation.panels import PanelWriter
     from scaling_perception.evaluation.parts import part_journal, refuse_parts
-    from scaling_perception.evaluation.protocols import count_note, get_protocol
+    from scaling_perception.evaluation.protocols import count_note, get_protocol, protocol_of
     from scaling_perception.evaluation.sweep import sweep
     from scaling_perception.evaluation.tables import print_table
     from scaling_perception.parallel.mesh import local_mesh
@@ -188,7 +189,8 @@ def run(args: argparse.Namespace) -> int:
     adaptive = Adaptive(tolerances[0], shared.first, tolerances[1], shared.step_chunk, "latents" in merges, verifiers)
     intervals = values_of(args, "cache_interval") if given(args, "cache_interval") else None
     caches = combinations(values_of(args, "cache"), intervals)
-    _check_merging(args.task, shared, merges, verifiers, tolerances[0])
+    views = values_of(args, "views")
+    _check_merging(args.task, shared, merges, views, verifiers, tolerances[0])
     solvers = values_of(args, "solver")
     for solver, (cache, _), early in itertools.product(solvers, caches, tolerances[1] or [None]):
         dataclasses.replace(shared, solver=solver, cache=cache, step_tolerance=early)  # refused before anything is read
@@ -220,9 +222,7 @@ def run(args: argparse.Namespace) -> int:
     data = described(source, contents_of(source))
     mesh = local_mesh(args.mesh)
     predictor = Predictor.from_pretrained(args.model, autoencoder=args.autoencoder, dtype=args.dtype, mesh=mesh)
-    own = {"threshold": predictor.options.mask_threshold, "keep_visible": predictor.options.keep_visible}
-    own = {name: value for name, value in own.items() if name in protocol}
-    protocol = get_protocol(args.task, args.dataset, metrics, **own)  # as the model's answers are made
+    protocol = protocol_of(predictor.options, args.task, args.dataset, metrics)
     asked |= {"weights": predictor.id, "autoencoder": predictor.autoencoder_id, "data": data, "protocol": protocol}
     if args.one_lever:
         asked["one_lever"] = True
@@ -268,6 +268,7 @@ def run(args: argparse.Namespace) -> int:
         part=part,
         described_by=about,
         spacings=values_of(args, "spacing"),
+        views=views,
         one_lever=bool(args.one_lever),
     )
     if part is not None:
@@ -285,12 +286,15 @@ def _check_merging(
     task: str,
     shared: Settings,
     merges: Sequence[str],
+    views: Sequence[str],
     verifiers: Sequence[tuple[str, str]],
     tolerances: Sequence[float],
 ) -> None:
-    """UserError for a way of merging or a verifier that the task does not have."""
+    """UserError for a way of merging, views or a verifier that the task does not have."""
     for merge in merges:
         dataclasses.replace(shared, merge_in=merge).reduce_for(task)
+    for view in views:  # where several are asked for, latents are merged of members that see the picture
+        dataclasses.replace(shared, views=view, merge_in=merges[0] if len(merges) == len(views) == 1 else "pixels")
     for verifier, use in verifiers:
         good = tolerances[0] if use == "allocate" and tolerances else None
         dataclasses.replace(shared, verifier=verifier, verify=use, tolerance=good).reduce_for(task)
@@ -433,7 +437,8 @@ def _table_folder(name: str, table: Any) -> Path:
     return folder
 
 
-_NOT_WITH_GRIDS = ("json", "csv", "per_image", "write_budgets", "shard", "spacing", "preset", "solver", "cache")
+_NOT_WITH_GRIDS = ("json", "csv", "per_image", "write_budgets", "shard", "preset", "spacing", "solver", "cache")
+_NOT_WITH_GRIDS += ("views",)
 
 
 def _write_grids(args: argparse.Namespace, protocol: dict[str, Any]) -> int:

@@ -63,7 +63,7 @@ def stop_of(table: Mapping[str, Any] | None, task: str, settings: Settings) -> S
         return None
     for one, cell in zip(table_choices(entry), entry["cells"], strict=True):
         same = [getattr(one, name) == asked[name] for name in ("steps", "ensemble", "preset", "spacing", "solver")]
-        same.append((one.merge_in or "pixels") == asked["merge_in"])
+        same += [(one.merge_in or "pixels") == asked["merge_in"], (one.views or "plain") == asked["views"]]
         cached = (one.cache or "none") == asked["cache"]
         if all(same) and cached and (asked["cache"] == "none" or one.cache_interval == asked["cache_interval"]):
             return Stop(one, tuple(cell["ci95"]), ())

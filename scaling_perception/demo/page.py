@@ -18,6 +18,7 @@ from scaling_perception.diffusion.caching import CACHES
 from scaling_perception.diffusion.schedules import LEARNED, PRESETS, SPACINGS
 from scaling_perception.diffusion.solvers import SOLVERS
 from scaling_perception.inference.aspect import ASPECTS
+from scaling_perception.inference.draws import VIEWS
 from scaling_perception.inference.inputs import to_rgb
 from scaling_perception.inference.settings import MERGES, SETTINGS
 from scaling_perception.support.errors import UserError
@@ -196,6 +197,7 @@ def _advanced(session: Session, inputs: Inputs) -> None:
         "aspect": lambda: list(ASPECTS),
         "cache": lambda: list(CACHES),
         "merge_in": lambda: list(MERGES),
+        "views": lambda: list(VIEWS),
     }
     with gr.Accordion("Advanced", open=False, elem_id=f"advanced-{task.name}"):
         gr.Markdown("Empty fields follow the dial and the model. They are the flags of `scaling-perception predict`.")

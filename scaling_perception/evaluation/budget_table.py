@@ -18,6 +18,7 @@ from scaling_perception.inference.budgets import (
     MERGE_CELL,
     SPACING_CELL,
     TABLE,
+    VIEWS_CELL,
     Timing,
     load_budgets,
 )
@@ -69,7 +70,7 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
         numbers = {"error": _short(values.mean()), "ci95": _ends(values)}
         numbers["excess"] = {"mean": _short(excess.mean()), "ci95": _ends(excess)}
         known = {name: cell.get(name, "ddim") if name == "solver" else cell[name] for name in CELL[:5]}
-        known |= {name: cell[name] for name in (*CACHE_CELL, MERGE_CELL) if name in cell}
+        known |= {name: cell[name] for name in (*CACHE_CELL, MERGE_CELL, VIEWS_CELL) if name in cell}
         known |= {SPACING_CELL: cell["spacing"]} if spacing_of(cell) else {}
         known |= {} if cell.get(DECODER_CELL) is None else {DECODER_CELL: cell[DECODER_CELL]}
         cells.append({**known, "seconds": _short(cell["seconds"]), **numbers})
@@ -145,7 +146,7 @@ def check_entry(folder: str | os.PathLike[str], task: str, asked: Mapping[str, A
             chooses.
     """
     for name in NAMED:
-        if name in asked and name != MERGE_CELL:
+        if name in asked and name not in LEVERS:
             raise UserError(f"a table of budgets is of the usual {name}: leave out {flag_of(name)} or --write-budgets")
     entry = ((load_budgets(folder) or {}).get("tasks") or {}).get(task)
     if entry is not None and not overwrite:

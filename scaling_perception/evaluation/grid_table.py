@@ -24,7 +24,7 @@ from scaling_perception.diffusion.schedules import timestep_grid
 from scaling_perception.evaluation.protocols import prepare_raw, unmeasurable
 from scaling_perception.evaluation.sweep import Samples, fill_invalid
 from scaling_perception.inference.batches import BatchPlan
-from scaling_perception.inference.engine import draw_members
+from scaling_perception.inference.draws import draw_members
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import Settings
 from scaling_perception.support.errors import UserError

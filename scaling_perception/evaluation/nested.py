@@ -20,7 +20,7 @@ from scaling_perception.evaluation.protocols import measure
 from scaling_perception.inference.adaptive import estimate_change, is_done, rests
 from scaling_perception.inference.aspect import Box, join
 from scaling_perception.inference.batches import BatchPlan
-from scaling_perception.inference.engine import draw_members
+from scaling_perception.inference.draws import draw_members, mirrored_back
 from scaling_perception.inference.latents import decode_merged, estimate, sample_latents
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import Settings
@@ -100,6 +100,7 @@ class Sampled(NamedTuple):
         change: of each look, (I, N) from the one before; infinite for the first.
         latents: of all members, clean, (I, N, P, h, w, C), where they are merged as such.
         other: the same of the inputs the other way round, where a verifier wants it.
+        flipped: whether every second member saw the mirror image; pixels are mirrored back, what is clean is not.
     """
 
     pixels: np.ndarray
@@ -110,6 +111,7 @@ class Sampled(NamedTuple):
     change: tuple[np.ndarray, ...] = ()
     latents: np.ndarray | None = None
     other: Sampled | None = None
+    flipped: bool = False
 
 
 def sample_all(way: SweepContext, tables: SamplerTables, latents: Any, group: list[dict[str, Any]]) -> Sampled:
@@ -127,6 +129,7 @@ def sample_all(way: SweepContext, tables: SamplerTables, latents: Any, group: li
         ]
     )
     pixels = np.concatenate(parts, axis=2)[: len(group), :, : way.most]
+    pixels = way.predictor.as_seen(pixels, way.task, latents)
     return Sampled(pixels, sampling, decoding, latents=clean[: len(group)])
 
 
@@ -148,7 +151,7 @@ def sample_with_looks(way: SweepContext, tables: SamplerTables, latents: Any, gr
 
     parts, sampling = way.timed(lambda: [steps(first) for first in range(0, way.most, way.plan.members)])
     pixels, decoding = way.timed(lambda: [np.asarray(engine.decode(vae, x, passes)) for x, _ in parts])
-    pixels = np.concatenate(pixels, axis=2)[: len(group), :, : way.most]
+    pixels = way.predictor.as_seen(np.concatenate(pixels, axis=2)[: len(group), :, : way.most], way.task, latents)
     whole = np.concatenate([np.asarray(x) for x, _ in parts], axis=1)[: len(group), : way.most]
     clean = [
         np.concatenate(look, axis=1)[: len(group), : way.most] for look in zip(*[p[1] for p in parts], strict=True)
@@ -322,8 +325,10 @@ class Nested:
             way = self.way
             clean = self.sampled.clean[stop][self.index, first : first + way.plan.members]
             filled = np.concatenate([clean, np.repeat(clean[:1], way.plan.members - len(clean), axis=0)])[None]
-            pixels = way.predictor.engine.decode(way.predictor.weights[1], filled, way.predictor.passes(way.task))
-            self._early[stop, first] = way.predictor.decode_members(np.asarray(pixels)[0, :, : len(clean)], way.task)
+            found = way.predictor.engine.decode(way.predictor.weights[1], filled, way.predictor.passes(way.task))
+            pixels = np.asarray(found)[0, :, : len(clean)]
+            pixels = mirrored_back(pixels, way.task, first) if self.sampled.flipped else pixels
+            self._early[stop, first] = way.predictor.decode_members(pixels, way.task)
         return self._early[stop, first]
 
 

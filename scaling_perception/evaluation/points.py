@@ -41,38 +41,45 @@ def points_of(
     adaptive: Adaptive,
     shared: Settings,
     spacings: Sequence[str | None],
+    views: Sequence[str] = ("plain",),
     one_lever: bool = False,
 ) -> list[Point]:
-    """All points of the grid; ``one_lever``: of presets, spacings, solvers and caches, those alone that differ from
-    the first of each in one at most, and compute something else than an earlier point."""
+    """All points of the grid; ``one_lever``: of presets, spacings, solvers, caches and views, those alone that differ
+    from the first of each in one at most, and compute something else than an earlier point."""
     points: list[Point] = []
     named = list(dict.fromkeys(ALIASES.get(preset, preset) for preset in presets))
     solvers, spacings = list(dict.fromkeys(map(solver_name, solvers))), list(dict.fromkeys(spacings))
     for preset, spacing in itertools.product(named, spacings):
         diffusion = predictor.choose_diffusion(preset, spacing)
         name = preset or _grid_name(predictor.diffusion)
-        for solver, (cache, interval) in itertools.product(solvers, caches):
+        for solver, (cache, interval), seen in itertools.product(solvers, caches, views):
             moved = (preset != named[0], spacing != spacings[0], solver != solvers[0], (cache, interval) != caches[0])
+            moved += (seen != views[0],)
             if one_lever and sum(moved) > 1:
                 continue
             for count in dict.fromkeys([1] if SOLVERS[solver].at_once else steps):
                 more = {"cache": cache, "cache_interval": interval}
                 grid = {"steps": count, "ensemble": sizes[-1], "preset": preset, "solver": solver, **more}
-                grid["spacing"] = spacing
+                grid |= {"spacing": spacing, "views": seen}
                 settings = dataclasses.replace(shared, first=adaptive.first, **grid)
                 tables = predictor.tables(settings, task, diffusion)
                 if cache != NO_CACHE and tables.cache is None:
                     continue
-                if one_lever and any(_same_run(tables, point.tables) for point in points):
+                if one_lever and any(_same_run(tables, p.tables) for p in points if p.settings.views == seen):
                     continue
                 looks = bool(adaptive.step_tolerances) and count > 2 * adaptive.step_chunk
                 known = {"preset": name, "spacing": diffusion.spacing, "schedule": diffusion.schedule}
                 known |= {"solver": solver, "steps": count, "reduce": mode, **shared.named}
+                known |= {} if seen == "plain" else {"views": seen}
                 if diffusion.spacing == LEARNED:
                     known |= {"timesteps": tables.t.tolist()}
                 if tables.cache is not None:
                     known |= {**more, "evaluations": predictor.evaluations(settings)}
-                cells = tuple(_cells(task, known, sizes, settings, adaptive, looks))
+                # one member sees the picture itself: of several views, those after the first leave it out
+                several = sizes if seen == views[0] else [size for size in sizes if size > 1]
+                if not several:
+                    continue
+                cells = tuple(_cells(task, known, several, settings, adaptive, looks))
                 points.append(Point(name, settings, tables, looks, cells))
     if not points:
         raise UserError("cache: every cell would compute every step: give a shorter cache_interval, or more steps")
@@ -97,7 +104,7 @@ def _cells(
         dataclasses.replace(settings, ensemble=size)
         yield {"kind": "constant", **known, "ensemble": size}
     for size in sizes:
-        if adaptive.latents and size > 1:  # one member is decoded as it is
+        if adaptive.latents and size > 1 and settings.views == "plain":  # one member is decoded as it is
             yield {"kind": "constant", **known, "ensemble": size, "merge_in": "latents"}
     for (name, use), size in itertools.product(dict.fromkeys(adaptive.verifiers), sizes):
         if use != "allocate" and size > 1:  # one member leaves nothing to choose
@@ -125,7 +132,7 @@ def point_size(point: Point) -> tuple[int, bool, bool]:
 def way_of(point: Point) -> tuple[Any, ...]:
     """All of a point's settings but for the number of steps."""
     settings = point.settings
-    return point.preset, settings.spacing, settings.solver, settings.cache, settings.cache_interval
+    return point.preset, settings.spacing, settings.solver, settings.cache, settings.cache_interval, settings.views
 
 
 def _grid_name(own: DiffusionPreset) -> str:

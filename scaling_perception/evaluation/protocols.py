@@ -21,7 +21,7 @@ import numpy as np
 
 from scaling_perception.data.sources.published import PUBLISHED
 from scaling_perception.support.errors import UserError, did_you_mean
-from scaling_perception.tasks import get_task
+from scaling_perception.tasks import TaskOptions, get_task
 from scaling_perception.tasks.base import WEIGHT
 
 # Metres. Pixels with minimum < depth < maximum count; predictions are clipped to that range; None is no limit.
@@ -144,6 +144,13 @@ def get_protocol(task: str, dataset: str, metrics: Iterable[str] | None = None, 
     samples = PUBLISHED.get(dataset, {})
     described = {**_RECORD, **RECORDS.get(dataset, {}), "samples": samples, "resolution": what.sizes}
     return {**protocol, **described, "fingerprint": fingerprint(protocol)}
+
+
+def protocol_of(options: TaskOptions, task: str, dataset: str, metrics: Iterable[str] | None = None) -> dict[str, Any]:
+    """`get_protocol` as a model of these options makes its answers."""
+    own = {"threshold": options.mask_threshold, "keep_visible": options.keep_visible}
+    known = get_task(task).protocol
+    return get_protocol(task, dataset, metrics, **{name: value for name, value in own.items() if name in known})
 
 
 def fingerprint(protocol: dict[str, Any]) -> str:

@@ -90,6 +90,7 @@ def sweep(
     part: Part | None = None,
     described_by: Mapping[str, Any] | None = None,
     spacings: Sequence[str | None] = (),
+    views: Sequence[str] = ("plain",),
     one_lever: bool = False,
 ) -> tuple[dict[str, Any], list[Any]]:
     """Evaluate every cell of the grid, the trivial answers and the autoencoder's floor on the same images.
@@ -120,7 +121,8 @@ def sweep(
         part: do this part of the images alone, into the ``journal``, for `parts.join`; returned is nothing of them.
         described_by: of a part: JSON values that the journal keeps beside it, the same for all parts.
         spacings: also of the grid; none: that of ``shared``.
-        one_lever: leave out what differs from the first preset, spacing, solver and cache in more than one of them.
+        views: also of the grid, see ``inference.draws``.
+        one_lever: leave out what differs from the first preset, spacing, solver, cache and views in more than one.
 
     Returns:
         ``images``, ``macs_per_forward``, ``macs_per_decode``, ``cells``, ``baselines``, ``controls``, ``skipped``,
@@ -134,6 +136,7 @@ def sweep(
     """
     predictor.check_task(task)
     grid = {"steps": steps, "ensemble": ensemble, "presets": presets, "solvers": solvers, "caches": caches}
+    grid["views"] = views = list(dict.fromkeys(views))
     for name, values in grid.items():
         if not values:
             raise UserError(f"no {name} to evaluate: give one or more")
@@ -152,11 +155,13 @@ def sweep(
         adaptive,
         shared,
         spacings or (shared.spacing,),
+        views,
         one_lever,
     )
     forward = predictor.macs_per_forward if macs_per_forward is None else macs_per_forward
     largest = max(points, key=point_size).tables
-    plan = predictor.plan(task, sizes[-1], len(source), batch_size, largest if batch_size is None else None)
+    given = largest if batch_size is None else None
+    plan = predictor.plan(task, sizes[-1], len(source), batch_size, given, views=views[-1])
     way = SweepContext(predictor, task, protocol, mode, sizes[-1], adaptive, key, plan, shared)
     run = _Run(way, source, points, sizes, panels, show, controls, one_lever)
     about = run.about(forward)
@@ -178,7 +183,7 @@ def sweep(
     return result_of(run.groups, about), run.shown
 
 
-_Seen = tuple[list[dict[str, Any]], Any, float]  # pictures, their latents, and the seconds of encoding
+_Seen = tuple[list[dict[str, Any]], dict[str, tuple[Any, float]]]  # pictures; by views, latents and seconds of them
 
 
 class _Run:
@@ -203,7 +208,7 @@ class _Run:
         self.panels, self.show = panels, show or (lambda shown, number: shown)
         first = (point for point in points if way_of(point) == way_of(points[0]))
         self.controlled = min(first, key=lambda point: point.settings.steps)
-        self.one_lever = one_lever
+        self.one_lever, self.views = one_lever, list(dict.fromkeys(point.settings.views for point in points))
         self.groups: list[dict[str, Any]] = []
         self.before = 0  # images of earlier parts, as far as it matters which are the first
         self.merging_is_compiled = False
@@ -230,6 +235,7 @@ class _Run:
             "steps": list(dict.fromkeys(point.settings.steps for point in self.points)),
             "ensemble": self.sizes,
             **({"caches": [list(one) for one in caches]} if caches != [(NO_CACHE, 1)] else {}),
+            **({"views": self.views} if self.views != ["plain"] else {}),
             "reduce": way.mode,
             **self._spacings(),
             **({"one_lever": True} if self.one_lever else {}),
@@ -355,7 +361,8 @@ class _Run:
                 pieces += own
             for start in range(0, len(pieces), way.plan.images):
                 chunk = pieces[start : start + way.plan.images]
-                seen.append((chunk, *way.timed(partial(way.predictor.encode, chunk, way.task, way.plan))))
+                encode = partial(way.predictor.encode, chunk, way.task, way.plan)
+                seen.append((chunk, {views: way.timed(partial(encode, views)) for views in self.views}))
         wanted = max(self.panels - self.before - len(self.shown), 0)
         answers: list[list[tuple[dict[str, Any], Estimate]]] = [[] for _ in group[:wanted]]
         for point in self.points:
@@ -376,14 +383,15 @@ class _Run:
     def _sampled(self, point: Point, seen: list[_Seen]) -> Iterator[Nested]:
         """All members of each picture in ``seen``, in order; few batches of them are held at a time."""
         way, sample = self.way, sample_with_looks if point.looks else sample_all
-        total = way.predictor.evaluations(point.settings)
+        total, views = way.predictor.evaluations(point.settings), point.settings.views
         task = get_task(way.task)
         turn = next((one for name, _ in way.adaptive.verifiers if (one := task.verifier(name).reverse)), None)
-        for chunk, latents, encoding in seen:
-            sampled = sample(way, point.tables, latents, chunk)
+        for chunk, encoded_as in seen:
+            latents, encoding = encoded_as[views]
+            sampled = sample(way, point.tables, latents, chunk)._replace(flipped=views != "plain")
             if turn is not None:
                 turned = [turn(raw) for raw in chunk]
-                encoded, more = way.timed(partial(way.predictor.encode, turned, way.task, way.plan))
+                encoded, more = way.timed(partial(way.predictor.encode, turned, way.task, way.plan, views))
                 other = sample_all(way, point.tables, encoded, turned)
                 sampled = sampled._replace(other=other._replace(seconds=other.seconds + more))
             for index, raw in enumerate(chunk):

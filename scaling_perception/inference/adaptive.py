@@ -23,7 +23,7 @@ import numpy as np
 
 from scaling_perception.diffusion.sampler import SamplerTables, State
 from scaling_perception.inference.batches import BatchPlan
-from scaling_perception.inference.engine import NoiseKeys, draw_members
+from scaling_perception.inference.draws import NoiseKeys, draw_members
 from scaling_perception.inference.model import Model
 from scaling_perception.inference.settings import Settings
 from scaling_perception.inference.verifying import score_of_merged, verifier_of
@@ -76,7 +76,7 @@ def adaptive_stream(
         latents = [
             row
             for start in range(0, len(pool), plan.images)
-            for row in np.asarray(model.encode(pool[start : start + plan.images], task, plan))
+            for row in np.asarray(model.encode(pool[start : start + plan.images], task, plan, settings.views))
         ][: len(pool)]
         members: list[list[np.ndarray]] = [[] for _ in pool]
         forwards: list[float] = [0] * len(pool)
@@ -168,12 +168,14 @@ def _sample(
     image took."""
     padded = np.stack([*latents, *[latents[0]] * (plan.images - len(latents))])
     draw = draw_members(key, model.image_ids(group, plan.images), first, count, settings.antithetic)
+    back = partial(model.as_seen, task=task, latents=padded, first=first)
     if settings.step_tolerance is None:
         pixels = model.engine.sample(*model.weights, padded, draw, model.passes(task), tables)
-        return np.asarray(pixels)[: len(group)], [model.evaluations(settings)] * len(group)
+        return back(np.asarray(pixels)[: len(group)]), [model.evaluations(settings)] * len(group)
     wanted = min(count, settings.ensemble - first)
-    pixels, taken = _until_settled(model, padded, len(group), task, settings, tables, draw, wanted, seen)
-    return pixels, [*taken]
+    shown = None if seen is None else lambda pixels: seen(back(pixels))
+    pixels, taken = _until_settled(model, padded, len(group), task, settings, tables, draw, wanted, shown)
+    return back(pixels), [*taken]
 
 
 def _until_settled(
@@ -237,7 +239,9 @@ def _see(
     watch(model.merge(found, task, size, mode, raw))
 
 
-def _rows(cond_tokens: Float[Array, "I P T D"], state: State, rows: list[int]) -> tuple[Float[Array, "J P T D"], State]:
+def _rows(
+    cond_tokens: Float[Array, "I *M P T D"], state: State, rows: list[int]
+) -> tuple[Float[Array, "J *M P T D"], State]:
     """The chosen images of a batch, repeated to a power of two (or to the batch's own size, if that is less)."""
     size = min(1 << (len(rows) - 1).bit_length(), cond_tokens.shape[0])
     index = np.asarray([*rows, *[rows[0]] * (size - len(rows))])

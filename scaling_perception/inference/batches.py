@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from scaling_perception.inference.engine import NoiseKeys, draw_members
+from scaling_perception.inference.draws import NoiseKeys, draw_members
 from scaling_perception.support.shapes import RandomKey, UInt
 
 

@@ -43,8 +43,9 @@ CACHE_CELL = ("cache", "cache_interval", "evaluations")  # of cells with a cache
 
 MERGE_CELL = "merge_in"  # of cells whose members are merged in another place than usual
 SPACING_CELL = "spacing"  # of cells on another spacing than the preset's
+VIEWS_CELL = "views"  # of cells whose members see something else than the picture
 DECODER_CELL = "decoder_macs"  # of all cells whose autoencoder's are known; earlier tables have none
-LEVERS = (*CACHE_CELL[:2], MERGE_CELL, SPACING_CELL)
+LEVERS = (*CACHE_CELL[:2], MERGE_CELL, SPACING_CELL, VIEWS_CELL)
 """Fields of a cell and of a `Choice` that only some cells have."""
 
 
@@ -62,6 +63,7 @@ class Choice(NamedTuple):
     cache_interval: int | None = None
     merge_in: str | None = None
     spacing: str | None = None
+    views: str | None = None
     decoder_macs: float = 0.0
 
     @property
@@ -256,6 +258,8 @@ def choice_line(asked: Mapping[str, Any], chosen: Mapping[str, Any], expected: M
         parts.append(f"blocks every {chosen['cache_interval']} steps ({chosen['cache']})")
     if chosen.get("merge_in", "pixels") != "pixels":
         parts.append(f"merged in {chosen['merge_in']}")
+    if chosen.get("views", "plain") != "plain":
+        parts.append(f"views {chosen['views']}")
     cost = f"{expected['macs'] / 1e9:.3g} GMACs and {expected['seconds']:.2g} s an image"
     return f"{budget}: {', '.join(parts)}; expected {expected.get('metric', 'error')} {expected['error']:.3g}, {cost}"
 

@@ -22,10 +22,9 @@ from scaling_perception.diffusion.caching import NO_CACHE
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.solvers import SOLVERS
 from scaling_perception.inference.batches import BatchPlan
-from scaling_perception.inference.engine import draw_members
+from scaling_perception.inference.draws import draw_members, image_id, key_of
 from scaling_perception.inference.find import Item
 from scaling_perception.inference.metric_depth import MetricFit, Points, at_points, fit_points
-from scaling_perception.inference.model import image_id, key_of
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import Settings
 from scaling_perception.inference.video import VideoWriter, frame_rate, is_video, require_pyav
@@ -100,21 +99,22 @@ def members_of_frames(
         carry: share of the clean latents of a member in the frame before that its starting noise is mixed with.
     """
     raws = [{**raw, "noise_id": image_id(raws[0])} for raw in raws]
-    plan = model.plan(task, settings.ensemble, 1 if carry else len(raws), batch_size, tables)
+    most = 1 if carry else len(raws)
+    plan = model.plan(task, settings.ensemble, most, batch_size, tables, views=settings.views)
     if not carry:
         for start in range(0, len(raws), plan.images):
             group = raws[start : start + plan.images]
-            latents = model.encode(group, task, plan)
+            latents = model.encode(group, task, plan, settings.views)
             pixels = model.sample(latents, group, task, settings.ensemble, tables, key, plan, settings.antithetic)
             yield from (model.decode_members(one, task) for one in pixels)
         return
     plan, before = BatchPlan(1, plan.members), {}
     for raw in raws:
-        latents, pixels = model.encode([raw], task, plan), []
+        latents, pixels = model.encode([raw], task, plan, settings.views), []
         for first in range(0, settings.ensemble, plan.members):
             draw = draw_members(key_of(key), model.image_ids([raw], 1), first, plan.members, settings.antithetic)
             before[first], found = _carried(model, task, latents, draw, tables, before.get(first), carry)
-            pixels.append(found)
+            pixels.append(model.as_seen(found, task, latents, first))
         yield model.decode_members(np.concatenate(pixels, axis=1)[:, : settings.ensemble], task)
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from scaling_perception.diffusion.sampler import SamplerTables, State, advance, final_memory, sample, start_state
+from scaling_perception.inference.draws import NoiseKeys
 from scaling_perception.models.autoencoders import Autoencoder
 from scaling_perception.models.config import DiTConfig
 from scaling_perception.models.dit import DiT, PrecomputedConditioning, abstract_params, embed_conditions, modulations
@@ -32,23 +33,12 @@ from scaling_perception.parallel.mesh import BATCH_AXES, replicated
 from scaling_perception.parallel.rules import tree_shardings
 from scaling_perception.support.compiler_options import convolving
 from scaling_perception.support.executables import kept_executable
-from scaling_perception.support.shapes import Array, EitherArray, Float, Int, RandomKey, UInt
+from scaling_perception.support.shapes import Array, EitherArray, Float, Int
 
-Latents = Float[EitherArray, "I h w F"]  # of the pictures that condition, the channels of one after another
+Latents = Float[EitherArray, "I h w F"]
+"""Of the pictures that condition, the channels of one after another; twice as many channels where members see views:
+those of the pictures, then those of their mirror images."""
 _AHEAD = 2**30  # bytes of modulation that are kept for all steps together; beyond, each step computes its own
-
-
-class NoiseKeys(NamedTuple):
-    """What decides the noise of every row.
-
-    Attributes:
-        key: JAX key. ids: (I,) uint32, of the images. members: (M,) uint32. signs: (M,) float32, 1 or -1.
-    """
-
-    key: RandomKey
-    ids: UInt[EitherArray, " I"]
-    members: UInt[EitherArray, " M"]
-    signs: Float[EitherArray, " M"]
 
 
 class Passes(NamedTuple):
@@ -57,14 +47,6 @@ class Passes(NamedTuple):
     labels: Int[EitherArray, " P"]
     shift: Float[EitherArray, "P C"]
     scale: Float[EitherArray, "P C"]
-
-
-def draw_members(key: RandomKey, ids: UInt[np.ndarray, " I"], first: int, count: int, antithetic: bool) -> NoiseKeys:
-    """The noise of members ``first`` to ``first + count - 1``; antithetic ones are pairs that differ in sign alone."""
-    numbers = np.arange(first, first + count)
-    signs = np.where(numbers % 2, -1.0, 1.0) if antithetic else np.ones(count)
-    members = numbers // 2 if antithetic else numbers
-    return NoiseKeys(key, ids, members.astype(np.uint32), signs.astype(np.float32))
 
 
 def _inner(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, ""]:
@@ -183,14 +165,15 @@ class Engine:
 
     def init_state(
         self, params: Any, latents: Latents, draw: NoiseKeys, passes: Passes, tables: SamplerTables
-    ) -> tuple[Float[Array, "I P T D"], Any, State]:
-        """What `run_steps` needs: conditions (I, P, T, D), the modulations of all steps, a state of (I, M, P, ...)."""
+    ) -> tuple[Float[Array, "I *M P T D"], Any, State]:
+        """What `run_steps` needs: conditions (I, P, T, D), or (I, M, P, T, D) where members see views; the modulations
+        of all steps; a state of (I, M, P, ...)."""
         return self.run("begin", self._init_state, params, latents, draw, passes, tables)
 
     def run_steps(
         self,
         params: Any,
-        cond_tokens: Float[EitherArray, "I P T D"],
+        cond_tokens: Float[EitherArray, "I *M P T D"],
         modulation_table: Any,
         state: State,
         labels: Int[EitherArray, " P"],
@@ -253,8 +236,11 @@ class Engine:
         takes = (PartitionSpec(), split)
         return jax.shard_map(function, mesh=self.mesh, in_specs=takes, out_specs=split, check_vma=False)(vae, rows)
 
-    def _cond_tokens(self, params: Any, latents: jax.Array, labels: jax.Array) -> jax.Array:
-        """Tokens of the conditions, (I, P, T, D)."""
+    def _cond_tokens(self, params: Any, latents: jax.Array, labels: jax.Array, seen: jax.Array) -> jax.Array:
+        """Tokens of the conditions, (I, P, T, D), or of every member (I, M, P, T, D) where they see views."""
+        if latents.shape[-1] == 2 * self.config.cond_channels > 0:
+            both = [self._cond_tokens(params, half, labels, seen) for half in jnp.split(latents, 2, axis=-1)]
+            return jnp.stack(both, axis=1)[:, seen]
         images, passes = latents.shape[0], labels.shape[0]
         each = jnp.broadcast_to(latents[:, None], (images, passes, *latents.shape[1:]))
         label = jnp.broadcast_to(labels[None], (images, passes)).reshape(-1)
@@ -273,12 +259,9 @@ class Engine:
         self, params: Any, cond_tokens: jax.Array, modulation_table: Any, labels: jax.Array, members: int
     ) -> Callable[..., Any]:
         """(x, row, **more of ``DiT``'s arguments) -> the network's output, or with ``mutable`` also a collection."""
-        images, passes = cond_tokens.shape[:2]
-        rows = (images, members, passes)
-        tokens = jnp.broadcast_to(cond_tokens[:, None], (*rows, *cond_tokens.shape[2:])).reshape(
-            -1, *cond_tokens.shape[2:]
-        )
-        tokens = self._spread(tokens)
+        rows, size = (cond_tokens.shape[0], members, cond_tokens.shape[-3]), cond_tokens.shape[-2:]
+        every = cond_tokens if cond_tokens.ndim == 5 else cond_tokens[:, None]
+        tokens = self._spread(jnp.broadcast_to(every, (*rows, *size)).reshape(-1, *size))
         label = jnp.broadcast_to(labels[None, None], rows).reshape(-1)
 
         def each_row(values: jax.Array) -> jax.Array:
@@ -417,7 +400,7 @@ class Engine:
             return self._spread(jnp.broadcast_to(noise[:, :, None], (*rows, *latent)).reshape(-1, *latent))
 
         cond_tokens, modulation_table = (
-            self._cond_tokens(params, latents, passes.labels),
+            self._cond_tokens(params, latents, passes.labels, draw.views),
             self._modulation_table(params, passes.labels, tables),
         )
         network = self._network(params, cond_tokens, modulation_table, passes.labels, rows[1])
@@ -429,13 +412,13 @@ class Engine:
     ) -> tuple[Any, Any, State]:
         rows, latent = self._shapes(latents, draw, passes)
         noise = jnp.broadcast_to(self._noise(draw, latent)[:, :, None], (*rows, *latent))
-        cond_tokens = self._cond_tokens(params, latents, passes.labels)
+        cond_tokens = self._cond_tokens(params, latents, passes.labels, draw.views)
         return cond_tokens, self._modulation_table(params, passes.labels, tables), start_state(tables, noise)
 
     def _run_steps(
         self,
         params: Any,
-        cond_tokens: Float[EitherArray, "I P T D"],
+        cond_tokens: Float[EitherArray, "I *M P T D"],
         modulation_table: Any,
         state: State,
         labels: Int[EitherArray, " P"],

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 
 from scaling_perception.data.images import from_array, from_pil, orientation, read_image
 from scaling_perception.data.masks import to_mask
@@ -74,3 +74,9 @@ def _same_way_up(raw: dict[str, Any], field: str, image: Any, prompt: Any) -> No
 
 def _name(image: Any, index: int) -> str:
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"image {index}"
+
+
+def prompt_of(raw: dict[str, Any], task: str) -> Shaped[np.ndarray, "H W *C"] | None:
+    """What a raw sample holds besides its picture for this task; None where the task asks for nothing."""
+    asks = get_task(task).prompt
+    return None if asks is None else raw.get(asks.field)

@@ -19,8 +19,8 @@ import numpy as np
 
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.inference.batches import BatchPlan, joined_members, member_draws
-from scaling_perception.inference.engine import NoiseKeys
-from scaling_perception.inference.model import Model, key_of
+from scaling_perception.inference.draws import NoiseKeys, key_of
+from scaling_perception.inference.model import Model
 from scaling_perception.inference.settings import Settings
 from scaling_perception.support.shapes import Array, EitherArray, Float, RandomKey
 from scaling_perception.tasks.base import Estimate

@@ -9,20 +9,21 @@ of an image is the same in an ensemble of 5 or of 50, alone or in a batch, in an
 import dataclasses
 import os
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from scaling_perception.diffusion.caching import CACHES, CacheRows, cache_rows, computed_steps, fit_weights
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import LEARNED, DiffusionPreset, get_diffusion
 from scaling_perception.inference.batches import BatchPlan, free_bytes, joined_members, member_draws, shrink, split
-from scaling_perception.inference.engine import Engine, NoiseKeys, Passes, draw_members
+from scaling_perception.inference.draws import NoiseKeys, draw_members, image_id, key_of, mirrored_back
+from scaling_perception.inference.engine import Engine, Passes
 from scaling_perception.inference.grids import learned_grid
 from scaling_perception.inference.inputs import raw_samples
 from scaling_perception.inference.settings import Settings
@@ -33,7 +34,7 @@ from scaling_perception.models.compute import cached_macs, forward_macs, graph_m
 from scaling_perception.models.config import config_from_dict
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.errors import UserError, did_you_mean
-from scaling_perception.support.shapes import AnyArray, Array, Float, RandomKey, Shaped, UInt
+from scaling_perception.support.shapes import AnyArray, Array, EitherArray, Float, RandomKey, UInt
 from scaling_perception.tasks import RELEASED, TaskOptions, get_task
 from scaling_perception.tasks.base import Estimate
 
@@ -293,10 +294,10 @@ class Model:
                 "this model was fine-tuned for one step on the trailing grid, and is no denoiser any more: use steps 1",
                 stacklevel=4,
             )
-        if self.one_step == "zeros" and settings.ensemble > 1:
-            warnings.warn(
-                "this model starts from zeros in place of noise, so all members are equal: use ensemble 1", stacklevel=4
-            )
+        different = 1 if settings.views == "plain" else 2
+        if self.one_step == "zeros" and settings.ensemble > different:
+            what = f"this model starts from zeros in place of noise, so all members are equal: use ensemble {different}"
+            warnings.warn(what if different == 1 else what.replace("members", "members of a view"), stacklevel=4)
 
     def plan(
         self,
@@ -306,6 +307,7 @@ class Model:
         batch_size: int | None = None,
         tables: SamplerTables | None = None,
         decoded: bool = True,
+        views: str = "plain",
     ) -> BatchPlan:
         """How many images and members go into one batch, so that no batch is mostly padding and memory is enough.
 
@@ -324,27 +326,45 @@ class Model:
         rows = max(1, at_once // (self.resolution**2 * len(get_task(task).passes)))
         plan = split(ensemble, rows, images, self.engine.devices)
         while tables is not None and plan.images * plan.members > 1:
-            needed, free = self._sampling_bytes(task, plan, tables, decoded), free_bytes()
+            needed, free = self._sampling_bytes(task, plan, tables, decoded, views), free_bytes()
             if needed <= free:
                 break
             rows = shrink(plan.images * plan.members, needed, free)
             plan = split(ensemble, rows, images, self.engine.devices)
         return plan
 
-    def _sampling_bytes(self, task: str, plan: BatchPlan, tables: SamplerTables, decoded: bool = True) -> int:
-        size = self.config.input_size
-        latents = jax.ShapeDtypeStruct((plan.images, size, size, self.config.cond_channels), np.float32)
+    def _sampling_bytes(
+        self, task: str, plan: BatchPlan, tables: SamplerTables, decoded: bool = True, views: str = "plain"
+    ) -> int:
+        size, channels = self.config.input_size, self.config.cond_channels * (1 if views == "plain" else 2)
+        latents = jax.ShapeDtypeStruct((plan.images, size, size, channels), np.float32)
         draw = draw_members(jax.random.key(0), np.zeros(plan.images, np.uint32), 0, plan.members, False)
         return self.engine.sampling_bytes(*self.weights, latents, draw, self.passes(task), tables, decoded=decoded)
 
-    def encode(self, group: Sequence[dict[str, Any]], task: str, plan: BatchPlan) -> Float[Array, "I h w C"]:
-        """Latents (plan.images, h, w, cond_channels) of a group of raw samples; missing ones repeat the first."""
+    def encode(
+        self, group: Sequence[dict[str, Any]], task: str, plan: BatchPlan, views: str = "plain"
+    ) -> Float[Array, "I h w C"]:
+        """Latents (plan.images, h, w, cond_channels) of a group of raw samples; missing ones repeat the first.
+        ``views`` flip: twice as many channels, the second half of the mirror images."""
         conditions = [get_task(task).conditions(raw, self.resolution, self.options) for raw in group]
         conditions += [conditions[0]] * (plan.images - len(group))
         fields = ("image", "prompt")[: self.config.conditions]
         pictures = np.stack([np.stack([c[field] for c in conditions]) for field in fields])
         prompt = get_task(task).prompt
-        return self.engine.encode(self._autoencoder_params, pictures, prompt is not None and prompt.frame)
+        frames = prompt is not None and prompt.frame
+        if views == "plain":
+            return self.engine.encode(self._autoencoder_params, pictures, frames)
+        both = np.concatenate([pictures, pictures[:, :, :, ::-1]], axis=1)
+        latents = self.engine.encode(self._autoencoder_params, both, frames)
+        return jnp.concatenate(jnp.split(latents, 2), axis=-1)
+
+    def as_seen(
+        self, pixels: EitherArray, task: str, latents: EitherArray, first: int = 0
+    ) -> Float[np.ndarray, "*images P M R R 3"]:
+        """Pixels (..., P, M, R, R, 3) of members ``first`` and after, sampled from ``latents``, as in the picture
+        itself: where these hold views, those of mirror images are mirrored back."""
+        plain = latents.shape[-1] == self.config.cond_channels
+        return np.asarray(pixels) if plain else mirrored_back(np.asarray(pixels), task, first)
 
     def sample(
         self,
@@ -368,9 +388,9 @@ class Model:
         def run(draw: NoiseKeys) -> Any:
             return self.engine.sample(*self.weights, latents, draw, passes, tables)
 
-        seen = None if watch is None else lambda pixels: watch(pixels[:count])
+        seen = None if watch is None else lambda pixels: watch(self.as_seen(pixels[:count], task, latents))
         draws = member_draws(key_of(key), self.image_ids(group, plan.images), ensemble, plan.members, antithetic)
-        return joined_members(map(run, draws), ensemble, seen, axis=2)[:count]
+        return self.as_seen(joined_members(map(run, draws), ensemble, seen, axis=2)[:count], task, latents)
 
     def image_ids(self, group: Sequence[dict[str, Any]], images: int) -> UInt[np.ndarray, " {images}"]:
         """(images,) uint32, each image's share of the noise key; what only fills the batch gets 0."""
@@ -439,29 +459,6 @@ class Model:
     def round_trip(self, pictures: Float[np.ndarray, "B R R 3"]) -> Float[np.ndarray, "B R R 3"]:
         """Pictures (B, R, R, 3) through the autoencoder and back: what no prediction can be better than."""
         return np.asarray(self.engine.round_trip(self._autoencoder_params, pictures))
-
-
-def prompt_of(raw: dict[str, Any], task: str) -> Shaped[np.ndarray, "H W *C"] | None:
-    """What a raw sample holds besides its picture for this task; None where the task asks for nothing."""
-    asks = get_task(task).prompt
-    return None if asks is None else raw.get(asks.field)
-
-
-def image_id(raw: dict[str, Any]) -> int:
-    """A number that the image's own pixels decide (CRC-32), its share of the noise key; a frame of a clip may hold that
-    of the first as ``noise_id``."""
-    if "noise_id" in raw:
-        return raw["noise_id"]
-    return zlib.crc32(raw["image"].tobytes(), zlib.crc32(repr(raw["image"].shape).encode()))
-
-
-def key_of(key: int | RandomKey) -> RandomKey:
-    """A JAX key of a whole number; a key as it is."""
-    if not isinstance(key, (int, np.integer)):
-        return key
-    if not 0 <= key < 2**32:
-        raise UserError(f"key {key}: give a whole number from 0 to {2**32 - 1}")
-    return jax.random.key(int(key))
 
 
 def _fit_name(settings: Settings, task: str, diffusion: DiffusionPreset) -> Any:

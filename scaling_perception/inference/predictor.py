@@ -13,9 +13,9 @@ from scaling_perception.diffusion.solvers import evaluations
 from scaling_perception.inference.adaptive import adaptive_stream
 from scaling_perception.inference.aspect import with_aspect
 from scaling_perception.inference.batches import BatchPlan
-from scaling_perception.inference.engine import draw_members
+from scaling_perception.inference.draws import draw_members, key_of
 from scaling_perception.inference.latents import latent_stream
-from scaling_perception.inference.model import Model, key_of
+from scaling_perception.inference.model import Model
 from scaling_perception.inference.prediction import Prediction
 from scaling_perception.inference.settings import Settings, check_together
 from scaling_perception.inference.verifying import verified, verifier_of
@@ -50,7 +50,7 @@ class Predictor(Model):
             key: integer or JAX key; the same key gives the same prediction.
             prompt: flow: the second frame of each image; amodal: the mask of the object's visible part.
             steps, ensemble, preset, spacing, reduce, more: see ``inference.settings.Settings``; ``more``: solver,
-                eta, clip, antithetic, aspect, tolerance, first, step_tolerance, step_chunk, cache,
+                eta, clip, antithetic, views, aspect, tolerance, first, step_tolerance, step_chunk, cache,
                 cache_interval, merge_in, verifier or verify.
             batch_size: images × members sampled at once; None chooses by memory. When given, short batches are padded
                 to it, so that calls of any length share one graph.
@@ -101,12 +101,12 @@ class Predictor(Model):
         tables = self.tables(chosen, task, diffusion)
         plan = BatchPlan(1, chosen.ensemble)
         draw = draw_members(key_of(key), self.image_ids(raws, 1), 0, chosen.ensemble, chosen.antithetic)
-        latents = self.encode(raws, task, plan)
+        latents = self.encode(raws, task, plan, chosen.views)
         rows = tuple(evaluations(chosen.solver, step + 1) - 1 for step in steps)
         kept = np.asarray(self.engine.sample(*self.weights, latents, draw, self.passes(task), tables, rows))
         found, size = [], (raw["image"].shape[0], raw["image"].shape[1])
         for step, pixels in zip(steps, kept, strict=True):
-            members = self.decode_members(pixels[0], task)
+            members = self.decode_members(self.as_seen(pixels[0], task, latents), task)
             forwards = self.evaluations(dataclasses.replace(chosen, steps=step + 1)) * chosen.ensemble
             estimate = self.merge(members, task, size, mode, raw, forwards)
             found.append(Prediction(task, [estimate], self.macs(task, 1, 1), self.options, single=True))
@@ -136,7 +136,7 @@ class Predictor(Model):
         if settings.aspect == "tile":
             count = None  # windows: more than there are samples
         members = min(settings.first, settings.ensemble) if settings.tolerance is not None else settings.ensemble
-        plan = self.plan(task, members, count or 10**9, batch_size, tables, not in_latents)
+        plan = self.plan(task, members, count or 10**9, batch_size, tables, not in_latents, settings.views)
         seen = watch if settings.aspect == "squash" else None  # else these are parts of a picture, or padded
         how: dict[str, Any] = {"task": task, "settings": settings, "tables": tables, "key": key, "mode": mode}
         of = partial(adaptive_stream if settings.adaptive else latent_stream, self)
@@ -164,7 +164,7 @@ class Predictor(Model):
         by = verifier_of(settings, task)
 
         def sample(group: list[dict[str, Any]], watch: Any = None) -> np.ndarray:
-            latents = self.encode(group, task, plan)
+            latents = self.encode(group, task, plan, settings.views)
             return self.sample(latents, group, task, settings.ensemble, tables, key, plan, settings.antithetic, watch)
 
         def merged(raw: dict[str, Any], pixels: np.ndarray, other: np.ndarray | None = None) -> Estimate:

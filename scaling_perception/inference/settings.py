@@ -36,7 +36,7 @@ def setting(
     return dataclasses.field(default=default, metadata=known | {"swept": swept, "goes_with": goes_with})
 
 
-BY_BUDGET = ("steps", "ensemble", "preset", "spacing", "solver", "cache", "cache_interval", "merge_in")
+BY_BUDGET = ("steps", "ensemble", "preset", "spacing", "solver", "cache", "cache_interval", "merge_in", "views")
 """Settings that a model's table of budgets chooses (``inference.budgets``)."""
 MERGES = ("pixels", "latents")
 USES = ("best", "weighted", "allocate")
@@ -62,6 +62,8 @@ class Settings:
         reduce: how members are merged: depth least-squares (default; recorded as lsq), median, minmax, marigold; flow
             mean (default), median; amodal median.
         antithetic: members come in pairs whose noise differs in sign alone.
+        views: what members see: ``plain``, the picture, or ``flip``, every second one its mirror image
+            (``inference.draws``).
         aspect: ``squash``, ``letterbox`` or ``tile`` (``inference.aspect``).
         tolerance: adaptive ensembling: an image gets no further members once the prediction is expected to be within
             this root-mean-square distance of what all N would give (depth: of the range [0, 1]; flow: pixels of the
@@ -100,6 +102,9 @@ class Settings:
         "the first",
     )
     antithetic: bool = setting(False, bool, "", "members in pairs whose noise differs in sign alone")
+    views: str = setting(
+        "plain", str, "NAME", "what members see: plain, or flip: every second one the mirror image", swept=True
+    )
     aspect: str = setting("squash", str, "NAME", "pictures that are not square: squash, letterbox, tile")
     tolerance: float | None = setting(
         None,
@@ -153,8 +158,11 @@ class Settings:
         from scaling_perception.diffusion.caching import NO_CACHE, cache_name
         from scaling_perception.diffusion.solvers import SOLVERS, solver_name
         from scaling_perception.inference.aspect import check_aspect
+        from scaling_perception.inference.draws import VIEWS
 
         check_aspect(self.aspect)
+        if self.views not in VIEWS:
+            raise UserError(f"unknown views '{self.views}'{did_you_mean(self.views, VIEWS)}")
         object.__setattr__(self, "solver", solver_name(self.solver))  # an alias is recorded by the one name
         object.__setattr__(self, "cache", cache_name(self.cache))
         if self.merge_in not in MERGES:
@@ -162,6 +170,11 @@ class Settings:
         if self.merge_in != "pixels" and self.adaptive:
             other = "step_tolerance" if self.tolerance is None else "tolerance"
             raise UserError(f"merge_in '{self.merge_in}' does not go with {other}: leave out one of them")
+        if self.merge_in != "pixels" and self.views != "plain":
+            raise UserError(
+                f"merge_in '{self.merge_in}' does not go with views '{self.views}', whose members are mirrored back as "
+                "pixels: leave out one of them"
+            )
         self._check_verifier()
         for name in ("preset", "reduce"):
             object.__setattr__(self, name, ALIASES.get(getattr(self, name), getattr(self, name)))
@@ -254,8 +267,8 @@ class Settings:
         return dataclasses.asdict(self)
 
 
-NAMED = ("eta", "clip", "antithetic", "aspect", "merge_in", "verifier", "verify")
-LATER = ("merge_in", "verifier", "verify")
+NAMED = ("eta", "clip", "antithetic", "aspect", "merge_in", "verifier", "verify", "views")
+LATER = ("merge_in", "verifier", "verify", "views")
 """Settings whose default is not recorded with a result: versions before them had no other."""
 SETTINGS = {one.name: one.metadata for one in dataclasses.fields(Settings)}
 """Name of each setting -> the arguments of `setting`; ``default`` in words."""

@@ -146,7 +146,7 @@ def commands_of(
             words += [flag, f"{choice[name]:g}"] if choice.get(name) else []
         if choice.get("cache"):
             words += ["--cache", choice["cache"], "--cache-interval", str(choice["cache_interval"])]
-        for name, usual in (("solver", "ddim"), ("spacing", None), ("merge_in", "pixels")):
+        for name, usual in (("solver", "ddim"), ("spacing", None), ("merge_in", "pixels"), ("views", "plain")):
             if choice.get(name) not in (None, usual):
                 words += [f"--{name.replace('_', '-')}", choice[name]]
         out.append([*words, *(["--preset", preset] if preset else []), "--json", "runs/plan/evaluation.json"])

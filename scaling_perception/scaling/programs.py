@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from scaling_perception.diffusion.schedules import get_diffusion
-from scaling_perception.inference.engine import Engine, NoiseKeys, Passes
+from scaling_perception.inference.draws import NoiseKeys
+from scaling_perception.inference.engine import Engine, Passes
 from scaling_perception.inference.settings import Settings
 from scaling_perception.models import vae
 from scaling_perception.models.autoencoders import Autoencoder, load_autoencoder, make_kl, part_size
@@ -226,7 +227,8 @@ def sample_program(config: Config, mesh: Mesh, images: int, steps: int, members:
 
     def compile_it() -> Any:
         key = jax.eval_shape(lambda: jax.random.key(0))
-        draw = NoiseKeys(key, shape(images, dtype=jnp.uint32), shape(members, dtype=jnp.uint32), shape(members))
+        ids, numbers = shape(images, dtype=jnp.uint32), shape(members, dtype=jnp.uint32)
+        draw = NoiseKeys(key, ids, numbers, shape(members), shape(members, dtype=jnp.int32))
         labels = Passes(shape(passes, dtype=jnp.int32), shape(passes, LATENT), shape(passes, LATENT))
         latents = shape(images, dit.input_size, dit.input_size, dit.cond_channels)
         tables = Settings(steps=steps, ensemble=members).tables(diffusion)

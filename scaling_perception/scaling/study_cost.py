@@ -170,7 +170,8 @@ def _evaluation(cell: Cell, known: Mapping[str, Cell]) -> Cost:
     steps, members = values_of(args, "steps"), max(values_of(args, "ensemble"))
     intervals = values_of(args, "cache_interval") if args.cache_interval else None
     caches = len(combinations(values_of(args, "cache"), intervals))  # each at most as dear as the cell without
-    grids, solvers = caches * max(len(values_of(args, "preset")), 1), values_of(args, "solver")
+    grids = caches * max(len(values_of(args, "preset")), 1) * len(values_of(args, "views"))
+    solvers = values_of(args, "solver")
     passes, side = len(get_task(args.task).passes), dit.input_size * 8
     forwards = count * passes * grids * members * sum(evaluations(solver, each) for solver in solvers for each in steps)
     pictures = 0.0

@@ -47,10 +47,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from scaling_perception.evaluation.budget_table import error_rows
     from scaling_perception.evaluation.grid_table import measurable
     from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
-    from scaling_perception.evaluation.protocols import get_protocol
     from scaling_perception.evaluation.protocols import measure as measure_error
+    from scaling_perception.evaluation.protocols import protocol_of
     from scaling_perception.inference.budgets import front, load_budgets, table_choices
-    from scaling_perception.inference.model import prompt_of
+    from scaling_perception.inference.inputs import prompt_of
 
     if args.figure and not args.figure.endswith(".png"):
         raise UserError(f"--figure {args.figure}: end the name in .png")
@@ -64,9 +64,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         every.append(_of_one_step(Predictor.from_pretrained(args.one_step), args.one_step, task))
     loop, given_of = make_loop(predictor, task)
     dataset = args.dataset or entry["dataset"]
-    protocol = get_protocol(task, dataset)
-    own = {"threshold": predictor.options.mask_threshold, "keep_visible": predictor.options.keep_visible}
-    protocol |= {name: value for name, value in own.items() if name in protocol}  # as the model's answers are made
+    protocol = protocol_of(predictor.options, task, dataset)
     raws = measurable(open_source(dataset, args.data, args.split, task, count=args.count), protocol)
     if len(raws) < FEWEST_IMAGES:
         raise UserError(f"--count {args.count}: {len(raws)} pictures tell nothing apart: give {FEWEST_IMAGES} or more")
@@ -138,7 +136,7 @@ def make_loop(predictor: Any, task: str = "depth") -> tuple[Loop, Callable[[dict
     import jax
 
     from scaling_perception.inference.batches import BatchPlan
-    from scaling_perception.inference.engine import draw_members
+    from scaling_perception.inference.draws import draw_members
     from scaling_perception.inference.settings import Settings
     from scaling_perception.tasks import get_task
 
@@ -199,7 +197,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _words(settings: Mapping[str, Any]) -> str:
-    more = [str(settings[name]) for name in ("spacing", "cache", "merge_in") if name in settings]
+    more = [str(settings[name]) for name in ("spacing", "cache", "merge_in", "views") if name in settings]
     return " ".join([f"{settings['steps']} × {settings['ensemble']}", settings["solver"], *more])
 
 

@@ -143,7 +143,7 @@ def one_picture(case: Case, picture: np.ndarray) -> Parts:
     import jax
 
     from scaling_perception.inference.batches import BatchPlan
-    from scaling_perception.inference.engine import draw_members
+    from scaling_perception.inference.draws import draw_members
     from scaling_perception.tasks import get_task
 
     predictor = case.predictor

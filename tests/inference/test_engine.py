@@ -10,7 +10,7 @@ import pytest
 
 from scaling_perception.inference import model as model_module
 from scaling_perception.inference.batches import BatchPlan, shrink, split
-from scaling_perception.inference.engine import draw_members
+from scaling_perception.inference.draws import draw_members
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import Settings
 from scaling_perception.parallel.mesh import make_mesh

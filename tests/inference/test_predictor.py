@@ -11,7 +11,7 @@ from PIL import Image
 from scaling_perception.cli import main
 from scaling_perception.diffusion.sampler import ddim_sample, sampler_tables
 from scaling_perception.inference.batches import BatchPlan
-from scaling_perception.inference.model import image_id
+from scaling_perception.inference.draws import image_id
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.interop.model_folder import save_model
 from scaling_perception.interop.released import RELEASED, describe

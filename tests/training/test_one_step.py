@@ -11,7 +11,7 @@ from nano import nano_autoencoder, nano_meta, nano_params
 from toys import config_of
 
 from scaling_perception.diffusion.schedules import get_diffusion
-from scaling_perception.inference.engine import draw_members
+from scaling_perception.inference.draws import draw_members
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import Settings
 from scaling_perception.interop.model_folder import load_model, save_model
