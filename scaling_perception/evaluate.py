@@ -87,8 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--one-lever",
         action="store_true",
         default=None,
-        help="of presets, spacings, solvers, caches and views only cells that differ from the first of each in one at "
-        "most",
+        help="of presets, spacings, solvers and caches only cells that differ from the first of each in one at most",
     )
     add_overwrite(parser)
     add_parts(parser, "the images", "one result")

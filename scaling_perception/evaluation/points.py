@@ -44,8 +44,8 @@ def points_of(
     views: Sequence[str] = ("plain",),
     one_lever: bool = False,
 ) -> list[Point]:
-    """All points of the grid; ``one_lever``: of presets, spacings, solvers, caches and views, those alone that differ
-    from the first of each in one at most, and compute something else than an earlier point."""
+    """All points of the grid; ``one_lever``: of presets, spacings, solvers and caches, those alone that differ from
+    the first of each in one at most, and compute something else than an earlier point; all with every views."""
     points: list[Point] = []
     named = list(dict.fromkeys(ALIASES.get(preset, preset) for preset in presets))
     solvers, spacings = list(dict.fromkeys(map(solver_name, solvers))), list(dict.fromkeys(spacings))
@@ -54,7 +54,6 @@ def points_of(
         name = preset or _grid_name(predictor.diffusion)
         for solver, (cache, interval), seen in itertools.product(solvers, caches, views):
             moved = (preset != named[0], spacing != spacings[0], solver != solvers[0], (cache, interval) != caches[0])
-            moved += (seen != views[0],)
             if one_lever and sum(moved) > 1:
                 continue
             for count in dict.fromkeys([1] if SOLVERS[solver].at_once else steps):

@@ -122,7 +122,7 @@ def sweep(
         described_by: of a part: JSON values that the journal keeps beside it, the same for all parts.
         spacings: also of the grid; none: that of ``shared``.
         views: also of the grid, see ``inference.draws``.
-        one_lever: leave out what differs from the first preset, spacing, solver, cache and views in more than one.
+        one_lever: leave out what differs from the first preset, spacing, solver and cache in more than one of them.
 
     Returns:
         ``images``, ``macs_per_forward``, ``macs_per_decode``, ``cells``, ``baselines``, ``controls``, ``skipped``,
