@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from scaling_perception.models.exchange import BACK, OVERFLOW
@@ -347,13 +348,14 @@ def test_a_tpu_slice_that_is_not_here(tmp_path):
 
     lowered = jax.jit(layers, out_shardings=sharding(PartitionSpec("fsdp"))).lower(x, w)
     cached = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update(
-        "jax_enable_compilation_cache", False
-    )  # what is kept of a TPU's program cannot be read without one
+    # what is kept of a TPU's program cannot be read without one; JAX asks whether there is a cache only once
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
     try:
         module = hlo.parse(lowered.compile().as_text())
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
+        reset_cache()
     loops = {loop for place in hlo.places(module) for loop in place.loops}
     assert math.prod(loop.trips for loop in loops) == 12 and all(loop.known for loop in loops)
     done = sum(one.flops * one.trips for one in costs.matmuls(module))
