@@ -11,17 +11,18 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from scaling_perception.diffusion.caching import CACHES, CacheRows, cache_rows, computed_steps, fit_weights
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import LEARNED, DiffusionPreset, get_diffusion
 from scaling_perception.inference.batches import BatchPlan, free_bytes, joined_members, member_draws, shrink, split
+from scaling_perception.inference.description import NO_TASK, one_step_noise, own_autoencoder, own_diffusion
 from scaling_perception.inference.draws import NoiseKeys, draw_members, image_id, key_of, mirrored_back
 from scaling_perception.inference.engine import Engine, Passes
 from scaling_perception.inference.grids import learned_grid
@@ -34,7 +35,7 @@ from scaling_perception.models.compute import cached_macs, forward_macs, graph_m
 from scaling_perception.models.config import config_from_dict
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support.errors import UserError, did_you_mean
-from scaling_perception.support.shapes import AnyArray, Array, EitherArray, Float, RandomKey, UInt
+from scaling_perception.support.shapes import AnyArray, EitherArray, Float, RandomKey, UInt
 from scaling_perception.tasks import RELEASED, TaskOptions, get_task
 from scaling_perception.tasks.base import Estimate
 
@@ -42,10 +43,6 @@ from scaling_perception.tasks.base import Estimate
 _PIXELS_AT_ONCE = {"cpu": 2**20}
 _PIXELS_AT_ONCE_ELSEWHERE = 2**24
 _FIT_SCENES, _FIT_MEMBERS = 4, 2  # what the weights of a cache are fitted to, unless pictures are given
-_NO_TASK = (
-    "this model knows no task: it was made for classes of pictures (an imported DiT); fine-tune it first "
-    "(scaling-perception train --config configs/from_dit.py:init=FOLDER …)"
-)
 
 
 class Model:
@@ -80,7 +77,7 @@ class Model:
         self.resolution = int(meta["resolution"])
         self.tasks: tuple[str, ...] = tuple(meta["tasks"])
         self.options = TaskOptions.from_dict(meta.get("task_options", {}))
-        self.autoencoder = autoencoder if autoencoder is not None else _own_autoencoder(meta)
+        self.autoencoder = autoencoder if autoencoder is not None else own_autoencoder(meta)
         if self.resolution != self.config.input_size * self.autoencoder.factor:
             raise UserError(
                 f"resolution {self.resolution} does not fit the model's latents of {self.config.input_size} and the "
@@ -98,17 +95,18 @@ class Model:
             )
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"unknown dtype '{dtype}'{did_you_mean(dtype, ('float32', 'bfloat16'))}")
-        self.diffusion = _own_diffusion(meta["diffusion"])
+        self.diffusion = own_diffusion(meta["diffusion"])
         self.id, self.autoencoder_id = tree_hash(params), tree_hash(self.autoencoder.params)
         if mesh is None and jax.default_backend() != "cpu":
             mesh = make_mesh(devices=jax.local_devices())
-        self.one_step = _one_step(meta)
+        self.one_step = one_step_noise(meta)
         self.engine = Engine(self.config, self.autoencoder, dtype, mesh, self.one_step == "zeros")
         self.params = self.engine.place(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params))
         self._autoencoder_params = self.engine.place(self.autoencoder.params)
         self.macs_per_forward = float(forward_macs(self.config))
         self._rows = tuple(meta.get("passes", RELEASED))
         self._fitted: dict[Any, CacheRows] = {}
+        self._level_prompts: dict[float, np.ndarray] = {}
         self.folder: Path | None = None
 
     @classmethod
@@ -250,7 +248,7 @@ class Model:
         """UserError when there is no such task, or when this model does not serve it."""
         get_task(task)
         if not self.tasks:
-            raise UserError(_NO_TASK)
+            raise UserError(NO_TASK)
         if task not in self.tasks:
             raise UserError(f"this model does not know {task}: it was trained for {', '.join(self.tasks)}")
         if self.config.conditions < (1 if get_task(task).prompt is None else 2):
@@ -343,20 +341,34 @@ class Model:
 
     def encode(
         self, group: Sequence[dict[str, Any]], task: str, plan: BatchPlan, views: str = "plain"
-    ) -> Float[Array, "I h w C"]:
+    ) -> Float[EitherArray, "I h w C"]:
         """Latents (plan.images, h, w, cond_channels) of a group of raw samples; missing ones repeat the first.
         ``views`` flip: twice as many channels, the second half of the mirror images."""
         conditions = [get_task(task).conditions(raw, self.resolution, self.options) for raw in group]
         conditions += [conditions[0]] * (plan.images - len(group))
         fields = ("image", "prompt")[: self.config.conditions]
         pictures = np.stack([np.stack([c[field] for c in conditions]) for field in fields])
-        prompt = get_task(task).prompt
-        frames = prompt is not None and prompt.frame
         if views == "plain":
-            return self.engine.encode(self._autoencoder_params, pictures, frames)
-        both = np.concatenate([pictures, pictures[:, :, :, ::-1]], axis=1)
-        latents = self.engine.encode(self._autoencoder_params, both, frames)
-        return jnp.concatenate(jnp.split(latents, 2), axis=-1)
+            return self._encoded(pictures, task)
+        latents = self._encoded(np.concatenate([pictures, pictures[:, :, :, ::-1]], axis=1), task)
+        return np.concatenate(np.split(np.asarray(latents), 2), axis=-1)
+
+    def _encoded(self, pictures: Float[np.ndarray, "F I R R 3"], task: str) -> Float[EitherArray, "I h w C"]:
+        """Latents of pictures; those of a prompt that is the same everywhere, as depth's is, are computed once."""
+        asks, encode = get_task(task).prompt, partial(self.engine.encode, self._autoencoder_params)
+        if asks is not None and asks.frame and self.autoencoder.matches:
+            return encode(pictures, True)
+        found = [np.asarray(encode(pictures[:1]))]
+        for prompts in pictures[1:]:
+            level = float(prompts.flat[0])
+            if asks is not None or (prompts != level).any():
+                found.append(np.asarray(encode(prompts[None])))
+                continue
+            if level not in self._level_prompts:
+                self._level_prompts[level] = np.asarray(encode(prompts[None]))[:1]
+            known = self._level_prompts[level]
+            found.append(np.broadcast_to(known, (len(prompts), *known.shape[1:])))
+        return np.concatenate(found, axis=-1)
 
     def as_seen(
         self, pixels: EitherArray, task: str, latents: EitherArray, first: int = 0
@@ -465,32 +477,3 @@ def _fit_name(settings: Settings, task: str, diffusion: DiffusionPreset) -> Any:
     """All that fitted weights depend on besides the model."""
     names = ("steps", "solver", "eta", "clip", "cache", "cache_interval")
     return task, diffusion, *(getattr(settings, name) for name in names)
-
-
-def _own_autoencoder(meta: dict[str, Any]) -> Autoencoder:
-    """The autoencoder that a model names. One without tasks needs none, and may name one that is not here."""
-    if meta["tasks"]:
-        return load_autoencoder(meta["autoencoder"])
-
-    def refuse(*_: Any) -> Any:
-        raise UserError(_NO_TASK)
-
-    return Autoencoder(meta["autoencoder"], "", {}, refuse, refuse)
-
-
-def _one_step(meta: dict[str, Any]) -> str:
-    """What a model of one step starts from: ``zeros`` or ``gaussian`` noise; '' for any other model."""
-    if "one_step" not in meta:
-        return ""
-    noise = meta["one_step"].get("noise") if isinstance(meta["one_step"], dict) else meta["one_step"]
-    if noise not in ("zeros", "gaussian"):
-        raise UserError(f"one_step of the model has the noise {noise!r}: give zeros or gaussian, or export it again")
-    return noise
-
-
-def _own_diffusion(fields: dict[str, Any]) -> DiffusionPreset:
-    known = [field.name for field in dataclasses.fields(DiffusionPreset)]
-    for name in fields:
-        if name not in known:
-            raise UserError(f"unknown diffusion setting '{name}' of the model{did_you_mean(name, known)}")
-    return DiffusionPreset(**fields)

@@ -404,3 +404,21 @@ def test_the_visible_part_joins_the_mask_where_the_model_says_so(nano_folder):
         predictor.options = dataclasses.replace(predictor.options, keep_visible=keep)
         found = predictor.merge(white, "amodal", (side, side), "median", {"visible_mask": visible})
         np.testing.assert_array_equal(found.prediction, expected)
+
+
+def test_a_prompt_that_is_the_same_everywhere_is_encoded_once(make_predictor, make_image, monkeypatch):
+    predictor = make_predictor()
+    encode, seen = predictor.engine.encode, []
+
+    def counted(vae, pictures, frames=False):
+        seen.append(pictures.shape[:2])
+        return encode(vae, pictures, frames)
+
+    monkeypatch.setattr(predictor.engine, "encode", counted)
+    first = predictor([make_image(), make_image(seed=1)], ensemble=2, **FAST).members
+    assert seen == [(1, 2), (1, 2)]  # the pictures, and the prompt
+    again = predictor([make_image(), make_image(seed=1)], ensemble=2, **FAST).members
+    np.testing.assert_array_equal(again, first)
+    assert seen[2:] == [(1, 2)]
+    predictor(make_image(), "amodal", prompt=np.ones((40, 56), bool), ensemble=1, **FAST)
+    assert len(seen) == 5, "a mask is the picture's own, even one that covers it all"
