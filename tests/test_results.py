@@ -186,7 +186,7 @@ def test_verifiers(task, tmp_path):
 @pytest.mark.parametrize("row", tables(section("## Real samples"))[0], ids=lambda row: row["data"])
 def test_real_samples(row, tmp_path, shared_dir):
     task, data = BY_LABEL[row["metric"]], row["data"]
-    (line,) = (line for line in lines(PAGE) if "--task TASK" in line)
+    (line,) = (line for line in lines(PAGE) if "--dataset NAME" in line)
     line = line.replace("TASK", task).replace("--dataset NAME", f"--dataset {data}")
     words = line.replace("DIR", os.path.join(shared_dir, "data", data)).split(" ")[1:]
     result, metric = measured(words, tmp_path), MAIN_METRIC[task][0]
