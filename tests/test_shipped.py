@@ -47,7 +47,7 @@ def predictors():
     "model, dataset, task",
     [
         *(("mini-scenes", "scenes", task) for task in ("depth", "flow", "amodal")),
-        *(("mini", "worlds", task) for task in ("depth", "flow", "normals")),  # amodal: its card
+        *(("mini", "worlds", task) for task in ("depth", "flow", "amodal", "normals")),
     ],
 )
 def test_beats_every_trivial_answer(predictors, model, dataset, task):
