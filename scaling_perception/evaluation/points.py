@@ -41,8 +41,8 @@ def points_of(
     adaptive: Adaptive,
     shared: Settings,
     spacings: Sequence[str | None],
-    views: Sequence[str] = ("plain",),
     one_lever: bool = False,
+    views: Sequence[str] = ("plain",),
 ) -> list[Point]:
     """All points of the grid; ``one_lever``: of presets, spacings, solvers and caches, those alone that differ from
     the first of each in one at most, and compute something else than an earlier point; all with every views."""

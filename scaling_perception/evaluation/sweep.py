@@ -90,8 +90,8 @@ def sweep(
     part: Part | None = None,
     described_by: Mapping[str, Any] | None = None,
     spacings: Sequence[str | None] = (),
-    views: Sequence[str] = ("plain",),
     one_lever: bool = False,
+    views: Sequence[str] = ("plain",),
 ) -> tuple[dict[str, Any], list[Any]]:
     """Evaluate every cell of the grid, the trivial answers and the autoencoder's floor on the same images.
 
@@ -121,8 +121,8 @@ def sweep(
         part: do this part of the images alone, into the ``journal``, for `parts.join`; returned is nothing of them.
         described_by: of a part: JSON values that the journal keeps beside it, the same for all parts.
         spacings: also of the grid; none: that of ``shared``.
-        views: also of the grid, see ``inference.draws``.
         one_lever: leave out what differs from the first preset, spacing, solver and cache in more than one of them.
+        views: also of the grid, see ``inference.draws``.
 
     Returns:
         ``images``, ``macs_per_forward``, ``macs_per_decode``, ``cells``, ``baselines``, ``controls``, ``skipped``,
@@ -155,8 +155,8 @@ def sweep(
         adaptive,
         shared,
         spacings or (shared.spacing,),
-        views,
         one_lever,
+        views,
     )
     forward = predictor.macs_per_forward if macs_per_forward is None else macs_per_forward
     largest = max(points, key=point_size).tables

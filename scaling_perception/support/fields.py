@@ -159,7 +159,11 @@ FIELDS: dict[str, Field] = {
     ),
     "task_options.keep_visible": Field(False, "the predicted mask also covers the given visible part"),
     "task_options.mask_opening": Field(
-        0, "what joins the given mask is wider than twice this; else it is left out", "[0, 16]", unit="pixels"
+        0,
+        "what joins the given mask is wider than twice this; else it is left out",
+        "[0, 16]",
+        unit="pixels",
+        free=True,
     ),
     "task_options.image_resize": Field("bilinear", "how pictures become square", choices="tasks.samples:IMAGE_RESIZES"),
     "task_options.depth_prompt": Field(

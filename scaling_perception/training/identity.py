@@ -35,11 +35,8 @@ LATER |= {"held_out.shared": False, "optim.ema_warmup": False}
 LATER |= {"train.stream_dtype": "compute", "train.matmul_precision": "default"}
 LATER |= {name: field.default for name, field in FIELDS.items() if name.startswith("data.augment.")}
 _LATER_OF_MODEL = {"model.features": 0}
-_LATER_ANYWHERE = {  # in whatever table
-    "task_options.flow_frame": "native",
-    "task_options.flow_refine": 0,
-    "task_options.mask_opening": 0,
-}
+_LATER_ANYWHERE = {"task_options.flow_frame": "native", "task_options.flow_refine": 0}  # in whatever table
+_FREE_ANYWHERE = "task_options.mask_opening"  # of finished predictions alone; runs before it had none
 # With a cache these say which of its samples are used, which the data's own fingerprint holds.
 _OF_CACHE = ("source", "split", "count", "start")
 
@@ -181,6 +178,7 @@ def same_run(
         for name in differing_names(old, new):
             free = part == "config" and (name in FREE or (name.startswith("data.") and name.endswith(".root")))
             free |= part == "config" and name.startswith(_MEASURED) and not measured
+            free |= name.endswith(_FREE_ANYWHERE)
             free |= part == "config" and cached and name.startswith("data.mixture.") and name.endswith(_OF_CACHE)
             if not free:
                 was, is_now = shown(old, name), shown(new, name)
