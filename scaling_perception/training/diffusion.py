@@ -50,7 +50,7 @@ from scaling_perception.training.noising import LATENT, make_noising
 from scaling_perception.training.noising import sample_timesteps as sample_timesteps
 from scaling_perception.training.objective import LatentBatches, Metrics, Objective, Parts, own_share
 from scaling_perception.training.prompts import prompt_table, with_table
-from scaling_perception.training.start import starting_point
+from scaling_perception.training.start import check_latents, starting_point
 from scaling_perception.training.validation import held_out_batches
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # of activations
@@ -277,11 +277,7 @@ def diffusion_objective(
     dit, table = prompt_table(config, dit, tasks_of(config))
     frozen = tuple(frozen_paths(dit))
     start, start_meta = starting_point(config, dit) if config.init and resumed is None else (None, {})
-    if encoder_id and start_meta.get("autoencoder_id", encoder_id) != encoder_id:
-        raise UserError(
-            f"init {config.init} was trained in the latents of autoencoder {start_meta['autoencoder']}, which is not "
-            f"'{config.autoencoder}' of this config: use the same"
-        )
+    check_latents(config, start_meta, encoder_id)
     if decode is not None and start_meta and not start_meta.get("tasks"):
         raise UserError(f"init {config.init} was trained for no task yet: fine-tune it first (objective=diffusion)")
     # what is measured must not depend on this process's share

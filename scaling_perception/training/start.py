@@ -51,6 +51,30 @@ def starting_point(config: Config, dit: DiTConfig) -> tuple[Params, dict[str, An
     return params, {**meta, "surgery": steps}
 
 
+def check_latents(config: Config, start: Mapping[str, Any], encoder_id: str) -> None:
+    """Refuse a start that was trained in other latents than those of the config's autoencoder.
+
+    A start without conditions, trained on pictures of classes, has seen no features: latents of the same autoencoder
+    without them will do.
+
+    Raises:
+        UserError: as said.
+    """
+    from scaling_perception.models.autoencoders import load_autoencoder
+
+    was = start.get("autoencoder_id", encoder_id)
+    if not encoder_id or was == encoder_id:
+        return
+    plain, plus, _ = config.autoencoder.partition("+")
+    conditioned = start.get("model", {}).get("cond_channels", 0) > 0
+    if plus and not conditioned and load_autoencoder(plain).id == was:
+        return
+    raise UserError(
+        f"init {config.init} was trained in the latents of autoencoder {start['autoencoder']}, which is not "
+        f"'{config.autoencoder}' of this config: use the same"
+    )
+
+
 def _other_prediction(config: Config, meta: Mapping[str, Any]) -> list[str]:
     """A line, if a perception model starts anew under another schedule or prediction: its loss then starts high."""
     now = get_diffusion(config.diffusion, **config.diffusion_changes.to_dict())

@@ -1,8 +1,10 @@
 """Runs that start from a model of another shape: the loss goes on where it was, and then falls."""
 
+import contextlib
 import dataclasses
 import json
 from itertools import count
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ from scaling_perception.training.checkpoints import newest_meta
 from scaling_perception.training.diffusion import diffusion_objective, latents_of, make_loss, network_of
 from scaling_perception.training.identity import as_json
 from scaling_perception.training.optim import make_optimizer
-from scaling_perception.training.start import starting_point
+from scaling_perception.training.start import check_latents, starting_point
 from scaling_perception.training.state import new_state
 
 KEY = jax.random.key(11)
@@ -228,3 +230,14 @@ def test_starts_that_are_refused(dense, scenes, overrides, words):
     with pytest.raises(UserError, match=words) as told:
         diffusion_objective(upcycled(dense[0], *overrides), scenes)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("named", "was", "channels", "fits"),
+    [("tiny+lite0", "tiny", 0, True), ("tiny+lite0", "tiny", 8, False), ("tiny", "tiny+lite0", 0, False)],
+)
+def test_a_start_of_classes_never_saw_features(named, was, channels, fits):
+    config = SimpleNamespace(init="runs/classes", autoencoder=named)
+    start = {"autoencoder": was, "autoencoder_id": load_autoencoder(was).id, "model": {"cond_channels": channels}}
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="trained in the latents of autoencoder"):
+        check_latents(config, start, load_autoencoder(named).id)
