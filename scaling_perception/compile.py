@@ -140,6 +140,7 @@ def compile_program(
     import jax
 
     from scaling_perception.scaling import programs
+    from scaling_perception.support.executables import without_jax_cache
 
     images = mesh.size if batch is None else batch
     if name == "train":
@@ -150,15 +151,12 @@ def compile_program(
         program = programs.sample_program(config, mesh, images, steps, members)
     else:
         program = programs.encode_program(config, mesh, images)
-    cached = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_enable_compilation_cache", False)  # what is read back from it has no text to look at
     begin = time.monotonic()
     try:
-        compiled = program.compile()
+        with without_jax_cache():
+            compiled = program.compile()
     except jax.errors.JaxRuntimeError as error:
         raise _does_not_fit(name, topology, str(error)) from error
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
     seconds = time.monotonic() - begin
     text = compiled.as_text()
     report = analyse(program, compiled, text, topology, mesh)

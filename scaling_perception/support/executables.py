@@ -14,7 +14,7 @@ import platform
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -94,23 +94,31 @@ def _wanted(arguments: Sequence[Any], devices: Sequence[Any]) -> bool:
     return all(leaf.devices() <= set(devices) for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.Array))
 
 
+@contextlib.contextmanager
+def without_jax_cache() -> Iterator[None]:
+    """JAX's own cache is neither read nor written meanwhile. JAX decides only once whether it has one, which the resets
+    undo: a program of a TPU that is not here cannot be read from it, and one that was read has no text."""
+    cached = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+        reset_cache()
+
+
 def _compiled_anew(build: Callable[[], Any]) -> tuple[Any, bool]:
     """(what is built, whether it may be written).
 
-    What JAX reads from its own cache runs, but written once more it lacks functions. Hence that cache is off meanwhile;
-    JAX decides only once whether it has one, which the resets undo. Whatever is read from it all the same is not kept.
+    What JAX reads from its own cache runs, but written once more it lacks functions. Hence that cache is off meanwhile.
+    Whatever is read from it all the same is not kept.
     """
-    with _BUILDING:
+    with _BUILDING, without_jax_cache():
         _count_hits()
-        cached, hits = jax.config.jax_enable_compilation_cache, len(_HITS)  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_enable_compilation_cache", False)
-        reset_cache()
-        try:
-            built = build()
-            return built, len(_HITS) == hits
-        finally:
-            jax.config.update("jax_enable_compilation_cache", cached)
-            reset_cache()
+        hits = len(_HITS)
+        built = build()
+        return built, len(_HITS) == hits
 
 
 @lru_cache(maxsize=1)

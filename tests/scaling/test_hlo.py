@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from scaling_perception.models.exchange import BACK, OVERFLOW
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.scaling import collectives, costs, hlo
 from scaling_perception.scaling.topologies import get_topology, prepare_environment
+from scaling_perception.support.executables import without_jax_cache
 
 SIZES = {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1}
 
@@ -347,15 +347,8 @@ def test_a_tpu_slice_that_is_not_here(tmp_path):
         return jax.lax.scan(layer, x, w)[0]
 
     lowered = jax.jit(layers, out_shardings=sharding(PartitionSpec("fsdp"))).lower(x, w)
-    cached = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
-    # what is kept of a TPU's program cannot be read without one; JAX asks whether there is a cache only once
-    jax.config.update("jax_enable_compilation_cache", False)
-    reset_cache()
-    try:
+    with without_jax_cache():
         module = hlo.parse(lowered.compile().as_text())
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
-        reset_cache()
     loops = {loop for place in hlo.places(module) for loop in place.loops}
     assert math.prod(loop.trips for loop in loops) == 12 and all(loop.known for loop in loops)
     done = sum(one.flops * one.trips for one in costs.matmuls(module))
