@@ -436,8 +436,10 @@ def _table_folder(name: str, table: Any) -> Path:
     return folder
 
 
-_NOT_WITH_GRIDS = ("json", "csv", "per_image", "write_budgets", "shard", "preset", "spacing", "solver", "cache")
-_NOT_WITH_GRIDS += ("views",)
+_NOT_WITH_GRIDS = (
+    *("json", "csv", "per_image", "write_budgets", "shard"),
+    *("preset", "spacing", "solver", "cache", "views"),
+)
 
 
 def _write_grids(args: argparse.Namespace, protocol: dict[str, Any]) -> int:

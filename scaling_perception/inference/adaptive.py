@@ -76,7 +76,7 @@ def adaptive_stream(
         latents = [
             row
             for start in range(0, len(pool), plan.images)
-            for row in np.asarray(model.encode(pool[start : start + plan.images], task, plan, settings.views))
+            for row in np.asarray(model.encode(pool[start : start + plan.images], task, plan, settings.views_seen))
         ][: len(pool)]
         members: list[list[np.ndarray]] = [[] for _ in pool]
         forwards: list[float] = [0] * len(pool)

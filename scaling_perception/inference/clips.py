@@ -100,17 +100,17 @@ def members_of_frames(
     """
     raws = [{**raw, "noise_id": image_id(raws[0])} for raw in raws]
     most = 1 if carry else len(raws)
-    plan = model.plan(task, settings.ensemble, most, batch_size, tables, views=settings.views)
+    plan = model.plan(task, settings.ensemble, most, batch_size, tables, views=settings.views_seen)
     if not carry:
         for start in range(0, len(raws), plan.images):
             group = raws[start : start + plan.images]
-            latents = model.encode(group, task, plan, settings.views)
+            latents = model.encode(group, task, plan, settings.views_seen)
             pixels = model.sample(latents, group, task, settings.ensemble, tables, key, plan, settings.antithetic)
             yield from (model.decode_members(one, task) for one in pixels)
         return
     plan, before = BatchPlan(1, plan.members), {}
     for raw in raws:
-        latents, pixels = model.encode([raw], task, plan, settings.views), []
+        latents, pixels = model.encode([raw], task, plan, settings.views_seen), []
         for first in range(0, settings.ensemble, plan.members):
             draw = draw_members(key_of(key), model.image_ids([raw], 1), first, plan.members, settings.antithetic)
             before[first], found = _carried(model, task, latents, draw, tables, before.get(first), carry)

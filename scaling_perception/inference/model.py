@@ -106,7 +106,7 @@ class Model:
         self.macs_per_forward = float(forward_macs(self.config))
         self._rows = tuple(meta.get("passes", RELEASED))
         self._fitted: dict[Any, CacheRows] = {}
-        self._level_prompts: dict[float, np.ndarray] = {}
+        self._constant_prompts: dict[float, np.ndarray] = {}
         self.folder: Path | None = None
 
     @classmethod
@@ -292,10 +292,13 @@ class Model:
                 "this model was fine-tuned for one step on the trailing grid, and is no denoiser any more: use steps 1",
                 stacklevel=4,
             )
-        different = 1 if settings.views == "plain" else 2
+        different, of = (1, "") if settings.views == "plain" else (2, " of a view")
         if self.one_step == "zeros" and settings.ensemble > different:
-            what = f"this model starts from zeros in place of noise, so all members are equal: use ensemble {different}"
-            warnings.warn(what if different == 1 else what.replace("members", "members of a view"), stacklevel=4)
+            warnings.warn(
+                f"this model starts from zeros in place of noise, so all members{of} are equal: use ensemble "
+                f"{different}",
+                stacklevel=4,
+            )
 
     def plan(
         self,
@@ -360,13 +363,13 @@ class Model:
             return encode(pictures, True)
         found = [np.asarray(encode(pictures[:1]))]
         for prompts in pictures[1:]:
-            level = float(prompts.flat[0])
-            if asks is not None or (prompts != level).any():
+            value = float(prompts.flat[0])
+            if asks is not None or (prompts != value).any():
                 found.append(np.asarray(encode(prompts[None])))
                 continue
-            if level not in self._level_prompts:
-                self._level_prompts[level] = np.asarray(encode(prompts[None]))[:1]
-            known = self._level_prompts[level]
+            if value not in self._constant_prompts:
+                self._constant_prompts[value] = np.asarray(encode(prompts[None]))[:1]
+            known = self._constant_prompts[value]
             found.append(np.broadcast_to(known, (len(prompts), *known.shape[1:])))
         return np.concatenate(found, axis=-1)
 

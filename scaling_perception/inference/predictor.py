@@ -101,7 +101,7 @@ class Predictor(Model):
         tables = self.tables(chosen, task, diffusion)
         plan = BatchPlan(1, chosen.ensemble)
         draw = draw_members(key_of(key), self.image_ids(raws, 1), 0, chosen.ensemble, chosen.antithetic)
-        latents = self.encode(raws, task, plan, chosen.views)
+        latents = self.encode(raws, task, plan, chosen.views_seen)
         rows = tuple(evaluations(chosen.solver, step + 1) - 1 for step in steps)
         kept = np.asarray(self.engine.sample(*self.weights, latents, draw, self.passes(task), tables, rows))
         found, size = [], (raw["image"].shape[0], raw["image"].shape[1])
@@ -136,7 +136,7 @@ class Predictor(Model):
         if settings.aspect == "tile":
             count = None  # windows: more than there are samples
         members = min(settings.first, settings.ensemble) if settings.tolerance is not None else settings.ensemble
-        plan = self.plan(task, members, count or 10**9, batch_size, tables, not in_latents, settings.views)
+        plan = self.plan(task, members, count or 10**9, batch_size, tables, not in_latents, settings.views_seen)
         seen = watch if settings.aspect == "squash" else None  # else these are parts of a picture, or padded
         how: dict[str, Any] = {"task": task, "settings": settings, "tables": tables, "key": key, "mode": mode}
         of = partial(adaptive_stream if settings.adaptive else latent_stream, self)
@@ -164,7 +164,7 @@ class Predictor(Model):
         by = verifier_of(settings, task)
 
         def sample(group: list[dict[str, Any]], watch: Any = None) -> np.ndarray:
-            latents = self.encode(group, task, plan, settings.views)
+            latents = self.encode(group, task, plan, settings.views_seen)
             return self.sample(latents, group, task, settings.ensemble, tables, key, plan, settings.antithetic, watch)
 
         def merged(raw: dict[str, Any], pixels: np.ndarray, other: np.ndarray | None = None) -> Estimate:

@@ -219,6 +219,11 @@ class Settings:
         return self.tolerance is not None or self.step_tolerance is not None
 
     @property
+    def views_seen(self) -> str:
+        """``views``; ``plain`` where the only member sees the picture itself, so that nothing else is encoded."""
+        return self.views if self.ensemble > 1 else "plain"
+
+    @property
     def evaluations(self) -> int:
         """Network evaluations of one member."""
         from scaling_perception.diffusion.solvers import evaluations

@@ -16,14 +16,18 @@ EXECUTABLES = "SCALING_PERCEPTION_EXECUTABLES"
 
 def processor() -> str:
     """A short name of this kind of processor: what is compiled for one may not run on another that shares the home."""
-    text = platform.machine() + platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
+    text, lines = platform.machine() + platform.processor(), processor_text().splitlines()
     for names in (("flags", "Features"), ("model name", "CPU part")):
         text += next((line for line in lines if line.startswith(names)), "")
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def processor_text() -> str:
+    """What Linux says of the processors; empty elsewhere."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def keep_compiled_programs() -> None:

@@ -160,7 +160,7 @@ FIELDS: dict[str, Field] = {
     "task_options.keep_visible": Field(False, "the predicted mask also covers the given visible part"),
     "task_options.mask_opening": Field(
         0,
-        "what joins the given mask is wider than twice this; else it is left out",
+        "what is painted beside the given mask joins it only where it is wider than twice this",
         "[0, 16]",
         unit="pixels",
         free=True,

@@ -14,7 +14,7 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
-from scaling_perception.support.compilation import cache_folder, processor, writable
+from scaling_perception.support.compilation import cache_folder, processor, processor_text, writable
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import atomic_path
 
@@ -69,14 +69,8 @@ def wanted() -> bool:
 def pays() -> bool:
     """Whether this is a processor on which the kernels were measured to be faster (docs/kernels.md): one of Intel's
     with AVX-512."""
-    return "GenuineIntel" in _processor_text() and "avx512f" in _processor_text().split()
-
-
-def _processor_text() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    text = processor_text()
+    return "GenuineIntel" in text and "avx512f" in text.split()
 
 
 def folder() -> Path | None:

@@ -111,7 +111,7 @@ def test_without_compiler_or_folder_there_are_none_and_no_warning(tmp_path, monk
     ],
 )
 def test_only_processors_on_which_it_was_measured_use_it_unasked(text, used, tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "_processor_text", lambda: text)
+    monkeypatch.setattr(native, "processor_text", lambda: text)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv(native.NATIVE, raising=False)
     assert native.wanted() == used
