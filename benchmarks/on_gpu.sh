@@ -126,16 +126,19 @@ render() { # render FOLDER FIRST COUNT TASKS OPTION…: worlds into a cache, kil
     --start "$first" --count "$count" --workers 0 "$@" >>"$folder.log" 2>&1
 }
 
-lane() { # lane NUMBER TASKS OPTION…: a few worlds, then as many more as fit into the time by the speed of those
-  local number=$1 tasks=$2 first=$(((${FIRST:-0} + $1) * 1000000)) begun=$SECONDS count
+lane() { # lane NUMBER TASKS OPTION…: a few worlds, then as many more as fit into the time by the speed of those, twice
+  local number=$1 tasks=$2 first=$(((${FIRST:-0} + $1) * 1000000)) count=$sample begun took round
   shift 2
-  render "$work/worlds/$number-a" "$first" "$sample" "$tasks" "$@" || return
-  # starting takes some 6 s of both
-  count=$(((until - SECONDS - 6) * sample * 9 / 10 / (SECONDS - begun > 7 ? SECONDS - begun - 6 : 1)))
-  [ "$count" -lt 1 ] || render "$work/worlds/$number-b" $((first + sample)) "$count" "$tasks" "$@"
+  for round in a b c; do
+    begun=$SECONDS
+    render "$work/worlds/$number-$round" "$first" "$count" "$tasks" "$@" || return
+    took=$((SECONDS - begun > 7 ? SECONDS - begun - 6 : 1)) # starting takes some 6 s
+    first=$((first + count)) count=$(((until - SECONDS - 6) * count * 9 / 10 / took))
+    [ "$count" -ge 16 ] || return 0
+  done
 }
 
-renders() { # of 16 cores 9 make depth, amodal and normals, 4 every task, 3 flow of things before a picture
+renders() { # of 16 cores 9 make depth, amodal and normals, 4 every task, 3 flow and amodal of things before a picture or a sky
   local until=$((SECONDS + ${RENDER:-$((budget * 3 / 5))})) number part
   rm -rf "$work/worlds"
   mkdir -p "$work/worlds" "$work/first"
@@ -145,7 +148,8 @@ renders() { # of 16 cores 9 make depth, amodal and normals, 4 every task, 3 flow
   local beside=$! lanes=()
   for ((number = 1; number <= cores; number++)); do
     case $((number % 16)) in
-      2 | 7 | 12) lane $number flow --option kind=wallpaper & ;;
+      2 | 7) lane $number flow,amodal --option kind=wallpaper & ;;
+      12) lane $number flow,amodal --option kind=sky & ;;
       0 | 1 | 5 | 10) lane $number depth,flow,amodal,normals & ;;
       *) lane $number depth,amodal,normals --option frames=1 & ;;
     esac

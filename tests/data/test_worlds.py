@@ -150,6 +150,36 @@ def test_a_ray_meets_the_nearest_triangle():
     np.testing.assert_allclose(hits.weights[0] @ corners[1], [0, 0, 3], atol=1e-6)
 
 
+def test_points_shared_by_triangles_change_no_hit():
+    world = World(np.random.default_rng(4))
+    draft = Draft(world, "box")
+    for number, kind in enumerate(("box", "ball", "soft", "box", "wheel")):
+        draft.part(kind, (number - 2, 0.1 * number, 0), (1, 0.7, 1.3), world.material("plaster"))
+    for at, yaw in (((0, 5, 0), 0.3), ((1, 7, 1), 2.0)):
+        world.put(draft, at, yaw)
+    mesh = world.triangles()
+    corners = mesh["corners"].reshape(-1, 3)
+    np.testing.assert_array_equal(corners[mesh["points"]][mesh["index"]], mesh["corners"])
+    assert len(mesh["points"]) < len(corners) / 2
+    ways = np.random.default_rng(0).normal(0, 1, (4000, 3)) + (0, 2, 0)
+    eyes = np.zeros_like(ways)
+    shared, apart = trace.Tracer.of(mesh).cast(eyes, ways), trace.Tracer(mesh["corners"]).cast(eyes, ways)
+    assert (shared.face >= 0).sum() > 200
+    for one, other in zip(shared, apart, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_sky_has_few_marks():
+    """The upper two fifths of the pictures behind flying things: differences of neighbours."""
+
+    def marked(kind):
+        paint, upper = bank_of.KINDS[kind], 2 * bank_of.SIDE // 5
+        images = [np.clip(paint(np.random.default_rng(n)), 0, 1)[:upper].mean(axis=2) for n in range(6)]
+        return np.median([np.abs(np.diff(image, axis=1)).mean() for image in images])
+
+    assert marked("vista") < 0.2 * min(marked("leaves"), marked("facade"))
+
+
 def test_a_row_says_little_of_depth():
     """AbsRel of the fitted 1/row at least that of the real samples, .11 to .31 (tests/tasks/test_baselines.py)."""
     errors = []

@@ -253,10 +253,34 @@ def _panel(rng: np.random.Generator) -> Array:
     return np.clip(np.where(knob[..., None], colour(rng, 0.2, 0.9, 0.3), out), 0, 1)
 
 
+def _vista(rng: np.random.Generator) -> Array:
+    """A sky with hardly a mark, or an empty wall, above a strip of roofs or land."""
+    y = np.linspace(0, 1, SIDE)[:, None, None]
+    if rng.random() < 0.7:
+        hue, pale = rng.normal(0.58, 0.03), rng.uniform(0, 0.5)
+        tones = [colorsys.hsv_to_rgb(hue, s * (1 - pale), v) for s, v in ((0.65, rng.uniform(0.4, 0.95)), (0.25, 0.97))]
+        first, second = (np.array(tone) for tone in tones)
+    else:
+        first = colour(rng, 0.2, 0.98, 0.6)
+        second = np.clip(first + rng.normal(0, 0.12), 0.03, 1)
+    out = first + (second - first) * y + 0 * y.transpose(1, 0, 2)
+    if rng.random() < 0.4:  # thin clouds
+        veil = np.clip(noise(rng, 1.9) * 0.5 + rng.uniform(-0.5, 0.3), 0, 1)[..., None]
+        out = out + (0.97 - out) * veil * rng.uniform(0.05, 0.5)
+    ground = rng.choice(np.array([_dead_leaves, _foliage, _facade, _rough, _speckle, _bricks], object))(rng)
+    if rng.random() < 0.5:  # roofs
+        edges = np.sort(rng.integers(0, SIDE, rng.integers(2, 9)))
+        top = rng.uniform(0.45, 1.05, len(edges) + 1)[np.searchsorted(edges, np.arange(SIDE))]
+    else:
+        top = rng.uniform(0.5, 1.0) + 0.06 * noise(rng, 1.8)[0]
+    return np.clip(np.where(y > top[None, :, None], ground, out), 0, 1)
+
+
 KINDS: dict[str, Callable[[np.random.Generator], Array]] = {
     "plaster": _plaster, "rough": _rough, "wood": _wood, "planks": _planks, "bricks": _bricks, "tiles": _tiles,
     "cloth": _cloth, "ornament": _ornament, "marble": _marble, "speckle": _speckle, "foliage": _foliage,
     "leaves": _dead_leaves, "poster": _poster, "facade": _facade, "books": _books, "panel": _panel,
+    "vista": _vista,
 }  # fmt: skip
 _FIRST = {name: EACH * number for number, name in enumerate(KINDS)}
 
@@ -303,8 +327,12 @@ class Bank:
         flat = self.texels.reshape(-1, 3)
         x0, x1 = ix & mask, (ix + 1) & mask
         y0, y1 = start + (iy & mask) * side, start + ((iy + 1) & mask) * side
-        top = flat[y0 + x0] * (1 - fx) + flat[y0 + x1] * fx
-        low = flat[y1 + x0] * (1 - fx) + flat[y1 + x1] * fx
+
+        def texel(place: Array) -> Array:  # contiguous columns: see `build.rows`
+            return np.asfortranarray(flat.take(place, axis=0))
+
+        top = texel(y0 + x0) * (1 - fx) + texel(y0 + x1) * fx
+        low = texel(y1 + x0) * (1 - fx) + texel(y1 + x1) * fx
         out = (top + (low - top) * fy) * np.float32(1 / 255)
         return out * out
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scaling_perception.data.worlds.bank import bank
-from scaling_perception.data.worlds.meshes import catalogue
+from scaling_perception.data.worlds.meshes import catalogue, shared_corners
 
 Array = np.ndarray
 
@@ -54,6 +54,19 @@ def dot(a: Array, b: Array) -> Array:
 def norm(a: Array) -> Array:
     """Lengths (…,) of vectors (…, 3)."""
     return np.sqrt(dot(a, a))
+
+
+def rows(table: Array, index: Array) -> Array:
+    """Rows ``index`` (N,) of a table (M, C): (N, C) with contiguous columns.
+
+    In this order NumPy scales and adds rows of three several times as fast as with contiguous rows.
+    """
+    return table.T.take(index, axis=1).T
+
+
+def either(where: Array, first: Array, second: Array) -> Array:
+    """Rows (N, 3) of ``first`` where (N,), of ``second`` elsewhere: ``np.where`` is slow along a short axis."""
+    return np.stack([np.where(where, first[:, c], second[:, c]) for c in range(3)]).T
 
 
 class Material(NamedTuple):
@@ -104,7 +117,7 @@ class Camera(NamedTuple):
         scale = 1 / (self.focal * resolution)
         middle = (resolution - 1) / 2
         local = np.stack([(x - middle) * scale, (y - middle) * scale, np.ones_like(x)], axis=1)
-        return (local @ self.axes).astype(np.float32)
+        return np.asfortranarray((local @ self.axes).astype(np.float32))
 
     def project(self, points: Array, resolution: int) -> tuple[Array, Array, Array]:
         """Pixel places x, y and depth (N,) of points (N, 3)."""
@@ -258,11 +271,16 @@ class World:
         return out
 
     def triangles(self) -> dict[str, Array]:
-        """The first frame: corners, normals (F, 3, 3), texture places in metres (F, 3, 2), material, owner (F,)."""
+        """The first frame: corners, normals (F, 3, 3), texture places in metres (F, 3, 2), material, owner (F,).
+
+        Also ``points`` (V,), one corner of those in each place, counted through the triangles, and ``index`` int32
+        (F, 3), the points of each triangle.
+        """
         groups: dict[int, list[int]] = {}
         for number, row in enumerate(self._rows):
             groups.setdefault(row[0].body, []).append(number)
-        out: list[list[Array]] = [[], [], [], [], []]
+        out: list[list[Array]] = [[] for _ in range(7)]
+        corner = point = 0
         for number, members in groups.items():
             body, rows = self.bodies[number], [self._rows[m] for m in members]
             size = np.array([row[0].size for row in rows], np.float32)
@@ -280,8 +298,12 @@ class World:
             out[2].append(texture.reshape(-1, 3, 2))
             out[3].append(np.repeat([row[0].material for row in rows], faces))
             out[4].append(np.repeat([row[3] for row in rows], faces))
-            del count
-        names = ("corners", "normals", "texture", "material", "owner")
+            points, index = shared_corners(number)
+            each = np.arange(count)
+            out[5].append((points + corner + 3 * faces * each[:, None]).reshape(-1))
+            out[6].append((index + point + len(points) * each[:, None, None]).reshape(-1, 3).astype(np.int32))
+            corner, point = corner + 3 * faces * count, point + len(points) * count
+        names = ("corners", "normals", "texture", "material", "owner", "points", "index")
         return {name: np.ascontiguousarray(np.concatenate(some)) for name, some in zip(names, out, strict=True)}
 
     def moved(self, points: Array, owner: Array) -> Array:

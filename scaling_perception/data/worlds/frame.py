@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from scaling_perception.data.worlds.bank import SIDE
-from scaling_perception.data.worlds.build import Camera, World, dot, norm
-from scaling_perception.data.worlds.light import dither, irradiance, sky, smooth
+from scaling_perception.data.worlds.build import Camera, World, dot, either, norm, rows
+from scaling_perception.data.worlds.light import dither_square, irradiance, sky, smooth
 from scaling_perception.data.worlds.trace import Hits, Tracer
 
 Array = np.ndarray
@@ -26,19 +26,20 @@ class Surface:
         first, second, third = (hits.weights[:, i : i + 1] for i in range(3))
 
         def between(name: str) -> Array:
-            at = mesh[name][self.face]
-            return first * at[:, 0] + second * at[:, 1] + third * at[:, 2]
+            at = rows(frame.corners[name], self.face)
+            size = at.shape[1] // 3
+            return first * at[:, :size] + second * at[:, size : 2 * size] + third * at[:, 2 * size :]
 
-        self.owner = np.where(self.met, mesh["owner"][self.face], -2)
-        self.material = mesh["material"][self.face]
-        flat = frame.faces[self.face]
+        self.owner = np.where(self.met, mesh["owner"].take(self.face), -2)
+        self.material = mesh["material"].take(self.face)
+        flat = rows(frame.faces, self.face)
         back = np.sign(-dot(flat, self.rays))[:, None]
         self.flat = flat * back  # of the triangle, towards the camera
         normals = between("normals") * back
         normals /= np.maximum(norm(normals)[:, None], 1e-6)
         # a smooth normal that looks away at a silhouette would be black
         away = dot(normals, self.flat) < 0.1
-        self.normals = np.where(away[:, None], self.flat, normals).astype(np.float32)
+        self.normals = either(away, self.flat, normals).astype(np.float32)
         self.texture = between("texture")
         self.points = eye + self.rays * self.depth[:, None]
 
@@ -56,10 +57,12 @@ class Frame:
         tracer: Tracer | None = None,
     ) -> None:
         self.world, self.mesh, self.table, self.camera, self.resolution = world, mesh, table, camera, resolution
-        self.tracer = tracer or Tracer(mesh["corners"])
+        self.tracer = tracer or Tracer.of(mesh)
         corners = mesh["corners"]
         faces = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-        self.faces = faces / np.maximum(norm(faces)[:, None], 1e-12)
+        self.faces = np.asfortranarray(faces / np.maximum(norm(faces)[:, None], 1e-12))
+        named = ((name, mesh[name].reshape(len(corners), -1)) for name in ("normals", "texture"))
+        self.corners = {name: np.asfortranarray(values) for name, values in named}
         line = np.arange(resolution, dtype=np.float32)
         self.x, self.y = (np.ascontiguousarray(v.reshape(-1)) for v in np.meshgrid(line, line))
         self.centre = Surface(self, self.x, self.y)
@@ -69,15 +72,15 @@ class Frame:
         table, material = self.table, seen.material
         cosine = np.abs(dot(seen.flat, seen.rays)) / norm(seen.rays)
         print_ = finer * seen.depth / (self.camera.focal * self.resolution) / np.sqrt(np.maximum(cosine, 0.02))
-        size = table["size"][material]
-        about, u, v = table["about"][material], seen.texture[:, 0], -seen.texture[:, 1]
-        shift = table["shift"][material]
+        size = rows(table["size"], material)
+        about, u, v = rows(table["about"], material), seen.texture[:, 0], -seen.texture[:, 1]
+        shift = rows(table["shift"], material)
         first = (u * about[:, 0] - v * about[:, 1]) / size[:, 0] + shift[:, 0]
         second = (u * about[:, 1] + v * about[:, 0]) / size[:, 1] + shift[:, 1]
         level = np.log2(np.maximum(print_ / size.min(axis=1) * SIDE, 1e-3))
         bank = self.world.bank
-        out = bank.sample(table["texture"][material], first, second, level) * table["tint"][material]
-        mean, flat = table["mean"][material], table["flat"][material][:, None]
+        out = bank.sample(table["texture"][material], first, second, level) * rows(table["tint"], material)
+        mean, flat = rows(table["mean"], material), table["flat"][material][:, None]
         out = out + (mean - out) * flat
         gray = out.sum(axis=1, keepdims=True) * np.float32(1 / 3)
         out = gray + (out - gray) * table["vivid"][material][:, None]
@@ -97,9 +100,9 @@ class Frame:
         seen, size = self.centre, self.resolution
         sharp, soft = (np.zeros(seen.points.shape, np.float32) for _ in range(2))
         where = np.flatnonzero(seen.met)
-        chance = dither(self.x, self.y, 5)[where]
+        chance = rows(dither_square(size), where)
         sharp[where], soft[where] = irradiance(
-            self.world, self.tracer, self.mesh, self.table, seen.points[where], seen.normals[where], chance
+            self.world, self.tracer, self.mesh, self.table, rows(seen.points, where), rows(seen.normals, where), chance
         )
         shape = (size, size, 3)
         points, normals = seen.points.reshape(shape), seen.normals.reshape(shape)
@@ -129,7 +132,7 @@ class Frame:
 
     def shade(self, seen: Surface, light: Array, mirror: Array, finer: float = 1.0) -> Array:
         """Light (N, 3) that reaches the camera."""
-        colour = self.albedo(seen, finer) * light + mirror + self.table["glow"][seen.material]
+        colour = self.albedo(seen, finer) * light + mirror + rows(self.table["glow"], seen.material)
         length = norm(seen.rays)
         if self.world.haze > 0:
             clear = np.exp(-np.float32(self.world.haze) * seen.depth * length)[:, None]
@@ -182,8 +185,8 @@ class Frame:
         row, column = pixels // size, pixels % size
         for dy, dx in ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0)):
             other = np.clip(row + dy, 0, size - 1) * size + np.clip(column + dx, 0, size - 1)
-            off = np.abs(dot(seen.points[other] - fine.points, fine.normals))
-            cost = off / np.maximum(fine.depth, 0.05) * 20 + 1 - dot(seen.normals[other], fine.normals)
+            off = np.abs(dot(rows(seen.points, other) - fine.points, fine.normals))
+            cost = off / np.maximum(fine.depth, 0.05) * 20 + 1 - dot(rows(seen.normals, other), fine.normals)
             cost += 4.0 * (seen.material[other] != fine.material)
             better = cost < best
             best, number = np.where(better, cost, best), np.where(better, other, number)

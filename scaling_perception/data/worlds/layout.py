@@ -350,25 +350,25 @@ def table_top(world: World) -> tuple[Array, Array]:
     return size, at + (0, 0, draft.tops[-1][4])
 
 
-def wallpaper(world: World) -> float:
-    """A flat picture far behind, things in the air before it (as in FlyingChairs); returns its distance."""
+def pattern(world: World) -> int:
+    """A material with marks everywhere, for the picture behind flying things."""
+    names = ("leaves", "leaves", "poster", "facade", "foliage", "rough", "bricks", "ornament", "panel", "speckle")
+    return world.material(*names, size=world.rng.uniform(3, 14))
+
+
+def vista(world: World, wide: float) -> int:
+    """A material most of which is empty, drawn once across ``wide`` metres or little more."""
+    wide = wide * world.rng.uniform(1.0, 1.6)
+    number = world.material("vista", size=wide, fit=True)
+    world.materials[number] = world.materials[number]._replace(stained=0.0)
+    return number
+
+
+def wallpaper(world: World, skin: int, far: float) -> None:
+    """A flat picture at ``far`` metres, things in the air before it (as in FlyingChairs)."""
     rng = world.rng
-    far = 10.0
     back = Draft(world, "wall")
-    skin = world.material(
-        "leaves",
-        "leaves",
-        "poster",
-        "facade",
-        "foliage",
-        "rough",
-        "bricks",
-        "ornament",
-        "panel",
-        "speckle",
-        size=rng.uniform(3, 14),
-    )
-    back.part("box", (0, far, 0), (80, 0.1, 80), skin)
+    back.part("box", (0, far, 0), (8 * far, 0.1, 8 * far), skin)
     world.put(back, (0, 0, 0), moves=True)
     makers: tuple[Callable[..., Any], ...] = (
         *furniture.FREE,
@@ -400,4 +400,3 @@ def wallpaper(world: World) -> float:
     world.ambient = tone * 0.6
     way = np.array([rng.normal(0, 0.7), -1, rng.uniform(-0.2, 1.5)])
     world.lights.append(Light(way / np.linalg.norm(way), np.ones(3) * rng.uniform(0, 1.5), None, None, 0.03))
-    return far

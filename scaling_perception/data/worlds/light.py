@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
-from scaling_perception.data.worlds.build import World, dot, norm
+from scaling_perception.data.worlds.build import World, dot, norm, rows
 from scaling_perception.data.worlds.trace import Tracer
 
 Array = np.ndarray
@@ -14,9 +16,16 @@ _GRAY = np.array([0.3, 0.5, 0.2], np.float32)
 def dither(x: Array, y: Array, number: int) -> Array:
     """Numbers (N, number) in [0, 1) that cover the unit interval evenly within each neighbourhood of pixels."""
     base = x * 0.7548776662 + y * 0.5698402910
-    return ((base[:, None] + np.arange(1, number + 1) * 0.6180339887 * (1 + 0.37 * np.arange(number))) % 1).astype(
-        np.float32
-    )
+    steps = np.arange(1, number + 1) * 0.6180339887 * (1 + 0.37 * np.arange(number))
+    return np.stack([((base + step) % 1).astype(np.float32) for step in steps]).T
+
+
+@functools.lru_cache(2)
+def dither_square(size: int) -> Array:
+    """Five such numbers for each pixel of a square (size², 5), row by row."""
+    line = np.arange(size, dtype=np.float32)
+    x, y = np.meshgrid(line, line)
+    return dither(x.reshape(-1), y.reshape(-1), 5)
 
 
 def sky(world: World, ways: Array, disc: bool = False) -> Array:
@@ -64,7 +73,7 @@ def irradiance(
     clear = table["pane"] | (table["glow"].max(axis=1) > 0)
 
     def free(where: Array, ways: Array, length: float) -> Array:
-        hits = tracer.cast(lifted[where], ways)
+        hits = tracer.cast(rows(lifted, where), ways)
         material = mesh["material"][np.maximum(hits.face, 0)]
         return (hits.face < 0) | (hits.far > length) | clear[material]
 
@@ -80,7 +89,8 @@ def irradiance(
         ways, given, tones = [], [], []
         for light in areas:
             edges = np.asarray(light.edges, np.float32)
-            at = light.place.astype(np.float32) + (chance[:, :1] - 0.5) * edges[0] + (chance[:, 1:2] - 0.5) * edges[1]
+            place, u, v = light.place.astype(np.float32), chance[:, 0] - 0.5, chance[:, 1] - 0.5
+            at = np.stack([place[c] + u * edges[0, c] + v * edges[1, c] for c in range(3)]).T
             way = at - lifted
             square = np.maximum(dot(way, way), 0.04)
             facing = dot(normals, way)
@@ -102,7 +112,10 @@ def irradiance(
         edge = np.cumsum(strength, axis=1)
         chosen = np.minimum((edge < chance[:, 2:3] * total[:, None]).sum(axis=1), len(areas) - 1)
         where = np.flatnonzero(total > 1e-5)
-        way = np.stack(ways, axis=1)[where, chosen[where]]
+        way = np.zeros((len(where), 3), np.float32, order="F")
+        for number, some in enumerate(ways):
+            mine = np.flatnonzero(chosen[where] == number)
+            way[mine] = rows(some, where[mine])
         seen = free(where, way, 0.98)
         soft[where] += (shine[where] @ np.stack(tones)) * seen[:, None]
     soft += _surroundings(world, tracer, mesh, table, lifted, normals, chance[:, 3:5])
@@ -138,22 +151,21 @@ def _surroundings(
 def smooth(value: Array, points: Array, normals: Array, depth: Array, steps: tuple[int, ...]) -> Array:
     """Average (H, W, 3) over neighbours on the same plane, near ones first."""
     high, wide = depth.shape
+    value, points, normals = (np.ascontiguousarray(a.transpose(2, 0, 1)) for a in (value, points, normals))
     for step in steps:
-        padded = [
-            np.pad(a, [(step, step), (step, step)] + [(0, 0)] * (a.ndim - 2), mode="edge")
-            for a in (value, points, normals)
-        ]
-        total, weight = value.copy(), np.ones((high, wide, 1), np.float32)
+        padded = [np.pad(a, [(0, 0), (step, step), (step, step)], mode="edge") for a in (value, points, normals)]
+        total, weight = value.copy(), np.ones((high, wide), np.float32)
         for dy in (-step, 0, step):
             for dx in (-step, 0, step):
                 if not dx and not dy:
                     continue
-                there = (slice(step + dy, step + dy + high), slice(step + dx, step + dx + wide))
+                there = (slice(None), slice(step + dy, step + dy + high), slice(step + dx, step + dx + wide))
                 other, at, way = (a[there] for a in padded)
-                bend = dot(way, normals)
-                off = np.abs(dot(at - points, normals)) / depth
-                part = ((bend > 0.85) & (off < 0.01 * step)).astype(np.float32)[..., None]
+                bend = way[0] * normals[0] + way[1] * normals[1] + way[2] * normals[2]
+                gap = at - points
+                off = np.abs(gap[0] * normals[0] + gap[1] * normals[1] + gap[2] * normals[2]) / depth
+                part = ((bend > 0.85) & (off < 0.01 * step)).astype(np.float32)
                 total += part * other
                 weight += part
         value = total / weight
-    return value
+    return value.transpose(1, 2, 0)

@@ -327,7 +327,7 @@ def open_ground(world: World) -> float:
             world.material("foliage", "rough", size=8),
         )
     world.put(base, (0, 0, 0), solid=False)
-    land = Tracer(world.triangles()["corners"])
+    land = Tracer.of(world.triangles())
     makers = (
         tree,
         tree,

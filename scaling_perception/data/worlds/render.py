@@ -17,8 +17,12 @@ from scaling_perception.support.errors import UserError
 Array = np.ndarray
 _SALT = 0x30A1D5
 _WHITEST = 0.94  # of things in `whole`: darker than the threshold that tells the white ground
-KINDS = {"room": 0.42, "corridor": 0.06, "table": 0.1, "heap": 0.08, "street": 0.12, "open": 0.1, "wallpaper": 0.12}
-"""Kind of world -> its share."""
+KINDS = {
+    "room": 0.42, "corridor": 0.06, "table": 0.1, "heap": 0.08,
+    "street": 0.12, "open": 0.1, "wallpaper": 0.12, "sky": 0.0,
+}  # fmt: skip
+"""Kind of world -> its share; ``sky`` only where it is asked for."""
+_FLYING = ("wallpaper", "sky")
 _ATTEMPTS = 6
 
 
@@ -77,7 +81,7 @@ def _render(
     world = World(plan)
     view = _compose(world, kind)
     mesh, table = world.triangles(), world.table()
-    tracer = Tracer(mesh["corners"])
+    tracer = Tracer.of(mesh)
     camera = view(tracer, mesh)
     film = film_of.choose(plan)
     if camera is None:
@@ -124,8 +128,10 @@ def _compose(world: World, kind: str) -> Any:
     rng = world.rng
     fov = rng.uniform(35, 90) * np.pi / 180
     roll = rng.normal(0, 0.06) if rng.random() < 0.85 else rng.uniform(-0.6, 0.6)
-    if kind == "wallpaper":
-        layout.wallpaper(world)
+    if kind in _FLYING:
+        far = 10.0 if kind == "wallpaper" else 100.0  # where shadows on the sky are too small to be seen
+        wide = 2 * far * np.tan(fov / 2)
+        layout.wallpaper(world, layout.pattern(world) if kind == "wallpaper" else layout.vista(world, wide), far)
         return lambda tracer, mesh: look(np.zeros(3), np.array([0, 1.0, 0]), roll * 3, fov)
     if kind in ("street", "open"):
         size = outdoors.street(world) if kind == "street" else outdoors.open_ground(world)
@@ -239,7 +245,7 @@ def _target(
 
 def _move(world: World, camera: Camera, kind: str, seen: Surface, rng: np.random.Generator) -> Camera:
     """Choose what moves, and the second camera."""
-    if kind == "wallpaper":
+    if kind in _FLYING:
         _fly(world, camera, rng)
         return camera
     depth = float(np.median(seen.depth[seen.met]))

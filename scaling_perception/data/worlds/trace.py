@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,12 +45,25 @@ class Hits(NamedTuple):
 
 
 class Tracer:
-    """Triangles float32 (F, 3, 3), ready for rays."""
+    """Triangles float32 (F, 3, 3), ready for rays.
 
-    def __init__(self, corners: Array) -> None:
+    With ``points`` (V,), one corner of those in each place, counted through the triangles, and ``index`` int32 (F, 3),
+    the points of each triangle, this takes half the time: embreex copies number by number.
+    """
+
+    def __init__(self, corners: Array, points: Array | None = None, index: Array | None = None) -> None:
         device, scene, mesh = _embree()
         self._scene = scene(device)
-        self._mesh = mesh(self._scene, np.ascontiguousarray(corners, np.float32))
+        corners = np.ascontiguousarray(corners, np.float32)
+        if points is None or index is None:
+            self._mesh = mesh(self._scene, corners)
+        else:
+            self._mesh = mesh(self._scene, corners.reshape(-1, 3).take(points, axis=0), index)
+
+    @classmethod
+    def of(cls, mesh: Mapping[str, Array]) -> Tracer:
+        """The triangles of `World.triangles`."""
+        return cls(mesh["corners"], mesh["points"], mesh["index"])
 
     def cast(self, origins: Array, directions: Array) -> Hits:
         """The first hits of rays (N, 3)."""
