@@ -84,16 +84,15 @@ def test_budgets_are_those_of_these_weights(predictors, model):
             assert one.decoder_macs == pytest.approx(decoding * decoded, rel=1e-6)
 
 
-# the lowest errors of the tables of plain settings that the present ones replace, on the same samples
+# the lowest errors of plain settings (steps and members of the trailing grid) of the same weights, on the same samples
 BEFORE = {
-    "mini": {"depth": 0.279609, "flow": 1.49797, "amodal": 0.250675, "normals": 22.608},
+    "mini": {"depth": 0.25363, "flow": 1.22291, "amodal": 0.207452, "normals": 21.7487},
     "mini-scenes": {"depth": 0.245215, "flow": 2.15439, "amodal": 0.195488},
 }
 
 
 @pytest.mark.parametrize("model, task", [(model, task) for model, tasks in BEFORE.items() for task in tasks])
 def test_the_best_setting_is_no_worse_than_without_levers(model, task):
-    """On the samples that both tables were measured on."""
     entry = load_budgets(SHIPPED / model)["tasks"][task]
     best = choose({"tasks": {task: entry}}, task, name="best")
     (cell,) = (cell for cell, one in zip(entry["cells"], table_choices(entry), strict=True) if one == best)
@@ -104,10 +103,10 @@ def test_the_best_setting_is_no_worse_than_without_levers(model, task):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_card_s_commands_reach_the_published_curve(tmp_path):
-    """From nothing, a tenth of the batch, 1 of 30 worlds: 200 steps, in which the rate is still constant."""
+    """From nothing, a tenth of the batch, 1 of 90 worlds: 200 steps, in which the rate is still constant."""
     curve = {}
     for line in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines():
-        if row := re.fullmatch(r"\| (100|200) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| \|", line):
+        if row := re.fullmatch(r"\| (100|200) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|.*", line):
             curve[int(row[1])] = [float(value) for value in row.groups()[1:]]
     assert set(curve) == {100, 200}
     prepare, train = re.findall(r"^scaling-perception (.*?[^\\])$", MINI_CARD.read_text("utf-8"), re.M | re.S)[:2]
@@ -117,7 +116,7 @@ def test_the_card_s_commands_reach_the_published_curve(tmp_path):
     own = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # those of tests run slowly
     run = functools.partial(subprocess.run, env=own, check=True)
     run([sys.executable, "-m", "scaling_perception", *words])
-    words = train.replace("steps=9000,batch=512", f"steps=200,batch=48,cache={tmp_path}/worlds").split()
+    words = train.replace("steps=19000,batch=512", f"steps=200,batch=48,cache={tmp_path}/worlds").split()
     words = [*words[:-1], str(tmp_path / "run"), "--config.optim.schedule=constant"]
     run([sys.executable, "-m", "scaling_perception", *words])
     logged = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines())

@@ -180,6 +180,31 @@ def test_a_sky_has_few_marks():
     assert marked("vista") < 0.2 * min(marked("leaves"), marked("facade"))
 
 
+@pytest.mark.parametrize("part", ["textures", "shadows", "film"])
+def test_parts_of_a_picture_do_not_change_what_is_where(every, part):
+    whole = every[0]
+    number = int(whole["key"].removeprefix("world-"))
+    kind = next(iter(KINDS))
+    bare = render_world(number, SIZE, kind=kind, without=part)
+    for name in ("depth", "normals", "flow", "visible_mask", "whole_mask"):
+        np.testing.assert_array_equal(bare[name], whole[name], err_msg=name)
+    assert np.abs(bare["image"].astype(int) - whole["image"]).mean() > 1
+
+
+def test_without_textures_neighbours_are_alike():
+    both = [render_world(20, 64, 1, without=some) for some in ("film+textures", "film")]
+    marks = [np.median(np.abs(np.diff(world["image"].astype(int), axis=1))) for world in both]
+    assert marks[0] < 0.5 * marks[1]
+
+
+def test_a_table_without_clutter_is_bare():
+    things = [len(np.unique(render_world(3, 96, 1, "table", part)["normals"], axis=0)) for part in ("clutter", "")]
+    assert things[0] < things[1]
+    plain, bare = (open_source("worlds", "", "train", "depth", count=2, without=some) for some in ("", "film+clutter"))
+    assert "without" not in plain.fingerprint(), "caches made before go on"
+    assert bare.fingerprint()["without"] == "clutter+film"
+
+
 def test_a_row_says_little_of_depth():
     """AbsRel of the fitted 1/row at least that of the real samples, .11 to .31 (tests/tasks/test_baselines.py)."""
     errors = []
@@ -192,11 +217,14 @@ def test_a_row_says_little_of_depth():
 
 def test_wrong_numbers_are_refused(monkeypatch):
     for wrong, part in ((dict(kind="rooms"), "room"), (dict(frames=3), "frames"), (dict(resolution=8), "resolution"),
-                        (dict(count=0), "count"), (dict(start=-1), "start"), (dict(split="vall"), "val")):  # fmt: skip
+                        (dict(count=0), "count"), (dict(start=-1), "start"), (dict(split="vall"), "val"),
+                        (dict(without="film+textured"), "textures")):  # fmt: skip
         with pytest.raises(UserError, match=part):
             open_source("worlds", "", wrong.pop("split", "train"), "depth", **wrong)
     with pytest.raises(UserError, match="how many with --count"):
         RawSamples("worlds", "", "train", (), 0, 0, 64)
+    with pytest.raises(UserError, match="'blur': choose from clutter, textures"):
+        render_world(1, 16, without="blur")
     for number in (-1, 1.5, True):
         with pytest.raises(UserError, match="index"):
             render_world(number)

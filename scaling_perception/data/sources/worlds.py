@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from scaling_perception.data.sources.scenes import SPLIT_STARTS
-from scaling_perception.data.worlds.build import CLASSES
+from scaling_perception.data.worlds.build import CLASSES, PARTS
 from scaling_perception.data.worlds.render import KINDS, render_world
 from scaling_perception.support.errors import UserError, did_you_mean
 
-__all__ = ["CLASSES", "KINDS", "RENDERER", "WorldsSource", "render_world"]
+__all__ = ["CLASSES", "KINDS", "PARTS", "RENDERER", "WorldsSource", "render_world"]
 
 RENDERER = 2
 """Version of the pictures; bumped whenever an index gives other arrays, so that caches of old ones are refused."""
@@ -29,10 +29,11 @@ class WorldsSource:
     Args:
         split: train, val or test; '' is train. Their indices never meet.
         count: how many. resolution: pixels a side. start: the first one within the split. frames: 2, or 1 for samples
-        without a second frame and flow, in half the time. kind: one of ``KINDS``, or '' for all.
+        without a second frame and flow, in half the time. kind: one of ``KINDS``, or '' for all. without: some of
+        ``PARTS``, joined by +, that the worlds are rendered without.
 
     Raises:
-        UserError: an unknown split or kind, or a number out of range.
+        UserError: an unknown split, kind or part, or a number out of range.
     """
 
     def __init__(
@@ -43,12 +44,16 @@ class WorldsSource:
         start: int = 0,
         frames: int = 2,
         kind: str = "",
+        without: str = "",
     ) -> None:
         split = split or "train"
         if split not in SPLIT_STARTS:
             raise UserError(f"worlds have no split '{split}'{did_you_mean(split, SPLIT_STARTS)}")
         if kind and kind not in KINDS:
             raise UserError(f"worlds have no kind '{kind}'{did_you_mean(kind, KINDS)}")
+        for part in filter(None, without.split("+")):
+            if part not in PARTS:
+                raise UserError(f"worlds cannot be without '{part}'{did_you_mean(part, PARTS)}")
         limits = {
             "count": (count, 1, _ROOM),
             "start": (start, 0, _ROOM - 1),
@@ -61,7 +66,7 @@ class WorldsSource:
         if start + count > _ROOM:
             raise UserError(f"worlds {start}..{start + count} leave the split: keep start + count up to {_ROOM}")
         self.split, self.count, self.resolution, self.start = split, int(count), int(resolution), int(start)
-        self.frames, self.kind = int(frames), kind
+        self.frames, self.kind, self.without = int(frames), kind, "+".join(sorted(filter(None, without.split("+"))))
 
     def __len__(self) -> int:
         return self.count
@@ -71,7 +76,7 @@ class WorldsSource:
         if not -self.count <= index < self.count:
             raise IndexError(f"world {index} of {self.count}")
         number = SPLIT_STARTS[self.split] + self.start + index % self.count
-        return render_world(number, self.resolution, self.frames, self.kind)
+        return render_world(number, self.resolution, self.frames, self.kind, self.without)
 
     def __repr__(self) -> str:
         return f"WorldsSource({self.split}, {self.count} from {self.start}, {self.resolution} pixels)"
@@ -87,4 +92,5 @@ class WorldsSource:
             "resolution": self.resolution,
             "frames": self.frames,
             "kind": self.kind,
+            **({"without": self.without} if self.without else {}),  # as caches record it that were made before
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,9 @@ CLASSES = (
     "bicycle",
 )
 """What ``label`` counts."""
+PARTS = ("clutter", "textures", "shadows", "film")
+"""What a world can be made without: small things on furniture; patterns, whose mean colour is left; whatever comes
+between a surface and the light; colour casts, blur, noise and compression."""
 
 
 def dot(a: Array, b: Array) -> Array:
@@ -184,8 +188,8 @@ class Placed(NamedTuple):
 class World:
     """Everything of one scene; layouts fill it."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng, self.bank = rng, bank()
+    def __init__(self, rng: np.random.Generator, without: Collection[str] = ()) -> None:
+        self.rng, self.bank, self.without = rng, bank(), frozenset(without)
         self.bodies, self.kinds = catalogue()
         self.materials: list[Material] = []
         self.things: list[Placed] = []

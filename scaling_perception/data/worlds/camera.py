@@ -44,6 +44,11 @@ def choose(rng: np.random.Generator) -> Film:
     )
 
 
+def plain(film: Film) -> Film:
+    """The same exposure by an ideal camera."""
+    return Film(film.key, np.ones(3, np.float32), 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
+
+
 def develop(film: Film, light: Array, gain: float) -> Array:
     """Linear light (H, W, 3) to display values in [0, 1], without the lens, noise and compression."""
     high, wide = light.shape[:2]

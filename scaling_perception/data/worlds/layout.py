@@ -43,7 +43,9 @@ def clutter(world: World, draft: Draft, at: Array, yaw: float, many: float) -> N
                 if small.extent()[2] > 0.9:
                     continue
             spot = np.array([x + rng.uniform(-0.5, 0.5) * wide, y + rng.uniform(-0.5, 0.5) * deep, z])
-            world.put(small, at + turn @ spot, yaw + rng.normal(0, 0.5) + rng.choice([0, 0, 1.57, 3.14]))
+            way = yaw + rng.normal(0, 0.5) + rng.choice([0, 0, 1.57, 3.14])
+            if "clutter" not in world.without:
+                world.put(small, at + turn @ spot, way)
 
 
 def _wall(world: World, half: Array, high: float, side: int, skin: int, trim: int, sunny: list[Light]) -> None:

@@ -10,6 +10,8 @@ from scaling_perception.data.worlds.build import World, dot, norm, rows
 from scaling_perception.data.worlds.trace import Tracer
 
 Array = np.ndarray
+_USUAL = 0.4
+"""Of even light indoors, what a surface receives from others in the mean."""
 _GRAY = np.array([0.3, 0.5, 0.2], np.float32)
 
 
@@ -73,6 +75,8 @@ def irradiance(
     clear = table["pane"] | (table["glow"].max(axis=1) > 0)
 
     def free(where: Array, ways: Array, length: float) -> Array:
+        if "shadows" in world.without:
+            return np.ones(len(where), bool)
         hits = tracer.cast(rows(lifted, where), ways)
         material = mesh["material"][np.maximum(hits.face, 0)]
         return (hits.face < 0) | (hits.far > length) | clear[material]
@@ -138,8 +142,10 @@ def _surroundings(
     ball = np.stack([wide * np.cos(around), wide * np.sin(around), height], axis=1).astype(np.float32)
     ways = normals + ball * np.float32(0.999)
     ways /= np.maximum(norm(ways)[:, None], 1e-6)
-    hits = tracer.cast(lifted, ways)
     out = sky(world, ways) if not world.indoor else np.zeros_like(ways)
+    if "shadows" in world.without:
+        return out if not world.indoor else out + np.float32(_USUAL) * world.ambient.astype(np.float32)
+    hits = tracer.cast(lifted, ways)
     met = np.flatnonzero(hits.face >= 0)
     reach = np.float32(0.5 if world.indoor else 2.0)
     near = hits.far[met] / (hits.far[met] + reach)

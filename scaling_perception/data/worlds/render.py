@@ -8,7 +8,7 @@ import numpy as np
 
 from scaling_perception.data.worlds import camera as film_of
 from scaling_perception.data.worlds import layout, outdoors
-from scaling_perception.data.worlds.build import CLASSES, Camera, World, look, turned
+from scaling_perception.data.worlds.build import CLASSES, PARTS, Camera, World, look, turned
 from scaling_perception.data.worlds.frame import Frame, Surface
 from scaling_perception.data.worlds.light import dither, irradiance, smooth
 from scaling_perception.data.worlds.trace import Hits, Tracer
@@ -26,12 +26,15 @@ _FLYING = ("wallpaper", "sky")
 _ATTEMPTS = 6
 
 
-def render_world(index: int, resolution: int = 128, frames: int = 2, kind: str = "") -> dict[str, Any]:
+def render_world(
+    index: int, resolution: int = 128, frames: int = 2, kind: str = "", without: str = ""
+) -> dict[str, Any]:
     """World number ``index`` with everything that is known about it. Pixel centres are integers.
 
     Args:
         index: 0 or more. resolution: pixels a side, 16 to 2048. frames: 2, or 1 without a second frame and flow.
-        kind: one of ``KINDS``, or '' for any by their shares.
+        kind: one of ``KINDS``, or '' for any by their shares. without: some of ``PARTS``, joined by +, for ablations:
+        the same world otherwise.
 
     Returns:
         key str; image uint8 (R, R, 3); depth float32 (R, R) metres along the optical axis, 0 where there is sky;
@@ -43,7 +46,7 @@ def render_world(index: int, resolution: int = 128, frames: int = 2, kind: str =
         occluded bool (R, R) that point is hidden or outside the frame in ``image2``.
 
     Raises:
-        UserError: a number out of range or no integer, an unknown kind, or ``embreex`` is not installed.
+        UserError: a number out of range or no integer, an unknown kind or part, or ``embreex`` is not installed.
     """
     for name, value, least, most in (
         ("index", index, 0, None),
@@ -56,13 +59,16 @@ def render_world(index: int, resolution: int = 128, frames: int = 2, kind: str =
             raise UserError(f"{name} {value!r} of a world: give an integer {span}")
     if kind and kind not in KINDS:
         raise UserError(f"unknown kind of world '{kind}': choose from {', '.join(KINDS)}")
+    parts = [part for part in without.split("+") if part]
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise UserError(f"worlds cannot be without '{unknown[0]}': choose from {', '.join(PARTS)}, joined by +")
     index, resolution = int(index), int(resolution)
     for attempt in range(100):
         plan, motion, grain = (
             np.random.default_rng(s) for s in np.random.SeedSequence([index, attempt, _SALT]).spawn(3)
         )
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            out = _render(f"world-{index:010d}", plan, motion, grain, resolution, frames, kind)
+            out = _render(f"world-{index:010d}", World(plan, parts), motion, grain, resolution, frames, kind)
         if out is not None:
             return out
     raise AssertionError(f"world {index} shows nothing in 100 attempts")
@@ -70,20 +76,21 @@ def render_world(index: int, resolution: int = 128, frames: int = 2, kind: str =
 
 def _render(
     key: str,
-    plan: np.random.Generator,
+    world: World,
     motion: np.random.Generator,
     grain: np.random.Generator,
     resolution: int,
     frames: int,
     kind: str,
 ) -> dict[str, Any] | None:
+    plan = world.rng
     kind = kind or str(plan.choice(list(KINDS), p=list(KINDS.values())))
-    world = World(plan)
     view = _compose(world, kind)
     mesh, table = world.triangles(), world.table()
     tracer = Tracer.of(mesh)
     camera = view(tracer, mesh)
     film = film_of.choose(plan)
+    film = film_of.plain(film) if "film" in world.without else film
     if camera is None:
         return None
     target = _target(world, mesh, tracer, camera, plan)
