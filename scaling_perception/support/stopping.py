@@ -162,6 +162,7 @@ def leave_at_once(code: int, line: str) -> NoReturn:
 
         for child in multiprocessing.active_children():
             child.kill()
+        _unlink_semaphores()
     told = threading.Thread(target=_tell, args=(line,), daemon=True)  # a stream may be held, or nobody may read it
     told.start()
     told.join(1.0)
@@ -172,6 +173,17 @@ def leave_at_once(code: int, line: str) -> NoReturn:
             with contextlib.suppress(OSError):
                 path.unlink()
     os._exit(code)
+
+
+def _unlink_semaphores() -> None:
+    """Those of this process's queues: what is left of them, multiprocessing's tracker removes with a warning."""
+    if "multiprocessing.synchronize" in sys.modules:
+        from multiprocessing import synchronize, util
+
+        for finalizer in list(util._finalizer_registry.values()):  # type: ignore[attr-defined]
+            if getattr(finalizer, "_callback", None) is synchronize.SemLock._cleanup:  # type: ignore[attr-defined]
+                with contextlib.suppress(Exception):
+                    finalizer()
 
 
 def _tell(line: str) -> None:

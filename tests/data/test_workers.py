@@ -68,17 +68,24 @@ def test_no_worker_outlives_its_parent(tmp_path, number):
         parent = subprocess.Popen(words, stdout=told, stderr=told, start_new_session=True)
         try:
             workers = _workers(parent.pid)
+            trackers = [
+                child for child in psutil.Process(parent.pid).children() if "resource_tracker" in str(child.cmdline())
+            ]
+            assert trackers
             if number == signal.SIGINT:  # a terminal sends it to the whole group
                 os.killpg(parent.pid, number)
             else:
                 parent.kill()
             assert parent.wait(30) == (130 if number == signal.SIGINT else -signal.SIGKILL)
-            _, alive = psutil.wait_procs(workers, 10)
+            _, alive = psutil.wait_procs([*workers, *trackers], 10)
             assert not alive
         finally:
             parent.kill()
         told.seek(0)
-        assert "Traceback" not in told.read()
+        said = told.read()
+        assert "Traceback" not in said
+        if number == signal.SIGINT:
+            assert "leaked semaphore" not in said, "semaphores are left for multiprocessing's tracker"
 
 
 def _workers(pid):
