@@ -18,23 +18,23 @@ sys.path.insert(0, str(ROOT / "tests" / "demo"))
 
 from browsing import browser, choose_tab, demo, inner_tab, lacking, opened, run, take_example, turn  # noqa: E402
 
-# Name -> task, width, scheme, example, presses of the dial's key, view, tab below the result
+# Name -> task, width, scheme, example, key pressed on the dial, view, tab below the result
 SHOTS = {
-    "depth": ("depth", 1280, "light", 1, 4, "", "3-D"),
-    "flow": ("flow", 1280, "dark", 0, 0, "arrows", "Members"),
-    "amodal": ("amodal", 1280, "light", 0, 2, "", "Members"),
-    "normals": ("normals", 1280, "light", 2, 1, "", "Files"),
-    "phone": ("depth", 390, "dark", 0, 3, "", "Members"),
+    "depth": ("depth", 1280, "light", 1, "End", "", "3-D"),
+    "flow": ("flow", 1280, "dark", 0, "", "arrows", "Members"),
+    "amodal": ("amodal", 1280, "light", 0, "End", "", "Members"),
+    "normals": ("normals", 1280, "light", 2, "", "", "Files"),
+    "phone": ("depth", 390, "dark", 0, "End", "", "Members"),
 }
 
 
 def take(page, name: str) -> None:
-    task, _, _, example, presses, view, below = SHOTS[name]
+    task, _, _, example, key, view, below = SHOTS[name]
     choose_tab(page, task)
     take_example(page, task, example)
     page.wait_for_timeout(1500)
-    if presses:
-        turn(page, task, times=presses)
+    if key:
+        turn(page, task, key)
     run(page, task)
     if view:
         page.locator(f"#view-{task} input").click()
