@@ -12,7 +12,7 @@ import numpy as np
 
 from scaling_perception.data.sources.scenes import SPLIT_STARTS
 from scaling_perception.data.worlds.build import CLASSES, PARTS
-from scaling_perception.data.worlds.render import KINDS, render_world
+from scaling_perception.data.worlds.render import KINDS, parts_of, render_world
 from scaling_perception.support.errors import UserError, did_you_mean
 
 __all__ = ["CLASSES", "KINDS", "PARTS", "RENDERER", "WorldsSource", "render_world"]
@@ -51,9 +51,6 @@ class WorldsSource:
             raise UserError(f"worlds have no split '{split}'{did_you_mean(split, SPLIT_STARTS)}")
         if kind and kind not in KINDS:
             raise UserError(f"worlds have no kind '{kind}'{did_you_mean(kind, KINDS)}")
-        for part in filter(None, without.split("+")):
-            if part not in PARTS:
-                raise UserError(f"worlds cannot be without '{part}'{did_you_mean(part, PARTS)}")
         limits = {
             "count": (count, 1, _ROOM),
             "start": (start, 0, _ROOM - 1),
@@ -66,7 +63,7 @@ class WorldsSource:
         if start + count > _ROOM:
             raise UserError(f"worlds {start}..{start + count} leave the split: keep start + count up to {_ROOM}")
         self.split, self.count, self.resolution, self.start = split, int(count), int(resolution), int(start)
-        self.frames, self.kind, self.without = int(frames), kind, "+".join(sorted(filter(None, without.split("+"))))
+        self.frames, self.kind, self.without = int(frames), kind, "+".join(parts_of(without))
 
     def __len__(self) -> int:
         return self.count

@@ -12,7 +12,7 @@ from scaling_perception.data.worlds.build import CLASSES, PARTS, Camera, World, 
 from scaling_perception.data.worlds.frame import Frame, Surface
 from scaling_perception.data.worlds.light import dither, irradiance, smooth
 from scaling_perception.data.worlds.trace import Hits, Tracer
-from scaling_perception.support.errors import UserError
+from scaling_perception.support.errors import UserError, did_you_mean
 
 Array = np.ndarray
 _SALT = 0x30A1D5
@@ -59,9 +59,7 @@ def render_world(
             raise UserError(f"{name} {value!r} of a world: give an integer {span}")
     if kind and kind not in KINDS:
         raise UserError(f"unknown kind of world '{kind}': choose from {', '.join(KINDS)}")
-    parts = [part for part in without.split("+") if part]
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise UserError(f"worlds cannot be without '{unknown[0]}': choose from {', '.join(PARTS)}, joined by +")
+    parts = parts_of(without)
     index, resolution = int(index), int(resolution)
     for attempt in range(100):
         plan, motion, grain = (
@@ -72,6 +70,19 @@ def render_world(
         if out is not None:
             return out
     raise AssertionError(f"world {index} shows nothing in 100 attempts")
+
+
+def parts_of(without: str) -> tuple[str, ...]:
+    """The parts of ``PARTS`` that a text names, joined by +, each once and in their order.
+
+    Raises:
+        UserError: another name.
+    """
+    parts = tuple(sorted(set(without.split("+")))) if without else ()
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"worlds cannot be without '{part}'{did_you_mean(part, PARTS)}")
+    return parts
 
 
 def _render(
