@@ -180,9 +180,9 @@ def _unlink_semaphores() -> None:
     if "multiprocessing.synchronize" in sys.modules:
         from multiprocessing import synchronize, util
 
-        for finalizer in list(util._finalizer_registry.values()):  # type: ignore[attr-defined]
-            if getattr(finalizer, "_callback", None) is synchronize.SemLock._cleanup:  # type: ignore[attr-defined]
-                with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # other threads may still make some: nothing here may keep the process
+            for finalizer in list(util._finalizer_registry.values()):  # type: ignore[attr-defined]
+                if getattr(finalizer, "_callback", None) is synchronize.SemLock._cleanup:  # type: ignore[attr-defined]
                     finalizer()
 
 

@@ -150,7 +150,7 @@ def test_a_ray_meets_the_nearest_triangle():
     np.testing.assert_allclose(hits.weights[0] @ corners[1], [0, 0, 3], atol=1e-6)
 
 
-def test_points_shared_by_triangles_change_no_hit():
+def test_vertices_shared_by_triangles_change_no_hit():
     world = World(np.random.default_rng(4))
     draft = Draft(world, "box")
     for number, kind in enumerate(("box", "ball", "soft", "box", "wheel")):
@@ -159,8 +159,8 @@ def test_points_shared_by_triangles_change_no_hit():
         world.put(draft, at, yaw)
     mesh = world.triangles()
     corners = mesh["corners"].reshape(-1, 3)
-    np.testing.assert_array_equal(corners[mesh["points"]][mesh["index"]], mesh["corners"])
-    assert len(mesh["points"]) < len(corners) / 2
+    np.testing.assert_array_equal(corners[mesh["vertices"]][mesh["index"]], mesh["corners"])
+    assert len(mesh["vertices"]) < len(corners) / 2
     ways = np.random.default_rng(0).normal(0, 1, (4000, 3)) + (0, 2, 0)
     eyes = np.zeros_like(ways)
     shared, apart = trace.Tracer.of(mesh).cast(eyes, ways), trace.Tracer(mesh["corners"]).cast(eyes, ways)

@@ -277,14 +277,14 @@ class World:
     def triangles(self) -> dict[str, Array]:
         """The first frame: corners, normals (F, 3, 3), texture places in metres (F, 3, 2), material, owner (F,).
 
-        Also ``points`` (V,), one corner of those in each place, counted through the triangles, and ``index`` int32
-        (F, 3), the points of each triangle.
+        Also ``vertices`` (V,), one corner of those in each place, counted through the triangles, and ``index`` int32
+        (F, 3), the vertices of each triangle.
         """
         groups: dict[int, list[int]] = {}
         for number, row in enumerate(self._rows):
             groups.setdefault(row[0].body, []).append(number)
         out: list[list[Array]] = [[] for _ in range(7)]
-        corner = point = 0
+        corner = vertex = 0
         for number, members in groups.items():
             body, rows = self.bodies[number], [self._rows[m] for m in members]
             size = np.array([row[0].size for row in rows], np.float32)
@@ -302,12 +302,12 @@ class World:
             out[2].append(texture.reshape(-1, 3, 2))
             out[3].append(np.repeat([row[0].material for row in rows], faces))
             out[4].append(np.repeat([row[3] for row in rows], faces))
-            points, index = shared_corners(number)
+            vertices, index = shared_corners(number)
             each = np.arange(count)
-            out[5].append((points + corner + 3 * faces * each[:, None]).reshape(-1))
-            out[6].append((index + point + len(points) * each[:, None, None]).reshape(-1, 3).astype(np.int32))
-            corner, point = corner + 3 * faces * count, point + len(points) * count
-        names = ("corners", "normals", "texture", "material", "owner", "points", "index")
+            out[5].append((vertices + corner + 3 * faces * each[:, None]).reshape(-1))
+            out[6].append((index + vertex + len(vertices) * each[:, None, None]).reshape(-1, 3).astype(np.int32))
+            corner, vertex = corner + 3 * faces * count, vertex + len(vertices) * count
+        names = ("corners", "normals", "texture", "material", "owner", "vertices", "index")
         return {name: np.ascontiguousarray(np.concatenate(some)) for name, some in zip(names, out, strict=True)}
 
     def moved(self, points: Array, owner: Array) -> Array:

@@ -167,9 +167,8 @@ def smooth(value: Array, points: Array, normals: Array, depth: Array, steps: tup
                     continue
                 there = (slice(None), slice(step + dy, step + dy + high), slice(step + dx, step + dx + wide))
                 other, at, way = (a[there] for a in padded)
-                bend = way[0] * normals[0] + way[1] * normals[1] + way[2] * normals[2]
-                gap = at - points
-                off = np.abs(gap[0] * normals[0] + gap[1] * normals[1] + gap[2] * normals[2]) / depth
+                bend = dot(way.transpose(1, 2, 0), normals.transpose(1, 2, 0))
+                off = np.abs(dot((at - points).transpose(1, 2, 0), normals.transpose(1, 2, 0))) / depth
                 part = ((bend > 0.85) & (off < 0.01 * step)).astype(np.float32)
                 total += part * other
                 weight += part

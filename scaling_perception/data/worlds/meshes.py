@@ -257,8 +257,8 @@ def catalogue() -> tuple[tuple[Body, ...], dict[str, range]]:
 
 @functools.cache
 def shared_corners(number: int) -> tuple[Array, Array]:
-    """Of body ``number`` of the catalogue: the corner (V,) of the first triangle at each point, counted through the
-    triangles, and the points of each triangle int32 (F, 3)."""
+    """Of body ``number`` of the catalogue: the first corner (V,) at each vertex, counted through the triangles, and the
+    vertices of each triangle int32 (F, 3)."""
     corners = catalogue()[0][number].corners.reshape(-1, 3)
-    _, first, point = np.unique(corners, axis=0, return_index=True, return_inverse=True)
-    return first, point.reshape(-1, 3).astype(np.int32)
+    _, first, vertex = np.unique(corners, axis=0, return_index=True, return_inverse=True)
+    return first, vertex.reshape(-1, 3).astype(np.int32)

@@ -47,23 +47,23 @@ class Hits(NamedTuple):
 class Tracer:
     """Triangles float32 (F, 3, 3), ready for rays.
 
-    With ``points`` (V,), one corner of those in each place, counted through the triangles, and ``index`` int32 (F, 3),
-    the points of each triangle, this takes half the time: embreex copies number by number.
+    With ``vertices`` (V,), one corner of those in each place, counted through the triangles, and ``index`` int32
+    (F, 3), the vertices of each triangle, this takes half the time: embreex copies number by number.
     """
 
-    def __init__(self, corners: Array, points: Array | None = None, index: Array | None = None) -> None:
+    def __init__(self, corners: Array, vertices: Array | None = None, index: Array | None = None) -> None:
         device, scene, mesh = _embree()
         self._scene = scene(device)
         corners = np.ascontiguousarray(corners, np.float32)
-        if points is None or index is None:
+        if vertices is None or index is None:
             self._mesh = mesh(self._scene, corners)
         else:
-            self._mesh = mesh(self._scene, corners.reshape(-1, 3).take(points, axis=0), index)
+            self._mesh = mesh(self._scene, corners.reshape(-1, 3).take(vertices, axis=0), index)
 
     @classmethod
     def of(cls, mesh: Mapping[str, Array]) -> Tracer:
         """The triangles of `World.triangles`."""
-        return cls(mesh["corners"], mesh["points"], mesh["index"])
+        return cls(mesh["corners"], mesh["vertices"], mesh["index"])
 
     def cast(self, origins: Array, directions: Array) -> Hits:
         """The first hits of rays (N, 3)."""
