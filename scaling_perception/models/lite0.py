@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling_perception.models.weight_files import read_safetensors
+from scaling_perception.ops.convolution import How, convolution, inverted_bottleneck, same_padding
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.shapes import AnyArray, Array, Float
 
@@ -67,48 +68,17 @@ def shapes(features: int) -> dict[str, tuple[int, ...]]:
     return {**found, "features/kernel": (WIDTH, features), "features/bias": (features,)}
 
 
-def _depthwise(x: jax.Array, kernel: Any, stride: int) -> jax.Array:
-    """A convolution of each channel by itself, 'SAME'. A sum of shifted products: XLA's own is slower on a CPU."""
-    side = kernel.shape[0]
-    sizes = [-(-length // stride) for length in x.shape[1:3]]
-    pads = [max((made - 1) * stride + side - length, 0) for made, length in zip(sizes, x.shape[1:3], strict=True)]
-    x = jnp.pad(x, ((0, 0), *((pad // 2, pad - pad // 2) for pad in pads), (0, 0)))
-    taps = jnp.asarray(kernel).reshape(side * side, 1, 1, -1)
-    out: Any = None
-    for tap in range(side * side):
-        row, column = divmod(tap, side)
-        last = (row + (sizes[0] - 1) * stride + 1, column + (sizes[1] - 1) * stride + 1)
-        part = jax.lax.slice(x, (0, row, column, 0), (x.shape[0], *last, x.shape[3]), (1, stride, stride, 1))
-        # lax's own functions: there are 272 taps, and jnp's take several times as long to trace
-        weight = jax.lax.slice_in_dim(taps, tap, tap + 1)
-        term = jax.lax.mul(part, jax.lax.broadcast_in_dim(weight, part.shape, (0, 1, 2, 3)))
-        out = term if out is None else jax.lax.add(out, term)
-    return out
-
-
-def _shifted(x: jax.Array, bias: Any) -> jax.Array:
-    return x + jnp.asarray(bias)[None, None, None]
-
-
-def _dense(x: jax.Array, own: Mapping[str, Any]) -> jax.Array:
-    return _shifted(x @ jnp.asarray(own["kernel"]), own["bias"])
-
-
 def blocks_of(params: Mapping[str, Any], images: Float[AnyArray, "B H W 3"]) -> list[jax.Array]:
     """The outputs of all blocks for pictures in [-1, 1], at the size they have."""
     x = (jnp.asarray(images) * 127.5 + 0.5) / 128
     stem = params["stem"]
     kernel = jnp.asarray(stem["kernel"], x.dtype)
-    x = jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    x = jax.nn.relu6(_shifted(x, stem["bias"]))
+    x = convolution(x, kernel, jnp.asarray(stem["bias"]), how=How(2, same_padding(3, 2, x.shape[1:3]), "relu6"))
     found = []
     for number, block in enumerate(blocks()):
-        own, y = params[f"block{number:02d}"], x
-        if "expand" in own:
-            y = jax.nn.relu6(_dense(y, own["expand"]))
-        y = jax.nn.relu6(_shifted(_depthwise(y, own["depth"]["kernel"], block.stride), own["depth"]["bias"]))
-        y = _dense(y, own["project"])
-        x = x + y if block.stride == 1 and block.into == block.width else y
+        x = inverted_bottleneck(
+            x, params[f"block{number:02d}"], block.stride, block.stride == 1 and block.into == block.width
+        )
         found.append(x)
     return found
 
@@ -142,7 +112,8 @@ def features(params: Mapping[str, Any], images: Float[AnyArray, "B H W 3"]) -> F
     Raises:
         UserError: H or W is no multiple of 16.
     """
-    return _dense(stacked(params, images), params["features"])
+    own = params["features"]
+    return stacked(params, images) @ jnp.asarray(own["kernel"]) + jnp.asarray(own["bias"])[None, None, None]
 
 
 def macs(channels: int, height: int, width: int) -> int:

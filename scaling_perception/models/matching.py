@@ -98,18 +98,28 @@ def _filled(flow: jax.Array, sure: jax.Array, own: float, around: tuple[tuple[in
     return mixed[..., :2] / (mixed[..., 2:] + 1e-9)
 
 
+def _weighted(share: jax.Array, values: np.ndarray) -> jax.Array:
+    """The sum of ``share`` (N, ...) times N values. Term by term: products with a constant are slower on a CPU."""
+    return functools.reduce(jnp.add, [float(value) * part for value, part in zip(values, share, strict=True) if value])
+
+
 def _round(first: jax.Array, second: jax.Array, flow: jax.Array) -> tuple[jax.Array, ...]:
     """One comparison around ``flow``: (filled, found, certainty, cost)."""
     height, width = first.shape[1:3]
     side = range(2 * _REACH + 1)
     steps = np.asarray([(x - _REACH, y - _REACH) for y in side for x in side], np.float32)
     moved = jnp.pad(warp(second, flow), ((0, 0), (_REACH, _REACH), (_REACH, _REACH), (0, 0)), mode="edge")
-    shifted = jnp.stack([moved[:, y : y + height, x : x + width] for y in side for x in side])
-    apart = jnp.minimum(jnp.abs(first[None] - shifted), 1.0).mean(axis=-1)
-    cost = _blur(jnp.moveaxis(apart, 0, -1), _WINDOW) + _FARTHER * np.linalg.norm(steps, axis=-1)[None, None, None]
-    share = jax.nn.softmax(-cost / _TEMPERATURE, axis=-1)
-    step, least = share @ steps, cost.min(axis=-1, keepdims=True)
-    variance = share @ np.square(steps).sum(axis=-1, keepdims=True) - jnp.square(step).sum(axis=-1, keepdims=True)
+    # displacements come first (25, B, H, W), so that a row of pixels fills the vectors of a processor
+    apart = [
+        jnp.minimum(jnp.abs(first - moved[:, y : y + height, x : x + width]), 1.0).mean(axis=-1)
+        for y in side
+        for x in side
+    ]
+    cost = _blur(jnp.stack(apart)[..., None], _WINDOW)[..., 0]
+    cost = cost + _FARTHER * np.linalg.norm(steps, axis=-1)[:, None, None, None]
+    share, least = jax.nn.softmax(-cost / _TEMPERATURE, axis=0), cost.min(axis=0)[..., None]
+    step = jnp.stack([_weighted(share, steps[:, axis]) for axis in (0, 1)], axis=-1)
+    variance = _weighted(share, np.square(steps).sum(axis=-1))[..., None] - jnp.square(step).sum(axis=-1, keepdims=True)
     sure = jnp.exp(-variance / _VARIANCE - least / _COST) + 1e-3
     return _filled(flow + step, sure, _OWN, _AROUND), flow + step, sure, least
 

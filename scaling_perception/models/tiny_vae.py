@@ -16,7 +16,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 
+from scaling_perception.ops.convolution import How, convolution
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.shapes import AnyArray, Array, Float, RandomKey
 
@@ -87,17 +89,25 @@ def upsample(x: Float[AnyArray, "B h w C"]) -> Float[Array, "B 2*h 2*w C"]:
     return x.reshape(b, 2 * h, 2 * w, c)
 
 
-def _conv(features: int, name: str, stride: int = 1, bias: bool = True, gain: float = 2.0) -> nn.Conv:
-    # Padding of one on both sides also at stride 2, as in torch; 'SAME' would pad right and bottom only.
-    return nn.Conv(
-        features,
-        (3, 3),
-        strides=(stride, stride),
-        padding=((1, 1), (1, 1)),
-        use_bias=bias,
-        kernel_init=nn.initializers.variance_scaling(gain, "fan_in", "truncated_normal"),
-        name=name,
-    )
+class Conv(nn.Module):
+    """A convolution by 3 by 3 with what follows it. Padding of one on both sides also at stride 2, as in torch; 'SAME'
+    would pad right and bottom only. ``gain``: of the variance that the kernel starts with."""
+
+    features: int
+    stride: int = 1
+    bias: bool = True
+    gain: float = 2.0
+    activation: str = "none"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[AnyArray, "B H W C"], residual: Float[AnyArray, "B h w _"] | None = None
+    ) -> Float[Array, "B h w _"]:
+        init = nn.initializers.variance_scaling(self.gain, "fan_in", "truncated_normal")
+        kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.bias else None
+        given = promote_dtype(x, kernel, bias, residual)
+        return convolution(*given, how=How(self.stride, activation=self.activation))
 
 
 class Block(nn.Module):
@@ -107,9 +117,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[AnyArray, "B h w _"]) -> Float[Array, "B h w _"]:
-        y = nn.relu(_conv(self.width, "conv0")(x))
-        y = nn.relu(_conv(self.width, "conv1")(y))
-        return nn.relu(x + _conv(self.width, "conv2", gain=0.1)(y))
+        y = Conv(self.width, activation="relu", name="conv0")(x)
+        y = Conv(self.width, activation="relu", name="conv1")(y)
+        return Conv(self.width, gain=0.1, activation="relu", name="conv2")(y, x)
 
 
 class Encoder(nn.Module):
@@ -123,12 +133,12 @@ class Encoder(nn.Module):
         x = space_to_depth((images + 1) / 2, config.patch)
         for level, (width, blocks) in enumerate(zip(config.encoder_widths, config.encoder_blocks, strict=True)):
             if level == 0:
-                x = _conv(width, "stem", gain=1.0)(x)
+                x = Conv(width, gain=1.0, name="stem")(x)
             else:
-                x = _conv(width, f"down{level}", stride=2, bias=False, gain=1.0)(x)
+                x = Conv(width, stride=2, bias=False, gain=1.0, name=f"down{level}")(x)
             for block in range(blocks):
                 x = Block(width, name=f"level{level}_block{block}")(x)
-        return _conv(config.latent_channels, "head", gain=1.0)(x)
+        return Conv(config.latent_channels, gain=1.0, name="head")(x)
 
 
 class Decoder(nn.Module):
@@ -146,12 +156,12 @@ class Decoder(nn.Module):
         x = jnp.tanh(latents / 3) * 3
         for level, (width, blocks) in enumerate(zip(config.decoder_widths, config.decoder_blocks, strict=True)):
             if level == 0:
-                x = nn.relu(_conv(width, "stem")(x))
+                x = Conv(width, activation="relu", name="stem")(x)
             else:
-                x = _conv(width, f"up{level}", bias=False, gain=1.0)(upsample(x))
+                x = Conv(width, bias=False, gain=1.0, name=f"up{level}")(upsample(x))
             for block in range(blocks):
                 x = Block(width, name=f"level{level}_block{block}")(x)
-        x = _conv(3 * config.patch**2, "head", gain=1.0)(x)
+        x = Conv(3 * config.patch**2, gain=1.0, name="head")(x)
         return depth_to_space(x, config.patch) * 2 - 1
 
 

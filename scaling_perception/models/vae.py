@@ -21,6 +21,7 @@ import numpy as np
 
 from scaling_perception.models.tiny_vae import flatten, upsample
 from scaling_perception.ops.attention import attention
+from scaling_perception.ops.convolution import conv_general_dilated
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.shapes import AnyArray, Array, Float, RandomKey, Shaped
 
@@ -109,7 +110,10 @@ class GroupNorm(nn.Module):
 
 def _conv(features: int, name: str, dtype: Any, side: int = 3) -> nn.Conv:
     edge = side // 2
-    return nn.Conv(features, (side, side), padding=((edge, edge), (edge, edge)), dtype=dtype, name=name)
+    edges = ((edge, edge), (edge, edge))
+    return nn.Conv(
+        features, (side, side), padding=edges, dtype=dtype, name=name, conv_general_dilated=conv_general_dilated
+    )
 
 
 class Block(nn.Module):

@@ -20,8 +20,10 @@ from scaling_perception.support.files import atomic_path
 
 NATIVE = "SCALING_PERCEPTION_NATIVE"
 """Names the folder that keeps compiled kernels; empty: there are none."""
-_SOURCES = (Path(__file__).resolve().parent.parent / "ops" / "attention.cc",)
-_TARGETS = ("attention_forward", "attention_backward")
+_OPS = Path(__file__).resolve().parent.parent / "ops"
+_SOURCES = (_OPS / "attention.cc", _OPS / "convolution.cc")
+_HEADERS = (_OPS / "vectors.h",)
+_TARGETS = ("attention_forward", "attention_backward", "convolution", "inverted_bottleneck")
 _COMPILERS = ("c++", "g++", "clang++")
 _ONCE = threading.Lock()
 _REGISTERED: set[str] = set()
@@ -103,7 +105,7 @@ def _mark() -> str:
 
     parts = [processor(), *platform.libc_ver(), jaxlib.version.__version__, *_flags()]
     digest = hashlib.sha256(" ".join(parts).encode())
-    for source in _SOURCES:
+    for source in (*_SOURCES, *_HEADERS):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -145,8 +147,9 @@ def _compile(file: Path) -> None:
     if program is None:
         raise UserError("there is no C++ compiler: install g++, or set CXX")
     with atomic_path(file) as temporary:
-        words = [program, *_flags(), "-isystem", jax.ffi.include_dir(), *map(str, _SOURCES), "-o", str(temporary)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS)
+        words = [program, *_flags(), "-isystem", jax.ffi.include_dir(), "-x", "c++", "-", "-o", str(temporary)]
+        whole = "".join(f'#include "{source}"\n' for source in _SOURCES)  # XLA's headers take most of the time: once
+        done = subprocess.run(words, input=whole, capture_output=True, text=True, timeout=_SECONDS)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             raise UserError(f"{program} ended with {done.returncode}: {(lines or ['it says no reason'])[0].strip()}")

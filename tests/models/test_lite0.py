@@ -3,7 +3,6 @@
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,22 +19,6 @@ from scaling_perception.training import diffusion
 @pytest.fixture(scope="module")
 def params():
     return lite0.load()
-
-
-@pytest.mark.parametrize(("side", "kernel", "stride"), [(8, 3, 1), (8, 3, 2), (9, 5, 2), (7, 5, 1)])
-def test_a_sum_of_shifted_products_is_the_depthwise_convolution(side, kernel, stride):
-    rng = np.random.default_rng(side)
-    x, weights = rng.normal(size=(2, side, side + 1, 3)), rng.normal(size=(kernel, kernel, 3))
-    wanted = jax.lax.conv_general_dilated(
-        jnp.asarray(x, jnp.float32),
-        jnp.asarray(weights[:, :, None], jnp.float32),
-        (stride, stride),
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=3,
-    )
-    found = lite0._depthwise(jnp.asarray(x, jnp.float32), weights.astype(np.float32), stride)
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_features_lie_on_the_latents_grid_and_are_what_they_were(params):
