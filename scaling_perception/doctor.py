@@ -130,7 +130,7 @@ def _check_kernels() -> list[Finding]:
     if jax.default_backend() != "cpu":
         return []
     if native.targets():
-        return [Finding("ok", "kernels", f"attention for this processor, compiled, in {native.folder()}")]
+        return [Finding("ok", "kernels", f"attention and convolutions for this processor, compiled, in {native.folder()}")]
     if native.folder() is None:
         reason = f"off: {native.NATIVE} or JAX_COMPILATION_CACHE_DIR is empty, or there is no home folder"
     elif native.NATIVE not in os.environ and not native.pays():
@@ -139,7 +139,7 @@ def _check_kernels() -> list[Finding]:
         reason = "no C++ compiler: install g++ or clang++, or set CXX"
     else:
         reason = "they cannot be compiled: see the warning"
-    return [Finding("note", "kernels", f"{reason}; attention takes two to three times as long without")]
+    return [Finding("note", "kernels", f"{reason}; attention and convolutions take about twice as long without")]
 
 
 def _check_memory() -> Finding:

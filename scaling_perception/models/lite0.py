@@ -18,6 +18,7 @@ import numpy as np
 
 from scaling_perception.models.weight_files import read_safetensors
 from scaling_perception.ops.convolution import How, convolution, inverted_bottleneck, same_padding
+from scaling_perception.ops.doubling import doubled
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.shapes import AnyArray, Array, Float
 
@@ -94,8 +95,7 @@ def stacked(params: Mapping[str, Any], images: Float[AnyArray, "B H W 3"]) -> Fl
         raise UserError(
             f"image size {width}x{height} is no multiple of 16, which the features of lite0 need: resize the images"
         )
-    twice = jax.image.resize(jnp.asarray(images), (batch, 2 * height, 2 * width, 3), "linear")
-    found, grid, out = blocks_of(params, twice), (height // 8, width // 8), []
+    found, grid, out = blocks_of(params, doubled(images)), (height // 8, width // 8), []
     for number in TAKEN:
         x = found[number]
         if x.shape[1] > grid[0]:

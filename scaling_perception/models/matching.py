@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scaling_perception.ops.doubling import doubled
 from scaling_perception.support.compiler_options import convolving
 from scaling_perception.support.shapes import AnyArray, Array, Float
 
@@ -60,11 +61,6 @@ def _blur(x: jax.Array, radius: int) -> jax.Array:
 def _half(x: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
-
-
-def _twice(flow: jax.Array) -> jax.Array:
-    batch, height, width, channels = flow.shape
-    return 2 * jax.image.resize(flow, (batch, 2 * height, 2 * width, channels), "linear")
 
 
 def warp(x: Float[AnyArray, "B H W C"], flow: Float[AnyArray, "B H W 2"]) -> Float[Array, "B H W C"]:
@@ -149,7 +145,7 @@ def _one_way(first: jax.Array, second: jax.Array) -> tuple[jax.Array, ...]:
     found: list[jax.Array] = []
     contrast = flow
     for number, (one, other) in enumerate(reversed(levels)):
-        flow = _twice(flow) if number else flow
+        flow = 2 * doubled(flow) if number else flow
         (one, contrast), (other, _) = _normalised(one), _normalised(other)
         start = (flow, flow, *[jnp.zeros((*flow.shape[:3], 1))] * 2)
         compare = functools.partial(_round, one, other)

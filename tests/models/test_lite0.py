@@ -11,6 +11,7 @@ from scaling_perception.models import lite0
 from scaling_perception.models.autoencoders import load_autoencoder, part_size
 from scaling_perception.models.presets import get_preset
 from scaling_perception.models.surgery import widen_input
+from scaling_perception.ops.doubling import doubled
 from scaling_perception.support.configs import load_config
 from scaling_perception.support.errors import UserError
 from scaling_perception.training import diffusion
@@ -19,6 +20,14 @@ from scaling_perception.training import diffusion
 @pytest.fixture(scope="module")
 def params():
     return lite0.load()
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 7, 3), (1, 1, 5, 2)])
+def test_doubling_is_the_linear_resize(shape):
+    batch, height, width, channels = shape
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    wanted = jax.image.resize(x, (batch, 2 * height, 2 * width, channels), "linear")
+    np.testing.assert_allclose(doubled(x), wanted, atol=1e-6)
 
 
 def test_features_lie_on_the_latents_grid_and_are_what_they_were(params):
