@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from scaling_perception.support.allocation import keep_freed_memory
 from scaling_perception.support.compilation import keep_compiled_programs, quiet_libtpu
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.failures import explain, memory_cause
@@ -38,6 +39,8 @@ VERBS = {
 }
 # Each of several processes that run one of these would do all of it, and write the same files.
 IN_ONE_PROCESS = ("quickstart", "prepare", "evaluate", "predict", "demo", "generate", "convert", "bench")
+# These allocate the same large arrays in every step.
+STEPS = (["quickstart"], ["train"], ["bench", "train"])
 # Interrupted, these keep what they have finished.
 GO_ON = ("quickstart", "prepare", "train", "evaluate", "predict", "study")
 
@@ -111,6 +114,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if words is None:
         gc.set_threshold(50_000, 20, 50)  # imports and traced programs are millions of objects that stay
         _warnings_as_notes()
+        if any(sys.argv[1 : 1 + len(begin)] == begin for begin in STEPS):
+            keep_freed_memory()
         goes_on = sys.argv[1:2] and sys.argv[1] in GO_ON
         again = "the same command goes on from what is finished" if goes_on else "the same command starts anew"
         answer_signals(again)

@@ -130,7 +130,9 @@ def _check_kernels() -> list[Finding]:
     if jax.default_backend() != "cpu":
         return []
     if native.targets():
-        return [Finding("ok", "kernels", f"attention and convolutions for this processor, compiled, in {native.folder()}")]
+        return [
+            Finding("ok", "kernels", f"attention and convolutions for this processor, compiled, in {native.folder()}")
+        ]
     if native.folder() is None:
         reason = f"off: {native.NATIVE} or JAX_COMPILATION_CACHE_DIR is empty, or there is no home folder"
     elif native.NATIVE not in os.environ and not native.pays():

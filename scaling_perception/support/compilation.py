@@ -79,10 +79,8 @@ def quiet_libtpu() -> None:
     Call before JAX is imported. A machine with one (a device of Google's on the PCI bus) is left as it is, and so is
     one whose environment describes a slice.
     """
-    with contextlib.suppress(OSError):
-        for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"):
-            if vendor.read_text().strip() == _GOOGLE:
-                return
+    if has_tpu():
+        return
     if any(name.startswith(("TPU_", "MEGASCALE_")) for name in os.environ) or not importlib.util.find_spec("libtpu"):
         return
     os.environ |= {
@@ -90,6 +88,14 @@ def quiet_libtpu() -> None:
         "TPU_ACCELERATOR_TYPE": "v5litepod-1",
         "TPU_WORKER_HOSTNAMES": "localhost",
     }
+
+
+def has_tpu() -> bool:
+    """Whether a device of Google's is on the PCI bus."""
+    with contextlib.suppress(OSError):
+        vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+        return any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
+    return False
 
 
 def writable(folder: Path) -> bool:
