@@ -59,3 +59,16 @@ def test_a_machine_with_an_accelerator_is_left_alone(monkeypatch, tmp_path):
     assert allocation._on_cpu()
     monkeypatch.setattr(allocation, "has_tpu", lambda: True)
     assert not allocation._on_cpu()
+
+
+@pytest.mark.parametrize(
+    ("words", "asks"),
+    [("train", True), ("quickstart", True), ("bench train", True), ("bench sample", False), ("", False)],
+)
+def test_commands_that_train_ask_for_it(words, asks):
+    script = (
+        "import sys; from scaling_perception import cli; cli.keep_freed_memory = lambda: print('asked')\n"
+        f"sys.argv = ['scaling-perception', *{words.split()}, '--help']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and ("asked" in done.stdout) == asks, done.stderr
