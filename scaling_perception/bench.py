@@ -19,6 +19,7 @@ scaling-perception bench moe --kind swiglu --dtype bfloat16 --repeats 15
 scaling-perception bench sample --model a1 --against torch --levers --json out/sample.json
 scaling-perception bench train --model a1 --batch 32 --against torch --json out/train.json
 """
+OUTPUTS = ("json",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

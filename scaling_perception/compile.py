@@ -24,6 +24,7 @@ scaling-perception compile --config configs/mini.py --topology v5e:2x2 --what al
 scaling-perception compile --config configs/mini.py --topology cpu:8 --chip h200 --mesh data=4,fsdp=2
 scaling-perception compile --config configs/depth.py:model=a1,cache=x --topology v5e:2x4 --search --json out/found.json
 """
+OUTPUTS = ("json", "hlo")
 
 WHAT = ("train", "sample", "encode")
 GIB = 2**30
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         return
     mesh = mesh_of(config, args.mesh, topology.devices)
     names = WHAT if args.what == "all" else (args.what,)
-    settings = settings_of(args, ("json", "hlo"))
+    settings = settings_of(args, OUTPUTS)
     for path in (args.json, args.hlo):
         check_output(path, settings, args.overwrite)
     reports = []
@@ -98,7 +99,7 @@ def _search(args: argparse.Namespace, config: Any, topology: Any) -> None:
         raise UserError(f"--search is of the train step, not of --what {args.what}: leave that out")
     if not args.json:
         raise UserError("--search keeps what is compiled beside its result: give --json FILE")
-    settings = settings_of(args, ("json", "hlo", "jobs"))
+    settings = settings_of(args, (*OUTPUTS, "jobs"))
     check_output(args.json, settings, args.overwrite)
     found, too_large = mesh_search.ways(config, topology, args.batch)
     words = ["--config", args.config, "--topology", args.topology, "--slices", str(args.slices)]

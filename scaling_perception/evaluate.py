@@ -32,7 +32,7 @@ from scaling_perception.support.again import add_overwrite, check_output, refuse
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json, write_json, write_text
 from scaling_perception.support.parts import add_parts, part_of, refuse_other_flags
-from scaling_perception.support.verbs import FROM_0, add_source_options, source_options
+from scaling_perception.support.verbs import COUNT, FROM_0, add_source_options, source_options
 
 EXAMPLES = """
 scaling-perception evaluate --task depth --dataset scenes --model mini --count 32 --json runs/depth.json
@@ -54,6 +54,7 @@ FLAGS = {
 
 _FORMAT = 1
 _ASKED = ("task", "dataset", "split", "count", "option", "metrics", "seed", "dtype", "panels", "controls")
+OUTPUTS = ("json", "csv", "per_image")
 USUAL = {"steps": "10", "ensemble": "5", "solver": "ddim", "first": 2, "step_chunk": 2, "seed": 0, "dtype": "float32"}
 """Flags that a result records at their default too; of the other settings those alone that differ from it."""
 
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", default="", metavar="DIR", help="folder of the dataset (scenes needs none)")
     parser.add_argument("--split", default="val", help="train, val, test or all, as the dataset has them (default val)")
-    parser.add_argument("--count", type=int, default=0, help="at most so many images (default all; scenes 64)")
+    parser.add_argument("--count", type=COUNT, default=0, help="at most so many images (default all; scenes 64)")
     add_source_options(parser)
     parser.add_argument("--model", required=True, help="model folder, training run, hub id, or a name such as mini")
     add_model_settings(parser)
@@ -150,8 +151,6 @@ def open_data(args: argparse.Namespace) -> Any:
     from scaling_perception.data.sources import ENDLESS, open_source, taken
 
     options = source_options(args.option)
-    if args.count < 0:
-        raise UserError(f"--count {args.count}: give a whole number above 0, or leave it out for all")
     if args.count or args.dataset in ENDLESS:
         options["count"] = args.count or 64
     source = open_source(args.dataset, args.data, args.split, args.task, **options)
@@ -208,9 +207,7 @@ def run(args: argparse.Namespace) -> int:
     times = times_of(args.intermediates)
     if times and not args.panels:
         raise UserError("--intermediates are pictures of --panels: give --panels K, or leave them out")
-    for path in filter(None, (args.json, args.csv, args.per_image)):
-        _check_folder(Path(path))
-    folder = _budgets_folder(args.write_budgets)
+    folder = _check_places(args)
     if args.write_grids is not None:
         return _write_grids(args, protocol)
     source = open_data(args)
@@ -230,7 +227,7 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.csv, args.per_image):
         check_output(path, asked, args.overwrite)
     if folder is not None:
-        check_entry(folder, args.task, asked, args.overwrite)
+        check_entry(folder, args.task, asked, args.overwrite, len(source))
     if out is not None and out.exists() and not args.overwrite:
         before = read_json(out)
         refuse_other(out, before.get("asked") if isinstance(before, dict) else None, asked)
@@ -367,9 +364,7 @@ def _merge(args: argparse.Namespace) -> int:
 
     if args.json is None:
         raise UserError("--merge joins the parts beside the result: give --json OUT")
-    for path in filter(None, (args.json, args.csv, args.per_image)):
-        _check_folder(Path(path))
-    out, folder = Path(args.json).expanduser(), _budgets_folder(args.write_budgets)
+    out, folder = Path(args.json).expanduser(), _check_places(args)
 
     def load() -> Any:
         from scaling_perception import Predictor
@@ -408,7 +403,7 @@ def _check_merged(args: argparse.Namespace, out: Path, result: Any, folder: Path
     for path in (args.csv, args.per_image):
         check_output(path, result["asked"], args.overwrite)
     if folder is not None:
-        check_entry(folder, args.task, result["asked"], args.overwrite)
+        check_entry(folder, args.task, result["asked"], args.overwrite, result["images"])
 
 
 def _report_constants(cells: list[dict[str, Any]]) -> None:
@@ -419,10 +414,13 @@ def _report_constants(cells: list[dict[str, Any]]) -> None:
             print(f"note: {where}: {count} prediction(s) are constant over the picture", file=sys.stderr)
 
 
-def _budgets_folder(name: str | None) -> Path | None:
+def _check_places(args: argparse.Namespace) -> Path | None:
+    """Refuse outputs that cannot be written; the model folder that gets a table of budgets."""
     from scaling_perception.inference.budgets import TABLE
 
-    return None if name is None else _table_folder(name, TABLE)
+    for path in filter(None, (getattr(args, name) for name in OUTPUTS)):
+        _check_folder(Path(path))
+    return None if args.write_budgets is None else _table_folder(args.write_budgets, TABLE)
 
 
 def _table_folder(name: str, table: Any) -> Path:
@@ -447,7 +445,7 @@ def _write_grids(args: argparse.Namespace, protocol: dict[str, Any]) -> int:
     from scaling_perception import Predictor
     from scaling_perception.evaluation.grid_table import grid_entry, measurable
     from scaling_perception.inference.grids import TABLE
-    from scaling_perception.inference.task_tables import write_entry
+    from scaling_perception.inference.task_tables import refuse_other_model, write_entry
     from scaling_perception.parallel.mesh import local_mesh
 
     for name in _NOT_WITH_GRIDS:
@@ -459,6 +457,7 @@ def _write_grids(args: argparse.Namespace, protocol: dict[str, Any]) -> int:
         args.model, autoencoder=args.autoencoder, dtype=args.dtype, mesh=local_mesh(args.mesh)
     )
     predictor.check_task(args.task)
+    refuse_other_model(folder, predictor.id)
     raws = measurable(source, protocol)
     entry = grid_entry(predictor, raws, args.task, max(values_of(args, "steps")), args.seed)
     asked = {"dataset": args.dataset, "split": args.split}

@@ -5,7 +5,6 @@ run.json or folder. Without --form the forms for so many columns are compared on
 """
 
 import argparse
-import os
 import shlex
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ scaling-perception fit runs/study/study.csv --where metric=abs_rel --x train_mac
 scaling-perception fit paper:fig8b
 scaling-perception fit wide.csv --x macs --y a1 a2 a3 --predict 1e14
 """
+OUTPUTS = ("json", "figure", "html", "frontier")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,9 +146,8 @@ def run(args: argparse.Namespace) -> int:
             check_name(path or "x.svg", flag)
     if args.html and not args.html.lower().endswith((".html", ".htm")):
         raise UserError(f"--html {args.html}: end the name in .html")
-    settings = settings_of(args, _OUTPUTS, ("points",))
-    _check_different({f"--{name}": getattr(args, name) for name in _OUTPUTS})
-    for name in _OUTPUTS:
+    settings = settings_of(args, OUTPUTS, ("points",))
+    for name in OUTPUTS:
         check_output(getattr(args, name), settings, args.overwrite)
     points = read_points(
         args.points, args.x, args.y, args.group, args.image, args.form, args.where, args.drop_invalid,
@@ -181,17 +180,6 @@ def run(args: argparse.Namespace) -> int:
             write_text(file, law_page(law, points, options, command_of(args), images))
         print(f"page: {args.html}")
     return 0
-
-
-_OUTPUTS = ("json", "figure", "html", "frontier")
-
-
-def _check_different(outputs: dict[str, str | None]) -> None:
-    """UserError where two outputs are one file."""
-    taken: dict[str, str] = {}
-    for flag, path in outputs.items():
-        if path and (other := taken.setdefault(os.path.realpath(path), flag)) != flag:
-            raise UserError(f"{other} and {flag} are both {path}: give two names")
 
 
 def _served(args: argparse.Namespace, points: "Points") -> list[float]:

@@ -13,6 +13,7 @@ EXAMPLES = """
 scaling-perception generate --model runs/a1 --out a1.png
 scaling-perception generate --model models/dit256 --classes 207,360,387,974 --steps 250 --guidance 4 --out dit.png
 """
+OUTPUTS = ("out",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

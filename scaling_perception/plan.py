@@ -32,6 +32,7 @@ scaling-perception plan --law steps.json --budget 1e13 --sizes a4 --model runs/d
 scaling-perception plan --model mini --task depth --budget 5e10
 scaling-perception plan --points study.csv --where metric=held_out_loss last=1 --x params samples --form kaplan --hold-out 2e12
 """  # noqa: E501
+OUTPUTS = ("json",)
 
 _PRETRAINING = "pretrain"  # named like a task: a config of its own, and nothing to predict
 

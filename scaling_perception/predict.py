@@ -27,6 +27,7 @@ from scaling_perception.inference.settings import (
 )
 from scaling_perception.inference.settings import FLAGS as SETTING_FLAGS
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.flag_checks import refuse_irregular
 from scaling_perception.support.parts import Part, add_parts, part_of, refuse_other_flags
 from scaling_perception.support.verbs import POSITIVE, make_parser
 
@@ -300,9 +301,8 @@ def _by_budget(
     Seconds are those of this machine, measured now. So that a run that goes on, or another one into the same folder,
     does not choose otherwise, results for the same budget are asked first.
     """
-    from scaling_perception.inference.budgets import choice_line, choose, fitting, load_budgets, measure_timing
+    from scaling_perception.inference.budgets import budgets_of, choice_line, choose, fitting, measure_timing
     from scaling_perception.inference.outputs import chosen_before
-    from scaling_perception.interop.find import find_model
 
     asked = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
     before = None if args.overwrite else chosen_before(out, items, args.task, asked, predictor.id)
@@ -311,7 +311,7 @@ def _by_budget(
         chosen = {name: settings[name] for name in BY_BUDGET if settings.get(name) is not None}
         print(choice_line(asked, chosen, budget["expected"]), file=sys.stderr)
         return chosen, budget
-    table = fitting(load_budgets(find_model(args.model)), args.task, lambda choice: _check(args, predictor, choice))
+    table = fitting(budgets_of(predictor, args.task), args.task, lambda choice: _check(args, predictor, choice))
     unmeasured = None if args.seconds is None else math.inf
     choose(table, args.task, args.budget, args.macs, unmeasured)  # refused before measuring
     here = None if args.seconds is None else measure_timing(predictor, args.task)
@@ -349,6 +349,7 @@ def _repeat(args: argparse.Namespace, out: Path) -> int:
         if name not in (*_WITH_REPEAT, "overrides") and value not in (None, []):
             flag = "inputs" if name == "inputs" else flag_of(name)
             raise UserError(f"--repeat takes everything from {args.repeat}: leave out {flag}")
+    refuse_irregular("--repeat", args.repeat)
     record = read_json(args.repeat)
     try:
         asked, inputs, name = dict(record["request"]), record["inputs"], str(record["name"])

@@ -56,6 +56,7 @@ scaling-perception report runs/quickstart
 scaling-perception report runs/quickstart --out report.html --title "My depth model"
 scaling-perception report runs/scenes --figures docs/images
 """
+OUTPUTS = ("out",)
 
 MOST_BYTES = 2_000_000
 """Of a page, so that it can be sent by mail; pictures become coarser until it fits."""

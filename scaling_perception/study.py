@@ -15,6 +15,7 @@ from typing import Any
 from scaling_perception.support.again import add_overwrite, check_output, keep_settings, replacing
 from scaling_perception.support.configs import declared
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.flag_checks import check_outputs
 
 EXAMPLES = """
 scaling-perception study --config configs/scenes_study.py --out runs/scenes_study --dry-run
@@ -22,6 +23,7 @@ scaling-perception study --config configs/scenes_study.py --out runs/scenes_stud
 scaling-perception study --config configs/scenes_study.py --out runs/scenes_study --only 'ladder/*' --collect
 scaling-perception study --config configs/paper/fig3.py:caches=CACHES --out runs/paper/fig3 --write slurm --to jobs/fig3
 """
+OUTPUTS = ("csv", "images")
 
 # Flags that change where things lie or how fast they go, and no figure: a cell may be resumed with others.
 _FREE = {
@@ -102,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         return _run(chosen, out, settings, args.jobs)
     about = {"config": os.path.realpath(args.config.partition(":")[0]), "out": os.path.realpath(out)}
     table, figures = Path(args.csv or out / "study.csv"), declared(args.config, "figures")
+    check_outputs({"--csv": table, "--images": args.images, **{f"figure {f.name}": out / f.file for f in figures}})
     for path in (table, args.images, *(out / figure.file for figure in figures)):
         check_output(path, about, args.overwrite)
     code = 0 if args.collect else _run(chosen, out, settings, args.jobs)

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 from listed import Source
+from safetensors.numpy import load_file, save_file
 
 from scaling_perception.cli import main
 from scaling_perception.data.formats import read_image
@@ -194,9 +195,11 @@ def test_tables_for_other_tools(evaluate, tmp_path):
     assert float(rows[3]["macs"]) == 4 * result["macs_per_forward"] and rows[-1]["forwards"] == ""
 
 
-def test_budgets_are_written_and_read(evaluate, nano_folder, tmp_path, make_raw, monkeypatch):
+def test_budgets_are_written_and_read(evaluate, nano_folder, tmp_path, make_raw, monkeypatch, capsys):
     few = evaluate("depth", "--steps", "1", "--write-budgets", str(tmp_path / "few"), "--controls", "0", code=2)
     assert "few" in few.err
+    few = evaluate("depth", "--steps", "1", "--write-budgets", str(nano_folder), code=2)
+    assert "3 images tell no settings apart" in few.err and not (tmp_path / "eval" / "result.json").exists()
     evaluate.samples += [make_raw(40, 56, 3), make_raw(40, 56, 4)]  # fewer than five tell no settings apart
     model = tmp_path / "model"
     shutil.copytree(nano_folder, model)
@@ -223,6 +226,16 @@ def test_budgets_are_written_and_read(evaluate, nano_folder, tmp_path, make_raw,
     assert choose(table, "amodal", macs=1e99).error == min(cell["error"] for cell in entry["cells"])
     text = evaluate("depth", "--eta", "0.5", "--write-budgets", str(model), code=2)
     assert "of the usual eta: leave out --eta" in text.err
+    other = tmp_path / "other"
+    shutil.copytree(nano_folder, other)
+    (other / "config.json").write_bytes((model / "config.json").read_bytes())
+    weights = load_file(other / "model.safetensors")
+    save_file({name: leaf + 1 for name, leaf in weights.items()}, other / "model.safetensors")
+    for flag in ("--write-budgets", "--write-grids"):
+        main_words = ["--task", "depth", "--dataset", "scenes", "--model", str(nano_folder), flag, str(other)]
+        assert main(["evaluate", *main_words]) == 2
+        assert "holds other weights" in (text := capsys.readouterr().err) and text.count("\n") == 1
+    assert not list(other.glob("*s.json"))
     (model / "budgets.json").write_text("{")
     text = evaluate("depth", "--write-budgets", str(model), code=2)
     assert "budgets.json is not valid JSON" in text.err
@@ -294,10 +307,16 @@ def test_mistakes_are_one_line(evaluate, tmp_path, monkeypatch):
         (("dept",), "did you mean 'depth'"),
         (("depth", "--steps", "1,x"), "--steps: '1,x' has 'x': give"),
         (("depth", "--steps", "0"), "--steps: '0': give"),
-        (("depth", "--ensemble", ""), "--ensemble: '': give"),
+        (("depth", "--ensemble", ""), "--ensemble is empty"),
+        (("depth", "--ensemble", ","), "--ensemble: ',': give"),
         (("depth", "--preset", "fixd"), "did you mean 'fixed'"),
         (("depth", "--reduce", "mean"), "merge depth members"),
         (("depth", "--count", "-1"), "--count"),
+        (("depth", "--count", "0"), "--count: '0': give"),
+        (("depth", "--csv", str(tmp_path / "eval" / "result.json")), "--json and --csv are both"),
+        (("depth", "--per-image", str(tmp_path / "x" / ".." / "p.csv"), "--csv", str(tmp_path / "p.csv")), "--csv and"),
+        (("depth", "--csv", "/dev/null"), "--csv /dev/null: it is there and is no regular file"),
+        (("depth", "--json", "/dev/zero", "--merge"), "--json /dev/zero: it is there"),
         (("depth", "--option", "x"), "--option 'x'"),
         (("depth", "--tolerance", "-1"), "--tolerance: '-1': give"),
         (("depth", "--step-tolerance", "nan"), "--step-tolerance: 'nan': give"),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.flag_checks import check_outputs, refuse_empty
 from scaling_perception.support.places import place_arguments
 
 RENAMED = {"--first": "--members-per-round", "--step-chunk": "--steps-per-check", "--range": "--depth-range"}
@@ -188,7 +189,8 @@ def _words_of_flags(parser: argparse.ArgumentParser, many: int) -> dict[str, int
 def run_verb(verb: str, words: list[str]) -> int:
     """Run a verb with the words a person would type; returns its exit code.
 
-    Folders of the flags in a verb's ``REMOTE`` may be written in a bucket. A verb with ``split_overrides`` (``train``)
+    Folders of the flags in a verb's ``REMOTE`` may be written in a bucket; those in its ``OUTPUTS`` are files that it
+    writes. A verb with ``split_overrides`` (``train``)
     also takes ``--config.some.key=value`` words. In messages the arguments
     that its ``FLAGS`` hold are called by their flags; a message without any gets the one that was typed.
 
@@ -200,6 +202,8 @@ def run_verb(verb: str, words: list[str]) -> int:
     overrides, typed = [], list(words)
     if hasattr(module, "split_overrides"):
         words, overrides = module.split_overrides(words)
+    takes = _words_of_flags(parser, len(typed))
+    refuse_empty(words, {**takes, **{flag: takes[new] for flag, new in RENAMED.items() if new in takes}})
     try:
         args = parser.parse_args(_with_negative_values(words))
     except UserError as error:
@@ -207,9 +211,10 @@ def run_verb(verb: str, words: list[str]) -> int:
         raise
     place_arguments(args, getattr(module, "REMOTE", ()))
     args.overrides = overrides
+    check_outputs({f"--{name.replace('_', '-')}": getattr(args, name) for name in getattr(module, "OUTPUTS", ())})
     try:
         return module.run(args) or 0
     except UserError as error:
         named = in_flags(str(error), getattr(module, "FLAGS", {}))
-        error.args = (_spelled(_as_typed(named, typed, _words_of_flags(parser, len(typed))), typed),)
+        error.args = (_spelled(_as_typed(named, typed, takes), typed),)
         raise

@@ -82,8 +82,8 @@ def test_numbers_at_the_ends_are_taken():
         (("evaluate", "--task", "depth", "--dataset", "nyu", "--model", "mini"), "unknown --dataset 'nyu'"),
         (("prepare", "folder", "--out", "o", "--tasks", "depth"), "folder needs --raw: the folder"),
         (("prepare", "scenes", "--out", "o", "--count", "2", "--split", "x"), "scenes have no split 'x'"),
-        (("fit", "no.csv", "--json", "."), "^no.csv does not exist"),
-        (("fit", "p.csv", "--json", "d"), "^cannot write --json d: it is there"),
+        (("fit", "no.csv", "--json", "."), "^--json .: it is there and is no regular file"),
+        (("fit", "p.csv", "--json", "d"), "^--json d: it is there"),
         (("fit", "p.csv", "--json", "a.html", "--html", "./a.html"), "^--json and --html are both ./a.html"),
         (("fit", "p.csv", "--seed", "-1"), "--seed"),
         (("fit", "p.csv", "--tau", "0.1"), "^--tau 0.1 is of --loss quantile, not of --loss huber"),
@@ -126,6 +126,42 @@ def test_a_message_gets_the_flag_that_was_typed():
     for name in ("no.jpg", "more/no.jpg"):  # what follows the values of a flag is no value of it
         assert _as_typed(f"{name} is no file", inputs, {"--out": 1, "--json": 0}) == f"{name} is no file"
     assert _as_typed("nothing in /data/x, make it", words) == "nothing in --config f.py:root=/data/x, make it"
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        ((*PREDICT, ""), "an input"),
+        ((*PREDICT, "--overwrite", "  "), "an input"),
+        ((*PREDICT, "--", ""), "an input"),
+        (("predict", "x", "--task", "depth", "--out", ""), "--out"),
+        ((*PREDICT, "--align="), "--align"),
+        ((*PREDICT, "--first", ""), "--first"),
+        ((*EVALUATE, "--autoencoder", ""), "--autoencoder"),
+        ((*EVALUATE, "--option", "a=1", "--data", ""), "--data"),
+        (("bench", "sample", "--json", ""), "--json"),
+        (("fit", "p.csv", "--x", "a", ""), "--x"),
+        ((*TRAIN[:2], "", *TRAIN[3:]), "--workdir"),
+    ],
+)
+def test_empty_values_are_refused(words, flag, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^{flag} is empty: give a value"):
+        run_verb(words[0], list(words[1:]))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("verb", "one", "two"), [(COMPILE, "--json", "--hlo"), (EVALUATE[:-2], "--csv", "--per-image")]
+)
+def test_two_outputs_are_two_files(verb, one, two, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "pipe").symlink_to("/dev/null")
+    with pytest.raises(UserError, match=f"^{one} and {two} are both b: give two names"):
+        run_verb(verb[0], [*verb[1:], one, "a", two, "b"])
+    with pytest.raises(UserError, match=f"^{two} pipe: it is there and is no regular file"):
+        run_verb(verb[0], [*verb[1:], one, "a", two, "pipe"])
 
 
 def test_names_are_flags_where_a_value_follows():
