@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from ply import read_ply
 
+from scaling_perception import Predictor
 from scaling_perception.cli import main
 from scaling_perception.data.formats import read_depth, read_image
 from scaling_perception.inference import budgets, job, outputs
@@ -279,6 +280,14 @@ def test_budgets_choose_from_the_models_table(command, pictures, nano_folder, tm
     text = command(*words, "--seconds", "0.5", out="timed")
     assert "1 already there" in text.out, "a busier machine does not choose otherwise in the middle of the work"
     assert "fits --seconds 0.5 s" in command(*words, "--seconds", "0.5", code=2, out="later").err
+    for name, other in (("weights", "0" * 12), ("autoencoder", "1" * 12)):
+        changed = {"format": 1, "tasks": {"depth": {**entry, name: other}}}
+        (model / "budgets.json").write_text(json.dumps(changed))
+        text = command(*words, "--macs", "3e6", code=2, out="other")
+        assert f"budgets.json was made with other {name} ({other}, now " in text.err and text.err.count("\n") == 1
+        predictor = Predictor.from_pretrained(str(model))
+        with pytest.warns(UserWarning, match=f"other {name}"):
+            assert budgets.own_budgets(predictor) == {"format": 1, "tasks": {}}
     (model / "budgets.json").unlink()
     assert "ships no table of budgets" in command(*words, "--seconds", 2, code=2).err
 

@@ -22,13 +22,12 @@ import numpy as np
 from scaling_perception import predict
 from scaling_perception.data.images import image_size
 from scaling_perception.demo import dial
-from scaling_perception.inference.budgets import load_budgets
+from scaling_perception.inference.budgets import own_budgets
 from scaling_perception.inference.inputs import to_rgb
 from scaling_perception.inference.job import run_job
 from scaling_perception.inference.predictor import Predictor
 from scaling_perception.inference.settings import SETTINGS, Settings, flag_of
 from scaling_perception.inference.video import VideoReader, is_video
-from scaling_perception.interop.find import find_model
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.failures import explain
 from scaling_perception.support.verbs import in_flags
@@ -122,8 +121,8 @@ class Session:
         """
         self.model, self.folder, self.limits = model, folder, limits or Limits()
         self._flags = {"model": model, "autoencoder": autoencoder, "dtype": dtype}
-        self.table = load_budgets(find_model(model))
         self.predictor = Predictor.from_pretrained(model, autoencoder=autoencoder, dtype=dtype)
+        self.table = own_budgets(self.predictor)
         self.tasks = tuple(name for name in TASKS if name in self.predictor.tasks and TASKS[name].files)
         self.predictor.check_task(self.tasks[0] if self.tasks else "depth")
         self.costs: dict[str, dial.Cost] = {}

@@ -23,6 +23,7 @@ from scaling_perception.inference.budgets import (
     load_budgets,
 )
 from scaling_perception.inference.settings import NAMED, flag_of
+from scaling_perception.inference.task_tables import refuse_other_model
 from scaling_perception.support.again import refuse_other
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import get_task
@@ -60,8 +61,7 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
     ]
     if not fixed:
         raise UserError("this evaluation has no cell with a known number of MACs: no table of budgets can be made")
-    if result["images"] < FEWEST_IMAGES:
-        raise UserError(f"{result['images']} images tell no settings apart: a table of budgets needs {FEWEST_IMAGES}")
+    _need_images(result["images"])
     errors = [error_rows(task, cell["rows"]) for cell in fixed]
     lowest = min(errors, key=lambda values: values.mean())
     cells = []
@@ -138,19 +138,35 @@ def busy() -> str | None:
     )
 
 
-def check_entry(folder: str | os.PathLike[str], task: str, asked: Mapping[str, Any], overwrite: bool = False) -> None:
-    """Refuse to replace a task's entry of the folder's table by one of an evaluation with other settings.
+def check_entry(
+    folder: str | os.PathLike[str],
+    task: str,
+    asked: Mapping[str, Any],
+    overwrite: bool = False,
+    images: int | None = None,
+) -> None:
+    """Refuse, before the work, to make a task's entry of the folder's table of an evaluation.
+
+    Args:
+        images: how many are evaluated, where that is known.
 
     Raises:
-        UserError: the settings differ, or the entry does not say its own; or ``asked`` has a setting that no budget
-            chooses.
+        UserError: the entry that is there is of other settings, or does not say its own; ``asked`` has a setting that
+            no budget chooses; the folder's weights are not those that are evaluated; or there are too few images.
     """
+    _need_images(FEWEST_IMAGES if images is None else images)
     for name in NAMED:
         if name in asked and name not in LEVERS:
             raise UserError(f"a table of budgets is of the usual {name}: leave out {flag_of(name)} or --write-budgets")
     entry = ((load_budgets(folder) or {}).get("tasks") or {}).get(task)
     if entry is not None and not overwrite:
         refuse_other(f"{Path(folder) / TABLE.file} ({task})", entry.get("asked"), asked)
+    refuse_other_model(Path(folder), asked.get("weights"))
+
+
+def _need_images(count: int) -> None:
+    if count < FEWEST_IMAGES:
+        raise UserError(f"{count} images tell no settings apart: a table of budgets needs {FEWEST_IMAGES}: give more")
 
 
 def fit_timing(cells: list[dict[str, Any]]) -> Timing:

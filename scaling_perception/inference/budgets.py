@@ -19,6 +19,7 @@ Errors fall as results get better: AbsRel, end-point error, 1 - IoU.
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +27,7 @@ import numpy as np
 
 from scaling_perception.diffusion.solvers import SOLVERS, evaluations
 from scaling_perception.inference.settings import BY_BUDGET, flag_of
-from scaling_perception.inference.task_tables import TaskTable, read_table
+from scaling_perception.inference.task_tables import TaskTable, read_table, refuse_other_weights
 from scaling_perception.support import choosing
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.tasks import get_task
@@ -102,6 +103,31 @@ TABLE = TaskTable("budgets.json", 1, "is no table of budgets", "--write-budgets"
 def load_budgets(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The table of a model folder, or None where it ships none; raises as `read_table`."""
     return read_table(TABLE, folder)
+
+
+def budgets_of(predictor: "Predictor", task: str) -> dict[str, Any] | None:
+    """The table of a model's own folder, or None where there is none.
+
+    Raises:
+        UserError: as `read_table`, or the task's entry was measured with other weights than the model has now.
+    """
+    table = None if predictor.folder is None else load_budgets(predictor.folder)
+    if table and task in table["tasks"]:
+        make = f"make it again: `evaluate --task {task} … --write-budgets MODEL`, or choose steps and members yourself"
+        refuse_other_weights(TABLE, table["tasks"][task], predictor.identity, make)
+    return table
+
+
+def own_budgets(predictor: "Predictor") -> dict[str, Any] | None:
+    """As `budgets_of`, with a warning in place of the tasks that were measured with other weights."""
+    table = None if predictor.folder is None else load_budgets(predictor.folder)
+    for task in () if table is None else tuple(table["tasks"]):
+        try:
+            budgets_of(predictor, task)
+        except UserError as error:
+            warnings.warn(str(error), stacklevel=2)
+            table = {**table, "tasks": {name: entry for name, entry in table["tasks"].items() if name != task}}
+    return table
 
 
 def choose(

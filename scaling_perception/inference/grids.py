@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 
 from scaling_perception.diffusion.schedules import TRAIN_STEPS
-from scaling_perception.inference.task_tables import TaskTable, read_table
+from scaling_perception.inference.task_tables import IDENTITY, TaskTable, read_table, refuse_other_weights
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.shapes import Int
-
-IDENTITY = ("weights", "autoencoder")
 
 
 def _complete(entry: Any) -> bool:
@@ -57,12 +55,7 @@ def learned_grid(
     if not table or task not in table["tasks"]:
         raise UserError(f"spacing 'learned': this model has no learned grids for {task}: {make}")
     entry = table["tasks"][task]
-    for name in IDENTITY:
-        if entry[name] != identity[name]:
-            raise UserError(
-                f"spacing 'learned': {TABLE.file} was made with other {name} ({entry[name]}, now {identity[name]}): "
-                f"{make}"
-            )
+    refuse_other_weights(TABLE, entry, identity, f"spacing 'learned' needs its own: {make}")
     if str(steps) not in entry["grids"]:
         known = ", ".join(sorted(entry["grids"], key=int))
         raise UserError(f"spacing 'learned': no learned grid of {steps} steps for {task}, but of {known}: {make}")

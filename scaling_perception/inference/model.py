@@ -135,6 +135,11 @@ class Model:
         return self.params, self._autoencoder_params
 
     @property
+    def identity(self) -> dict[str, str]:
+        """The ids of the weights, as tables in model folders name them (``task_tables.IDENTITY``)."""
+        return {"weights": self.id, "autoencoder": self.autoencoder_id}
+
+    @property
     def traces(self) -> Counter[str]:
         """How often each graph was traced, by name."""
         return self.engine.traces
@@ -190,8 +195,7 @@ class Model:
 
     def grid(self, task: str, steps: int, diffusion: DiffusionPreset) -> tuple[np.ndarray, np.ndarray] | None:
         """`learned_grid` where the diffusion's spacing is ``learned``, else None."""
-        of = {"weights": self.id, "autoencoder": self.autoencoder_id}
-        return learned_grid(self.folder, task, steps, of) if diffusion.spacing == LEARNED else None
+        return learned_grid(self.folder, task, steps, self.identity) if diffusion.spacing == LEARNED else None
 
     def fit_cache(self, images: Sequence[Any], task: str, settings: Settings, prompt: Any = None) -> CacheRows:
         """Fit the weights of a cache such as ``l2p`` to the features of these pictures, for all later calls with the

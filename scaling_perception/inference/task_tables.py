@@ -13,6 +13,9 @@ from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json, write_text
 from scaling_perception.support.locks import hold
 
+IDENTITY = ("weights", "autoencoder")
+"""Fields of an entry: the ids of what it was measured with. Earlier tables of budgets lack them."""
+
 
 class TaskTable(NamedTuple):
     """A kind of table.
@@ -47,6 +50,29 @@ def read_table(table: TaskTable, folder: str | os.PathLike[str]) -> dict[str, An
     if not isinstance(tasks, dict) or not all(table.complete(entry) for entry in tasks.values()):
         raise UserError(f"{path} {table.missing}: remove it, or make it again (`evaluate {table.flag} {folder}`)")
     return found
+
+
+def refuse_other_weights(table: TaskTable, entry: Mapping[str, Any], identity: Mapping[str, str], mend: str) -> None:
+    """UserError where an entry was made with other weights than a model's.
+
+    Args:
+        identity: the model's ids under the names of ``IDENTITY``. mend: how to mend it, for the message.
+    """
+    for name in IDENTITY:
+        if entry.get(name) is not None and entry[name] != identity[name]:
+            raise UserError(f"{table.file} was made with other {name} ({entry[name]}, now {identity[name]}): {mend}")
+
+
+def refuse_other_model(folder: Path, weights: str | None) -> None:
+    """UserError where the model in ``folder`` has other weights than those of a result (None: not known)."""
+    from scaling_perception.interop.model_folder import load_model
+    from scaling_perception.models.autoencoders import tree_hash
+
+    if weights is not None and (own := tree_hash(load_model(folder)[0])) != weights:
+        raise UserError(
+            f"{folder} holds other weights ({own}) than the model that was evaluated ({weights}): give that "
+            "model's own folder"
+        )
 
 
 def write_entry(table: TaskTable, folder: str | os.PathLike[str], task: str, entry: Mapping[str, Any]) -> Path:

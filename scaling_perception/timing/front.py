@@ -49,14 +49,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci
     from scaling_perception.evaluation.protocols import measure as measure_error
     from scaling_perception.evaluation.protocols import protocol_of
-    from scaling_perception.inference.budgets import front, load_budgets, table_choices
+    from scaling_perception.inference.budgets import budgets_of, front, table_choices
     from scaling_perception.inference.inputs import prompt_of
 
     if args.figure and not args.figure.endswith(".png"):
         raise UserError(f"--figure {args.figure}: end the name in .png")
     predictor, task = Predictor.from_pretrained(args.model), args.task
     predictor.check_task(task)
-    entry = (load_budgets(predictor.folder or "") or {"tasks": {}})["tasks"].get(task)
+    entry = (budgets_of(predictor, task) or {"tasks": {}})["tasks"].get(task)
     if entry is None:
         raise UserError(f"--model {args.model} has no budgets for {task}: `evaluate --write-budgets` makes them")
     every = [(predictor, choice.settings) for choice in front(table_choices(entry))]
