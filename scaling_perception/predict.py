@@ -317,7 +317,7 @@ def _by_budget(
     here = None if args.seconds is None else measure_timing(predictor, args.task)
     choice = choose(table, args.task, args.budget, args.macs, args.seconds, here)
     expected = {name: getattr(choice, name) for name in ("macs", "seconds", "error")}
-    expected["metric"] = (table or {})["tasks"][args.task]["metric"]
+    expected["metric"] = (table or {})["tasks"][args.task].get("metric", "error")
     print(choice_line(asked, choice.settings, expected), file=sys.stderr)
     return choice.settings, {"asked": asked, "expected": expected}
 

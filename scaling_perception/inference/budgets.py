@@ -20,7 +20,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ from scaling_perception.diffusion.solvers import SOLVERS, evaluations
 from scaling_perception.inference.settings import BY_BUDGET, flag_of
 from scaling_perception.inference.task_tables import TaskTable, read_table, refuse_other_weights
 from scaling_perception.support import choosing
-from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.errors import UserError, did_you_mean, short
 from scaling_perception.tasks import get_task
 
 if TYPE_CHECKING:
@@ -87,17 +87,68 @@ class Timing(NamedTuple):
     per_forward: float
 
 
-def _complete(entry: Any) -> bool:
+def _number(least: float) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and math.isfinite(value) and value >= least
+
+    return check
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and _number(1)(value)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _interval(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_number(-math.inf), value))
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("steps", "ensemble", "cache_interval"), _count),
+    **dict.fromkeys(("preset", "solver", "cache", "merge_in", "spacing", "views", "metric", "reduce"), _text),
+    **dict.fromkeys(("macs", "seconds", "error", "evaluations", "decoder_macs"), _number(0)),
+    **dict.fromkeys(("fixed", "per_forward"), _number(0)),
+    "ci95": _interval,
+}
+"""Field of a table -> whether a value of it can be read."""
+_TABLES = {"timing": Timing._fields, "reference": Timing._fields, "trivial": ("error",), "excess": ("ci95",)}
+"""Tables in an entry or a cell, which may be missing -> the fields that are read of them."""
+
+
+def _fault(entry: Any) -> str:
+    """What of an entry is missing or of another kind, in words; '' for nothing."""
     cells = entry.get("cells") if isinstance(entry, dict) else None
-    return isinstance(cells, list) and bool(cells) and all(_complete_cell(cell) for cell in cells)
+    if not isinstance(cells, list) or not cells:
+        return "it has no list of cells"
+    if fault := _wrong(entry, ()):
+        return fault
+    for at, cell in enumerate(cells):
+        needed = (*CELL, *(CACHE_CELL if isinstance(cell, dict) and set(CACHE_CELL) & set(cell) else ()))
+        if fault := _wrong(cell, needed):
+            return f"cells[{at}].{fault}" if isinstance(cell, dict) else f"cells[{at}] {fault}"
+    return ""
 
 
-def _complete_cell(cell: Any) -> bool:
-    """Whether a cell has all its fields, those of a cache together or not at all."""
-    return isinstance(cell, dict) and set(CELL) <= set(cell) and len(set(CACHE_CELL) & set(cell)) in (0, 3)
+def _wrong(table: Any, needed: Sequence[str]) -> str:
+    """The first field of a table that is missing or of another kind than `_CHECKS` has."""
+    if not isinstance(table, dict):
+        return f"is {short(table)}"
+    for name in needed:
+        if name not in table:
+            return f"{name} is missing"
+    for name, value in table.items():
+        if name in _CHECKS and not _CHECKS[name](value):
+            return f"{name} is {short(value)}"
+        if name in _TABLES and (fault := _wrong(value, _TABLES[name])):
+            return f"{name}.{fault}" if isinstance(value, dict) else f"{name} {fault}"
+    return ""
 
 
-TABLE = TaskTable("budgets.json", 1, "is no table of budgets", "--write-budgets", _complete)
+TABLE = TaskTable("budgets.json", 1, "is no table of budgets", "--write-budgets", _fault)
 
 
 def load_budgets(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

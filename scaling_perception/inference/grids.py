@@ -16,11 +16,15 @@ from scaling_perception.support.errors import UserError
 from scaling_perception.support.shapes import Int
 
 
-def _complete(entry: Any) -> bool:
-    grids = entry.get("grids") if isinstance(entry, dict) else None
-    if not isinstance(grids, dict) or not grids or not all(isinstance(entry.get(one), str) for one in IDENTITY):
-        return False
-    return all(_is_grid(name, t) for name, t in grids.items())
+def _fault(entry: Any) -> str:
+    if not isinstance(entry, dict):
+        return "it is no table"
+    for name in IDENTITY:
+        if not isinstance(entry.get(name), str):
+            return f"{name} is {entry.get(name)!r}"
+    if not isinstance(grids := entry.get("grids"), dict) or not grids:
+        return "it has no table of grids"
+    return next((f"grids.{name} is no grid" for name, t in grids.items() if not _is_grid(name, t)), "")
 
 
 def _is_grid(steps: str, t: Any) -> bool:
@@ -30,7 +34,7 @@ def _is_grid(steps: str, t: Any) -> bool:
     return inside and all(after < before for before, after in zip(t, t[1:], strict=False))
 
 
-TABLE = TaskTable("grids.json", 1, "holds no grids", "--write-grids", _complete)
+TABLE = TaskTable("grids.json", 1, "holds no grids", "--write-grids", _fault)
 
 
 def load_grids(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -22,19 +22,26 @@ from scaling_perception.diffusion.caching import CACHES, CacheRows, cache_rows, 
 from scaling_perception.diffusion.sampler import SamplerTables
 from scaling_perception.diffusion.schedules import LEARNED, DiffusionPreset, get_diffusion
 from scaling_perception.inference.batches import BatchPlan, free_bytes, joined_members, member_draws, shrink, split
-from scaling_perception.inference.description import NO_TASK, one_step_noise, own_autoencoder, own_diffusion
+from scaling_perception.inference.description import (
+    NO_TASK,
+    check_description,
+    one_step_noise,
+    own_autoencoder,
+    own_diffusion,
+    own_tasks,
+)
 from scaling_perception.inference.draws import NoiseKeys, draw_members, image_id, key_of, mirrored_back
 from scaling_perception.inference.engine import Engine, Passes
 from scaling_perception.inference.grids import learned_grid
 from scaling_perception.inference.inputs import raw_samples
 from scaling_perception.inference.settings import Settings
-from scaling_perception.interop.find import find_model
+from scaling_perception.interop.find import CONFIG, find_model
 from scaling_perception.interop.model_folder import load_model
 from scaling_perception.models.autoencoders import Autoencoder, is_matching, load_autoencoder, tree_hash
 from scaling_perception.models.compute import cached_macs, forward_macs, graph_macs
 from scaling_perception.models.config import config_from_dict
 from scaling_perception.parallel.mesh import make_mesh
-from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.errors import UserError, did_you_mean, short
 from scaling_perception.support.shapes import AnyArray, EitherArray, Float, RandomKey, UInt
 from scaling_perception.tasks import RELEASED, TaskOptions, get_task
 from scaling_perception.tasks.base import Estimate
@@ -75,7 +82,7 @@ class Model:
         self.meta = meta
         self.config = config_from_dict(meta["model"])
         self.resolution = int(meta["resolution"])
-        self.tasks: tuple[str, ...] = tuple(meta["tasks"])
+        self.tasks = own_tasks(meta)
         self.options = TaskOptions.from_dict(meta.get("task_options", {}))
         self.autoencoder = autoencoder if autoencoder is not None else own_autoencoder(meta)
         if self.resolution != self.config.input_size * self.autoencoder.factor:
@@ -125,7 +132,9 @@ class Model:
             UserError: nothing there, damaged files, or parts that do not fit together.
         """
         folder, other = find_model(name), load_autoencoder(autoencoder) if autoencoder else None
-        model = cls(*load_model(folder), other, dtype, mesh)
+        params, meta = load_model(folder)
+        check_description(meta, str(folder / CONFIG))
+        model = cls(params, meta, other, dtype, mesh)
         model.folder = folder
         return model
 
@@ -323,8 +332,8 @@ class Model:
             UserError: ensemble or batch_size below 1.
         """
         for name, value in (("ensemble", ensemble), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} {value}: give a whole number above 0")
+            if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
+                raise UserError(f"{name} {short(value)}: give a whole number above 0")
         if batch_size is not None:
             return split(ensemble, batch_size, batch_size, self.engine.devices)
         at_once = _PIXELS_AT_ONCE.get(jax.default_backend(), _PIXELS_AT_ONCE_ELSEWHERE) * self.engine.devices

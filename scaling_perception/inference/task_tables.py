@@ -24,14 +24,14 @@ class TaskTable(NamedTuple):
         file: its name in a model folder. format: what this version reads and writes.
         missing: what a message says of a file that is none, such as "is no table of budgets".
         flag: of `evaluate`, which makes it.
-        complete: whether an entry, any JSON value, has all that is read of it.
+        fault: what of an entry, any JSON value, is missing or wrong, in words; '' where it can be read.
     """
 
     file: str
     format: int
     missing: str
     flag: str
-    complete: Callable[[Any], bool]
+    fault: Callable[[Any], str]
 
 
 def read_table(table: TaskTable, folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -47,8 +47,14 @@ def read_table(table: TaskTable, folder: str | os.PathLike[str]) -> dict[str, An
     if isinstance(found, dict) and found.get("format", table.format) != table.format:
         raise UserError(f"{path} has format {found['format']}, this version reads {table.format}: make it again")
     tasks = found.get("tasks") if isinstance(found, dict) and "format" in found else None
-    if not isinstance(tasks, dict) or not all(table.complete(entry) for entry in tasks.values()):
-        raise UserError(f"{path} {table.missing}: remove it, or make it again (`evaluate {table.flag} {folder}`)")
+    faults = (
+        ["tasks"]
+        if not isinstance(tasks, dict)
+        else [f"{task}: {fault}" for task, entry in tasks.items() if (fault := table.fault(entry))]
+    )
+    if faults:
+        again = f"remove it, or make it again (`evaluate {table.flag} {folder}`)"
+        raise UserError(f"{path} {table.missing} ({faults[0]}): {again}")
     return found
 
 

@@ -62,6 +62,11 @@ def _in_folder(path: Path) -> Path:
         return path / "model"
     if (path / "checkpoints").is_dir():
         raise UserError(f"training run {path} has no model/ yet: let `train` finish (run the same command again)")
+    if not (path / CONFIG).is_file() and any((path / file).is_file() for file in (WEIGHTS, INDEX)):
+        raise UserError(
+            f"{path} has weights and no {CONFIG}: copy the model's {CONFIG} there; a checkpoint in another layout than "
+            f"ours is converted first (scaling-perception convert {path} DIR)"
+        )
     try:
         locate(path)
     except UserError:

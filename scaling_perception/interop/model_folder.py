@@ -139,7 +139,13 @@ def _check_meta(meta: Any, where: str) -> None:
             raise UserError(f"{where}: field '{field}' is missing: export the model again")
     if not isinstance(meta["model"], Mapping):
         raise UserError(f"{where}: 'model' should be the model's sizes, got {meta['model']!r}")
-    config = config_from_dict(meta["model"])
+    try:
+        config = config_from_dict(meta["model"])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    for field, kind in (("resolution", int), ("autoencoder", str)):
+        if type(meta[field]) is not kind:
+            raise UserError(f"{where}: {field} is {meta[field]!r}: give a value of type {kind.__name__}")
     if at_resolution(config, int(meta["resolution"])).input_size != config.input_size:
         raise UserError(
             f"{where}: resolution {meta['resolution']} does not fit model input_size {config.input_size} "
@@ -150,11 +156,14 @@ def _check_meta(meta: Any, where: str) -> None:
         if not isinstance(norm, Mapping) or field not in norm:
             raise UserError(f"{where}: latent_norm has no '{field}': export the model again")
         try:
-            shape = np.asarray(norm[field], np.float64).shape
+            values = np.asarray(norm[field], np.float64)
         except (TypeError, ValueError):
-            shape = None
-        if shape is None or len(shape) != 2 or shape[1] != config.in_channels:
+            values = np.zeros(0)
+        if values.ndim != 2 or values.shape[1] != config.in_channels:
             raise UserError(f"{where}: latent_norm {field} should hold {config.in_channels} numbers for each task")
+        if not np.isfinite(values).all() or (field == "scale" and not (values > 0).all()):
+            what = "finite numbers above 0" if field == "scale" else "finite numbers"
+            raise UserError(f"{where}: latent_norm {field} should hold {what}: export the model again")
 
 
 def _check_tensors(tensors: Mapping[str, Any], model: Mapping[str, Any], where: str) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -11,6 +12,11 @@ class UserError(Exception):
     """
 
     code = 2
+
+
+def short(value: Any, most: int = 60) -> str:
+    """``repr`` of a value on one line of at most ``most`` characters, for messages."""
+    return " ".join(repr(value).split())[:most]
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

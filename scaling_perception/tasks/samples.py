@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,7 +64,13 @@ class TaskOptions:
     clip_depth: bool = True
 
     def __post_init__(self) -> None:
-        low, high = (float(q) for q in self.depth_quantiles)
+        for name, default in (("flow_divisor", 75), ("mask_threshold", 250)):
+            if not _is_number(value := getattr(self, name)):
+                raise UserError(f"{name} {value!r} must be a number: the default is {default}")
+        both = self.depth_quantiles
+        if not isinstance(both, (tuple, list)) or len(both) != 2 or not all(map(_is_number, both)):
+            raise UserError(f"depth_quantiles {both!r} must be two numbers: the default is 0.02, 0.98")
+        low, high = (float(q) for q in both)
         object.__setattr__(self, "depth_quantiles", (low, high))  # JSON gives a list
         if not 0.0 <= low < high <= 1.0:
             raise UserError(f"depth_quantiles {low}, {high} must rise within [0, 1]: the default is 0.02, 0.98")
@@ -110,10 +117,16 @@ class TaskOptions:
             UserError: an unknown option or a value out of range.
         """
         known = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, Mapping):
+            raise UserError(f"task_options are {values!r}: give a table of {', '.join(known)}")
         for name in values:
             if name not in known:
                 raise UserError(f"unknown task option '{name}'{did_you_mean(name, known)}")
         return cls(**dict(values))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def picture(

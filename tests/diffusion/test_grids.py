@@ -106,7 +106,7 @@ def test_refusals(tmp_path):
 )
 def test_a_damaged_file_is_refused(tmp_path, grids):
     _write(tmp_path, {**ENTRY, "grids": grids})
-    with pytest.raises(UserError, match="holds no grids: remove it, or make it again"):
+    with pytest.raises(UserError, match=r"holds no grids \(depth: .*grids.*\): remove it, or make it again"):
         load_grids(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Tables of budgets: the rules on tables made by hand, the making of one, and its seconds on another machine."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -181,6 +182,29 @@ def test_refusals(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             load_budgets(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cell", "fault"),
+    [
+        *(({}, {"error": value}, f"cells[1].error is {value!r}") for value in ("x", float("nan"), -1, None, True)),
+        ({}, {"macs": None}, "cells[1].macs is None"),
+        ({}, {"steps": 1.5}, "cells[1].steps is 1.5"),
+        ({}, {"ci95": [1]}, "cells[1].ci95 is [1]"),
+        ({}, {"excess": {}}, "cells[1].excess.ci95 is missing"),
+        ({}, {"cache": "fora"}, "cells[1].cache_interval is missing"),
+        ({"timing": "x"}, {}, "timing is 'x'"),
+        ({"timing": {"fixed": 1, "per_forward": "x"}}, {}, "timing.per_forward is 'x'"),
+        ({"reference": None}, {}, "reference is None"),
+        ({"reference": {"x": 0}}, {}, "reference.fixed is missing"),
+        ({"trivial": {"error": "x"}}, {}, "trivial.error is 'x'"),
+    ],
+)
+def test_wrong_values_are_named(changes, cell, fault, tmp_path):
+    table = _table(FALLING[0], {**FALLING[1], **cell}, **changes)
+    (tmp_path / "budgets.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match=rf"budgets.json is no table of budgets \(depth: {re.escape(fault)}\): remove"):
+        load_budgets(tmp_path)
 
 
 def _evaluation(task="depth", metric="abs_rel"):

@@ -1,6 +1,9 @@
 """The predictor: members and images do not depend on their company, nothing compiles in vain, refusals are clear."""
 
 import dataclasses
+import json
+import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +187,25 @@ def test_orientation_of_photographs(predictor, make_image, tmp_path):
     np.testing.assert_array_equal(from_path, from_pil)
 
 
+WRONG_KEYS = (-1, 2**32, 1.5, "0", None, True, np.zeros(2), jax.random.split(jax.random.key(0)))
+WRONG_KINDS = (
+    *(("antithetic", value) for value in ("no", 1, None)),
+    *((name, value) for name in ("steps", "ensemble") for value in (1.5, 2.0, "2", None, True)),
+    *((name, value) for name in ("tolerance", "eta", "clip") for value in ("x", float("nan"), False, [1])),
+    *(("solver", value) for value in (3, None)),
+    ("ensemble", 10_001),
+    ("batch_size", 1.5),
+    ("batch_size", "4"),
+)
+
+
+def test_numbers_of_numpy_and_batches_of_jax_are_taken(predictor, make_image):
+    images = [make_image(seed=0), make_image(seed=1)]
+    one = predictor(images, key=np.uint32(0), steps=np.int64(2), ensemble=np.int32(1), eta=np.float32(0), antithetic=np.bool_(False))
+    other = predictor(jnp.stack(images), steps=2, ensemble=1, key=jax.random.key(0))
+    np.testing.assert_array_equal(one.prediction, other.prediction)
+
+
 def test_refusals(predictor, make_predictor, make_image, tmp_path):
     image, mask = make_image(), np.ones((40, 56), bool)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
@@ -196,7 +218,8 @@ def test_refusals(predictor, make_predictor, make_image, tmp_path):
         (lambda: predictor(image, spacing="trailng"), "did you mean 'trailing'"),
         (lambda: predictor(image, reduce="lsqq"), "did you mean 'lsq'"),
         (lambda: predictor(image, task="flow", prompt=image, reduce="lsq"), "merge flow members"),
-        (lambda: predictor(image, key=-1), "key -1"),
+        *((partial(predictor, image, key=key), "^key .*: give a whole number from 0 to") for key in WRONG_KEYS),
+        *((partial(predictor, image, **{name: value}), f"^{name} .*: give") for name, value in WRONG_KINDS),
         (lambda: predictor(image, steps=0), "0 sampling steps"),
         (lambda: predictor(image, ensemble=0), "ensemble 0"),
         (lambda: predictor(image, batch_size=0), "batch_size 0"),
@@ -422,3 +445,26 @@ def test_a_prompt_that_is_the_same_everywhere_is_encoded_once(make_predictor, ma
     assert seen[2:] == [(1, 2)]
     predictor(make_image(), "amodal", prompt=np.ones((40, 56), bool), ensemble=1, **FAST)
     assert len(seen) == 5, "a mask is the picture's own, even one that covers it all"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": "depth"}, "tasks of the model is 'depth': give a list"),
+        ({"tasks": ["depth", "x"]}, "tasks of the model has 'x'"),
+        ({"tasks": ["depth", 3]}, "tasks of the model has 3"),
+        ({"passes": ["depth", "flow"]}, "passes of the model has 'flow'; did you mean"),
+        ({"diffusion": "fixed"}, "diffusion of the model is 'fixed': give a table"),
+        ({"diffusion": {"steps_offset": "1"}}, "diffusion steps_offset of the model is '1': give a value of type int"),
+        ({"task_options": {"flow_divisor": "75"}}, "flow_divisor '75' must be a number"),
+        ({"task_options": [1]}, "task_options are"),
+    ],
+)
+def test_wrong_values_of_a_description_name_file_and_field(changes, message, nano_folder, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(nano_folder, folder)
+    meta = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**meta, **changes}))
+    with pytest.raises(UserError) as caught:
+        Predictor.from_pretrained(folder)
+    assert str(caught.value).startswith(f"{folder / 'config.json'}: {message}") and "\n" not in str(caught.value)

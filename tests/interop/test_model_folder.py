@@ -143,6 +143,9 @@ def test_missing_files_are_named(folder):
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match="no config.json"):
         load_model(folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="has weights and no config.json: copy the model's config.json there"):
+        find.find_model(folder)
 
 
 def test_truncated_weights_are_told(folder):
@@ -184,6 +187,11 @@ def test_weights_of_another_model_name_the_tensor_and_both_shapes(folder):
         ({"latent_norm": {"shift": [[0.0] * 4] * 4}}, "no 'scale'"),
         ({"latent_norm": {"shift": [[0.0] * 3], "scale": [[1.0] * 4]}}, "shift should hold 4 numbers"),
         ({"latent_norm": {"shift": None, "scale": [[1.0] * 4]}}, "shift should hold 4 numbers"),
+        ({"latent_norm": {"shift": [[0.0] * 4], "scale": [[0.0] * 4]}}, "scale should hold finite numbers above 0"),
+        ({"latent_norm": {"shift": [[float("nan")] * 4], "scale": [[1.0] * 4]}}, "shift should hold finite numbers:"),
+        ({"resolution": "128"}, "config.json: resolution is '128': give a value of type int"),
+        ({"autoencoder": None}, "config.json: autoencoder is None: give a value of type str"),
+        ({"model": {**META["model"], "depth": "1"}}, "config.json: model depth='1': expected"),
     ],
 )
 def test_config_that_describes_no_model_of_ours(folder, changes, words):

@@ -40,6 +40,13 @@ def test_options_survive_json_and_refuse_nonsense():
         {"mask_opening": 1.0, "keep_visible": True},
         {"mask_opening": 1},
         {"flow_diviser": 1},
+        {"flow_divisor": "75"},
+        {"flow_divisor": True},
+        {"flow_divisor": float("inf")},
+        {"mask_threshold": None},
+        {"depth_quantiles": "ab"},
+        {"depth_quantiles": [0.1]},
+        {"depth_quantiles": [0.1, "0.9"]},
     ):
         with pytest.raises(UserError, match="flow_divisor|flow_refine|depth_quantiles|mask_threshold|mask_opening"):
             TaskOptions.from_dict(bad)
