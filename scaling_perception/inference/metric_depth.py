@@ -27,6 +27,8 @@ FITS = ("least-squares", "robust")
 _PAIRS = 2000  # lines through two points that are tried; all of them up to 63 points
 _NEAR = 2.5  # standard deviations
 _DEVIATION = 1.4826  # standard deviation over median absolute deviation (normal errors)
+_FARTHEST = 65.535  # metres that a PNG in millimetres holds
+_MANY = 0.5  # share of a map beyond that which is worth a note: a sky may well be
 _TOLD = 256  # residuals that are listed one by one
 
 
@@ -192,8 +194,8 @@ def fit_points(
     """Scale and shift from a prediction (H, W) to the points.
 
     Raises:
-        UserError: a point outside the picture, fewer than two different ones, or a prediction that is the same at all
-            of them: then there is no scale to find.
+        UserError: a point outside the picture, fewer than two different ones, or a prediction or a distance that is
+            the same at all of them: then there is no scale to find.
     """
     check_choice("align-space", space, SPACES)
     check_choice("align-fit", method, FITS)
@@ -207,6 +209,15 @@ def fit_points(
     wanted = points.depth if space == "depth" else 1 / points.depth
     robust = method == "robust" and len(values) > 3
     scale, shift = _robust(values, wanted) if robust else fit_scale_shift(values, wanted)
+    if abs(scale) * np.ptp(values) <= 1e-6 * wanted.max():
+        if np.ptp(points.depth) <= 1e-6 * points.depth.max():
+            raise UserError(
+                f"all {len(values)} points are {points.depth[0]:.4g} m away: add one that is nearer or farther"
+            )
+        raise UserError(
+            f"the fit to {len(values)} points gives one distance everywhere: check the columns x, y and depth, or "
+            "add points"
+        )
     line = scale * values + shift
     with np.errstate(divide="ignore"):
         metres = line if space == "depth" else np.where(line > 0, 1 / line, np.inf)
@@ -240,6 +251,20 @@ def _through_two(values: Float[np.ndarray, " n"], wanted: Float[np.ndarray, " n"
         if size < best:
             best, line = size, Fit(float(scale), float(shift))
     return line
+
+
+def doubts(depth: Float[np.ndarray, "H W"], fit: MetricFit) -> str:
+    """What makes a fit doubtful, in words: inverted, or a map that is mostly too far for the PNG; '' for nothing."""
+    if fit.inverted:
+        return "by its points what the prediction has nearer is farther: check the columns x, y and depth"
+    with np.errstate(invalid="ignore"):
+        share = float(np.mean(to_metres(depth, fit) >= _FARTHEST))
+    if share < _MANY:
+        return ""
+    return (
+        f"{share:.0%} of its pixels are {_FARTHEST} m away or farther, the most that the 16-bit PNG holds: are the "
+        + ("points in metres?")
+    )
 
 
 def to_metres(depth: Float[np.ndarray, "H W"], fit: MetricFit) -> Float[np.ndarray, "H W"]:

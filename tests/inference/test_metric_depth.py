@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from scaling_perception.inference.find import Picture
-from scaling_perception.inference.metric_depth import Points, at_points, fit_points, points_of, read_points, to_metres
+from scaling_perception.inference.metric_depth import (
+    Points,
+    at_points,
+    doubts,
+    fit_points,
+    points_of,
+    read_points,
+    to_metres,
+)
 from scaling_perception.support.errors import UserError
 
 
@@ -51,6 +59,27 @@ def test_robust_survives_wrong_points():
     assert told["median_m"] < 0.05 and told["largest_m"] > 20 and len(told["residuals_m"]) == 200
     three = Points(*(column[:3] for column in points))
     assert fit_points(depth, three, "depth", "robust")[:2] == fit_points(depth, three)[:2]
+
+
+@pytest.mark.parametrize("method", ["least-squares", "robust"])
+@pytest.mark.parametrize("space", ["depth", "disparity"])
+@pytest.mark.parametrize("count", [2, 12])
+def test_points_of_one_distance_give_no_scale(count, space, method):
+    depth = relative()
+    points = draw(depth, count, lambda d: np.full_like(d, 2.5))
+    with pytest.raises(UserError, match=f"all {count} points are 2.5 m away: add one that is nearer or farther"):
+        fit_points(depth, points, space, method)
+    if count > 2 and method == "robust":  # most at one distance: the line through them is flat
+        points.depth[0] = 9.0
+        with pytest.raises(UserError, match="gives one distance everywhere"):
+            fit_points(depth, points, space, method)
+
+
+@pytest.mark.parametrize(("factor", "many"), [(1, False), (1000, True)])
+def test_points_in_millimetres_are_doubted(factor, many):
+    depth = relative()
+    fit = fit_points(depth, draw(depth, 12, lambda d: factor * (7 * d + 1.5)))
+    assert ("100% of its pixels are 65.535 m away" in doubts(depth, fit)) == many == bool(doubts(depth, fit))
 
 
 def test_what_is_not_in_front_of_the_camera_is_nan():
