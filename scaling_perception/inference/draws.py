@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from scaling_perception.support.errors import UserError
+from scaling_perception.support.errors import UserError, short
 from scaling_perception.support.shapes import EitherArray, Float, Int, RandomKey, Real, UInt
 from scaling_perception.tasks import get_task
 
@@ -62,9 +62,15 @@ def image_id(raw: dict[str, Any]) -> int:
 
 
 def key_of(key: int | RandomKey) -> RandomKey:
-    """A JAX key of a whole number; a key as it is."""
-    if not isinstance(key, (int, np.integer)):
-        return key
-    if not 0 <= key < 2**32:
-        raise UserError(f"key {key}: give a whole number from 0 to {2**32 - 1}")
-    return jax.random.key(int(key))
+    """A JAX key of a whole number; a key as it is.
+
+    Raises:
+        UserError: neither, or a number that is too large.
+    """
+    if isinstance(key, (jax.Array, np.ndarray)):
+        new = key.ndim == 0 and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if new or (key.ndim == 1 and key.dtype == np.uint32):
+            return key
+    elif isinstance(key, (int, np.integer)) and not isinstance(key, bool) and 0 <= key < 2**32:
+        return jax.random.key(int(key))
+    raise UserError(f"key {short(key)}: give a whole number from 0 to {2**32 - 1}, or one JAX key")

@@ -65,7 +65,7 @@ class Predictor(Model):
         check_together(more)
         given = {"preset": preset, "spacing": spacing, "reduce": reduce}
         settings = Settings(steps=steps, ensemble=ensemble, **given, **more)
-        several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
+        several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4  # of numpy or JAX
         raws = self.raw_inputs(list(images) if several else [images], task, prompt if several else [prompt])
         parts = list(self.stream(raws, task, settings, key, batch_size, len(raws)))
         return Prediction(task, parts, self.macs(task, 1, 1), self.options, single=not several)

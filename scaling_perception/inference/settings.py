@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from scaling_perception.support.errors import UserError, did_you_mean
-from scaling_perception.support.verbs import COUNT, NOT_NEGATIVE, POSITIVE, RENAMED, SEED, STEPS, add_mesh
+from scaling_perception.support.errors import UserError, did_you_mean, short
+from scaling_perception.support.verbs import (
+    COUNT,
+    MEMBERS,
+    MOST_MEMBERS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RENAMED,
+    SEED,
+    STEPS,
+    add_mesh,
+)
 
 if TYPE_CHECKING:  # JAX, which --help does not wait for
     from scaling_perception.diffusion.sampler import SamplerTables
@@ -42,6 +53,21 @@ MERGES = ("pixels", "latents")
 USES = ("best", "weighted", "allocate")
 ALIASES: dict[str | None, str] = {"v_trailing": "fixed", "least-squares": "lsq"}
 """The telling name of a preset or a way of merging -> the one that files of every version hold."""
+
+
+_KINDS: dict[str, tuple[Any, str]] = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a finite number"),
+    "str": (str, "a text"),
+    "bool": (bool, "True or False"),
+}
+"""Type of a field -> the values it takes, in Python and in words."""
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    if not isinstance(value, _KINDS[kind][0]) or (isinstance(value, bool) and kind != "bool"):
+        return False
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +110,7 @@ class Settings:
     """
 
     steps: int = setting(10, STEPS, "T", "denoising steps", swept=True)
-    ensemble: int = setting(5, COUNT, "N", "members that are merged", swept=True)
+    ensemble: int = setting(5, MEMBERS, "N", "members that are merged", swept=True)
     preset: str | None = setting(
         None, str, "NAME", "timestep grid: v_trailing (in files: fixed), paper, released", "the model's own", swept=True
     )
@@ -160,6 +186,7 @@ class Settings:
         from scaling_perception.inference.aspect import check_aspect
         from scaling_perception.inference.draws import VIEWS
 
+        self._check_kinds()
         check_aspect(self.aspect)
         if self.views not in VIEWS:
             raise UserError(f"unknown views '{self.views}'{did_you_mean(self.views, VIEWS)}")
@@ -181,6 +208,8 @@ class Settings:
         for name in ("ensemble", "first", "step_chunk", "cache_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: give a whole number above 0")
+        if self.ensemble > MOST_MEMBERS:
+            raise UserError(f"ensemble {self.ensemble}: give {MOST_MEMBERS} at most")
         for name in ("tolerance", "step_tolerance"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise UserError(f"{name} {value}: give a number of 0 or more, or leave it out")
@@ -195,6 +224,16 @@ class Settings:
                 f"cache '{self.cache}' goes with solvers of one evaluation a step: leave it out, or solver "
                 f"'{self.solver}'"
             )
+
+    def _check_kinds(self) -> None:
+        """UserError for a value of another type than its field's; numpy's numbers become Python's."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind, _, unset = str(field.type).partition(" | ")
+            if hasattr(value, "item") and getattr(value, "shape", None) == ():
+                object.__setattr__(self, field.name, value := value.item())
+            if not (value is None and unset) and not _is_kind(value, kind):
+                raise UserError(f"{field.name} {short(value)}: give {_KINDS[kind][1]}")
 
     def _check_verifier(self) -> None:
         if self.verify not in USES:

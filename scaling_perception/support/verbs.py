@@ -55,6 +55,8 @@ def number_in(interval: str, kind: type = int) -> Callable[[str], Any]:
 # Shared by all verbs
 SEED, STEPS = number_in("[0, 4294967295]"), number_in("[1, 1000]")
 COUNT, FROM_0 = number_in("[1, inf)"), number_in("[0, inf)")
+MOST_MEMBERS = 10_000  # more are a slip of the keyboard, and would compute for days
+MEMBERS = number_in(f"[1, {MOST_MEMBERS}]")
 POSITIVE, NOT_NEGATIVE = number_in("(0, inf)", float), number_in("[0, inf)", float)
 
 
