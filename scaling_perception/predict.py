@@ -341,7 +341,7 @@ def _repeat(args: argparse.Namespace, out: Path) -> int:
     """Make the prediction of a record again, from the same inputs and weights or not at all."""
     from scaling_perception.inference.find import Item, Picture
     from scaling_perception.inference.job import Request
-    from scaling_perception.inference.outputs import Extras, digest
+    from scaling_perception.inference.outputs import Extras, check_format, digest
     from scaling_perception.inference.settings import Settings
     from scaling_perception.support.files import read_json
 
@@ -352,6 +352,7 @@ def _repeat(args: argparse.Namespace, out: Path) -> int:
     refuse_irregular("--repeat", args.repeat)
     record = read_json(args.repeat)
     try:
+        check_format(args.repeat, record)
         asked, inputs, name = dict(record["request"]), record["inputs"], str(record["name"])
         pictures = tuple(
             Picture(Path(file), frame) for file, frame in zip(inputs["files"], inputs["frames"], strict=True)
@@ -361,7 +362,7 @@ def _repeat(args: argparse.Namespace, out: Path) -> int:
         asked["extras"] = extras._replace(distances=tuple(extras.distances))
         digests, _ = list(inputs["sha256"]), record["settings"]["weights"]
         request = Request(**asked)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
             f"{args.repeat} is no record of `predict` that can be repeated: give the JSON beside a result"
         ) from None

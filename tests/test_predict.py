@@ -93,6 +93,30 @@ def test_a_bad_file_does_not_stop_the_rest_and_finished_work_is_kept(predict, pi
 
 
 @pytest.mark.usefixtures("loaded_once")
+def test_damaged_results_are_made_again(predict, pictures, tmp_path):
+    image, out = pictures / "frame_1.png", tmp_path / "out"
+    predict("depth", image)
+    record, npy, colour = out / "frame_1_depth.json", out / "frame_1_depth.npy", out / "frame_1_depth_color.png"
+    whole, found = npy.read_bytes(), json.loads(record.read_text())
+    assert found["bytes"] == {kind: (out / file).stat().st_size for kind, file in found["outputs"].items()}
+    for file, content in ((npy, whole[:-1]), (npy, b""), (npy, whole + b"0"), (colour, b"")):
+        file.write_bytes(content)
+        assert "1 written" in predict("depth", image).out and npy.read_bytes() == whole
+    del found["bytes"]  # a record of an earlier version
+    record.write_text(json.dumps(found))
+    assert "1 already there" in predict("depth", image).out
+    npy.write_bytes(b"")
+    assert "1 written" in predict("depth", image).out and npy.read_bytes() == whole
+    colour.write_bytes(b"x")  # a file of another format than is asked for leaves the record
+    assert "1 written" in predict("depth", image, "--formats", "npy,uncertainty", "--overwrite").out
+    assert not colour.exists() and "color" not in json.loads(record.read_text())["bytes"]
+    record.write_text(json.dumps({**found, "format": 3}))
+    text = predict("depth", image, code=2)
+    assert "frame_1_depth.json has format 3, this version reads up to 2" in text.err and text.err.count("\n") == 1
+    assert "1 written" in predict("depth", image, "--overwrite").out
+
+
+@pytest.mark.usefixtures("loaded_once")
 def test_other_settings_make_a_result_anew_and_say_so(predict, pictures, tmp_path):
     out = tmp_path / "out"
     predict("depth", pictures / "frame_1.png")

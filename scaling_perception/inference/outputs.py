@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from scaling_perception.inference.find import Item, Picture
 from scaling_perception.inference.metric_depth import MetricFit, Points, to_metres
 from scaling_perception.inference.point_cloud import Camera, camera_of_fov, unproject, write_ply
 from scaling_perception.inference.settings import Settings, flag_of
-from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.errors import UserError, did_you_mean, short
 from scaling_perception.support.files import atomic_path, read_json, save_npy, write_json
 from scaling_perception.support.stopping import removed_when_stopped
 from scaling_perception.tasks import get_task
@@ -270,6 +271,24 @@ class There(NamedTuple):
     changed: tuple[str, ...] = ()  # or one of other settings: each in words
 
 
+def check_format(path: str | Path, record: Mapping[str, Any]) -> None:
+    """UserError for a record of a later version, whose fields may mean something else. Earlier formats are read."""
+    if (number := record.get("format", FORMAT)) not in range(1, FORMAT + 1):
+        raise UserError(
+            f"{path} has format {short(number)}, this version reads up to {FORMAT}: use a newer version, or "
+            "make the result again with --overwrite"
+        )
+
+
+def _intact(path: Path, size: Any) -> bool:
+    """Whether a result has the size that its record names; earlier records name none (None), but none was empty."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and (found.st_size > 0 if size is None else found.st_size == size)
+
+
 def what_is_there(
     out: Path,
     item: Item,
@@ -298,10 +317,12 @@ def what_is_there(
         recorded = {"frames": [None] * len(item.inputs), **found["inputs"]}
         first, own, written = recorded["files"][0], dict(found["settings"]), dict(found["outputs"])
         past = {kind: dict(found.get("options", {}).get(kind, {})) for kind in written}
+        sizes = dict(found.get("bytes", {}))
     except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise UserError(
             f"{path} is no record of predict: move it away, give another --out, or --overwrite to replace it"
         ) from None
+    check_format(path, found)
     equal = recorded.get("sha256") == inputs["sha256"] and recorded["frames"] == inputs["frames"]
     if not equal and (recorded["files"] != inputs["files"] or recorded["frames"] != inputs["frames"]):
         raise UserError(
@@ -315,7 +336,8 @@ def what_is_there(
     if changed:
         return There(changed=tuple(dict.fromkeys(changed)))
     return There(
-        equal and all(written.get(kind) == file and os.path.isfile(out / file) for kind, file in files.items())
+        equal
+        and all(written.get(kind) == file and _intact(out / file, sizes.get(kind)) for kind, file in files.items())
     )
 
 
@@ -341,9 +363,10 @@ def _keep_others(out: Path, item: Item, task: str, record: dict[str, Any]) -> li
     try:
         found = read_json(sidecar_path(out, item.name, task))
         others = {kind for kind, file in found["outputs"].items() if ours.get(kind) == file and (out / file).is_file()}
+        sizes = dict(found.get("bytes", {}))
         same = all(found[name] == record[name] for name in ("settings", "inputs"))
         options, metric = found["options"], found["metric"]
-    except (UserError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return []  # without a record nothing is known to be ours
 
     def fit_of(choice: Mapping[str, Any]) -> dict[str, Any]:
@@ -353,7 +376,8 @@ def _keep_others(out: Path, item: Item, task: str, record: dict[str, Any]) -> li
     stale = []
     for kind in sorted(others - set(record["outputs"])):
         choice = options.get(kind, {})
-        if same and (not fit_of(choice) or fits in ([], [fit_of(choice)] * len(fits))):
+        fresh = same and _intact(out / ours[kind], sizes.get(kind))
+        if fresh and (not fit_of(choice) or fits in ([], [fit_of(choice)] * len(fits))):
             record["outputs"][kind], record["options"][kind] = ours[kind], choice
             record["metric"] = record["metric"] or metric
         else:
@@ -370,7 +394,8 @@ def replace_results(
     so that nothing unfinished looks finished.
 
     Args:
-        record: what is written as JSON; older files that are of the same prediction join it.
+        record: what is written as JSON, with the sizes of the files (``bytes``); older files of the same prediction
+            join it.
         write: writes the files of ``{kind: name}`` into a folder.
 
     Raises:
@@ -388,6 +413,9 @@ def replace_results(
             beside.mkdir()
             write(beside, {kind: place.name for kind, place in places.items()})
         stale = _keep_others(out, item, task, record)
+        made = {kind: beside / place.name for kind, place in places.items()}
+        found = {kind: made.get(kind, out / file) for kind, file in record["outputs"].items()}
+        record["bytes"] = {kind: file.stat().st_size for kind, file in found.items()}
         path.unlink(missing_ok=True)
         try:
             for place in stale:

@@ -201,7 +201,9 @@ WRONG_KINDS = (
 
 def test_numbers_of_numpy_and_batches_of_jax_are_taken(predictor, make_image):
     images = [make_image(seed=0), make_image(seed=1)]
-    one = predictor(images, key=np.uint32(0), steps=np.int64(2), ensemble=np.int32(1), eta=np.float32(0), antithetic=np.bool_(False))
+    one = predictor(
+        images, key=np.uint32(0), steps=np.int64(2), ensemble=np.int32(1), eta=np.float32(0), antithetic=np.bool_(False)
+    )
     other = predictor(jnp.stack(images), steps=2, ensemble=1, key=jax.random.key(0))
     np.testing.assert_array_equal(one.prediction, other.prediction)
 
