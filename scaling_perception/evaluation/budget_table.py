@@ -38,8 +38,8 @@ def error_rows(task: str, rows: list[dict[str, Any]]) -> np.ndarray:
     return np.asarray([main.error(row[main.name]) for row in rows], np.float64)
 
 
-def _ends(values: np.ndarray) -> list[float]:
-    return [_short(end) for end in bootstrap_ci(values) or ()]
+def _ends(values: np.ndarray, **limits: tuple[float, float]) -> list[float]:
+    return [_short(end) for end in bootstrap_ci(values, **limits) or ()]
 
 
 def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> dict[str, Any]:
@@ -64,10 +64,10 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
     _need_images(result["images"])
     errors = [error_rows(task, cell["rows"]) for cell in fixed]
     lowest = min(errors, key=lambda values: values.mean())
-    cells = []
+    cells, limits = [], main.error_limits(get_task(task).limits)
     for cell, values in zip(fixed, errors, strict=True):
         excess = values - lowest
-        numbers = {"error": _short(values.mean()), "ci95": _ends(values)}
+        numbers = {"error": _short(values.mean()), "ci95": _ends(values, limits=limits)}
         numbers["excess"] = {"mean": _short(excess.mean()), "ci95": _ends(excess)}
         known = {name: cell.get(name, "ddim") if name == "solver" else cell[name] for name in CELL[:5]}
         known |= {name: cell[name] for name in (*CACHE_CELL, MERGE_CELL, VIEWS_CELL) if name in cell}

@@ -14,23 +14,32 @@ n       normal: plain, used      skewed: plain, used
 ======  =======================  ======================
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
+from scaling_perception.tasks import TASKS
 from scaling_perception.tasks.base import WEIGHT
 
 FEWEST_IMAGES = 5
 """Below this no interval is given: resampling so few images says nothing about those that were not drawn."""
+
+LIMITS = {name: ends for task in TASKS.values() for name, ends in task.limits.items()}
+"""Metric of any task -> the least and the most that it can be."""
 
 _AT_ONCE = 20_000  # draws: all of them would need resamples x n numbers
 _ENOUGH = 50  # images from which on the plain interval is used: the correction would be under 5 %
 
 
 def bootstrap_ci(
-    values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 1000, level: float = 0.95
+    values: Sequence[float] | np.ndarray,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
+    limits: tuple[float, float] = (-math.inf, math.inf),
 ) -> tuple[float, float] | None:
     """Percentile bootstrap interval of the mean over images. The same values and seed give the same interval.
 
@@ -42,6 +51,7 @@ def bootstrap_ci(
         values: (n,) one figure an image.
         resamples: how many times the n images are drawn with replacement.
         level: coverage, 0.95 for the 2.5 % and 97.5 % quantiles.
+        limits: the least and the most that a mean can be, where the moved ends stop; differences have none.
 
     Returns:
         (low, high), around ``np.mean(values)``; None for fewer than ``FEWEST_IMAGES`` values.
@@ -64,7 +74,8 @@ def bootstrap_ci(
         part[:] = values[rng.integers(0, values.size, (part.size, values.size))].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     mean, wider = values.mean(), _widening(values.size, level)
-    return float(mean + wider * (low - mean)), float(mean + wider * (high - mean))
+    low, high = np.clip([mean + wider * (low - mean), mean + wider * (high - mean)], *limits)
+    return float(low), float(high)
 
 
 def _widening(count: int, level: float) -> float:
@@ -77,7 +88,8 @@ def _widening(count: int, level: float) -> float:
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Mean over images of every metric, with its 95 % bootstrap interval: {metric: {"mean", "ci95"}}.
 
-    ``ci95`` is [low, high], or None for too few images (see ``bootstrap_ci``). A metric that some images lack (an image
+    ``ci95`` is [low, high] within what the metric can be, or None for too few images (see ``bootstrap_ci``). A metric
+    that some images lack (an image
     without occluded pixels has no ``epe_occ``) is averaged over the others, and "images" is their number. A metric with
     a weight (NAME_pixels) is averaged by it.
 
@@ -91,7 +103,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         weights = np.asarray([row.get(name + WEIGHT, 1.0) for row in rows if name in row], np.float64)
         pooled = float(np.average(values, weights=weights))
         values = pooled + weights / weights.mean() * (values - pooled)  # their mean is the pooled one; else unchanged
-        summary[name] = {"mean": float(values.mean()), "ci95": _ends(bootstrap_ci(values, seed=0))}
+        ends = bootstrap_ci(values, seed=0, limits=LIMITS.get(name, (-math.inf, math.inf)))
+        summary[name] = {"mean": float(values.mean()), "ci95": _ends(ends)}
         if values.size < len(rows):
             summary[name]["images"] = int(values.size)
     return summary

@@ -25,7 +25,7 @@ from scaling_perception.tasks.base import (
     plain_native,
 )
 from scaling_perception.tasks.colours import mask_over, whole_picture
-from scaling_perception.tasks.metrics import MASK_METRICS, mask_iou, mask_metrics
+from scaling_perception.tasks.metrics import MASK_LIMITS, MASK_METRICS, mask_iou, mask_metrics
 from scaling_perception.tasks.resize import resize_bilinear, resize_nearest
 from scaling_perception.tasks.samples import TaskOptions, check_pixels, picture, require, sample
 from scaling_perception.tasks.shapes import Colours, Mask, Pixels, Size, Spread
@@ -294,6 +294,7 @@ TASK = Task(
     },
     sizes="whole image squashed to the model's square, mask back to its size by nearest",
     metrics=MASK_METRICS,
+    limits=MASK_LIMITS,
     more_is_better=MASK_METRICS,
     reported=("iou_painted", "iou_joined"),
     main=Metric("iou", "IoU", less_is_better=False),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
@@ -86,6 +87,11 @@ class Metric(NamedTuple):
     def error(self, value: float) -> float:
         """The metric as an error: less is better."""
         return value if self.less_is_better else 1 - value
+
+    def error_limits(self, limits: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+        """The least and the most that the metric as an error can be, by the limits of metrics."""
+        least, most = sorted(map(self.error, limits.get(self.name, (-math.inf, math.inf))))
+        return least, most
 
     @property
     def error_name(self) -> str:
@@ -270,6 +276,7 @@ class Task:
         sizes: how sizes are matched, in words.
         metrics: every metric; ``protocol["metrics"]`` are those shown unasked.
         more_is_better: those of them of which more is better.
+        limits: metric -> the least and the most that it can be, where intervals end.
         reported: metrics that ``evaluate`` reports besides.
         main: the metric that it is judged by.
         prepare: (raw sample, protocol) -> the sample as measured.
@@ -319,6 +326,7 @@ class Task:
     sizes: str = ""
     metrics: tuple[str, ...] = ()
     more_is_better: tuple[str, ...] = ()
+    limits: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     reported: tuple[str, ...] = ()
     main: Metric | None = None
     prepare: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] = same_truth

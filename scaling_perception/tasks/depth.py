@@ -28,7 +28,7 @@ from scaling_perception.tasks.base import (
     valid_of,
 )
 from scaling_perception.tasks.colours import depth_to_color, heat
-from scaling_perception.tasks.metrics import DEPTH_METRICS, depth_metrics
+from scaling_perception.tasks.metrics import DEPTH_LIMITS, DEPTH_METRICS, depth_metrics
 from scaling_perception.tasks.resize import resize_bilinear, resize_nearest
 from scaling_perception.tasks.samples import TaskOptions, check_pixels, picture, require, sample
 from scaling_perception.tasks.shapes import Colours, Mask, Pixels, Plain, Size
@@ -356,6 +356,7 @@ TASK = Task(
     },
     sizes="image squashed to the model's square, prediction bilinear to the truth's size",
     metrics=DEPTH_METRICS,
+    limits=DEPTH_LIMITS,
     more_is_better=("delta1", "delta2", "delta3"),
     main=Metric("abs_rel", "AbsRel", less_is_better=True),
     prepare=prepare,

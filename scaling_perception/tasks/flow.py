@@ -36,7 +36,7 @@ from scaling_perception.tasks.base import (
     valid_of,
 )
 from scaling_perception.tasks.colours import flow_arrows, flow_to_color, heat
-from scaling_perception.tasks.metrics import FLOW_METRICS, OCCLUSION_METRICS, flow_metrics
+from scaling_perception.tasks.metrics import FLOW_LIMITS, FLOW_METRICS, OCCLUSION_METRICS, flow_metrics
 from scaling_perception.tasks.resize import resize_bilinear, resize_flow, resize_nearest
 from scaling_perception.tasks.samples import TaskOptions, check_pixels, picture, require, sample
 from scaling_perception.tasks.shapes import Colours, Mask, Pixels, Size, Spread
@@ -275,6 +275,7 @@ TASK = Task(
     },
     sizes="frames squashed to the model's square, prediction bilinear to the truth's size, in its pixels",
     metrics=FLOW_METRICS,
+    limits=FLOW_LIMITS,
     more_is_better=("within_1px", "within_3px", "within_5px"),
     main=Metric("epe", "EPE (px)", less_is_better=True),
     prepare=prepare,

@@ -4,6 +4,7 @@ A data set's figure is the mean over its images of the image's figure. Every fun
 infinite prediction at a valid pixel and for an image without a valid pixel, so neither can pass as a number.
 """
 
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -17,6 +18,13 @@ OCCLUSION_METRICS = ("epe_noc", "epe_occ", "f1_noc", "f1_occ")
 _SHARES = tuple(f"{kind}_{n}px" for kind in ("outlier", "within") for n in (1, 3, 5))
 FLOW_METRICS = ("epe", "epe_fitted", "f1_all", "fl_all", *_SHARES, *OCCLUSION_METRICS)
 MASK_METRICS = ("iou", "dice", "iou_painted", "iou_joined")
+
+SHARE, NOT_NEGATIVE = (0.0, 1.0), (0.0, math.inf)
+DEPTH_LIMITS = {name: SHARE if name.startswith("delta") else NOT_NEGATIVE for name in DEPTH_METRICS}
+FLOW_LIMITS = {name: NOT_NEGATIVE if name.startswith("epe") else SHARE for name in FLOW_METRICS}
+FLOW_LIMITS["fl_all"] = (0.0, 100.0)
+MASK_LIMITS = dict.fromkeys(MASK_METRICS, SHARE)
+"""Metric -> the least and the most that it can be."""
 
 SMALLEST_DEPTH = 1e-6
 """Metres. Predictions are clipped here before any ratio; two negative depths would otherwise agree within delta."""

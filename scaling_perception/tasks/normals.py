@@ -31,6 +31,7 @@ from scaling_perception.tasks.base import (
     valid_of,
 )
 from scaling_perception.tasks.colours import heat
+from scaling_perception.tasks.metrics import SHARE
 from scaling_perception.tasks.resize import resize_bilinear, resize_flow, resize_nearest
 from scaling_perception.tasks.samples import TaskOptions, check_pixels, picture, require, sample
 from scaling_perception.tasks.shapes import Colours, Mask, Pixels, Size
@@ -313,6 +314,7 @@ TASK = Task(
     },
     sizes="image squashed to the model's square, normals bilinear to the truth's size and to unit length",
     metrics=NORMAL_METRICS,
+    limits={name: SHARE if name.startswith("within") else (0.0, 180.0) for name in NORMAL_METRICS},
     more_is_better=tuple(name for name in NORMAL_METRICS if name.startswith("within")),
     main=Metric("mean_angle", "mean angle (°)", less_is_better=True),
     prepare=prepare,

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from scaling_perception.evaluation.intervals import FEWEST_IMAGES, bootstrap_ci, interval_text, summarise
+from scaling_perception.tasks import TASKS
 
 
 def test_a_metric_that_some_images_lack_is_averaged_over_the_others():
@@ -90,3 +91,30 @@ def test_a_weighted_metric_is_pooled_over_pixels():
     assert list(found) == ["fl_all"] and found["fl_all"]["mean"] == pytest.approx(100 * wrong.sum() / counts.sum())
     low, high = found["fl_all"]["ci95"]
     assert low < found["fl_all"]["mean"] < high
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "end", "limit"),
+    [
+        ("epe", [0, 0, 0, 0, 3], 0, 0.0),
+        ("delta1", [1, 1, 1, 1, 0.4], 1, 1.0),
+        ("iou", [0, 0, 0, 0, 1], 0, 0.0),
+        ("fl_all", [100, 100, 100, 100, 5], 1, 100.0),
+        ("outlier_3px", [1, 1, 1, 1, 0], 1, 1.0),
+        ("within_11.25", [1, 1, 1, 1, 0.2], 1, 1.0),
+        ("mean_angle", [180, 180, 180, 180, 10], 1, 180.0),
+    ],
+)
+def test_intervals_stay_within_what_a_metric_can_be(metric, values, end, limit):
+    mean, ends = np.mean(values), bootstrap_ci(values)
+    assert ends is not None and (ends[end] < limit if end == 0 else ends[end] > limit), "differences are not cut"
+    found = summarise([{"key": str(i), metric: value} for i, value in enumerate(values)])[metric]
+    assert found["mean"] == pytest.approx(mean) and found["ci95"][end] == limit
+    assert found["ci95"][1 - end] == pytest.approx(ends[1 - end]) or found["ci95"][1 - end] in (0.0, limit)
+
+
+def test_every_metric_of_a_task_has_limits():
+    for task in TASKS.values():
+        assert set(task.metrics) == set(task.limits)
+        if task.main is not None:
+            assert task.main.error_limits(task.limits)[0] == 0
