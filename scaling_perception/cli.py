@@ -16,7 +16,7 @@ from scaling_perception.support.compilation import keep_compiled_programs, quiet
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.failures import explain, memory_cause
 from scaling_perception.support.stopping import answer_signals, end_process, leave_at_once, wait_if_leaving
-from scaling_perception.support.streams import keep_standard_streams
+from scaling_perception.support.streams import keep_standard_streams, one_line, print_message
 from scaling_perception.support.verbs import run_verb
 
 VERBS = {
@@ -91,7 +91,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _note(message: Warning | str, *_: object, **__: object) -> str:
-    return f"note: {' '.join(str(message).split())}\n"
+    return one_line(f"note: {' '.join(str(message).split())}") + "\n"
 
 
 def _warnings_as_notes() -> None:
@@ -144,5 +144,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _refuse(line: str, code: int = 2) -> int:
     wait_if_leaving()  # what fails because the process is ending is no news
-    print(f"scaling-perception: {line}", file=sys.stderr)
+    print_message(f"scaling-perception: {line}")
     return code

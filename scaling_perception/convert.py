@@ -14,6 +14,7 @@ from typing import Any
 
 from scaling_perception.support.again import add_overwrite, settings_of
 from scaling_perception.support.errors import UserError
+from scaling_perception.support.streams import print_message
 
 EXAMPLES = """
 scaling-perception convert DiT-XL-2-512x512.pt models/dit-xl-512
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     export.check_target(source, target, to, settings, args.overwrite or args.dry_run)
     begin = time.monotonic()
     for line in layouts.left_aside(source):
-        print(f"warning: {line}", file=sys.stderr)
+        print_message(f"warning: {line}")
     try:
         checkpoint = reading.open_checkpoint(source, args.layout, args.heads, args.active, args.gating)
     except UserError as error:
@@ -113,7 +114,7 @@ def _mend(checkpoint: Any, problems: Any, allowed: bool) -> tuple[Any, dict[str,
 
     lines = problems.lines()
     for line in lines[:_SHOWN]:
-        print(line, file=sys.stderr)
+        print_message(line)
     if len(lines) > _SHOWN:
         print(f"and {len(lines) - _SHOWN} more", file=sys.stderr)
     origin = checkpoint.source.origin

@@ -32,6 +32,7 @@ from scaling_perception.support.again import add_overwrite, check_output, refuse
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json, write_json, write_text
 from scaling_perception.support.parts import add_parts, part_of, refuse_other_flags
+from scaling_perception.support.streams import print_message
 from scaling_perception.support.verbs import COUNT, FROM_0, add_source_options, source_options
 
 EXAMPLES = """
@@ -212,9 +213,9 @@ def run(args: argparse.Namespace) -> int:
         return _write_grids(args, protocol)
     source = open_data(args)
     if not args.count and (note := count_note(protocol, args.split, len(source))):
-        print(note, file=sys.stderr)
+        print_message(note)
     for note in getattr(source, "notes", ()):
-        print(note, file=sys.stderr)
+        print_message(note)
     data = described(source, contents_of(source))
     mesh = local_mesh(args.mesh)
     predictor = Predictor.from_pretrained(args.model, autoencoder=args.autoencoder, dtype=args.dtype, mesh=mesh)
@@ -337,7 +338,7 @@ def _finish(
     print_table(result)
     _report_constants(result["cells"])
     for note in unlikely(result["ranges"]):
-        print(f"warning: {note}", file=sys.stderr)
+        print_message(f"warning: {note}")
     if out is not None:
         print(f"written: {out}")
     return _report_skipped(result["skipped"])
@@ -492,5 +493,5 @@ def _write_tables(
 def _report_skipped(skipped: list[dict[str, str]]) -> int:
     """Name what was left out; exit code 1 when a file could not be read (not when it just has nothing to measure)."""
     for item in skipped:
-        print(f"left out: {item['key']}: {item['reason']}", file=sys.stderr)
+        print_message(f"left out: {item['key']}: {item['reason']}")
     return 1 if any(item["kind"] == "unreadable" for item in skipped) else 0

@@ -29,6 +29,7 @@ from scaling_perception.inference.settings import FLAGS as SETTING_FLAGS
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.flag_checks import refuse_irregular
 from scaling_perception.support.parts import Part, add_parts, part_of, refuse_other_flags
+from scaling_perception.support.streams import print_message
 from scaling_perception.support.verbs import POSITIVE, make_parser
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
     if not words and not listed:
         raise UserError("no input was given: name an image, a folder, a glob, a video or a --list")
     search = Search(bool(args.recursive), args.every, args.start, args.end, out)
-    found = find_inputs(words, args.task, args.mask, search, listed, lambda line: print(line, file=sys.stderr))
+    found = find_inputs(words, args.task, args.mask, search, listed, print_message)
     items = name_results(found, args.task)
     return _merge(args, out, items) if args.merge else _predict(request_of(args), items, out, args, part=part)
 
@@ -479,11 +480,11 @@ def _report(args: argparse.Namespace, task: str, summary: dict[str, Any], out: P
     for video in summary.get("clips", ()):
         print(f"clip: {video}", file=sys.stderr if args.json else sys.stdout)
     if summary["anew"] is not None:
-        print(f"note: made anew: {summary['anew']}", file=sys.stderr)
+        print_message(f"note: made anew: {summary['anew']}")
     if args.json:
         print(json.dumps(summary, indent=2, allow_nan=False))
     for file in summary["files"]:
         for word, name in (("failed", "error"), ("note", "note")):
             if name in file:
-                print(f"{word}: {file[name]}", file=sys.stderr)
+                print_message(f"{word}: {file[name]}")
     return 1 if summary["failed"] else 0

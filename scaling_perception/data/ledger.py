@@ -9,7 +9,6 @@ Caches of before have neither. They are taken as they are where no file is newer
 """
 
 import contextlib
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from scaling_perception.support.again import differing
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import read_json, write_json
 from scaling_perception.support.locks import hold
+from scaling_perception.support.streams import print_message
 
 _DIGESTS = ("files", "entries")  # of a source's fingerprint: compared by contents here
 
@@ -86,7 +86,7 @@ def finished_shards(
     names = {f"latents-{n:05d}-of-{count:05d}.array_record" for n in (range(count) if numbers is None else numbers)}
     for shard in found["shards"]:
         if fault := row_fault(shard) or _unknown(shard["file"], good, names):
-            print(f"{out / name}: {fault}: mending it", file=sys.stderr)
+            print_message(f"{out / name}: {fault}: mending it")
             continue
         number = int(shard["file"].split("-")[1])
         files = shard_files(samples, range(number * size, min(total, (number + 1) * size)), table)
@@ -100,7 +100,7 @@ def finished_shards(
             told = changes(_described(out / shard["file"]).get("files", {}), files) or "names are not known"
             problem = f"was made of files that hold something else now: {told}"
         if problem:
-            print(f"{shard['file']} {problem}: making it again", file=sys.stderr)
+            print_message(f"{shard['file']} {problem}: making it again")
         else:
             good.append(shard)
     listed = {str(shard["file"]) for shard in found["shards"] if isinstance(shard, dict) and "file" in shard}

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +23,7 @@ from scaling_perception.support.again import replacing
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.failures import not_damage
 from scaling_perception.support.files import write_json
+from scaling_perception.support.streams import print_message
 from scaling_perception.tasks import TASKS, TaskOptions, get_task
 from scaling_perception.tasks.base import Task, valid_of
 
@@ -285,7 +285,7 @@ def say_ranges(ranges: dict[str, list[float]]) -> None:
     for name, (low, high) in ranges.items():
         print(f"{name}: {low:.4g} .. {high:.4g}{UNITS.get(name, '')}")
     for note in unlikely(ranges):
-        print(f"warning: {note}", file=sys.stderr)
+        print_message(f"warning: {note}")
 
 
 def write_manifest(

@@ -5,8 +5,11 @@ import io
 import os
 import select
 import sys
+import unicodedata
 from typing import Any
 
+_CONTROL = ("Cc", "Zl", "Zp")
+_DIRECTION = {chr(code) for code in (0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 _NOBODY_READS = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET, errno.ENXIO, errno.ESHUTDOWN}
 _PATIENCE = 1.0  # seconds that progress waits for its reader
 
@@ -64,3 +67,20 @@ def keep_standard_streams() -> None:
         stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=lines)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+
+
+def one_line(text: str) -> str:
+    """A message on one line: control characters, which a file's name may hold, are written as escapes.
+
+    A terminal would interpret them: a new line, another colour, or (marks of direction) the text in another order.
+    """
+    return "".join(_escaped(one) if unicodedata.category(one) in _CONTROL or one in _DIRECTION else one for one in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def print_message(line: str) -> None:
+    """Print one line on stderr, see `one_line`."""
+    print(one_line(line), file=sys.stderr, flush=True)
