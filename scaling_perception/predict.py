@@ -260,6 +260,8 @@ def request_of(args: argparse.Namespace, chosen: dict[str, Any] | None = None, b
     for name in ("intrinsics", "fov", "range"):
         if "ply" not in formats and getattr(args, name) is not None:
             raise UserError(f"{flag_of(name)} is for a point cloud: give --ply too, or leave it out")
+    if args.range is not None and args.align is not None:
+        raise UserError("--depth-range is for relative depth, and --align gives metres: leave out one of them")
     extras = Extras(
         None if args.intrinsics is None else tuple(parse_camera(args.intrinsics)),
         args.fov,

@@ -342,7 +342,10 @@ def _find_pairs(
             parts = word.split(",")
             if len(parts) != 2 or not all(parts):
                 raise UserError(f"'{word}' is no pair of frames: write FIRST.png,SECOND.png")
-            pairs.append(tuple(Picture(Path(part) if literal else Path(part).expanduser()) for part in parts))
+            paths = [Path(part) if literal else Path(part).expanduser() for part in parts]
+            if not literal and (gone := [path for path in paths if not os.path.exists(path)]):
+                raise UserError(f"{gone[0]} does not exist: check the path")
+            pairs.append(tuple(map(Picture, paths)))
             continue
         found = _expand(word, search, literal, note)
         if found.single:

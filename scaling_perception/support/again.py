@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from scaling_perception.support.files import atomic_path, write_json
 from scaling_perception.support.stopping import finished_first
 
 _RECORD = ".settings"
+_MOST = 5  # differences that a refusal names
+_DIGEST = re.compile(r"[0-9a-f]{32,}")
 _NO_SETTINGS = {"overwrite", "help"}
 _WORDS = {"source", "target", "points", "inputs", "dir", "what", "dataset", "sha256", "weights", "protocol", "data"}
 """Settings that no flag stands for."""
@@ -72,7 +75,10 @@ def differing_names(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
 
 def shown(side: Mapping[str, Any], name: str) -> str:
     """A setting of a flat table as a message shows it."""
-    return json.dumps(side.get(name, "absent"))[:80]
+    value = side.get(name, "absent")
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return json.dumps(value[:12])
+    return json.dumps(value)[:80]
 
 
 def refuse_other(place: Any, there: Mapping[str, Any] | None, here: Mapping[str, Any], flags: bool = False) -> None:
@@ -82,15 +88,17 @@ def refuse_other(place: Any, there: Mapping[str, Any] | None, here: Mapping[str,
         flags: the settings are those of ``settings_of``: name them as they are typed.
 
     Raises:
-        UserError: the settings differ, naming each that does.
+        UserError: the settings differ, naming the first that do.
     """
     if flags:
         here = {_typed(name): value for name, value in here.items()}
         there = None if there is None else {_typed(name): value for name, value in there.items()}
     found = ["its settings are not known"] if there is None else differing(there, here)
     if found:
+        more = f"; and {len(found) - _MOST} more" if len(found) > _MOST else ""
         raise UserError(
-            f"{place} holds another result ({'; '.join(found)}): give another name, or --overwrite to replace it"
+            f"{place} holds another result ({'; '.join(found[:_MOST])}{more}): give another name, or --overwrite to "
+            "replace it"
         )
 
 

@@ -9,6 +9,7 @@ from scaling_perception.support.again import (
     check_output,
     differing,
     keep_folder_settings,
+    refuse_other,
     replacing,
     restore_folder,
     settings_of,
@@ -145,3 +146,12 @@ def test_the_fit_is_made_again(tmp_path):
     with pytest.raises(UserError, match="law.json holds another result .*--seed: 0 there, 1 here"):
         run_verb("fit", [*words, "--seed", "1"])
     assert run_verb("fit", [*words, "--seed", "1", "--overwrite"]) == 0
+
+
+def test_a_refusal_names_few_settings_and_short_digests():
+    there, here = ({"data": {"contents": digit * 64}, **{f"x{n}": digit for n in range(9)}} for digit in "ab")
+    with pytest.raises(UserError) as caught:
+        refuse_other("out.json", there, here)
+    line = str(caught.value)
+    assert 'data.contents: "aaaaaaaaaaaa" there, "bbbbbbbbbbbb" here; x0' in line and "; and 5 more)" in line
+    assert len(line) < 300
