@@ -44,8 +44,9 @@ class Predictor(Model):
         """Predict. Safe to call from several threads.
 
         Args:
-            images: one picture or several (list, tuple, or an array (B, H, W, C)): paths, PIL pictures, or arrays
-                (H, W[, C]) of uint8, uint16 or float in [0, 1]. Sizes may differ; results are as large as the pictures.
+            images: one picture or several (list, tuple, or an array (B, H, W, C), of NumPy or JAX): paths, PIL
+                pictures, or arrays (H, W[, C]) of uint8, uint16 or float in [0, 1]. Sizes may differ; results are as
+                large as the pictures.
             task: a task that the model knows.
             key: integer or JAX key; the same key gives the same prediction.
             prompt: flow: the second frame of each image; amodal: the mask of the object's visible part.
@@ -56,7 +57,8 @@ class Predictor(Model):
                 to it, so that calls of any length share one graph.
 
         Raises:
-            UserError: an unreadable picture, a missing prompt, or an unknown or impossible setting.
+            UserError: an unreadable picture, a missing prompt, or a setting that is unknown, impossible or of another
+                type.
         """
         fields = [field.name for field in dataclasses.fields(Settings)]
         for name in more:
