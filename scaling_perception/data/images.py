@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import os
@@ -264,12 +265,25 @@ def set_upright(image: Image.Image) -> Image.Image:
 # To uint8 RGB
 
 
-def read_image(path: FilePath, upright: bool = True) -> np.ndarray:
+@dataclasses.dataclass
+class BitDepth:
+    """How many of 16 bits are cut off, so that pictures that are compared can be brought to 8 bits alike.
+
+    Attributes:
+        least: cut off at least so many. found: as many as the picture's own values ask for; None where it has 8 bits.
+    """
+
+    least: int = 0
+    found: int | None = None
+
+
+def read_image(path: FilePath, upright: bool = True, depth: BitDepth | None = None) -> np.ndarray:
     """Any ordinary picture as uint8 RGB (H, W, 3).
 
     Grey is repeated, palettes and CMYK are converted, 16 bits are brought to 8 (see ``to_8_bits``), transparency is
     laid on white (as the whole-object pictures are), of an animation the first frame is taken. The EXIF orientation is
     applied, unless ``upright`` is False: pixels as they are stored, which is how the truth of a data set lies on them.
+    ``depth``: of pictures of 16 bits, see ``BitDepth``.
 
     Raises:
         UserError: missing, too large, of a kind that is not read, no picture, damaged, or of 32-bit pixels (whose
@@ -287,7 +301,7 @@ def read_image(path: FilePath, upright: bool = True) -> np.ndarray:
         turn = _orientation_of(image) if upright else 1
         stored = _stored_bits(path, image, stored_as, tiles)
         if stored is None:
-            pixels = _pixels(image, upright, str(path))
+            pixels = _pixels(image, upright, str(path), depth)
             grey = image.mode[:4] in ("I", "I;16")
             if pixels.max(initial=0) < 64 and any(";16" in one for one in stored_as) and not grey:
                 raise UserError(
@@ -296,9 +310,9 @@ def read_image(path: FilePath, upright: bool = True) -> np.ndarray:
                 )
             return pixels
     if stored.shape[-1] in (1, 3):
-        out = np.broadcast_to(to_8_bits(stored), (*stored.shape[:2], 3))
+        out = np.broadcast_to(to_8_bits(stored, depth), (*stored.shape[:2], 3))
         return np.ascontiguousarray(turned(out, turn))
-    stored = np.concatenate([to_8_bits(stored[..., :-1]), to_8_bits(stored[..., -1:])], axis=-1)
+    stored = np.concatenate([to_8_bits(stored[..., :-1], depth), to_8_bits(stored[..., -1:])], axis=-1)
     if stored.shape[-1] == 2:
         stored = stored[..., [0, 0, 0, 1]]
     if stored_as and stored_as[0].startswith("RGBa"):  # the colours are multiplied by the alpha: on white it is a sum
@@ -332,17 +346,17 @@ def _stored_bits(path: FilePath, image: Any, stored_as: list[str], tiles: list[A
     return _all_bits(path)
 
 
-def from_pil(image: Image.Image, name: str = "the picture") -> np.ndarray:
+def from_pil(image: Image.Image, name: str = "the picture", depth: BitDepth | None = None) -> np.ndarray:
     """A Pillow picture of any mode as uint8 RGB (H, W, 3), by the rules of ``read_image``."""
-    return _pixels(image, True, name)
+    return _pixels(image, True, name, depth)
 
 
-def _pixels(image: Image.Image, upright: bool, name: str) -> np.ndarray:
+def _pixels(image: Image.Image, upright: bool, name: str, depth: BitDepth | None) -> np.ndarray:
     deep = (image.mode == "I" and image.format == "PPM") or image.mode.startswith("I;16")  # PGM is scaled to 16 bits
     image = set_upright(image) if upright else image
     if deep:
         stored = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
-        return np.repeat(to_8_bits(stored)[..., None], 3, axis=-1)
+        return np.repeat(to_8_bits(stored, depth)[..., None], 3, axis=-1)
     if image.mode in ("I", "F"):
         raise UserError(f"{name} has 32-bit pixels ({image.mode}): save it as an 8-bit or 16-bit picture")
     if image.mode in _TRANSPARENT or "transparency" in image.info:
@@ -352,7 +366,7 @@ def _pixels(image: Image.Image, upright: bool, name: str) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def to_8_bits(stored: np.ndarray) -> np.ndarray:
+def to_8_bits(stored: np.ndarray, depth: BitDepth | None = None) -> np.ndarray:
     """uint16 of any shape to uint8: the upper 8 of the bits that the picture uses.
 
     Cameras and microscopes write 8, 10, 12 or 14 bits into files of 16 without saying so. A picture whose largest value
@@ -360,10 +374,12 @@ def to_8_bits(stored: np.ndarray) -> np.ndarray:
     """
     top = int(stored.max(initial=0))
     shift = next((bits - 8 for bits in (8, 10, 12, 14) if top < 1 << bits), 8)
+    if depth is not None:
+        depth.found, shift = shift, max(shift, depth.least)
     return (stored >> shift).astype(np.uint8)
 
 
-def from_array(array: np.ndarray) -> np.ndarray:
+def from_array(array: np.ndarray, depth: BitDepth | None = None) -> np.ndarray:
     """A picture in an array as uint8 RGB (H, W, 3).
 
     Args:
@@ -377,18 +393,18 @@ def from_array(array: np.ndarray) -> np.ndarray:
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
         raise UserError(f"image array has shape {shape}: give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
-    array = _bytes_of(array)
+    array = _bytes_of(array, depth)
     if array.shape[-1] == 4:
         alpha = array[..., 3:].astype(np.float32) / 255
         array = np.round(array[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
 
 
-def _bytes_of(array: np.ndarray) -> np.ndarray:
+def _bytes_of(array: np.ndarray, depth: BitDepth | None) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.uint16:
-        return to_8_bits(array)
+        return to_8_bits(array, depth)
     if array.dtype == bool:
         return array.astype(np.uint8) * 255
     if not np.issubdtype(array.dtype, np.floating):

@@ -7,25 +7,39 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
-from scaling_perception.data.images import from_array, from_pil, orientation, read_image
+from scaling_perception.data.images import BitDepth, from_array, from_pil, orientation, read_image
 from scaling_perception.data.masks import to_mask
 from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import TASKS, get_task
 from scaling_perception.tasks.samples import require
 
 
-def to_rgb(image: Any) -> UInt8[np.ndarray, "H W 3"]:
+def to_rgb(image: Any, depth: BitDepth | None = None) -> UInt8[np.ndarray, "H W 3"]:
     """One picture as uint8 RGB (H, W, 3).
 
     Args:
         image: a path; a PIL picture of any mode; or an array, see ``images.from_array``. Transparency is laid on white.
+        depth: of pictures of 16 bits, see ``images.BitDepth``.
 
     Raises:
         UserError: an unreadable file, or an array of another shape, type or range.
     """
     if isinstance(image, (str, os.PathLike)):
-        return read_image(image)
-    return from_pil(image) if hasattr(image, "convert") else from_array(np.asarray(image))
+        return read_image(image, depth=depth)
+    if hasattr(image, "convert"):
+        return from_pil(image, depth=depth)
+    return from_array(np.asarray(image), depth)
+
+
+def to_frames(first: Any, second: Any) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """Two frames as `to_rgb`; those of 16 bits lose as many bits, so that what is equal in both stays equal."""
+    depths = BitDepth(), BitDepth()
+    frames = [to_rgb(one, depth) for one, depth in zip((first, second), depths, strict=True)]
+    most = max(depth.found or 0 for depth in depths)
+    return [
+        frame if depth.found in (None, most) else to_rgb(one, BitDepth(most))
+        for frame, one, depth in zip(frames, (first, second), depths, strict=True)
+    ]
 
 
 def raw_samples(images: Sequence[Any], task: str, prompt: Any = None) -> list[dict[str, Any]]:
@@ -47,11 +61,10 @@ def raw_samples(images: Sequence[Any], task: str, prompt: Any = None) -> list[di
     if len(prompts) != len(images) or any(p is None for p in prompts):
         given = sum(p is not None for p in prompts)
         raise UserError(f"{task} needs a prompt for each image ({asks.words}): got {given} for {len(images)} image(s)")
-    field, read = asks.field, to_rgb if asks.frame else to_mask
-    raws = [
-        {"key": _name(image, i), "image": to_rgb(image), field: read(one)}
-        for i, (image, one) in enumerate(zip(images, prompts, strict=True))
-    ]
+    field, raws = asks.field, []
+    for i, (image, one) in enumerate(zip(images, prompts, strict=True)):
+        picture, seen = to_frames(image, one) if asks.frame else (to_rgb(image), to_mask(one))
+        raws.append({"key": _name(image, i), "image": picture, field: seen})
     for raw, image, one in zip(raws, images, prompts, strict=True):
         _same_way_up(raw, field, image, one)
         require(raw, field, like="image")  # an error now, and not in the middle of a batch

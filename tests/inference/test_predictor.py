@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,23 @@ def test_every_kind_of_picture(predictor, make_image, tmp_path, kind):
     }[kind]
     found, expected = (predictor.raw_inputs([one], "depth")[0]["image"] for one in (given, same))
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["array", "path"])
+def test_frames_of_16_bits_lose_as_many_bits(predictor, tmp_path, kind):
+    dark, bright = np.full((40, 56), 4000, np.uint16), np.full((40, 56), 4000, np.uint16)
+    bright[:8] = 4200  # beyond 12 bits
+    frames: list[Any] = [dark, bright]
+    if kind == "path":
+        for name, frame in zip(("a.png", "b.png"), frames, strict=True):
+            Image.fromarray(frame).save(tmp_path / name)
+        frames = [tmp_path / "a.png", tmp_path / "b.png"]
+    field = get_task("flow").prompt.field
+    for first, second in (frames, frames[::-1], [frames[1], np.zeros((40, 56), np.uint8)]):
+        (raw,) = predictor.raw_inputs([first], "flow", [second])
+        rest = {name: set(raw[name][8:].ravel()) for name in ("image", field)}
+        assert rest["image"] == {4000 >> 6} and rest[field] in ({4000 >> 6}, {0})
+    assert set(predictor.raw_inputs([dark], "depth")[0]["image"].ravel()) == {4000 >> 4}, "one alone has its own"
 
 
 def test_transparent_is_white(predictor, make_image):
