@@ -53,7 +53,6 @@ FLAGS = {
 }
 """What messages of the library call by name -> the flag."""
 
-_FORMAT = 1
 _ASKED = ("task", "dataset", "split", "count", "option", "metrics", "seed", "dtype", "panels", "controls")
 OUTPUTS = ("json", "csv", "per_image")
 USUAL = {"steps": "10", "ensemble": "5", "solver": "ddim", "first": 2, "step_chunk": 2, "seed": 0, "dtype": "float32"}
@@ -302,10 +301,11 @@ def _about(
 ) -> dict[str, Any]:
     """What a result says besides its figures."""
     from scaling_perception import __version__
+    from scaling_perception.evaluation.result_files import FORMAT
     from scaling_perception.models.dit import count_params
 
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "asked": asked,
         "task": args.task,
         "dataset": args.dataset,

@@ -27,7 +27,7 @@ def with_kinds(table: Table) -> Table:
         return table
     at = table.names.index("kind")
     rows = [[*row[:at], OLD_KINDS.get(row[at], row[at]), *row[at + 1 :]] for row in table.rows]
-    return Table(table.path, table.names, rows, table.lines, table.delimiter)
+    return table.other(rows)
 
 
 def find_column(names: Sequence[str], wanted: str) -> str | None:
@@ -72,8 +72,7 @@ def where_rows(table: Table, where: Sequence[str]) -> Table:
         if not keep:
             some = sorted(set(words))[:8]
             raise UserError(f"--where {one}: no row has it{did_you_mean(value, some)}")
-        rows, lines = [table.rows[at] for at in keep], [table.lines[at] for at in keep]
-        table = Table(table.path, table.names, rows, lines, table.delimiter)
+        table = table.take(keep)
     return table
 
 
@@ -120,9 +119,7 @@ def without_copies(table: Table, notes: list[str]) -> Table:
         f"{copies} row{'s are copies' if copies > 1 else ' is a copy'} of another in every column and left out "
         "(--keep-duplicates keeps them)"
     )
-    keep = list(seen.values())
-    rows, lines = [table.rows[at] for at in keep], [table.lines[at] for at in keep]
-    return Table(table.path, table.names, rows, lines, table.delimiter)
+    return table.take(list(seen.values()))
 
 
 def valid_rows(
@@ -144,14 +141,14 @@ def valid_rows(
             first = int(wrong[0])
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise UserError(
-                f"{table.path} line {table.lines[first]}: {name} is {words[first].strip()}{more}; a law needs values "
+                f"{table.path} {table.place(first)}: {name} is {words[first].strip()}{more}; a law needs values "
                 "above zero: mend them, or leave such rows out with --drop-invalid"
             )
         keep &= ~bad
         for which, text in ((wrong, "is not above zero or not finite"), (np.flatnonzero(empty), "is missing")):
             if len(which):
                 rows = f"{len(which)} row{'s' * (len(which) > 1)}"
-                notes.append(f"{rows} left out: {name} {text} (first at line {table.lines[int(which[0])]})")
+                notes.append(f"{rows} left out: {name} {text} (first at {table.place(int(which[0]))})")
     if not keep.any():
         raise UserError(f"{table.path}: no row has all of {', '.join(names)}: check --x, --y and --where")
     return keep

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from scaling_perception.evaluation.result_files import is_evaluation
 from scaling_perception.scaling.paper_laws import PREFIX, published_points
 from scaling_perception.scaling.point_rows import (
     codes_of,
@@ -24,6 +25,7 @@ from scaling_perception.scaling.point_rows import (
     without_copies,
 )
 from scaling_perception.support.errors import UserError, did_you_mean
+from scaling_perception.support.files import json_lines
 from scaling_perception.support.tables import Table, read_table, read_text
 
 Y_NAMES = (
@@ -56,6 +58,8 @@ SETTINGS = (
 )
 """Columns that distinguish the settings of a per-image table."""
 SIZES = ("params", "model_size", "model", "size", "n")
+LABELS = (*GROUP_NAMES, *SETTINGS, *SIZES, "seed", "name", "label", "method", "split", "arm")
+"""Columns beside which, in a wide table, the names of the others are taken as values of x."""
 
 
 @dataclass
@@ -144,8 +148,8 @@ def _join(tables: Sequence[Table]) -> Table:
         stem = Path(table.path).parent.name if Path(table.path).name == "metrics.jsonl" else Path(table.path).stem
         for row in table.rows:
             rows.append([row[at[name]] if name in at else stem if name == "file" else "" for name in names])
-    lines = [line for table in tables for line in table.lines]
-    return Table(" + ".join(table.path for table in tables), names, rows, lines)
+    places = [f"{table.place(at)} of {table.path}" for table in tables for at in range(len(table))]
+    return Table(" + ".join(table.path for table in tables), names, rows, places)
 
 
 def _load(path: Path, text: str) -> Table:
@@ -157,7 +161,7 @@ def _load(path: Path, text: str) -> Table:
         value = json.loads(text)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): restore it or make it again") from None
-    if isinstance(value, dict) and "cells" in value and "task" in value:
+    if is_evaluation(path, value):
         return _evaluation(path, value)
     if isinstance(value, dict) and {"attempts", "started"} <= value.keys():
         rows = path.with_name("metrics.jsonl")
@@ -175,7 +179,8 @@ def _evaluation(path: Path, value: dict[str, Any]) -> Table:
     from scaling_perception.evaluation.tables import cells_csv
 
     try:
-        return read_table(path, cells_csv(value))
+        table = read_table(path, cells_csv(value))
+        return Table(table.path, table.names, table.rows, range(1, len(table) + 1), table.delimiter, "cell")
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is not a whole evaluation: make it again with `evaluate --json`") from None
 
@@ -183,20 +188,12 @@ def _evaluation(path: Path, value: dict[str, Any]) -> Table:
 def _records(path: str, rows: Sequence[dict[str, Any]]) -> Table:
     names = list(dict.fromkeys(str(name) for row in rows for name in row))
     text = [["" if row.get(name) is None else str(row[name]) for name in names] for row in rows]
-    return Table(path, names, text, range(1, len(text) + 1))
+    return Table(path, names, text, range(1, len(text) + 1), unit="record")
 
 
 def _training_rows(path: Path, text: str) -> Table:
     """A run's rows with ``run``, ``params``, ``samples`` and ``macs`` (forward, until that step) from its run.json."""
-    rows = []
-    for at, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if at < len(text.splitlines()):  # the last line of a killed run may be torn
-                raise UserError(f"{path} line {at} is not valid JSON: remove the line") from None
+    rows, _ = json_lines(path, text)
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} has no rows of values: give the metrics.jsonl of a training run")
     record = path.with_name("run.json")
@@ -225,26 +222,35 @@ def _with_facts(row: dict[str, Any], facts: dict[str, Any], path: Path) -> dict[
 # A table to points
 
 
-def melt(table: Table, y: Sequence[str], x: Sequence[str]) -> tuple[Table, list[str], list[str]]:
+def melt(
+    table: Table, y: Sequence[str], x: Sequence[str], named: Sequence[str], notes: list[str]
+) -> tuple[Table, list[str], list[str]]:
     """A wide table made long: several y columns, or columns whose names are the values of x.
+
+    Args:
+        named: columns that other flags name.
+        notes: takes which names are values of x.
 
     Returns:
         the long table and its x and y names; a table that is long is returned as it is.
+
+    Raises:
+        UserError: the names of columns are numbers, and it is not clear that they are names.
     """
-    numeric = [name for name in table.names if _is_positive(name)]
-    if len(numeric) >= 2 and len(y) <= 1 and not any(find_column(table.names, one) for one in x):
-        x_name, y_name = (x[0] if x else "x"), (y[0] if y else "y")
-        kept = [name for name in table.names if name not in numeric]
-        at = {name: index for index, name in enumerate(table.names)}
-        rows, lines = [], []
-        for line, row in zip(table.lines, table.rows, strict=True):
-            for name in numeric:
-                rows.append([*(row[at[k]] for k in kept), name, row[at[name]]])
-                lines.append(line)
-        return Table(table.path, [*kept, x_name, y_name], rows, lines, table.delimiter), [x_name], [y_name]
     if len(y) < 2:
-        return table, list(x), list(y)
+        values = _values_of_x(table, [*x, *y], named)
+        if not values:
+            return table, list(x), list(y)
+        x_name, y_name = (x[0] if x else "x"), (y[0] if y else "y")
+        some = ", ".join(values[:4]) + (", …" if len(values) > 4 else "")
+        notes.append(f"a wide table: the names of {len(values)} columns ({some}) are the values of {x_name}")
+        return _long(table, values, x_name, y_name), [x_name], [y_name]
     columns = [need_column(table, one, "--y") for one in y]
+    return _long(table, columns, "column" if "run" in {*table.names} - {*columns} else "run", "y"), list(x), ["y"]
+
+
+def _long(table: Table, columns: Sequence[str], name_column: str, value_column: str) -> Table:
+    """A row for each row and each of ``columns``, with the column's name and its value."""
     at = {name: index for index, name in enumerate(table.names)}
     kept = [name for name in table.names if name not in columns]
     rows, lines = [], []
@@ -252,12 +258,35 @@ def melt(table: Table, y: Sequence[str], x: Sequence[str]) -> tuple[Table, list[
         for name in columns:
             rows.append([*(row[at[k]] for k in kept), name, row[at[name]]])
             lines.append(line)
-    run = "column" if "run" in kept else "run"
-    return Table(table.path, [*kept, run, "y"], rows, lines, table.delimiter), list(x), ["y"]
+    return table.other(rows, lines, [*kept, name_column, value_column])
 
 
-def _is_positive(name: str) -> bool:
-    return bool(re.fullmatch(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", name)) and float(name) > 0
+def _values_of_x(table: Table, asked: Sequence[str], named: Sequence[str]) -> list[str]:
+    """The columns whose names are values of x; none where a column is named as x or y usually is, or is asked for.
+
+    Raises:
+        UserError: the names may as well be the first row of a table without names.
+    """
+    usual = [*asked, *Y_NAMES, *(name for kinds in X_NAMES.values() for options in kinds for name in options)]
+    numbers = [name for name in table.names if _NUMBER.fullmatch(name)]
+    if first_column(table, usual) or (len(numbers) < 2 and len(numbers) < len(table.names)):
+        return []
+    labels = [name for name in table.names if name not in numbers and name != "file"]  # which `_join` adds
+    known = {found for one in (*LABELS, *named) if (found := find_column(table.names, one))}
+    positive = [name for name in numbers if "," not in name and float(name) > 0]
+    if labels and not {*labels} <= known and 2 * len(numbers) <= len(table.names):
+        return []
+    if not labels or not {*labels} <= known or len(positive) < 2:
+        some = ", ".join(table.names[:4]) + (", …" if len(table.names) > 4 else "")
+        more = f"give --group {labels[0]}" if labels and len(positive) > 1 else "add a column run"
+        raise UserError(
+            f"{table.path}: the first line ({some}) holds numbers in place of names: name the columns in it, such as "
+            f"run,macs,abs_rel (of a wide table, whose columns are named by values of x: {more})"
+        )
+    return positive
+
+
+_NUMBER = re.compile(r"[+-]?(?:\d+[.,]?\d*|[.,]\d+)(?:[eE][+-]?\d+)?")
 
 
 def _expand(names: Sequence[str], y: Sequence[str]) -> list[str]:
@@ -328,7 +357,8 @@ def read_points(
     """
     table, source = load_tables(paths)
     notes: list[str] = []
-    table, x, y = melt(table, _expand(table.names, y), x)
+    named = [*(group or ()), *([image] if image else ()), *(one.partition("=")[0] for one in where)]
+    table, x, y = melt(table, _expand(table.names, y), x, named, notes)
     table = where_rows(table, where)
     if not keep_duplicates:
         table = without_copies(table, notes)
@@ -349,6 +379,14 @@ def read_points(
     if group is None and group_names and len(np.unique(codes[0])) == 1:
         notes.append(f"all points are of one {group_names[0]}: intervals treat every point as independent")
         group_names, codes = (), []
+    for name in group_names:
+        unnamed = [at for at in np.flatnonzero(keep) if not table.rows[at][table.names.index(name)].strip()]
+        if unnamed:
+            rows = f"{len(unnamed)} rows have" if len(unnamed) > 1 else "1 row has"
+            notes.append(
+                f"{rows} no {name} (first at {table.place(int(unnamed[0]))}) and count as one {name}: name it, or "
+                "remove such rows"
+            )
     size = first_column(table, SIZES)
     one_size = ""
     if size and size not in x_names:
@@ -376,7 +414,7 @@ def _groups(table: Table, group: Sequence[str] | None, notes: list[str]) -> tupl
 
 def _by_image(points: Points, table: Table, image: str, keep: np.ndarray) -> Points:
     """One point for each setting: the mean over images, with every image's value kept for the bootstrap."""
-    names = [word for word, kept in zip(table.text(image), keep, strict=True) if kept]
+    names = np.array([word for word, kept in zip(table.text(image), keep, strict=True) if kept])
     present = [found for one in SETTINGS if (found := find_column(table.names, one))]
     columns = [codes_of(table.text(one))[keep] for one in present if one != image]
     settings = np.stack([*(columns or list(points.x)), *(points.groups if points.group_names else [])])
@@ -387,6 +425,10 @@ def _by_image(points: Points, table: Table, image: str, keep: np.ndarray) -> Poi
         raise UserError(
             f"--image {image}: an image has several values at one setting: tell settings apart with --where or --group"
         )
+    sets = find_column(table.names, "dataset")
+    kept = _of_all_settings(points, which, codes, codes_of(table.text(sets))[keep] if sets else None, image)
+    points, which, codes = points.take(kept), which[kept], codes_of(names[kept])
+    first = np.array([np.flatnonzero(which == one)[0] for one in range(unique.shape[1])])
     values = np.full((unique.shape[1], codes.max() + 1), np.nan)
     values[which, codes] = points.y
     levels = [group[first] for group in points.groups] if points.group_names else []
@@ -398,3 +440,36 @@ def _by_image(points: Points, table: Table, image: str, keep: np.ndarray) -> Poi
         points.notes, points.source, points.one_size, labels,
         {name: column[first] for name, column in points.extra.items()},
     )  # fmt: skip
+
+
+def _of_all_settings(
+    points: Points, which: np.ndarray, codes: np.ndarray, sets: np.ndarray | None, image: str
+) -> np.ndarray:
+    """The rows (n,) of images that all settings of their data set have: means over others cannot be compared.
+
+    Args:
+        which, codes, sets: of each row the number of its setting, image and data set.
+
+    Raises:
+        UserError: the settings of a data set have no image in common.
+    """
+    sets = np.zeros(len(which), int) if sets is None else sets
+    kept = np.zeros(len(which), bool)
+    left = 0
+    for one in np.unique(sets):
+        mine = sets == one
+        count = len(np.unique(which[mine]))
+        images, rows = np.unique(codes[mine], return_counts=True)  # one row for each setting and image
+        common = images[rows == count]
+        if not len(common):
+            raise UserError(
+                f"--image {image}: the {count} settings have no image in common, and means over different images "
+                "cannot be compared: choose settings with --where, or evaluate them on the same images"
+            )
+        kept |= mine & np.isin(codes, common)
+        left += len(images) - len(common)
+    if left:
+        total = left + len(np.unique(np.stack([sets[kept], codes[kept]]), axis=1).T)
+        rows = int((~kept).sum())
+        points.notes.append(f"{left} of {total} images left out ({rows} rows): not every setting has them")
+    return kept

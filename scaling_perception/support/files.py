@@ -88,6 +88,27 @@ def save_npy(path: str | os.PathLike[str], array: np.ndarray) -> None:
         file.write(array.reshape(-1).view(np.uint8).data)
 
 
+def json_lines(path: str | os.PathLike[str], text: str) -> tuple[list[Any], bool]:
+    """The values of a text of one JSON value a line, without empty lines; and whether the last line was left out,
+    which a writer that was killed leaves unfinished.
+
+    Raises:
+        UserError: another line is no JSON.
+    """
+    lines = text.splitlines()
+    values: list[Any] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            if number == len(lines):
+                return values, True
+            raise UserError(f"{path} line {number} is not valid JSON: remove the line") from None
+    return values, False
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file.
 

@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,11 +23,37 @@ _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?(?:inf|inf
 
 
 class Table:
-    """The rows of a file as text, with the number of the line each begins on."""
+    """The rows of a file as text, with the place of each: the number of its ``unit`` (the line that it begins on, or
+    the record of a file that is no text of lines), or a text that says the whole place."""
 
-    def __init__(self, path: str, names: list[str], rows: list[list[str]], lines: Sequence[int], delimiter: str = ","):
+    def __init__(
+        self,
+        path: str,
+        names: list[str],
+        rows: list[list[str]],
+        lines: Sequence[Any],
+        delimiter: str = ",",
+        unit: str = "line",
+    ):
         self.path, self.names, self.rows, self.lines, self.delimiter = path, names, rows, lines, delimiter
+        self.unit = unit
         self._at = {name: index for index, name in enumerate(names)}
+
+    def place(self, at: int) -> str:
+        """Where row ``at`` stands in the file, such as ``line 7``."""
+        where = self.lines[at]
+        return where if isinstance(where, str) else f"{self.unit} {where}"
+
+    def other(
+        self, rows: list[list[str]], lines: Sequence[Any] | None = None, names: list[str] | None = None
+    ) -> "Table":
+        """Other rows, and other columns if ``names`` is given, of the same file."""
+        lines = self.lines if lines is None else lines
+        return Table(self.path, names or self.names, rows, lines, self.delimiter, self.unit)
+
+    def take(self, keep: Sequence[int]) -> "Table":
+        """The rows at the indices ``keep``."""
+        return self.other([self.rows[at] for at in keep], [self.lines[at] for at in keep])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -68,7 +95,7 @@ class Table:
                 raise UserError(f"{mixed} has a comma where {name} has a point: use points alone")
             return False
         first = with_comma[0]
-        where = f"{self.path} line {self.lines[first]}: {name} '{words[first].strip()}'"
+        where = f"{self.path} {self.place(first)}: {name} '{words[first].strip()}'"
         if any(not _DECIMAL_COMMA.fullmatch(words[at].strip()) for at in with_comma):
             return False  # no number at all: the reading of that value says so
         if any("." in word and _NUMBER.fullmatch(word.strip()) for row in self.rows for word in row):
@@ -81,10 +108,10 @@ class Table:
 
     def _comma_elsewhere(self, name: str) -> str:
         """Where another column has a number with a comma; empty: nowhere."""
-        for line, row in zip(self.lines, self.rows, strict=True):
+        for at, row in enumerate(self.rows):
             for other, word in zip(self.names, row, strict=False):
                 if "," in word and other != name and _DECIMAL_COMMA.fullmatch(word.strip()):
-                    return f"{self.path} line {line}: {other} '{word.strip()}'"
+                    return f"{self.path} {self.place(at)}: {other} '{word.strip()}'"
         return ""
 
     def _number(self, name: str, at: int, word: str, decimal: bool) -> float:
@@ -93,7 +120,7 @@ class Table:
         plain = word.replace(",", ".") if decimal else word
         if not _NUMBER.fullmatch(plain):
             raise UserError(
-                f"{self.path} line {self.lines[at]}: {name} '{word}' is no number: write it as 1234.5 or 1.2345e3"
+                f"{self.path} {self.place(at)}: {name} '{word}' is no number: write it as 1234.5 or 1.2345e3"
             )
         return float(plain)
 

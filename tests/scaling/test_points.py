@@ -52,6 +52,12 @@ HEAD = "macs,absrel\n"
          "tokens is 1e.09 in all 9 points: its term"),
         ("task," + HEAD + "\n".join("depth," + r for r in _rows()), "auto", {"where": ["task=flow"]}, "no row has it"),
         (HEAD + "1e9,\n1e8,\n", "auto", {}, "no row has all of macs, absrel"),
+        ("\n".join(_rows()), "auto", {}, r"the first line \(1.53.*\) holds numbers in place of names: name"),
+        ("\n".join(_rows()), "auto", {"x": ["macs"], "y": ["absrel"]}, "holds numbers in place of names"),
+        ("\n".join(f"r1,{row}" for row in _rows()), "auto", {}, "name the columns in it.*: give --group r1"),
+        ("\n".join(f"r1,-3,{row}" for row in _rows()), "auto", {}, "holds numbers in place of names"),
+        ("\n".join(row.replace(",", ";").replace(".", ",") for row in _rows()), "auto", {}, "in place of names"),
+        ("task,2023,2024,own\ndepth,1,2,3\n", "auto", {}, "--x: .* has no column macs .*: name it with --x"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(tmp_path, text, form, read, words):
@@ -95,6 +101,89 @@ def test_wide_tables(tmp_path):
                                                           for i, c in enumerate(curves)))  # fmt: skip
     other = read_points([tmp_path / "v.csv"])
     np.testing.assert_allclose(np.sort(other.y), np.sort(points.y), rtol=1e-6)
+    assert f"the names of 8 columns ({macs[0]:.8g}, " in other.notes[0] and "are the values of x" in other.notes[0]
+    (tmp_path / "v.csv").write_text((tmp_path / "v.csv").read_text().replace("run", "mine"))
+    mine = read_points([tmp_path / "v.csv"], x=["macs"], y=["loss"], group=["mine"])
+    assert mine.x_names == ("macs",) and mine.y_name == "loss" and len(mine) == 16
+    assert "are the values of macs" in mine.notes[0]
+
+
+@pytest.mark.parametrize("head, read", [("macs,abs_rel", {}), ("N,own", {"x": ["N"], "y": ["own"]})])
+def test_numbers_beside_named_columns_are_no_values_of_x(tmp_path, head, read):
+    rows = [f"{row},1,2" for row in _rows()]
+    (tmp_path / "p.csv").write_text(f"{head},2023,2024\n" + "\n".join(rows))
+    points = read_points([tmp_path / "p.csv"], **read)
+    assert len(points) == 20 and ",".join([*points.x_names, points.y_name]) == head
+    assert not any("wide" in note for note in points.notes)
+
+
+def test_two_tables_without_names_are_refused(tmp_path):
+    for name, rows in (("a.csv", _rows()), ("b.csv", _rows()[1:])):
+        (tmp_path / name).write_text("\n".join(rows))
+    with pytest.raises(UserError, match="holds numbers in place of names"):
+        read_points([tmp_path / "a.csv", tmp_path / "b.csv"])
+
+
+def _image_rows(steps, images, dataset="a"):
+    return [f"{dataset},{n},{1e9 * n:g},k{i},{0.1 + 0.3 / n + 0.05 * i:g}" for n in steps for i in images]
+
+
+@pytest.mark.parametrize(
+    "rows, kept, note",
+    [
+        (_image_rows((1, 2, 5), range(6)), 6, None),
+        (_image_rows((1, 2), range(6)) + _image_rows((5,), range(4)), 4, "2 of 6 images left out (4 rows)"),
+        (_image_rows((1,), range(5)) + _image_rows((2,), range(1, 6)) + _image_rows((5,), range(6)), 4, "2 of 6"),
+        (_image_rows((1, 2), range(3)) + _image_rows((1, 2), range(3, 7), "b"), 7, None),  # by data set
+    ],
+)
+def test_means_are_over_the_images_that_all_settings_have(tmp_path, rows, kept, note):
+    (tmp_path / "i.csv").write_text("dataset,steps,macs,key,abs_rel\n" + "\n".join(rows))
+    points = read_points([tmp_path / "i.csv"], image="key")
+    assert points.images is not None and points.images.shape[1] == kept
+    found = [one for one in points.notes if "images left out" in one]
+    assert len(found) == (note is not None) and (note or "") in "".join(found)
+    if note:  # no image of one setting weighs on the others
+        offsets = points.y - 0.3e9 / points.x[0]
+        np.testing.assert_allclose(offsets, offsets[0], rtol=1e-6)
+
+
+def test_settings_without_a_common_image_are_refused(tmp_path):
+    rows = _image_rows((1, 2), range(3)) + _image_rows((5,), range(3, 6))
+    (tmp_path / "i.csv").write_text("dataset,steps,macs,key,abs_rel\n" + "\n".join(rows))
+    with pytest.raises(UserError, match="--image key: the 3 settings have no image in common"):
+        read_points([tmp_path / "i.csv"], image="key")
+
+
+def test_rows_without_a_run_are_counted(tmp_path):
+    rows = [f"{'' if i in (3, 5) else f'r{i % 4}'},{row}" for i, row in enumerate(_rows())]
+    (tmp_path / "p.csv").write_text("run," + HEAD + "\n".join(rows))
+    notes = " ".join(read_points([tmp_path / "p.csv"]).notes)
+    assert "2 rows have no run (first at line 5) and count as one run" in notes
+
+
+def test_a_place_is_named_in_the_units_of_its_file(tmp_path):
+    """Records of JSON and cells of evaluations are no lines; of several files the file is named."""
+    value = _evaluation()
+    value["cells"][2]["macs"] = 0
+    rows = [{"macs": 1e9, "abs_rel": 0.5}, {"macs": 1e10, "abs_rel": -1}]
+    (tmp_path / "e.json").write_text(json.dumps(value))
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    (tmp_path / "p.csv").write_text("macs,abs_rel\n1e9,0.5\n1e8,0.6\n")
+    for names, words in (
+        (["e.json"], "e.json cell 3: macs is 0"),
+        (["r.json"], "r.json record 2: abs_rel is -1"),
+        (["p.csv", "r.json"], r"p.csv \+ .*r.json record 2 of .*r.json: abs_rel is -1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_points([tmp_path / name for name in names])
+
+
+@pytest.mark.parametrize("number", [0, 99, "1", None])
+def test_an_evaluation_of_another_format_is_refused(tmp_path, number):
+    (tmp_path / "e.json").write_text(json.dumps(_evaluation() | {"format": number}))
+    with pytest.raises(UserError, match="e.json: format is .*, and this version reads 1: evaluate again"):
+        read_points([tmp_path / "e.json"])
 
 
 def _evaluation():
