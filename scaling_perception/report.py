@@ -41,11 +41,13 @@ from scaling_perception.evaluation.report_charts import (
     single_setting,
 )
 from scaling_perception.evaluation.report_panels import DETAILS, Detail, panels
+from scaling_perception.evaluation.result_files import read_evaluation, wrong_field
 from scaling_perception.evaluation.tables import cells_csv, images_csv
 from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.files import write_text
+from scaling_perception.support.files import json_lines, write_text
 from scaling_perception.support.html_page import chart_figure, items, link, page, table
+from scaling_perception.support.tables import read_text
 from scaling_perception.support.verbs import make_parser
 from scaling_perception.training.goodput import goodput_tables
 
@@ -83,19 +85,18 @@ def _need_folder(folder: Path) -> None:
 
 
 def find_evaluations(folder: Path, needed: bool = True) -> list[tuple[Path, dict[str, Any]]]:
-    """Every evaluation JSON below ``folder``, sorted by path: (path, content).
+    """Every evaluation JSON below ``folder``, sorted by path: (path, content). Other JSON may lie beside them.
 
     Raises:
-        UserError: the folder is missing or, if one is ``needed``, holds no evaluation.
+        UserError: the folder is missing or, if one is ``needed``, holds no evaluation; or an evaluation is damaged or
+            of another format.
     """
     _need_folder(folder)
     found = []
     for path in sorted(folder.rglob("*.json")):
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError):
-            continue  # other people's JSON may lie here; only evaluations are ours to judge
-        if isinstance(value, dict) and "cells" in value and "task" in value:
+        if path.name.startswith(".") or not path.is_file():  # what `atomic_path` has not finished
+            continue
+        if (value := read_evaluation(path)) is not None:
             found.append((path, value))
     if needed and not found:
         raise UserError(
@@ -255,23 +256,25 @@ def _terms_of(measured: Sequence[Measured]) -> list[str]:
 
 
 def _training(page: _Page, path: Path, folder: Path) -> None:
-    """The logged loss of one run; nothing where the file holds none."""
+    """The logged loss of one run; nothing where the file holds none.
+
+    Raises:
+        UserError: a line before the last is damaged.
+    """
     rows, left = [], 0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            step, loss = float(row["step"]), float(row["loss"])
-        except (ValueError, TypeError, KeyError):
-            continue  # a line cut short by a kill, or of something else
-        if math.isfinite(loss) and math.isfinite(step):
-            rows.append((step, loss))
+    for row in json_lines(path, read_text(path))[0]:
+        if not (isinstance(row, dict) and "step" in row and "loss" in row):
+            continue  # of something else
+        if all(isinstance(row[name], (int, float)) and math.isfinite(row[name]) for name in ("step", "loss")):
+            rows.append((float(row["step"]), float(row["loss"])))
         else:
             left += 1
     if len(rows) > 1:
         name = str(path.parent.relative_to(folder)) if path.parent != folder else folder.resolve().name
         page.section(f"Training, {name}")
         chart = loss_chart(*zip(*rows, strict=True))
-        words = f"Training loss{f', without {left} rows that are not finite' if left else ''}."
+        lacks = f", without {counted(left, 'row')} that are no finite numbers" if left else ""
+        words = f"Training loss{lacks}."
         figure = page.figure(chart, words, "training-loss", _run_command(path))
         page.add(f'<div class="charts">{figure}</div>')
 
@@ -288,13 +291,17 @@ def _run_command(path: Path) -> list[str]:
 def _check_whole(path: Path, evaluation: dict[str, Any]) -> None:
     """UserError, which names the file, where an evaluation lacks what the page needs."""
     try:
+        if wrong := wrong_field(evaluation, MAIN_METRIC):
+            raise UserError(f"{path}: not a whole evaluation ({wrong}): run `evaluate` again")
         verdicts(evaluation), bought(evaluation), compute_table(evaluation), limits_table(evaluation)
         images_csv(evaluation), evaluation["resolution"], evaluation["images"], evaluation["dataset"]
         main = MAIN_METRIC[evaluation["task"]].name
         for cell in (*evaluation["cells"], *evaluation["baselines"].values()):
             if not math.isfinite(cell["metrics"][main]["mean"]):
                 raise ValueError(f"{main} is {cell['metrics'][main]['mean']}")
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration) as error:
+    except KeyError as error:
+        raise UserError(f"{path}: not a whole evaluation ({error} is missing): run `evaluate` again") from error
+    except (TypeError, ValueError, IndexError, AttributeError, StopIteration) as error:
         raise UserError(f"{path}: not a whole evaluation ({error!r}): run `evaluate` again") from error
 
 

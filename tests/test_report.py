@@ -259,13 +259,73 @@ def test_a_folder_without_results_is_one_clear_line(tmp_path):
             report(tmp_path, eval=wrong)
 
 
+def _changed(change):
+    evaluation = _evaluation()
+    change(evaluation)
+    return evaluation
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda e: e["cells"][0].update(macs=0), "macs of cell 1 is 0, no number above zero"),
+        (lambda e: e["cells"][2].update(macs=-1e9), "macs of cell 3 is -1"),
+        (lambda e: e["cells"][2].update(macs=float("nan")), "macs of cell 3 is nan"),
+        (lambda e: e["cells"][1].update(steps=0), "steps of cell 2 is 0"),
+        (lambda e: e["cells"][1].update(ensemble="5"), "ensemble of cell 2 is '5'"),
+        (lambda e: e["cells"][1].update(preset=None), "preset of cell 2 is None, no text"),
+        (lambda e: e["cells"][3].update(rows=[]), "cell 4 has no rows of images"),
+        (lambda e: e.update(images=None), "images is None"),
+        (lambda e: e.update(cells=[]), "cells is empty"),
+        (lambda e: e.update(task="sound"), "task is 'sound', none of depth"),
+        (lambda e: e.pop("dataset"), "'dataset' is missing"),
+        (lambda e: e.update(protocol={"fingerprint": []}), r"protocol.fingerprint is \[\]"),
+    ],
+)
+def test_a_field_that_no_evaluation_has_is_named(tmp_path, change, words):
+    with pytest.raises(UserError, match=f"eval.json: not a whole evaluation .{words}.*run `evaluate` again") as error:
+        report(tmp_path, eval=_changed(change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", [0, 99, "1"])
+def test_another_format_is_refused(tmp_path, number):
+    with pytest.raises(UserError, match="eval.json: format is .*, and this version reads 1"):
+        report(tmp_path, eval=_evaluation() | {"format": number})
+
+
+def test_a_damaged_evaluation_is_refused_and_other_files_are_left_alone(tmp_path):
+    whole = json.dumps(_evaluation(), indent=2)
+    (tmp_path / "theirs.json").write_text('{"torn": [')
+    (tmp_path / ".eval.x7.json").write_text(whole[:-20])  # that another process writes
+    (tmp_path / "folder.json").mkdir()
+    first = report(tmp_path, eval=_evaluation())
+    for text in (whole[:-20], whole[:3000], whole + "}", whole.replace(": 12", ": 12,,", 1), ""):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(UserError, match="other.json is .*: restore it, evaluate again, or remove it"):
+            report(tmp_path)
+    (tmp_path / "other.json").unlink()
+    (tmp_path / "eval.json").write_text("\ufeff" + whole, encoding="utf-8")
+    assert report(tmp_path) == first
+
+
+@pytest.mark.parametrize("line", ['{"step": 2, "lo', "loss", '{"step": 2 "loss": 1}'])
+def test_a_damaged_line_of_a_run_is_refused_unless_it_is_the_last(tmp_path, line):
+    lines = [json.dumps({"step": i, "loss": 1.0}) for i in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, line]))
+    assert "Training, " in report(tmp_path, eval=_evaluation())
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines[:2], line, *lines[2:]]))
+    with pytest.raises(UserError, match="metrics.jsonl line 3 is not valid JSON: remove the line"):
+        report(tmp_path)
+
+
 def test_what_is_missing_or_not_finite_is_said(tmp_path, capsys, monkeypatch):
     evaluation = with_pictures(tmp_path)
     (tmp_path / evaluation["panels"][0]["answers"][0]["error"]).unlink()
     rows = [{"step": i, "loss": float("nan") if i == 3 else 1.0} for i in range(9)] + [[1], {"step": "x", "loss": 1}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     page = report(tmp_path, eval=evaluation)
-    assert "1 picture not found, such as" in page and "without 1 rows that are not finite" in page
+    assert "1 picture not found, such as" in page and "without 2 rows that are no finite" in page
     assert "nan" not in Seen(page).text.lower() and 'd="Mnan' not in page
     monkeypatch.setattr("scaling_perception.report.MOST_BYTES", 1000)
     report(tmp_path, eval=evaluation)
