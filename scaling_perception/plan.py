@@ -10,16 +10,17 @@ With --model alone the choice is made among what was measured of a shipped model
 
 import argparse
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.files import write_json
-from scaling_perception.support.verbs import COUNT, POSITIVE
+from scaling_perception.support.verbs import COUNT, POSITIVE, make_parser
 
 if TYPE_CHECKING:
+    from scaling_perception.inference.budgets import Choice
     from scaling_perception.scaling.plan_laws import Laws
     from scaling_perception.scaling.plan_sizes import Size, Speed
 
@@ -128,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--budget is missing: give a number, such as 1e15, in --unit")
     if not args.law:
         return _measured(args)
+    _refuse_others(args, "--law", _OF_POINTS)
     from scaling_perception.diffusion.schedules import PRESETS
     from scaling_perception.scaling.laws import finite
     from scaling_perception.scaling.plan_text import commands_of, plan_text
@@ -153,6 +155,23 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         _write(args, finite({"kind": "plan", "version": 1, "laws": args.law, **answer, "commands": commands}))
     return 0
+
+
+_ALWAYS = ("images", "json", "overwrite", "unit")
+_OF_POINTS = ("points", "hold_out", "seen", "x", "y", "group", "where", "form")
+_OF_MODEL = ("model", "budget", "task", "dataset", "steps", "members", "preset", "macs", "seconds")
+
+
+def _refuse_others(args: argparse.Namespace, mode: str, others: Collection[str]) -> None:
+    """UserError for a flag of ``others`` that is given, where ``mode`` has no use for it."""
+    for action in make_parser("plan")._actions:
+        if action.dest in others and getattr(args, action.dest) != action.default:
+            raise UserError(f"{action.option_strings[-1]} is of no use with {mode}: leave it out")
+
+
+def _all_but(*used: str) -> set[str]:
+    """The flags of a plan but for these and those that every plan has."""
+    return {action.dest for action in make_parser("plan")._actions} - {"help", *_ALWAYS, *used}
 
 
 def _planned(args: argparse.Namespace, files: list[str]) -> "tuple[Laws, dict[str, Any], Size | None]":
@@ -299,6 +318,7 @@ def _held_out(args: argparse.Namespace) -> int:
         raise UserError(f"--unit {args.unit}: --hold-out is in MACs")
     if args.seen >= 1:
         raise UserError(f"--seen {args.seen:g}: give a share of the budget below 1")
+    _refuse_others(args, "--points", _all_but(*_OF_POINTS))
     points = read_points(args.points, args.x, args.y, args.group, None, args.form, args.where, extra=EXTRA)
     rows = []
     for budget in args.hold_out:
@@ -310,9 +330,36 @@ def _held_out(args: argparse.Namespace) -> int:
     return 0
 
 
+def _asked_for(args: argparse.Namespace, table: dict[str, Any] | None) -> "Callable[[Choice], None]":
+    """Refuses a measured setting that has other steps, members or another grid than the flags allow."""
+    from scaling_perception.inference.budgets import table_choices
+
+    wanted = {
+        "steps": (args.steps, _numbers(args.steps, "--steps", int)),
+        "ensemble": (args.members, _numbers(args.members, "--members", int)),
+        "preset": (args.preset, [args.preset] if args.preset else []),
+    }
+    flags = {"ensemble": "--members"}
+    given = {name: one for name, one in wanted.items() if one[1]}
+    text = " ".join(f"{flags.get(name, f'--{name}')} {words}" for name, (words, _) in given.items())
+
+    def check(choice: "Choice") -> None:
+        if table is None or all(getattr(choice, name) in values for name, (_, values) in given.items()):
+            return
+        measured = table_choices(table["tasks"][args.task])
+        known = {name: sorted({str(getattr(one, name)) for one in measured}, key=lambda one: (len(one), one))
+                 for name in wanted}  # fmt: skip
+        raise UserError(
+            f"{text}: {args.model} has no such measured setting for {args.task}: choose among steps "
+            f"{', '.join(known['steps'])}, members {', '.join(known['ensemble'])}, preset {', '.join(known['preset'])}"
+        )
+
+    return check
+
+
 def _measured(args: argparse.Namespace) -> int:
     """The choice among a model's measured budgets: `predict --macs` by another name."""
-    from scaling_perception.inference.budgets import choose, load_budgets
+    from scaling_perception.inference.budgets import choose, fitting, load_budgets
     from scaling_perception.interop.find import find_model
     from scaling_perception.scaling.plan_text import commands_of
 
@@ -320,7 +367,9 @@ def _measured(args: argparse.Namespace) -> int:
         raise UserError("give --law LAW.json, or --model for a model whose budgets were measured")
     if args.unit not in ("macs", "flops"):
         raise UserError(f"--unit {args.unit}: measured budgets are in macs or flops; seconds are --seconds")
+    _refuse_others(args, "--model alone", _all_but(*_OF_MODEL))
     table = load_budgets(Path(find_model(args.model)))
+    table = fitting(table, args.task, _asked_for(args, table))
     macs = args.budget / (2 if args.unit == "flops" else 1) / (args.images or 1)
     found = choose(table, args.task, macs=min(macs, args.macs or macs), seconds=args.seconds)
     entry: dict[str, Any] = {**found._asdict(), "training_macs": None, "members": found.ensemble}

@@ -195,11 +195,38 @@ def load_law(path: str | Path) -> Law:
         content["samples"] = np.array(content["samples"]["values"], float).reshape(-1, len(content["parameters"]))
         content["x"], content["group"] = tuple(content["x"]), tuple(content["group"])
         law = Law(**content)
-        if tuple(law.parameters) != law_form(law).published or not np.isfinite(law.values).all():
-            raise ValueError
-        return law
-    except (KeyError, TypeError, ValueError, UserError):
-        raise UserError(f"{path} is not a whole law: fit the points again with `fit --json`") from None
+        wrong = _wrong_field(law)
+    except (AttributeError, KeyError, TypeError, ValueError, UserError):
+        wrong = "a field is missing or of another kind"
+    if wrong:
+        raise UserError(f"{path} is not a whole law ({wrong}): fit the points again with `fit --json`")
+    return law
+
+
+def _wrong_field(law: Law) -> str:
+    """The first field that no law has so, and what is wrong with it; empty: all can be used."""
+    ends = [*(law.range[name] for name in law.x), *law.range.values()]
+    known = {
+        f"its parameters are not those of {law.form}": tuple(law.parameters) == law_form(law).published,
+        "a parameter is no number": np.isfinite(law.values).all(),
+        "a sample of the parameters is no number": np.isfinite(law.samples).all(),
+        "level is not between 0 and 1": 0 < law.level < 1,
+        "a range is not two rising numbers above zero": all(0 < low <= high < math.inf for low, high in ends),
+        "noise is not finite": np.isfinite([law.noise["log_sd"], *law.noise["quantiles"]]).all(),
+        "noise has no quantiles": isinstance(law.noise["quantiles"], list) and len(law.noise["quantiles"]) > 0,
+        "an interval is not two ends": all(_is_interval(one["interval"]) for one in law.parameters.values()),
+        "loss is no table": isinstance(law.loss, dict),
+        "warnings, notes or source is no list": all(
+            isinstance(found, list) and all(isinstance(one, kind) for one in found)
+            for found, kind in ((law.warnings, str), (law.notes, str), (law.source, dict))
+        ),
+    }
+    return next((what for what, good in known.items() if not good), "")
+
+
+def _is_interval(ends: Any) -> bool:
+    """Two numbers, or null for an end that is open."""
+    return len(ends) == 2 and all(end is None or isinstance(end, (int, float)) for end in ends)
 
 
 def law_form(law: Law) -> Form:

@@ -35,6 +35,18 @@ QUANTITIES: dict[str, tuple[str, ...]] = {
     "first_macs": ("pretrain_macs", "pretraining_macs", "dense_macs"),
     "second_macs": ("finetune_macs", "finetuning_macs", "upcycling_macs"),
 }
+CHOSEN = {
+    "params": "--sizes",
+    "tokens": "--samples, at most, and --tokens, of a sample",
+    "samples": "--samples, at most",
+    "serving": "--macs, at most",
+    "steps": "--steps",
+    "members": "--members",
+    "resolution": "--resolution",
+    **dict.fromkeys(("first", "second", "first_macs", "second_macs"), "--budget"),
+}
+"""Quantities that a plan chooses, and the flag that decides among what. Compute of a training that was done already
+(``training``) can be fixed."""
 TRAINING = ("tokens", "samples", "training", "first", "second", "first_macs", "second_macs")
 SERVING = ("serving", "steps", "members")
 _COMPUTE = ("macs", "compute", "c", "x")
@@ -167,6 +179,9 @@ def _column(
     name: str, law: Law, file: str, named: Mapping[str, str], fixed: Mapping[str, float], notes: list[str]
 ) -> Column:
     if name in fixed:
+        quantity = named.get(name) or next((one for one, names in QUANTITIES.items() if find_column(names, name)), "")
+        if quantity in CHOSEN:
+            raise UserError(f"--fix {name}: a plan chooses it: give {CHOSEN[quantity]}, in place of --fix")
         return Column(name, "fixed", value=fixed[name])
     flops = 2.0 if find_column(_FLOPS, name) else 1.0
     if name in named:

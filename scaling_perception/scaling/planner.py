@@ -305,6 +305,8 @@ def _nothing(options: Options, q: Question) -> str:
     limits = "".join(f", at most {most:.3g} {name} a prediction" for name, most in q.limits.items())
     if cheapest > q.budget or train.all():
         return f"a budget of {q.budget:.3g} {q.unit} buys nothing: the cheapest option takes {cheapest:.3g}{limits}"
+    if np.isnan(options.per_image).all():
+        return f"no option is within the limits{limits}, and what a prediction costs is not known: give --sizes"
     least = options.values
     fast = "" if np.isnan(options.seconds).all() else f" and {np.nanmin(options.seconds):.3g} s"
     return (

@@ -100,6 +100,18 @@ def test_round_trip_of_a_law(tmp_path):
         ({"version": 9}, "version 9"),
         ({"kind": "x"}, "is no law"),
         ({"form": "power"}, "not a whole law"),
+        ({"form": "upcycling"}, "not a whole law .its parameters are not those of upcycling"),
+        ({"level": 1.5}, "level is not between 0 and 1"),
+        ({"level": 0}, "level is not between 0 and 1"),
+        ({"samples": content["samples"] | {"values": [[None, 1, 1, 1, 1]]}}, "a sample of the parameters is no number"),
+        ({"samples": content["samples"] | {"values": [[1, 2]]}}, "a field is missing or of another kind"),
+        ({"range": content["range"] | {"a": [2, 1]}}, "a range is not two rising numbers"),
+        ({"range": content["range"] | {"b": [0, 1]}}, "a range is not two rising numbers"),
+        ({"range": {"a": [1, 2]}}, "a field is missing"),
+        ({"noise": content["noise"] | {"log_sd": None}}, "a field is missing or of another kind"),
+        ({"noise": content["noise"] | {"quantiles": []}}, "noise has no quantiles"),
+        ({"loss": None}, "loss is no table"),
+        ({"source": "x.csv"}, "warnings, notes or source is no list"),
     ):
         (tmp_path / "bad.json").write_text(json.dumps({**content, **change}))
         with pytest.raises(UserError, match=words):

@@ -10,7 +10,7 @@ from synthetic_laws import TRUTHS
 from scaling_perception.cli import main
 from scaling_perception.scaling.law_forms import make_form
 from scaling_perception.scaling.laws import Law, write_law
-from scaling_perception.scaling.plan_laws import read_laws
+from scaling_perception.scaling.plan_laws import Column, Laws, read_laws
 from scaling_perception.scaling.plan_sizes import Size, Speed, bound, chip_named, seconds
 from scaling_perception.scaling.planner import Question, plan
 from scaling_perception.support import choosing
@@ -259,6 +259,8 @@ def test_a_warning_between_the_two_limits():
 def files(tmp_path):
     write_law(tmp_path / "two.json", CHINCHILLA)
     write_law(tmp_path / "serving.json", law_of("power", ("inference_macs",), y="abs_rel"))
+    steps = law_of("test_time", ("steps", "ensemble"), (0.2, 0.3, 0.8, 0.1, 1.0), ranges=((1, 100), (1, 20)))
+    write_law(tmp_path / "served.json", steps)
     (tmp_path / "other.json").write_text('{"kind": "plan"}')
     (tmp_path / "torn.json").write_text('{"kind": "scaling-law", "version": 1, "form": "power"}')
     (tmp_path / "text.json").write_text("hello")
@@ -306,6 +308,25 @@ def test_commands_of_a_choice(files, capsys):
         ("--law serving.json --budget 1e13 --sizes a9", "did you mean 'a"),
         ("--budget 1e13", "give --law"),
         ("--model mini --budget 1", "no setting for depth fits 1 MACs"),
+        ("--law two.json --budget 1e19 --fix params=1e8", "--fix params: a plan chooses it: give --sizes"),
+        ("--law two.json --budget 1e19 --fix tokens=1e10", "--fix tokens: a plan chooses it: give --samples"),
+        ("--law served.json --budget 1e19 --fix steps=10", "--fix steps: a plan chooses it: give --steps"),
+        ("--law served.json --budget 1e19 --fix ensemble=10", "--fix ensemble: a plan chooses it: give --members"),
+        ("--law serving.json --budget 1e13 --column inference_macs=steps --fix inference_macs=3", "give --steps"),
+        ("--law two.json --budget 1e19 --hold-out 1e9", "go together"),
+        ("--law two.json --budget 1e19 --where task=depth", "--where is of no use with --law: leave it out"),
+        (
+            "--model mini --budget 5e10 --steps 3",
+            "--steps 3: mini has no such measured setting for depth: choose among",
+        ),
+        ("--model mini --budget 5e10 --members 7,9", "--members 7,9: mini has no such measured setting"),
+        ("--model mini --budget 5e10 --preset paper", "members 1, 2, 5, 10, preset fixed"),
+        ("--model mini --budget 5e10 --fix a=1", "--fix is of no use with --model alone: leave it out"),
+        ("--model mini --budget 5e10 --sizes a1", "--sizes is of no use"),
+        ("--model mini --budget 5e10 --resolution 512", "--resolution is of no use"),
+        ("--model mini --budget 5e10 --batch 4", "--batch is of no use"),
+        ("--model mini --budget 5e10 --chip h100", "--chip is of no use"),
+        ("--points two.json --hold-out 1e9 --steps 4", "--steps is of no use with --points: leave it out"),
     ],
 )
 def test_bad_input_is_one_line(files, words, message, capsys, monkeypatch):
@@ -327,6 +348,32 @@ def test_measured_budgets_are_chosen_as_predict_chooses(capsys):
     assert {"cache", "cache_interval", "views"} <= set(found.settings)
     for name in ("cache", "cache_interval", "views"):
         assert f"--{name.replace('_', '-')} {found.settings[name]}" in text, "all that the row decides"
+
+
+@pytest.mark.parametrize(
+    ("words", "starts"),
+    [
+        ("--steps 5", "choice    5 steps"),
+        ("--steps 1,10 --members 1", "choice    1 steps, 1 members"),
+        ("--preset fixed --members 2", "2 members"),
+    ],
+)
+def test_measured_budgets_are_chosen_among_those_that_are_asked_for(words, starts, capsys):
+    assert main(["plan", "--model", "mini", "--budget", "5e10", *words.split()]) == 0
+    assert starts in capsys.readouterr().out.splitlines()[0]
+
+
+def test_no_option_within_limits_is_no_warning(recwarn):
+    columns = (Column("params", "fixed", value=1e8), Column("tokens", "tokens"))
+    with pytest.raises(UserError, match="what a prediction costs is not known: give --sizes"):
+        plan(Laws((CHINCHILLA,), (columns,), {}, ()), Question(1e19))
+    assert not recwarn.list
+
+
+def test_the_compute_of_a_training_that_was_done_can_be_fixed():
+    law = law_of("test_time", ("steps", "train_macs"), (0.2, 0.3, 0.8, 0.1, 1.0), ranges=((1, 100), (1e9, 1e12)))
+    question = Question(1e10, sizes=[Size("a", 1e8, 1e8)], members=(1,))
+    assert plan(laws_of(law, fixed={"train_macs": 1e11}), question)["choice"]["steps"] == 100
 
 
 def test_what_is_no_number_is_a_law_for_each(tmp_path, capsys, monkeypatch):
