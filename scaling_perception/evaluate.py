@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from scaling_perception.evaluation.result_files import FORMAT, USUAL
 from scaling_perception.inference.settings import FLAGS as SETTING_FLAGS
 from scaling_perception.inference.settings import (
     SETTINGS,
@@ -55,8 +56,6 @@ FLAGS = {
 
 _ASKED = ("task", "dataset", "split", "count", "option", "metrics", "seed", "dtype", "panels", "controls")
 OUTPUTS = ("json", "csv", "per_image")
-USUAL = {"steps": "10", "ensemble": "5", "solver": "ddim", "first": 2, "step_chunk": 2, "seed": 0, "dtype": "float32"}
-"""Flags that a result records at their default too; of the other settings those alone that differ from it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -301,7 +300,6 @@ def _about(
 ) -> dict[str, Any]:
     """What a result says besides its figures."""
     from scaling_perception import __version__
-    from scaling_perception.evaluation.result_files import FORMAT
     from scaling_perception.models.dit import count_params
 
     return {

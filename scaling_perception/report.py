@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaling_perception.evaluate import USUAL
 from scaling_perception.evaluation.comparisons import kind
 from scaling_perception.evaluation.findings import (
     Measured,
@@ -41,7 +40,7 @@ from scaling_perception.evaluation.report_charts import (
     single_setting,
 )
 from scaling_perception.evaluation.report_panels import DETAILS, Detail, panels
-from scaling_perception.evaluation.result_files import read_evaluation, wrong_field
+from scaling_perception.evaluation.result_files import USUAL, read_evaluation, wrong_field
 from scaling_perception.evaluation.tables import cells_csv, images_csv
 from scaling_perception.support.again import add_overwrite, check_output, replacing, settings_of
 from scaling_perception.support.errors import UserError

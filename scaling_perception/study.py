@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from scaling_perception.scaling.study import check_settings, stages, study_cells
+    from scaling_perception.scaling.study import MARKER, check_settings, stages, study_cells
 
     if args.write and args.write not in _WRITERS:
         raise UserError(f"--write '{args.write}'{did_you_mean(args.write, _WRITERS)}")
@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--jobs {args.jobs}: give the number of cells that run at a time, 1 or more")
     if args.only and args.stage is not None:
         raise UserError("--only and --stage both choose cells: give one of them")
+    _check_flags(args)
     out = Path(args.out)
     cells = study_cells(args.config)
     settings = check_settings(cells, out, _settings, _defaults, _free)
@@ -92,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         chosen = [_indexed(stages(cells), args.stage, args.index)]
     if args.dry_run:
         return _dry_run(args, cells, chosen)
+    if args.collect and not any((out / cell.name / MARKER).is_file() for cell in cells):
+        raise UserError(f"--out {out}: no cell of this study was begun there: give the study's folder, or run it first")
     if args.compare:
         return _compare(args.compare, cells, out)
     if args.write:
@@ -104,6 +107,9 @@ def run(args: argparse.Namespace) -> int:
         return _run(chosen, out, settings, args.jobs)
     about = {"config": os.path.realpath(args.config.partition(":")[0]), "out": os.path.realpath(out)}
     table, figures = Path(args.csv or out / "study.csv"), declared(args.config, "figures")
+    for figure in figures:
+        if not all(hasattr(figure, name) for name in ("name", "file", "write", "summary")):
+            raise UserError(f"{args.config}: figures(arg) has {figure!r:.80}: give Figure, Comparison or Pictures")
     check_outputs({"--csv": table, "--images": args.images, **{f"figure {f.name}": out / f.file for f in figures}})
     for path in (table, args.images, *(out / figure.file for figure in figures)):
         check_output(path, about, args.overwrite)
@@ -113,6 +119,40 @@ def run(args: argparse.Namespace) -> int:
     if args.images:
         _collect(cells, out, Path(args.images), about, images=True)
     return code
+
+
+_MODES = {
+    "dry_run": "--dry-run",
+    "collect": "--collect",
+    "compare": "--compare",
+    "write": "--write",
+    "stage": "--stage",
+}
+_TABLE, _COST = ("", "--collect"), ("--dry-run",)
+_OF_MODES = {
+    "to": ("--write",),
+    **dict.fromkeys(("price", "mfu", "roofline", "measured"), _COST),
+    **dict.fromkeys(("csv", "images"), _TABLE),
+    "only": (*_TABLE, *_COST),
+    "jobs": ("",),
+}
+"""Flags that are of use in some of `_MODES` alone; "" is a study that runs."""
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """UserError where flags contradict one another, or one would have no effect."""
+    from scaling_perception.support.verbs import make_parser
+
+    usual = make_parser("study").get_default
+    modes = [flag for name, flag in _MODES.items() if getattr(args, name) != usual(name)]
+    if len(modes) > 1 and modes != ["--dry-run", "--stage"]:
+        raise UserError(f"{modes[0]} and {modes[1]} do not go together: give one of them")
+    mode = modes[0] if modes else ""
+    for name, places in _OF_MODES.items():
+        if getattr(args, name) == usual(name) or mode in places:
+            continue
+        where = f"with {mode}" if mode else f"without {' or '.join(places)}"
+        raise UserError(f"--{name} is of no use {where}: leave it out" + (f", or give {places[0]}" if not mode else ""))
 
 
 def _settings(cell: Any) -> dict[str, Any]:

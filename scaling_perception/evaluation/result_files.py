@@ -2,15 +2,19 @@
 
 import json
 import math
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from scaling_perception.inference.settings import SETTINGS
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.failures import explain_os
 
 FORMAT = 1
 """Of the JSON that `evaluate` writes."""
+USUAL = {"steps": "10", "ensemble": "5", "solver": "ddim", "first": 2, "step_chunk": 2, "seed": 0, "dtype": "float32"}
+"""Flags that a result records at their default too; of the other settings those alone that differ from it."""
 
 _MARKS = ("task", "dataset")
 _ONE_OF = ("asked", "cells", "protocol")
@@ -60,6 +64,26 @@ def _has_marks(text: str) -> bool:
         return f'"{name}"' in text
 
     return all(map(has, _MARKS)) and any(map(has, _ONE_OF))
+
+
+def differing_flag(result: dict[str, Any], flags: Mapping[str, Any]) -> str:
+    """The first flag of `evaluate` by which a result was made with another value than ``flags`` have, and both values;
+    empty: none. Results of versions that recorded no flags differ in none."""
+    if "asked" not in result:
+        return ""
+    usual = {name: one["default"] for name, one in SETTINGS.items()} | USUAL
+    there, here = ({**usual, **_given(one)} for one in (result["asked"], flags))
+    for name in dict.fromkeys([*SETTINGS, *result["asked"]]):
+        if name in flags and name != "autoencoder" and str(there.get(name)) != str(here.get(name)):
+            return f"--{name.replace('_', '-')} was {there.get(name)}, and is {here.get(name)} in the cell"
+    made, wanted = str(result.get("model", "")), re.sub(r"[{}]", "", str(flags.get("model") or ""))
+    if wanted and not f"/{made}".endswith(f"/{wanted}"):  # the folder of a study may have been moved
+        return f"--model was {made}, and is {flags['model']} in the cell"
+    return ""
+
+
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value not in (None, "", [])}
 
 
 def wrong_field(evaluation: dict[str, Any], tasks: Collection[str]) -> str:

@@ -414,7 +414,7 @@ def _groups(table: Table, group: Sequence[str] | None, notes: list[str]) -> tupl
 
 def _by_image(points: Points, table: Table, image: str, keep: np.ndarray) -> Points:
     """One point for each setting: the mean over images, with every image's value kept for the bootstrap."""
-    names = np.array([word for word, kept in zip(table.text(image), keep, strict=True) if kept])
+    names = [word for word, kept in zip(table.text(image), keep, strict=True) if kept]
     present = [found for one in SETTINGS if (found := find_column(table.names, one))]
     columns = [codes_of(table.text(one))[keep] for one in present if one != image]
     settings = np.stack([*(columns or list(points.x)), *(points.groups if points.group_names else [])])
@@ -427,7 +427,7 @@ def _by_image(points: Points, table: Table, image: str, keep: np.ndarray) -> Poi
         )
     sets = find_column(table.names, "dataset")
     kept = _of_all_settings(points, which, codes, codes_of(table.text(sets))[keep] if sets else None, image)
-    points, which, codes = points.take(kept), which[kept], codes_of(names[kept])
+    points, which, codes = points.take(kept), which[kept], np.unique(codes[kept], return_inverse=True)[1]
     first = np.array([np.flatnonzero(which == one)[0] for one in range(unique.shape[1])])
     values = np.full((unique.shape[1], codes.max() + 1), np.nan)
     values[which, codes] = points.y

@@ -102,11 +102,14 @@ def in_order(cells: Sequence[Cell], where: str) -> list[Cell]:
     """``cells``, each after those that it needs, otherwise as they are.
 
     Raises:
-        UserError: a bad or double name, a verb that cells cannot be, a word that the study adds itself, an unknown
-            reference, or a circle.
+        UserError: what is no cell, a bad or double name, a verb that cells cannot be, a word that the study adds
+            itself, an unknown reference, or a circle.
     """
     known: dict[str, Cell] = {}
-    for cell in cells:
+    for number, cell in enumerate(cells, 1):
+        if wrong := _wrong_kind(cell):
+            name = f"cell '{cell.name}'" if isinstance(cell, Cell) and isinstance(cell.name, str) else f"cell {number}"
+            raise UserError(f"{where}: {name}: {wrong}")
         if not _NAME.fullmatch(cell.name):
             raise UserError(f"{where}: cell '{cell.name}': use letters, digits, '.', '_', '-', and '/' between parts")
         if cell.name in known:
@@ -134,6 +137,27 @@ def in_order(cells: Sequence[Cell], where: str) -> list[Cell]:
             raise UserError(f"{where}: these cells wait for one another: {names}; break the circle")
         ordered |= {cell.name: cell for cell in free[:1]}
     return list(ordered.values())
+
+
+def _wrong_kind(cell: Any) -> str:
+    """What of a cell is of a kind that it cannot be, and what to write; empty: nothing."""
+    if not isinstance(cell, Cell):
+        return f"{cell!r:.80} is no Cell: write Cell(NAME, VERB, (WORD, …))"
+    for what, text in (("name", cell.name), ("verb", cell.verb)):
+        if not isinstance(text, str):
+            return f"its {what} is {text!r}: give a text"
+    for what, words in (("words", cell.words), ("after", cell.after)):
+        if not isinstance(words, (list, tuple)):
+            return f"its {what} are {words!r:.80}: give a tuple of texts"
+        odd = [word for word in words if not isinstance(word, str)]
+        if odd:
+            return f"its {what} have {odd[0]!r}, which is no text: write '{odd[0]}'"
+    if not isinstance(cell.labels, Mapping):
+        return f"its labels are {cell.labels!r:.80}: give a mapping of names to values"
+    for name, value in cell.labels.items():
+        if not isinstance(name, str) or not isinstance(value, (str, int, float, type(None))):
+            return f"its label {name!r} is {value!r:.80}: give a text or a number, named by a text"
+    return ""
 
 
 def stages(cells: Sequence[Cell]) -> list[list[Cell]]:

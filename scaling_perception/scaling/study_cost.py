@@ -109,6 +109,8 @@ def measured_flops(workdir: Path) -> tuple[float, str]:
     Raises:
         UserError: the folder holds no run, or one too short to tell.
     """
+    if not all((workdir / name).is_file() for name in ("run.json", "metrics.jsonl")):
+        raise UserError(f"--measured {workdir}: is no folder of a training run: give the --workdir of one")
     rows = [row for row in read_metrics(workdir) if row.get("samples_per_second")]
     record = read_json(workdir / "run.json")
     each = record.get("macs_per_sample")

@@ -6,9 +6,9 @@ training behind the figure, forward alone (the paper's count; times 3 with the b
 of the runs of this study that it started from; ``macs`` are those of predicting one image.
 """
 
+import contextlib
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import Any
 
 from scaling_perception.evaluation.comparisons import change, kind, solver_of
 from scaling_perception.evaluation.intervals import summarise
+from scaling_perception.evaluation.result_files import differing_flag, is_evaluation
 from scaling_perception.evaluation.tables import MORE_IS_BETTER, NAMED_COLUMNS
 from scaling_perception.scaling.study import Cell, read_marker
 from scaling_perception.support.errors import UserError
-from scaling_perception.support.files import read_json
+from scaling_perception.support.files import json_lines, read_json
+from scaling_perception.support.tables import read_text
 
 COLUMNS = (
     *("cell", "kind", "run", "model", "task", "dataset", "split", "images", "metric", "value", "low", "high"),
@@ -94,9 +96,17 @@ def run_facts(name: str, cells: Mapping[str, Cell], out: Path, step: int | None 
     Raises:
         UserError: the files are missing or damaged.
     """
-    record, last = read_json(out / name / "run.json"), list(read_metrics(out / name))[-1:]
+    folder = out / name
+    record, last = _read(folder / "run.json"), _logged(folder)[-1:]
     if not last:
-        raise UserError(f"{out / name / 'metrics.jsonl'} is empty: remove the folder to do the cell again")
+        raise UserError(f"{folder / 'metrics.jsonl'} is empty: {_again(folder)}")
+    with _whole(folder / "run.json", folder):
+        return _run_facts(name, cells, out, step, record, last)
+
+
+def _run_facts(
+    name: str, cells: Mapping[str, Cell], out: Path, step: int | None, record: Any, last: list[dict[str, Any]]
+) -> dict[str, Any]:
     if step is not None:  # compute and samples grow evenly
         share = step / last[0]["step"]
         last = [{**last[0], "step": step, "samples": round(share * last[0]["samples"])}]
@@ -140,30 +150,69 @@ def _referred(text: str) -> str:
     return found[1] if found else ""
 
 
-def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's ``metrics.jsonl``.
 
     Raises:
         UserError: it is missing or damaged.
     """
     path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: {_again(folder)}")
+    rows, torn = json_lines(path, read_text(path))
+    if torn:  # no run that has ended well leaves it so
+        raise UserError(f"{path}: the last line is not valid JSON: restore it, or remove the line")
+    return rows
+
+
+def _again(folder: Path) -> str:
+    return f"restore it, or remove the folder {folder} to do the cell again"
+
+
+def _read(path: Path) -> Any:
+    """The JSON of a cell that is done.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: remove the folder to do the cell again") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line)
-        except ValueError:
-            raise UserError(f"{path}, line {number} is no JSON: remove the folder to do the cell again") from None
+        return read_json(path)
+    except UserError as error:
+        raise UserError(f"{str(error).rpartition(': ')[0]}: {_again(path.parent)}") from None
 
 
-def _losses(folder: Path, before: float) -> Iterator[dict[str, Any]]:
+@contextlib.contextmanager
+def _whole(path: Path, folder: Path) -> Iterator[None]:
+    """Where a file of a cell lacks a field or has one of another kind, one line that names both."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} lacks a field, or has one of another kind ({error!r}): {_again(folder)}") from None
+
+
+def _losses(folder: Path, before: float) -> list[dict[str, Any]]:
     """Every held-out loss of a run, and its last training loss; ``before``: MACs of the runs that it started from.
 
     ``mse`` is the network's error alone, logged where the loss holds more (a variational bound, a balance of experts).
     """
-    rows = list(read_metrics(folder))
+    return list(_loss_lines(_logged(folder), before))
+
+
+def _logged(folder: Path) -> list[dict[str, Any]]:
+    """`read_metrics` of a run that trains a network.
+
+    Raises:
+        UserError: a line has no numbers of step and samples.
+    """
+    rows = read_metrics(folder)
+    for number, row in enumerate(rows, 1):
+        counts = [row.get(name) for name in ("step", "samples")] if isinstance(row, dict) else []
+        if not counts or not all(isinstance(count, (int, float)) for count in counts):
+            raise UserError(f"{folder / 'metrics.jsonl'} row {number} has no step and samples: remove the line")
+    return rows
+
+
+def _loss_lines(rows: Sequence[dict[str, Any]], before: float) -> Iterator[dict[str, Any]]:
     for row in rows:
         names = [name for name in row if name.startswith("held_out_") and name.endswith(("loss", "mse"))]
         names += [name for name in ("loss", "mse") if row is rows[-1] and name in row]
@@ -179,8 +228,23 @@ def _losses(folder: Path, before: float) -> Iterator[dict[str, Any]]:
         yield from ({**at, "metric": name, "value": row[name]} for name in names)
 
 
-def _figures(folder: Path, images: bool) -> Iterator[dict[str, Any]]:
-    found = read_json(folder / "result.json")
+def _figures(folder: Path, images: bool) -> list[dict[str, Any]]:
+    """The figures of an evaluation, or those of its images.
+
+    Raises:
+        UserError: its result is missing, damaged, or of another cell.
+    """
+    path = folder / "result.json"
+    found, marker = _read(path), read_marker(folder)
+    with _whole(path, folder):
+        if not is_evaluation(path, found):
+            raise UserError(f"{path} is no evaluation: {_again(folder)}")
+        if marker and (differs := differing_flag(found, marker["settings"])):
+            raise UserError(f"{path} is the result of another cell ({differs}): {_again(folder)}")
+        return list(_figure_lines(found, images))
+
+
+def _figure_lines(found: dict[str, Any], images: bool) -> Iterator[dict[str, Any]]:
     whole = {
         name: found.get(name) for name in ("task", "dataset", "split", "images", "params", "resolution", "weights")
     }

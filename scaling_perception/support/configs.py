@@ -10,7 +10,7 @@ import importlib.util
 import sys
 import traceback
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,11 @@ def config_runs(spec: str) -> list[tuple[str, str]]:
     if not callable(getattr(module, "runs", None)):
         raise UserError(f"{path} is one run: give it to `train` as it is")
     file = spec.partition(".py:")[0].removesuffix(".py") + ".py"
-    with _own_errors(path):
-        return [(name, f"{file}:{own}") for name, own in module.runs(arg)]
+    found = _listed(path, "runs", module.runs, arg)
+    for one in found:
+        if not (isinstance(one, (list, tuple)) and len(one) == 2 and all(isinstance(part, str) for part in one)):
+            raise UserError(f"{path}: runs(arg) has {one!r:.80}: give pairs of texts, (name, its own argument)")
+    return [(name, f"{file}:{own}") for name, own in found]
 
 
 def run_declaration(spec: str, names: Sequence[str]) -> tuple[str, list[Any]]:
@@ -88,8 +91,7 @@ def run_declaration(spec: str, names: Sequence[str]) -> tuple[str, list[Any]]:
     module = _execute(path)
     for name in names:
         if callable(getattr(module, name, None)):
-            with _own_errors(path):
-                return name, config_runs(spec) if name == "runs" else list(getattr(module, name)(arg))
+            return name, config_runs(spec) if name == "runs" else _listed(path, name, getattr(module, name), arg)
     raise UserError(f"{path} declares no {' and no '.join(f'{name}(arg)' for name in names)}: see docs/study.md")
 
 
@@ -101,8 +103,20 @@ def declared(spec: str, name: str) -> list[Any]:
     """
     path, arg = _split(spec)
     function: Any = getattr(_execute(path), name, None)
+    return [] if function is None else _listed(path, name, function, arg)
+
+
+def _listed(path: Path, name: str, function: Callable[[str], Any], arg: str) -> list[Any]:
+    """What a function of a config file returns, which must be a list.
+
+    Raises:
+        UserError: it is none, or the function has an error.
+    """
     with _own_errors(path):
-        return [] if function is None else list(function(arg))
+        found = function(arg)
+        if isinstance(found, Iterable) and not isinstance(found, (str, Mapping)):
+            return list(found)
+    raise UserError(f"{path}: {name}(arg) returns {found!r:.80}: return a list")
 
 
 def _split(spec: str) -> tuple[Path, str]:

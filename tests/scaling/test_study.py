@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from study_cells import SETTINGS, A, B, C, D, Runs, evaluated, go, trained
 
 from scaling_perception.scaling import study_cost
 from scaling_perception.scaling.study import (
@@ -23,47 +24,16 @@ from scaling_perception.scaling.study import (
     check_settings,
     in_order,
     read_marker,
-    run_cells,
     stages,
     study_cells,
 )
-from scaling_perception.scaling.study_table import COLUMNS, collect, differences, table_csv
+from scaling_perception.scaling.study_table import differences
 from scaling_perception.study import _settings
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.files import write_json
 from scaling_perception.support.verbs import run_verb
 
-A = Cell("a", "train", ("--config", "x"))
-B = Cell("b", "train", ("--config", "x:init={a}"))
-C = Cell("eval/b", "evaluate", ("--task", "depth", "--model", "{b}"), labels={"arm": "one"})
-D = Cell("d", "train", ("--config", "y"))
-SETTINGS = {name: {"steps": 1, "from": name} for name in ("a", "b", "eval/b", "d")}
-
-
 LAST = ("arm=ladder", "seed=0", "last=1")  # of the published study
-
-
-class Runs:
-    """Stands for the commands of the cells: makes what they leave, or fails as it is asked to."""
-
-    def __init__(self, **codes):
-        self.codes, self.ran = codes, []
-
-    def __call__(self, words, log):
-        name = log.parent.name
-        self.ran.append(name)
-        log.write_text(f"did {name}\nno space left\n")
-        code = self.codes.get(name, 0)
-        if isinstance(code, BaseException):
-            raise code
-        if code == 0:
-            (log.parent / ("result.json" if words[0] == "evaluate" else "model")).touch()
-        return max(code, 0)
-
-
-def go(cells, out, run, settings=None):
-    said = []
-    return [tuple(one)[:2] for one in run_cells(cells, out, settings or SETTINGS, said.append, run)], said
 
 
 def test_cells_come_after_what_they_need():
@@ -85,6 +55,16 @@ def test_cells_come_after_what_they_need():
         ([A, Cell("c", "train", ("{aa}",))], "needs 'aa'; did you mean 'a'"),
         ([A, Cell("a/x", "train", ())], "lies in the folder of cell 'a'"),
         ([Cell("x", "train", ("{y}",)), Cell("y", "train", ("{x}",))], "wait for one another: x, y"),
+        ([Cell("a", "evaluate", ("--count", 2))], "here: cell 'a': its words have 2, which is no text: write '2'"),
+        ([Cell("a", "evaluate", "--count")], "cell 'a': its words are '--count': give a tuple of texts"),
+        ([Cell("a", "evaluate", None)], "cell 'a': its words are None: give a tuple"),
+        ([A, Cell("b", "train", (), after=(A,))], "cell 'b': its after have Cell.name='a'.*which is no text"),
+        ([A, Cell(3, "train", ())], "here: cell 2: its name is 3: give a text"),
+        ([Cell("a", None, ())], "cell 'a': its verb is None: give a text"),
+        ([Cell("a", "train", (), labels=["x"])], "cell 'a': its labels are .'x'.: give a mapping"),
+        ([Cell("a", "train", (), labels={"x": Path("y")})], "cell 'a': its label 'x' is .*: give a text or a number"),
+        (["a"], "here: cell 1: 'a' is no Cell: write Cell"),
+        ([A, ("b", "train", ())], "here: cell 2: .'b', 'train', .*is no Cell"),
     ],
 )
 def test_cells_that_do_not_go_together_are_refused(cells, told):
@@ -178,6 +158,26 @@ def test_configs_that_list_runs_are_studies(tmp_path):
         study_cells("configs/mini.py")
 
 
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ("def study(arg): return None", r"listed.py: study\(arg\) returns None: return a list"),
+        ("def study(arg): return 'abc'", r"study\(arg\) returns 'abc': return a list"),
+        ("def study(arg): return {'a': 1}", r"study\(arg\) returns .'a': 1.: return a list"),
+        ("def study(arg): return [1]", "cell 1: 1 is no Cell"),
+        ("def study(arg): yield from ()", "declares no cell"),
+        ("def runs(arg): return 3", r"runs\(arg\) returns 3: return a list"),
+        ("def runs(arg): return ['ab', ('c',)]", r"runs\(arg\) has 'ab': give pairs of texts"),
+        ("def runs(arg): return [('c', 'd', 'e')]", r"runs\(arg\) has .'c', 'd', 'e'.: give pairs"),
+    ],
+)
+def test_what_is_no_list_of_cells_is_one_line(tmp_path, returned, words):
+    (tmp_path / "listed.py").write_text(returned + "\n")
+    with pytest.raises(UserError, match=words) as raised:
+        study_cells(str(tmp_path / "listed.py"))
+    assert "\n" not in str(raised.value)
+
+
 def test_the_shipped_study_compares_like_with_like(monkeypatch):
     monkeypatch.setattr(study_cost, "_params", lambda dit: 0)  # which takes longest
     cells = study_cells("configs/scenes_study.py")
@@ -192,74 +192,6 @@ def test_the_shipped_study_compares_like_with_like(monkeypatch):
 
 
 # ---- The table ----------------------------------------------------------------------------------------------------
-
-
-def trained(folder, macs=100.0, **config):
-    folder.mkdir(parents=True)
-    record = {"config": {"model": "nano", "resolution": 64, "seed": 3} | config}
-    record |= {"parameters": 50, "macs_per_sample": 10, "environment": {"devices": {"kind": "cpu", "count": 1}}}
-    write_json(folder / "run.json", record)
-    rows = [{"step": step, "samples": 5 * step, "loss": 1 / step, "macs": macs * step / 2} for step in (1, 2)]
-    rows[0]["held_out_loss"] = 0.5
-    rows[1] |= {"samples_per_second": 4.0}
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def evaluated(folder, shift=0.0, **changes):
-    cell = {
-        "kind": "fixed",
-        "preset": "fixed",
-        "solver": "ddim",
-        "steps": 5,
-        "ensemble": 2,
-        "macs": 20.0,
-        "reduce": "lsq",
-    }
-    cell |= {"schedule": "cosine", "seconds": 0.1}
-    cell["rows"] = [{"key": f"k{i}", "abs_rel": 0.1 * i + shift, "delta1": 0.1 * i} for i in range(1, 6)]
-    few = {"rows": [{"key": f"k{i}", "abs_rel": 0.5} for i in range(4)]}
-    found = {"task": "depth", "dataset": "scenes", "split": "val", "images": 5, "params": 50, "resolution": 64}
-    found |= {"weights": "w", "seed": 0, "model": "FOLDER/b", "protocol": {"fingerprint": "p"}, "prediction_type": "v"}
-    found |= {"cells": [cell, {**cell, "kind": "adaptive"}], "baselines": {"constant": few}, "macs_per_forward": 2}
-    write_json(folder / "result.json", found | changes)
-
-
-def test_the_table_has_a_line_for_each_figure(tmp_path):
-    cells = [A, B._replace(words=("--config", "x:init={a},steps=2")), C, D]
-    for name in ("a", "b"):
-        trained(tmp_path / name)
-    go(cells[:3], tmp_path, Runs())
-    evaluated(tmp_path / "eval" / "b")
-    rows, missing = collect(cells, tmp_path)
-    assert missing == ["d"] and {row["study_cells"] for row in rows} == {"3/4"}
-    lines = list(csv.DictReader(io.StringIO(table_csv(rows))))
-    assert list(lines[0])[: len(COLUMNS)] == list(COLUMNS) and "arm" in lines[0]
-    losses = [
-        (one["run"], one["metric"], one["train_step"], one["train_macs"]) for one in lines if one["kind"] == "train"
-    ]
-    assert losses == [
-        ("a", "held_out_loss", "1", "50"),
-        ("a", "loss", "2", "100"),
-        ("b", "held_out_loss", "1", "150"),
-        ("b", "loss", "2", "200"),  # with those of a, from which it started
-    ]
-    found = [one for one in lines if one["kind"] == "evaluate"]
-    assert [one["metric"] for one in found] == ["abs_rel", "delta1", "1-delta1"]
-    first, share, rest = found
-    assert (float(first["value"]), first["members"], first["steps"]) == (pytest.approx(0.3), "2", "5")
-    assert 0.1 < float(first["low"]) < 0.3 < float(first["high"]) < 0.5
-    assert (first["run"], first["model"], first["train_macs"], first["seed"]) == ("b", "nano", "200", "3")
-    assert first["arm"] == "one" and first["fingerprint"] == read_marker(tmp_path / "eval" / "b")["fingerprint"]
-    assert float(rest["low"]) == pytest.approx(1 - float(share["high"]))
-    floor = [one for one in lines if one["kind"] == "baseline"]
-    assert [(one["preset"], one["value"], one["low"]) for one in floor] == [("constant", "0.5", "")]  # too few images
-    images, _ = collect(cells, tmp_path, images=True)
-    assert [one["key"] for one in images if one["metric"] == "abs_rel"] == [f"k{i}" for i in range(1, 6)]
-    assert {(one["run"], one["kind"]) for one in images} == {("b", "evaluate")}
-
-    (tmp_path / "b" / "metrics.jsonl").write_text("{}\n{")
-    with pytest.raises(UserError, match="line 2 is no JSON"):
-        collect(cells, tmp_path)
 
 
 def test_two_evaluations_are_compared_image_by_image(config, tmp_path, capsys):
@@ -372,18 +304,62 @@ def test_the_cost_is_counted_before_anything_is_made(config, tmp_path, capsys):
         (("--price", "v5=1"), "--price v5=1: unknown chip; did you mean"),
         (("--mfu", "v5e=1.2"), "--mfu v5e=1.2: give a number above 0, up to 1"),
         (("--price", "v5e=nan"), "--price v5e=nan: give a number above 0"),
-        (("--measured", "nowhere"), "nowhere/metrics.jsonl does not exist"),
+        (("--measured", "nowhere"), "--measured nowhere: is no folder of a training run: give the --workdir"),
         (("--only", "rum"), "--only 'rum' names no cell; did you mean 'run'"),
         (("--stage", "0"), "--stage and --index go together"),
         (("--stage", "0", "--index", "1"), "--index 1: stage 0 has 1 cells"),
         (("--stage", "2", "--index", "0"), "--stage 2: this study has 2"),
         (("--write", "pbs"), "--write 'pbs'; known: jobset, slurm"),
+        (("--write", "slurm"), "--dry-run and --write do not go together: give one of them"),
+        (("--collect",), "--dry-run and --collect do not go together"),
+        (("--compare", "eval", "eval"), "--dry-run and --compare do not go together"),
+        (("--to", "jobs"), "--to is of no use with --dry-run: leave it out"),
+        (("--csv", "x.csv"), "--csv is of no use with --dry-run: leave it out"),
+        (("--jobs", "2"), "--jobs is of no use with --dry-run"),
     ],
 )
 def test_wrong_flags_are_one_clear_line(config, tmp_path, more, told):
     with pytest.raises(UserError) as raised:
-        study(config, tmp_path / "out", *(() if more[0] == "--write" else ("--dry-run",)), *more)
+        study(config, tmp_path / "out", *(() if more[1:] == ("pbs",) else ("--dry-run",)), *more)
     assert told in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--to", "jobs"), "--to is of no use without --write: leave it out, or give --write"),
+        (("--price", "v5e=1"), "--price is of no use without --dry-run"),
+        (("--measured", "x", "--collect"), "--measured is of no use with --collect: leave it out"),
+        (("--only", "run", "--write", "slurm"), "--only is of no use with --write"),
+        (("--images", "x.csv", "--stage", "0", "--index", "0"), "--images is of no use with --stage"),
+        (("--collect", "--stage", "0", "--index", "0"), "--collect and --stage do not go together"),
+        (("--collect",), "no cell of this study was begun there: give the study's folder, or run it first"),
+        (("--collect", "--only", "run"), "no cell of this study was begun there"),
+    ],
+)
+def test_flags_that_would_have_no_effect_run_nothing(config, tmp_path, monkeypatch, more, words):
+    monkeypatch.setattr(_Commands, "run", lambda *_: pytest.fail("a cell was run"))
+    with pytest.raises(UserError) as raised:
+        study(config, tmp_path / "out", *more)
+    assert words in str(raised.value) and "\n" not in str(raised.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"), [("[1]", "has 1: give Figure"), ("None", "returns None: return a list")]
+)
+def test_figures_that_are_none_are_refused_before_a_cell_runs(config, tmp_path, monkeypatch, returned, words):
+    monkeypatch.setattr(_Commands, "run", lambda *_: pytest.fail("a cell was run"))
+    Path(config).write_text(Path(config).read_text() + f"def figures(arg):\n    return {returned}\n")
+    with pytest.raises(UserError, match=rf"figures\(arg\) {words}"):
+        study(config, tmp_path / "out")
+
+
+def test_a_cache_is_no_run_whose_speed_was_measured(config, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "ledger.json").write_text("{}")
+    with pytest.raises(UserError, match="cache: is no folder of a training run") as raised:
+        study(config, tmp_path / "out", "--dry-run", "--measured", str(tmp_path / "cache"))
+    assert "remove" not in str(raised.value)
 
 
 def test_a_wrong_flag_of_a_cell_is_found_before_the_first_runs(config, tmp_path):
