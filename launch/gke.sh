@@ -20,8 +20,8 @@
 # Follow it: kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME   End it: kubectl delete jobset NAME
 set -euo pipefail
 
-fail() { echo "gke.sh: $1 (see --help)" >&2 && exit 2; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$here/arguments.bash" # fail, need_bucket
 declare -A set=([RUN]='' [ACCELERATOR]='' [TOPOLOGY]='' [IMAGE]='' [BUCKET]='' [SLICES]=1 [CHIPS]=4 [ACCOUNT]=default
   [RESTARTS]=1000)
 dry_run=''
@@ -42,6 +42,7 @@ for field in RUN ACCELERATOR TOPOLOGY IMAGE BUCKET; do [[ ${set[$field]} ]] || f
 [[ ${set[RUN]} =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || fail "NAME '${set[RUN]}': small letters, digits and -, up to 40"
 [[ ${set[TOPOLOGY]} =~ ^[0-9]+x[0-9]+(x[0-9]+)?$ ]] || fail "--topology ${set[TOPOLOGY]}: write it as 4x4 or 4x4x4"
 for field in SLICES CHIPS RESTARTS; do [[ ${set[$field]} =~ ^[0-9]+$ ]] || fail "--${field,,} ${set[$field]} is no number"; done
+need_bucket --workdir "$@"
 chips=$((${set[TOPOLOGY]//x/*}))
 ((set[CHIPS] <= chips)) || set[CHIPS]=$chips
 set[HOSTS]=$((chips / set[CHIPS]))

@@ -20,8 +20,8 @@
 # Follow it: kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME   End it: kubectl delete jobset NAME
 set -euo pipefail
 
-fail() { echo "gke_parts.sh: $1 (see --help)" >&2 && exit 2; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$here/arguments.bash" # fail, value_of, need_bucket
 declare -A set=([RUN]='' [PARTS]='' [ACCELERATOR]='' [TOPOLOGY]='' [IMAGE]='' [BUCKET]='' [AT_ONCE]='' [ACCOUNT]=default
   [RESTARTS]=1000)
 dry_run=''
@@ -47,6 +47,12 @@ for field in PARTS AT_ONCE RESTARTS; do
 done
 set[CHIPS]=$((${set[TOPOLOGY]//x/*}))
 ((set[CHIPS] <= 8)) || fail "--topology ${set[TOPOLOGY]} has ${set[CHIPS]} chips, and one host at most 8: a part is one process"
+case $1 in
+  prepare | predict) written=--out ;;
+  evaluate) written=--json ;;
+  *) fail "VERB '$1' has no parts: give prepare, evaluate or predict" ;;
+esac
+[[ $(value_of "$written" "$@") == *://* ]] || need_bucket "$written" "$@" # prepare also writes to an address
 list() { # words as a list of JSON strings
   local quoted=() word
   for word in "$@"; do word=${word//\\/\\\\} && quoted+=("\"${word//\"/\\\"}\""); done

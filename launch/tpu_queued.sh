@@ -14,9 +14,8 @@
 # Environment: CLOUDSDK_CORE_PROJECT, the project; PAUSE, seconds between looks (default 60).
 set -euo pipefail
 
-fail() { echo "tpu_queued.sh: $1 (see --help)" >&2 && exit 2; }
-value() { if [[ $2 ]]; then printf -v "${1#--}" %s "$2"; else fail "$1 has no value"; fi; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+. "$here/launch/arguments.bash" # fail, value, need_bucket, need_config
 source=(scaling_perception configs launch pyproject.toml README.md LICENSE) # what hosts need: no data, models or results
 name='' type='' zone='' bucket='' version='' slices=1 spot=() dry_run=''
 while (($#)); do
@@ -31,6 +30,7 @@ while (($#)); do
   esac
 done
 [[ $name && $type && $zone && $bucket && $# -gt 0 ]] || fail "NAME, --type, --zone, --bucket and ARGS are needed"
+need_bucket --workdir "$@" && need_config "$here" "$@"
 case $type in v5p*) default=v2-alpha-tpuv5 ;; v6e*) default=v2-alpha-tpuv6e ;; *) default=v2-alpha-tpuv5-lite ;; esac
 ((slices > 1)) && nodes=(--node-count "$slices" --node-prefix "$name") || nodes=(--node-id "$name")
 

@@ -6,7 +6,7 @@
 #   NAME             of the slice; one of that name that exists is used
 #   --type TYPE      such as v5litepod-16, v5p-128 or v6e-64
 #   --bucket BUCKET  Cloud Storage bucket, mounted on all hosts as `bucket`, best with a hierarchical namespace
-#   ARGS             of `scaling-perception train`, with `--workdir bucket/SOME/FOLDER`
+#   ARGS             of `scaling-perception train`, with `--workdir bucket/SOME/FOLDER` and a config of configs/ or bucket/
 #   --version V      runtime version (default: that of TYPE)
 #   --spot           a slice that may be taken away at any time, at a lower price
 #   --dry-run        print the commands of one round, run nothing
@@ -17,9 +17,8 @@
 # 30); TRIES, failures in a row on a sound slice after which to give up (default 3).
 set -euo pipefail
 
-fail() { echo "tpu_vm.sh: $1 (see --help)" >&2 && exit 2; }
-value() { if [[ $2 ]]; then printf -v "${1#--}" %s "$2"; else fail "$1 has no value"; fi; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+. "$here/launch/arguments.bash" # fail, value, need_bucket, need_config
 source=(scaling_perception configs launch pyproject.toml README.md LICENSE) # what hosts need: no data, models or results
 name='' type='' zone='' bucket='' version='' spot=() dry_run='' pause=${PAUSE:-30} tries=${TRIES:-3}
 while (($#)); do
@@ -34,6 +33,7 @@ while (($#)); do
   esac
 done
 [[ $name && $type && $zone && $bucket && $# -gt 0 ]] || fail "NAME, --type, --zone, --bucket and ARGS are needed"
+need_bucket --workdir "$@" && need_config "$here" "$@"
 case $type in v5p*) default=v2-alpha-tpuv5 ;; v6e*) default=v2-alpha-tpuv6e ;; *) default=v2-alpha-tpuv5-lite ;; esac
 
 work=$(mktemp -d)

@@ -22,7 +22,7 @@ DRY = {
     "tpu_worker.sh": ["--dry-run", "run", *TRAIN],
     "gke.sh": [*GKE, "--slices", "2", "--dry-run", "--", *TRAIN],
     "slurm_parts.sbatch": ["--dry-run", "prepare", *TRAIN],
-    "gke_parts.sh": [*PARTS, "--dry-run", "--", "prepare", *TRAIN],
+    "gke_parts.sh": [*PARTS, "--dry-run", "--", "prepare", "--out", "bucket/p", *TRAIN],
 }
 
 

