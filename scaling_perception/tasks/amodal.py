@@ -87,17 +87,33 @@ def mask_from_whole(rgb: Real[np.ndarray, "*shape 3"], threshold: float = 250) -
     return levels @ np.array(GREY_WEIGHTS) <= threshold + 5e-4
 
 
+_FULL = 0.99  # share of a picture above which `whole` has no white background
+_INSIDE = 0.5  # least share of the visible part in the whole object: outlines of annotators differ
+
+
 def inspect(raw: Mapping[str, Any], size: Size) -> dict[str, Any]:
     """``visible``, the share of the picture that the visible part covers.
 
     Raises:
-        UserError: a mask is missing or empty.
+        UserError: a mask is missing or empty, the whole object leaves most of its visible part out, or it is all of
+            the picture, as where the picture of the whole object is not on white.
     """
     visible = field_of(raw, "visible_mask", size).astype(bool)
     if not visible.any():
         raise UserError(f"visible_mask is empty: {EMPTY_PROMPT}")
-    if raw.get("whole_mask") is not None and not field_of(raw, "whole_mask", size).any():
-        raise UserError("whole_mask is empty")
+    painted = None if raw.get("whole") is None else mask_from_whole(field_of(raw, "whole", (*size, 3)) / 127.5 - 1)
+    if painted is not None and painted.mean() > _FULL:
+        raise UserError(f"whole has colours in {painted.mean():.1%} of its pixels: give the whole object on white")
+    whole = painted if raw.get("whole_mask") is None else field_of(raw, "whole_mask", size).astype(bool)
+    if whole is not None:
+        if not whole.any():
+            raise UserError("whole_mask is empty")
+        inside = float((visible & whole).sum() / visible.sum())
+        if inside < _INSIDE:
+            raise UserError(
+                f"{inside:.0%} of visible_mask lies in the mask of the whole object, which contains the visible part: "
+                "is one of them inverted, or of another object?"
+            )
     return {"visible": float(visible.mean())}
 
 

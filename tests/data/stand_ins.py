@@ -47,7 +47,7 @@ class StandIn:
             "flow": np.stack([20 * x + 5 * x[:, None], 9 * x[:, None] - 3 * x], -1) + rng.normal(size=2).astype("f4"),
             "visible_mask": visible,
             "whole_mask": visible,
-            "whole": rng.integers(0, 256, (*size, 3), dtype=np.uint8),
+            "whole": np.where(visible[..., None], rng.integers(0, 256, (*size, 3), dtype=np.uint8), np.uint8(255)),
             "label": 7 + index,
         }
 

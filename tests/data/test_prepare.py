@@ -309,7 +309,11 @@ def test_worker_processes_make_the_same_cache_of_files(tmp_path, monkeypatch):
     ):
         (root / folder).mkdir(parents=True)
         for i in range(20):
-            values = rng.integers(0, 2, shape) * 255 if len(shape) == 2 else rng.integers(0, 256, shape)
+            mask = np.zeros((32, 32), bool)
+            mask[4:20, 4 : 8 + i] = True
+            values = mask * 255 if len(shape) == 2 else rng.integers(0, 256, shape)
+            if name == "whole":
+                values[~mask] = 255
             Image.fromarray(values.astype(np.uint8)).save(root / folder / f"{i:03d}_{name}.png")
     words = ["pix2gestalt", "--raw", str(root), "--split", "all", "--out"]
     encode = ["--latents", "--resolution", "32", "--batch", "16", "--shard-size", "9"]

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import TaskOptions, amodal
 
 OPTIONS = TaskOptions()
@@ -108,3 +109,35 @@ def test_opening_by_its_definition():
                 expected[max(row - 2, 0) : row + 3, max(column - 2, 0) : column + 3] = True
     assert expected.any() and not expected.all()
     np.testing.assert_array_equal(amodal.opened(mask, 2), expected & mask)
+
+
+def _object(white=255):
+    visible, whole_mask = np.zeros((2, 20, 30), bool)
+    visible[4:16, 5:15], whole_mask[4:16, 5:25] = True, True
+    whole = np.where(whole_mask[..., None], np.uint8(90), np.uint8(white)).repeat(3, -1)
+    return {"visible_mask": visible, "whole_mask": whole_mask, "whole": whole}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"whole_mask": ~_object()["whole_mask"]}, "0% of visible_mask lies in the mask of the whole object"),
+        ({"visible_mask": ~_object()["visible_mask"]}, "25% of visible_mask lies"),
+        ({"visible_mask": ~_object()["visible_mask"], "whole_mask": None}, "25% of visible_mask lies"),
+        ({"whole": _object(0)["whole"]}, "whole has colours in 100.0% of its pixels: give the whole object on white"),
+        ({"whole": _object(200)["whole"], "whole_mask": None}, "give the whole object on white"),
+        ({"whole_mask": np.zeros((20, 30), bool)}, "whole_mask is empty"),
+    ],
+)
+def test_masks_that_cannot_be_of_one_object_are_refused(changes, told):
+    with pytest.raises(UserError, match=told):
+        amodal.inspect(_object() | changes, (20, 30))
+
+
+@pytest.mark.parametrize("missing", [(), ("whole",), ("whole_mask",), ("whole", "whole_mask")])
+def test_masks_of_one_object_pass(missing):
+    raw = {name: value for name, value in _object().items() if name not in missing}
+    assert amodal.inspect(raw, (20, 30)) == {"visible": 0.2}
+    if "whole" in missing:  # an object that is all of the picture, such as a wall
+        raw |= {"whole_mask": np.ones((20, 30), bool)}
+        amodal.inspect(raw, (20, 30))
