@@ -27,7 +27,7 @@ from scaling_perception.tasks.colours import UNKNOWN_FLOW as UNKNOWN_FLOW
 from scaling_perception.tasks.colours import depth_to_color as depth_to_color
 from scaling_perception.tasks.colours import flow_to_color as flow_to_color
 from scaling_perception.tasks.colours import flow_valid as flow_valid
-from scaling_perception.tasks.normals import unit
+from scaling_perception.tasks.normals import check_lengths, unit
 
 FLO_MAGIC = 202021.25
 
@@ -187,13 +187,18 @@ def read_normals(path: FilePath) -> tuple[np.ndarray, np.ndarray]:
     towards the camera is blue, 127.5 being none of it, as `predict` writes it.
 
     Returns:
-        float32 (H, W, 3) at unit length, and bool (H, W) where there is a direction (not: NaN, 0, black).
+        float32 (H, W, 3), scaled to unit length, and bool (H, W) where there is a direction (not: NaN, 0, black).
 
     Raises:
-        UserError: missing, damaged, or of another shape.
+        UserError: missing, damaged, of another shape, integers in a .npy, or most vectors are not of unit length.
     """
     if Path(path).suffix.lower() == ".npy":
-        vectors = float32(read_npy(path))
+        stored = read_npy(path)
+        if stored.dtype.kind != "f":
+            raise UserError(
+                f"{path} holds {stored.dtype}: normals in .npy are floats, unit vectors (save colours as .png)"
+            )
+        vectors = float32(stored)
         if vectors.ndim != 3 or vectors.shape[-1] != 3:
             raise UserError(f"{path} has shape {vectors.shape}: normals are (H, W, 3)")
         with np.errstate(invalid="ignore"):
@@ -202,6 +207,7 @@ def read_normals(path: FilePath) -> tuple[np.ndarray, np.ndarray]:
         colours = read_image(path, upright=False)
         valid = np.asarray(colours.any(axis=-1))
         vectors = (colours.astype(np.float32) / 127.5 - 1) * np.array([1, -1, -1], np.float32)
+    check_lengths(vectors[valid], f"{path}: normals")
     return unit(np.where(valid[..., None], vectors, 0)), valid
 
 

@@ -44,6 +44,8 @@ FACING = (0.0, 0.0, -1.0)
 _SHARES = (5.0, 7.5, 11.25, 22.5, 30.0)  # degrees
 NORMAL_METRICS = ("mean_angle", "median_angle", "rmse_angle", *(f"within_{degrees:g}" for degrees in _SHARES))
 _WORST_ANGLE = 60.0  # degrees that are drawn at full scale
+_LENGTH_ERROR = 0.1
+_FOCAL = 0.7  # focal length over the longer side: 71 degrees
 _SPLITS = 16  # rows that the fitted horizon may lie at
 
 
@@ -59,6 +61,30 @@ def angles(first: Real[np.ndarray, "... 3"], second: Real[np.ndarray, "... 3"]) 
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
     apart, together = np.linalg.norm(first - second, axis=-1), np.linalg.norm(first + second, axis=-1)
     return np.degrees(2 * np.arctan2(apart, together))
+
+
+def check_lengths(vectors: Real[np.ndarray, "n 3"], what: str) -> None:
+    """Raise UserError if more than half of the vectors (n, 3) are not of unit length, as colours are not.
+
+    Vectors that were resized are shorter along edges, so not all need to have it.
+    """
+    lengths = np.linalg.norm(np.asarray(vectors, np.float64), axis=-1)
+    if lengths.size and not np.median(np.abs(lengths - 1)) < _LENGTH_ERROR:
+        raise UserError(
+            f"{what} have a median length of {np.median(lengths):.3g}, and most are not of unit length: give unit "
+            "vectors, x right, y down, z away (colours are read from a picture, not from .npy)"
+        )
+
+
+def facing(normals: Real[np.ndarray, "H W 3"]) -> Bool[np.ndarray, "H W"]:
+    """Where normals (H, W, 3) point against the ray through their pixel, bool (H, W), for a usual angle of view.
+
+    z < 0 is not enough: a floor that a camera sees while it looks slightly upwards has z > 0.
+    """
+    height, width = normals.shape[:2]
+    row, column = np.mgrid[:height, :width] - np.reshape([height - 1, width - 1], (2, 1, 1)) / 2
+    depth = np.full_like(row, _FOCAL * max(height, width))
+    return (normals * np.stack([column, row, depth], axis=-1)).sum(axis=-1) < 0
 
 
 def encode(raw: Mapping[str, Any], resolution: int, options: TaskOptions) -> list[dict[str, Any]]:
@@ -89,7 +115,8 @@ def conditions(raw: Mapping[str, Any], resolution: int, options: TaskOptions) ->
 
 
 def inspect(raw: Mapping[str, Any], size: Size) -> dict[str, Any]:
-    """``normals_valid``, the valid share.
+    """``normals_valid``, the valid share, and ``normals_facing``, the share of these that face the camera, as all do
+    that it sees.
 
     Raises:
         UserError: normals are missing, hardly anywhere valid, or not of unit length.
@@ -97,10 +124,8 @@ def inspect(raw: Mapping[str, Any], size: Size) -> dict[str, Any]:
     valid = valid_of(raw, size)
     known = field_of(raw, "normals", (*size, 3))[valid]
     range_of(known, "normals")
-    length = float(np.median(np.linalg.norm(known.astype(np.float64), axis=-1)))
-    if not 0.9 < length < 1.1:
-        raise UserError(f"normals have a length of {length:.3g}: give unit vectors, x right, y down, z away")
-    return {"normals_valid": float(valid.mean())}
+    check_lengths(known, "normals")
+    return {"normals_valid": float(valid.mean()), "normals_facing": float(facing(raw["normals"])[valid].mean())}
 
 
 # Predicting
@@ -293,7 +318,7 @@ TASK = Task(
     optional_columns=("valid_mask",),
     truth="normals",
     inspect=inspect,
-    ranges={"normals_valid": ""},
+    ranges={"normals_valid": "", "normals_facing": ""},
     default=False,  # what `prepare scenes` makes unasked stays as it was
     dataset="scenes",
     decode_prediction=decode_prediction,

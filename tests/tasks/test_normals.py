@@ -14,6 +14,7 @@ from scaling_perception.tasks.normals import (
     angles,
     decode_prediction,
     encode,
+    facing,
     inspect,
     merge,
     normal_baselines,
@@ -129,7 +130,7 @@ def test_the_renderers_normals_are_those_of_its_depth(index):
 
 def test_files_hold_what_is_written(tmp_path):
     normals = unit(np.random.default_rng(0).normal(size=(5, 7, 3)) - [0, 0, 2])
-    np.save(tmp_path / "n.npy", normals * 3)
+    np.save(tmp_path / "n.npy", normals * 1.05)
     found, valid = read_normals(tmp_path / "n.npy")
     np.testing.assert_allclose(found, normals, atol=1e-6)
     assert valid.all()
@@ -143,6 +144,24 @@ def test_files_hold_what_is_written(tmp_path):
         read_normals(tmp_path / "flat.npy")
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda n: normals_to_color(n), "holds uint8: normals in .npy are floats"),
+        (lambda n: (n * 100).astype(np.int16), "holds int16: normals in .npy are floats"),
+        (lambda n: normals_to_color(n).astype(np.float64), "normals have a median length of"),
+        (lambda n: (n + 1) / 2, "most are not of unit length"),
+        (lambda n: n * 0.5, "normals have a median length of 0.5"),
+    ],
+)
+def test_what_is_no_direction_is_refused(tmp_path, change, told):
+    normals = unit(np.random.default_rng(0).normal(size=(9, 11, 3)) - [0, 0, 2])
+    np.save(tmp_path / "n.npy", change(normals))
+    with pytest.raises(UserError, match=told) as error:
+        read_normals(tmp_path / "n.npy")
+    assert str(error.value).startswith(str(tmp_path / "n.npy"))
+
+
 def test_a_persons_own_folder_of_normals(tmp_path, make_raw):
     raw = make_raw(24, 32)
     for name in ("image", "normals"):
@@ -151,9 +170,21 @@ def test_a_persons_own_folder_of_normals(tmp_path, make_raw):
     np.save(tmp_path / "normals" / "a.npy", raw["normals"])
     (sample,) = list(open_source("folder", tmp_path, "all", "normals"))
     np.testing.assert_allclose(sample["normals"], raw["normals"], atol=1e-6)
-    assert inspect(sample, (24, 32)) == {"normals_valid": 1.0}
-    with pytest.raises(UserError, match="normals have a length of 5: give unit vectors"):
+    found = inspect(sample, (24, 32))
+    assert found["normals_valid"] == 1 and 0.9 < found["normals_facing"] < 1  # some of the random ones point away
+    with pytest.raises(UserError, match="normals have a median length of 5, and most are not of unit length"):
         inspect({**raw, "normals": raw["normals"] * 5}, (24, 32))
+
+
+@pytest.mark.parametrize("pitch", [-10, 0, 10])
+def test_what_a_camera_sees_faces_it(pitch):
+    """A floor below the horizon and a wall above, seen by a camera that looks up or down; if z has the wrong sign, the
+    wall faces away."""
+    angle = np.radians(pitch)
+    normals = np.empty((60, 80, 3), np.float32)
+    normals[:30], normals[30:] = (0, -np.sin(angle), -np.cos(angle)), (0, -np.cos(angle), np.sin(angle))
+    assert facing(normals)[:28].all() and facing(normals)[45:].all()
+    assert not facing(normals * np.float32([1, 1, -1]))[:28].any()
 
 
 def test_a_task_that_is_added_renumbers_nothing():
