@@ -120,7 +120,7 @@ class RawSamples:
         for source, chosen, names in self.groups:
             line = taken(source, dataset, root, split, names[0], **self.options)
             lines.append(line if len(chosen) == len(source) else f"{line}; {len(chosen)} of them, from {chosen.start}")
-            lines += [f"note: {note}" for note in getattr(source, "notes", ())]
+            lines += [f"note: {note}" for note in (*getattr(source, "notes", ()), *getattr(source, "assumed", ()))]
         return lines
 
     def read(self, index: int) -> tuple[Mapping[str, Any], list[str]]:
@@ -269,15 +269,20 @@ _DEPTHS = (1e-3, 1e4)  # metres: 1 mm to 10 km
 
 def unlikely(ranges: Mapping[str, Sequence[float]]) -> list[str]:
     """What the ranges of a summary say of a wrong set-up, one line each."""
-    if "depth" not in ranges:
-        return []
-    (low, high), (least, most) = ranges["depth"], _DEPTHS
-    if least <= low and high <= most:
-        return []
-    return [
-        f"depth is {low:g} to {high:g} m, outside 1 mm to 10 km: depth_scale is stored units a metre (1000 for "
-        "millimetres): is it the wrong way round?"
-    ]
+    found, (least, most) = [], _DEPTHS
+    low, high = ranges.get("depth", _DEPTHS)
+    if low < least or high > most:
+        found.append(
+            f"depth is {low:g} to {high:g} m, outside 1 mm to 10 km: depth_scale is stored units a metre (1000 for "
+            "millimetres): is it the wrong way round?"
+        )
+    facing = min(ranges.get("normals_facing", [1.0]))
+    if facing < 0.5:
+        found.append(
+            f"in one sample only {facing:.0%} of the normals face the camera, as every visible surface does: x is "
+            "right, y is down and z points away from the camera (z < 0 on a wall ahead): is a sign turned?"
+        )
+    return found
 
 
 def say_ranges(ranges: dict[str, list[float]]) -> None:

@@ -11,6 +11,7 @@ from scaling_perception.data.manifest import check_sample, ranges_of
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import run_verb
 from scaling_perception.tasks import TaskOptions
+from scaling_perception.tasks.normals import unit
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,36 @@ def test_depth_scale_the_wrong_way_round_is_noticed(tmp_path, capsys, scale, war
     text = capsys.readouterr()
     assert text.out.startswith("1 samples of folder (train)\n") and " m\n" in text.out
     assert ("outside 1 mm to 10 km: depth_scale" in text.err) == warned
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_the_unit_of_depth_without_a_scale_is_said(tmp_path, capsys, dtype):
+    for folder in ("image", "depth"):
+        (tmp_path / folder).mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).save(tmp_path / "image" / "a.png")
+    metres = np.linspace(1.5, 3, 12 * 16).reshape(12, 16)
+    np.save(tmp_path / "depth" / "a.npy", (metres * 1000 if dtype == np.uint16 else metres).astype(dtype))
+    words = ["folder", "--raw", str(tmp_path), "--tasks", "depth", "--out", str(tmp_path / "out"), "--workers", "0"]
+    note = "note: depth without depth_scale: integers are read as millimetres, floats as metres\n"
+    assert run_verb("prepare", [*words, "--check"]) == 0
+    text = capsys.readouterr().out
+    assert note in text and "depth: 1.5 .. 3 m\n" in text
+    words[6] += "2"
+    assert run_verb("prepare", [*words, "--check", "--option", "depth_scale=1000"]) == 0
+    assert note not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("z", "warned"), [(1, False), (-1, True)])
+def test_normals_that_point_away_are_noticed(tmp_path, capsys, z, warned):
+    for folder in ("image", "normals"):
+        (tmp_path / folder).mkdir()
+    normals = unit(np.random.default_rng(0).normal(size=(12, 16, 3)) - [0, 0, 4])
+    for name, sign in (("a", 1), ("b", z)):
+        Image.fromarray(np.zeros((12, 16, 3), np.uint8)).save(tmp_path / "image" / f"{name}.png")
+        np.save(tmp_path / "normals" / f"{name}.npy", normals * [1, 1, sign])
+    words = ["folder", "--raw", str(tmp_path), "--tasks", "normals", "--out", str(tmp_path / "out"), "--workers", "0"]
+    assert run_verb("prepare", [*words, "--check"]) == 0
+    text = capsys.readouterr()
+    assert ("of the normals face the camera," in text.err) == warned
+    assert re.search(r"^normals_facing: [\d.]+ .. (1|0\.99\d*)$", text.out, re.M)

@@ -106,6 +106,8 @@ class FileSource:
         self.count = count
         self.notes: list[str] = []
         """What a person should know of the samples: what was left out, and why."""
+        self.assumed: list[str] = []
+        """How the files are read where nothing says it: `prepare` prints it."""
         self.whole = False
         """Whether the data is not split, so that every split is everything."""
         entries = self.find()

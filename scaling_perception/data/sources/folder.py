@@ -47,7 +47,7 @@ class Folder(FileSource):
     missing whole leaves data to evaluate on, not to train on.
 
     Args:
-        depth_scale: stored units a metre where a row has none; 0: 1000 for PNG, 1 for floats.
+        depth_scale: stored units a metre where a row has none; 0: 1000 for integers, 1 for floats.
         min_depth, max_depth: metres; depths outside are invalid.
         depth_kind: what is stored: depth, inverse (1 / metres) or disparity (pixels); of the last two what is not above
             0 is unknown.
@@ -112,7 +112,11 @@ class Folder(FileSource):
             if path.lower().endswith(".exr"):
                 formats.need_exr(self.root / path)  # once, and not for every sample
                 break
-        return self._share(found) if self.val_share else found
+        found = self._share(found) if self.val_share else found
+        if self.depth_scale is None and self.depth_kind == "depth" and not self.relative:
+            if any("depth" in entry.files and "depth_scale" not in entry.values for entry in found):
+                self.assumed.append("depth without depth_scale: integers are read as millimetres, floats as metres")
+        return found
 
     def _share(self, entries: list[Entry]) -> list[Entry]:
         """Of data without splits those of the split, by their names."""
