@@ -27,6 +27,7 @@ scaling-perception compile --config configs/depth.py:model=a1,cache=x --topology
 OUTPUTS = ("json", "hlo")
 
 WHAT = ("train", "sample", "encode")
+_SAMPLER = {"steps": 10, "ensemble": 1}
 GIB = 2**30
 
 
@@ -38,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", default="", metavar="AXIS=N,…", help="in place of the config's: data, fsdp, …")
     parser.add_argument("--what", choices=(*WHAT, "all"), default="train")
     parser.add_argument("--batch", type=int, metavar="N", help="samples of a train step; pictures to sample or encode")
-    parser.add_argument("--steps", type=STEPS, default=10, help="of the sampler (default %(default)s)")
-    parser.add_argument("--ensemble", type=COUNT, default=1, metavar="N", help="members (default %(default)s)")
+    parser.add_argument("--steps", type=STEPS, help=f"of the sampler (default {_SAMPLER['steps']})")
+    parser.add_argument("--ensemble", type=COUNT, metavar="N", help=f"members (default {_SAMPLER['ensemble']})")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices joined by the network")
     parser.add_argument("--chip", default="", help="with cpu:N, the GPU whose limits to use: a100, h100, h200")
     parser.add_argument("--json", metavar="FILE", help="also write everything to this file")
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search", action="store_true", help="compile every sensible mesh, remat and accumulation: a table of bounds"
     )
-    parser.add_argument("--jobs", type=COUNT, default=1, metavar="N", help="of --search: processes at a time")
+    parser.add_argument("--jobs", type=COUNT, metavar="N", help="of --search: processes at a time (default 1)")
     add_overwrite(parser)
 
 
@@ -62,10 +63,14 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, list(getattr(args, "overrides", [])))
     if args.batch is not None and args.batch < 1:
         raise UserError(f"--batch {args.batch}: give 1 or more")
+    _refuse_unused(args)
     topology = get_topology(args.topology, args.slices, args.chip)
     if args.search:
         _search(args, config, topology)
         return
+    for name, value in _SAMPLER.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     mesh = mesh_of(config, args.mesh, topology.devices)
     names = WHAT if args.what == "all" else (args.what,)
     settings = settings_of(args, OUTPUTS)
@@ -77,12 +82,27 @@ def run(args: argparse.Namespace) -> None:
             report, text = compile_program(config, topology, mesh, name, args.batch, args.steps, args.ensemble)
         reports.append({"config": args.config, "overrides": list(getattr(args, "overrides", [])), **report})
         print(describe(report), flush=True)
-        if args.hlo and name == names[-1]:
+        if args.hlo:
             with replacing(args.hlo, settings) as file:
                 write_text(file, text)
     if args.json:
         with replacing(args.json, settings) as file:
             write_json(file, reports)
+
+
+def _refuse_unused(args: argparse.Namespace) -> None:
+    """UserError for a flag that the command would ignore."""
+    if args.what == "all" and args.hlo:
+        raise UserError(
+            f"--hlo {args.hlo} is the text of one program, not of --what all: give --what {' or '.join(WHAT)}"
+        )
+    if args.jobs is not None and not args.search:
+        raise UserError(f"--jobs {args.jobs} goes with --search: leave it out")
+    for name in _SAMPLER:
+        if getattr(args, name) is not None and args.what not in ("sample", "all"):
+            raise UserError(
+                f"--{name} {getattr(args, name)} is for --what sample or all, not for {args.what}: leave it out"
+            )
 
 
 def _search(args: argparse.Namespace, config: Any, topology: Any) -> None:
@@ -108,7 +128,7 @@ def _search(args: argparse.Namespace, config: Any, topology: Any) -> None:
     words += [f"--config.{override}" for override in getattr(args, "overrides", [])]
     folder = Path(f"{args.json}.parts")
     print(f"{len(found)} ways to spread a step over {len(topology.devices)} devices of {topology.name}", flush=True)
-    compiled = mesh_search.compile_all(found, words, folder, args.jobs)
+    compiled = mesh_search.compile_all(found, words, folder, args.jobs or 1)
     rows = mesh_search.best_first(progress(compiled, len(found), "compile"))
     with replacing(args.json, settings) as file:
         write_json(file, {"topology": topology.name, "chip": topology.chip.name, "too_large": too_large, "rows": rows})
@@ -226,6 +246,7 @@ def analyse(program: Any, compiled: Any, text: str, topology: Any, mesh: Any) ->
     flops = {
         "model": program.flops,
         "model_per_device": program.flops / mesh.size,
+        "optimizer": program.update_flops,
         "products": counted,
         "kernels": by_kernels,
         "xla_loops_once": float((compiled.cost_analysis() or {}).get("flops", math.nan)),
@@ -249,7 +270,7 @@ def analyse(program: Any, compiled: Any, text: str, topology: Any, mesh: Any) ->
         "warnings": [
             *partition.gathered_experts(found, parameters),
             *partition.unsharded_activations(module, sizes, program, parameters),
-            *partition.repeated_work(counted + by_kernels, program.flops / mesh.size),
+            *partition.repeated_work(counted + by_kernels, program.flops / mesh.size, program.update_flops, mesh.size),
             *partition.resharded_layers(found),
             # a CPU's compiler knows no reduce-scatter of its own
             *(partition.whole_gradients(found, travelling) if topology.shape else ()),
@@ -351,11 +372,12 @@ def _flop_lines(report: Mapping[str, Any]) -> list[str]:
     flops, bound = report["flops"], report.get("estimate")
     tera = {name: value / 1e12 for name, value in flops.items()}
     done = tera["products"] + tera["kernels"]
+    update = f" and up to {tera['optimizer']:.4g} by the optimizer's" if tera["optimizer"] else ""
     parts = list(report["memory_traffic_by_part"].items())[:4]
     most = ", ".join(f"{size / 1e9:.4g} in {part}" for part, size in parts)
     lines = [
-        f"TFLOPs on each device: {tera['model_per_device']:.4g} by the model's formula; {done:.4g} in the program "
-        f"({tera['kernels']:.4g} of them in kernels); XLA's own count, loops once: {tera['xla_loops_once']:.4g}",
+        f"TFLOPs on each device: {tera['model_per_device']:.4g} by the model's formula{update}; {done:.4g} in the "
+        f"program ({tera['kernels']:.4g} of them in kernels); XLA's own count, loops once: {tera['xla_loops_once']:.4g}",
         f"memory traffic on each device: {report['memory_traffic'] / 1e9:.4g} GB, of them {most}",
     ]
     if bound is None:

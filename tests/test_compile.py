@@ -106,6 +106,14 @@ def test_flops_are_those_of_the_formula(dense, experts):
     assert dense["loops_of_unknown_length"] == []
 
 
+def test_the_work_of_muon_is_expected():
+    report = report_of("train", {"data": 8}, "optim.name=muon")
+    flops = report["flops"]
+    assert report["warnings"] == [] and flops["products"] > 3 * flops["model_per_device"]
+    own = flops["products"] - flops["optimizer"]  # every device updates all of the weights
+    assert 0.95 < own / flops["model_per_device"] < 1.1 and "by the optimizer's" in describe(report)
+
+
 def test_state_is_spread_and_donated(dense):
     params = count_params(network_of(config_of()))
     whole = 4 * 4 * params  # weights, two moments and the average, float32
@@ -178,6 +186,13 @@ def test_the_command(tmp_path, capsys):
         (["--config.objective=autoencoder"], "objective=autoencoder needs it"),
         (["--what", "sample", "--batch", "3"], "3 rows"),
         (["--topology", "v5p"], "give a TPU slice"),
+        (["--topology", "cpu:0"], "--topology 'cpu:0': give a TPU slice such as v5e:8x8"),
+        (["--topology", "cpu:00"], "cpu:N with N >= 1 for fake devices"),
+        (["--what", "all", "--hlo", "h.txt"], "--hlo h.txt is the text of one program, not of --what all"),
+        (["--ensemble", "4"], "--ensemble 4 is for --what sample or all, not for train"),
+        (["--what", "encode", "--steps", "10"], "--steps 10 is for --what sample or all, not for encode"),
+        (["--jobs", "1"], "--jobs 1 goes with --search"),
+        (["--search", "--json", "x.json", "--steps", "3"], "--steps 3 is for --what sample"),
     ],
 )
 def test_mistakes(words, message, capsys):

@@ -102,14 +102,16 @@ def _holds(shape: tuple[int, ...], rows: int, own: int, tokens: int, widths: Con
     return together and any(pair == (rows, tokens) for pair in zip(shape, shape[1:], strict=False))
 
 
-def repeated_work(program: float, model: float) -> Iterator[str]:
+def repeated_work(program: float, model: float, update: float, devices: int) -> Iterator[str]:
     """Whether a device computes much more than its share: a train step that recomputes everything needs 4/3 of it.
 
     Args:
-        program: FLOPs on one device. model: those of the model's formula, over the devices.
+        program: FLOPs on one device. model: those of the model's formula, over the devices. update: those of the
+            optimizer on all weights, which a device that holds them all computes by itself.
     """
-    if model and program > 2 * model:
-        yield f"each device computes {program / model:.1f} times its share of the model: several do the same work"
+    if devices > 1 and model and program > 2 * (model + update):
+        times = (program - update) / model
+        yield f"each device computes {times:.1f} times its share of the model: several do the same work"
 
 
 def replicated_state(shapes: Mapping[str, Any], wanted: Mapping[str, Any], given: Mapping[str, Any], mesh: Any) -> Any:

@@ -30,7 +30,7 @@ from scaling_perception.support.errors import UserError
 from scaling_perception.tasks import get_task
 from scaling_perception.training.diffusion import diffusion_objective, network_of, tasks_of
 from scaling_perception.training.noising import LATENT
-from scaling_perception.training.optim import make_optimizer
+from scaling_perception.training.optim import make_optimizer, update_flops
 from scaling_perception.training.state import abstract_state, named_leaves
 from scaling_perception.training.step import gather_dtype, make_step
 
@@ -45,6 +45,7 @@ class Program(NamedTuple):
     Attributes:
         name: train, sample or encode. compile: makes the executable.
         flops: of the model in one call, over all devices: twice the analytic MACs, times 3 where it is trained.
+        update_flops: of the optimizer on all weights, once; 0 where it multiplies no matrices.
         batch, tokens: rows that are computed together, and tokens of each (0: no tokens).
         shapes: name -> shape of every array that stays from call to call.
         rules, specs: name -> the PartitionSpec of its rule, and its own; nothing where every device has all of it.
@@ -62,6 +63,7 @@ class Program(NamedTuple):
     specs: dict[str, PartitionSpec]
     expert_rows: float
     head: int
+    update_flops: float = 0.0
 
 
 class AbstractBatches:
@@ -194,6 +196,7 @@ def train_program(config: Config, mesh: Mesh) -> Program:
         specs={name: place.spec for name, place in named_leaves(places).items()},
         expert_rows=_expert_rows(objective.model, batch / count / _parts(mesh)),
         head=objective.model.dim // objective.model.heads,
+        update_flops=update_flops(config.optim, state.params, objective.frozen),
     )
 
 

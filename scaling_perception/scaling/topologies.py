@@ -65,7 +65,7 @@ CHIPS = {
         Chip("h200", PEAKS["h200"], 16, 141 * 10**9, 4800e9, 450e9, 0, 50e9, 8, _GPU),
     )
 }
-_NAME = re.compile(r"(v2|v3|v4|v5e|v5p|v6e):(\d+(?:x\d+)+)|cpu:(\d+)")
+_NAME = re.compile(r"(v2|v3|v4|v5e|v5p|v6e):(\d+(?:x\d+)+)|cpu:(0*[1-9]\d*)")
 
 
 class Topology(NamedTuple):
@@ -114,7 +114,8 @@ def get_topology(name: str, slices: int = 1, chip: str = "") -> Topology:
     found = _NAME.fullmatch(name)
     if found is None:
         raise UserError(
-            f"--topology '{name}': give a TPU slice such as v5e:8x8, v5p:4x4x4 or v6e:16x16, or cpu:8 for fake devices"
+            f"--topology '{name}': give a TPU slice such as v5e:8x8, v5p:4x4x4 or v6e:16x16, or cpu:N with "
+            "N >= 1 for fake devices"
         )
     kind, shape, fake = found.groups()
     if slices < 1 or (fake and slices > 1):
@@ -140,10 +141,10 @@ def _fake_devices(count: int) -> list[Any]:
     import jax
 
     devices = jax.devices("cpu")
-    if not 1 <= count <= len(devices):
+    if count > len(devices):
         raise UserError(
             f"--topology cpu:{count}: JAX has {len(devices)} CPU device(s) here; unset XLA_FLAGS, or set it to "
-            f"--xla_force_host_platform_device_count={max(count, 1)}"
+            f"--xla_force_host_platform_device_count={count}"
         )
     return devices[:count]
 

@@ -1,5 +1,6 @@
 """Optimisers and learning-rate schedules (facts 8: the paper's values, and Marigold's where the paper is silent)."""
 
+import math
 from typing import Any
 
 import jax
@@ -73,6 +74,28 @@ def muon_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
+_NEWTON_SCHULZ = 5
+"""Steps by which Muon orthogonalises a matrix."""
+
+
+def update_flops(optim: Config, params: Any, frozen: tuple[str, ...] = ()) -> float:
+    """FLOPs of the matrix products of one update of all weights: Muon's, as AdamW has none.
+
+    Each of its steps computes X Xᵀ, the square of that, and a product of both with X (facts 8), for X of m rows and
+    n >= m columns: 2 (2 m² n + m³).
+    """
+    if optim.name != "muon":
+        return 0.0
+
+    def flops(path: tuple[Any, ...], leaf: Any, axes: contrib.MuonDimensionNumbers | None) -> float:
+        if axes is None or is_frozen(path_name(path), frozen):
+            return 0.0
+        m, n = sorted(leaf.shape[-2:])
+        return 2.0 * _NEWTON_SCHULZ * (2 * m * m * n + m**3) * math.prod(leaf.shape[:-2])
+
+    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(flops, params, muon_axes(params))))
+
+
 def _muon_or_rest(params: Any) -> Any:
     def leaf(value: Any) -> bool:
         return value is None or isinstance(value, contrib.MuonDimensionNumbers)
@@ -99,6 +122,7 @@ def make_optimizer(
         muon = contrib.muon(
             schedule,
             weight_decay=optim.weight_decay,
+            ns_steps=_NEWTON_SCHULZ,
             consistent_rms=0.2,
             muon_weight_dimension_numbers=muon_axes,
         )

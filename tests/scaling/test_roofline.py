@@ -187,9 +187,13 @@ def test_warnings_of_state_and_of_repeated_work():
     (line,) = partition.replicated_state(SHAPES, SPECS, given, MESH)
     assert "blocks/mlp/fc1/kernel [12, 512, 2048] is whole over fsdp (4)" in line
     assert not list(partition.replicated_state(SHAPES, SPECS, SPECS, MESH))
-    assert not list(partition.repeated_work(1.4, 1.0))
-    (line,) = partition.repeated_work(8.0, 1.0)
+    assert not list(partition.repeated_work(1.4, 1.0, 0.0, 4))
+    assert not list(partition.repeated_work(8.0, 1.0, 0.0, 1))  # one device has all of the work
+    assert not list(partition.repeated_work(8.0, 1.0, 6.0, 4))
+    (line,) = partition.repeated_work(8.0, 1.0, 0.0, 4)
     assert "8.0 times its share" in line
+    (line,) = partition.repeated_work(8.0, 1.0, 2.0, 4)
+    assert "6.0 times its share" in line
 
 
 @pytest.mark.parametrize(
