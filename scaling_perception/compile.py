@@ -377,7 +377,8 @@ def _flop_lines(report: Mapping[str, Any]) -> list[str]:
     most = ", ".join(f"{size / 1e9:.4g} in {part}" for part, size in parts)
     lines = [
         f"TFLOPs on each device: {tera['model_per_device']:.4g} by the model's formula{update}; {done:.4g} in the "
-        f"program ({tera['kernels']:.4g} of them in kernels); XLA's own count, loops once: {tera['xla_loops_once']:.4g}",
+        f"program ({tera['kernels']:.4g} of them in kernels); XLA's own count, loops once: "
+        f"{tera['xla_loops_once']:.4g}",
         f"memory traffic on each device: {report['memory_traffic'] / 1e9:.4g} GB, of them {most}",
     ]
     if bound is None:

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from applying import fresh
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from scaling_perception.cli import main
@@ -437,3 +438,42 @@ def test_a_tiny_autoencoder_of_other_widths(tmp_path):
         )
         assert found == config
         jax.tree.map(np.testing.assert_array_equal, params, want)
+
+
+def _changed(array, change):
+    array = np.array(array)
+    if change == "integers":
+        return (array * 100).astype(np.int32)
+    array.flat[0] = {"large": 1e6, "nan": np.nan}[change]
+    return array
+
+
+@pytest.mark.parametrize("to", ["ours", "torch", "safetensors"])
+@pytest.mark.parametrize(
+    ("change", "flags", "told"),
+    [
+        ("large", ["--dtype", "float16"], "does not fit float16, for its largest value is 1e+06: use bfloat16"),
+        ("nan", [], "holds 1 value(s) that are NaN or infinite"),
+        ("integers", [], "holds int32: weights are floating-point numbers"),
+        ("integers", ["--dtype", "float32"], "holds int32: weights are floating-point numbers"),
+    ],
+)
+def test_weights_that_are_no_finite_floats_are_refused(tmp_path, routed, capsys, to, change, flags, told):
+    name = next(name for name in routed if name.endswith(".weight"))
+    save_file({**routed, name: _changed(routed[name], change)}, tmp_path / "in.safetensors")
+    target = tmp_path / ("out.pt" if to == "torch" else "out")
+    convert(tmp_path / "in.safetensors", target, "--heads", "4", "--to", to, *flags, code=2)
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1 and sorted(tmp_path.iterdir()) == [tmp_path / "in.safetensors"]
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_autoencoders_of_no_finite_floats_are_refused(tmp_path, capsys, part):
+    shutil.copytree(ROOT / "scaling_perception" / "weights" / "tiny_vae", tmp_path / "vae")
+    weights = load_file(tmp_path / "vae" / f"{part}.safetensors")
+    name = next(iter(weights))
+    with safe_open(tmp_path / "vae" / f"{part}.safetensors", "numpy") as held:
+        header = held.metadata()
+    save_file({**weights, name: _changed(weights[name], "nan")}, tmp_path / "vae" / f"{part}.safetensors", header)
+    convert(tmp_path / "vae", tmp_path / "out", code=2)
+    assert "that are NaN or infinite" in capsys.readouterr().err and not (tmp_path / "out").exists()

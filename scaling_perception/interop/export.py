@@ -26,6 +26,7 @@ from scaling_perception.interop.checkpoint import Checkpoint
 from scaling_perception.interop.find import CONFIG
 from scaling_perception.interop.model_folder import CARD, SOURCE_LICENSE, model_card, save_streamed
 from scaling_perception.interop.released import describe
+from scaling_perception.interop.safetensors_io import cast, is_floating
 from scaling_perception.interop.sharded import SINGLE, save_sharded
 from scaling_perception.interop.torch_dit import leaf_pieces
 from scaling_perception.models import tiny_vae, vae_torch
@@ -90,7 +91,7 @@ def plan(checkpoint: Checkpoint, to: str, dtype: str, partial: dict[str, list[st
         partial: names that were left out and made up, for the description.
 
     Raises:
-        UserError: no published layout holds such a model.
+        UserError: no published layout holds such a model, or a tensor holds no floating-point numbers.
     """
     kept = None if dtype == "keep" else np.dtype(dtype)
     if to != "ours" and checkpoint.family == "tiny" and checkpoint.config != tiny_vae.TAESD:
@@ -100,6 +101,11 @@ def plan(checkpoint: Checkpoint, to: str, dtype: str, partial: dict[str, list[st
         )
     if to != "ours" and checkpoint.family == "dit":
         leaf_pieces(checkpoint.config)  # refuses what no layout holds
+    for name in (name for item in checkpoint.plans.items() for name in _tensors_of(checkpoint, *item)):
+        if not is_floating(held := checkpoint.source.dtypes[name]):
+            raise UserError(
+                f"{checkpoint.source.origin}: tensor {name} holds {held}: weights are floating-point numbers"
+            )
     specs = _specs(checkpoint, to, kept)
     size = sum(prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs.values())
     source = {"file": checkpoint.opened, "layout": checkpoint.layout}
@@ -113,6 +119,11 @@ def plan(checkpoint: Checkpoint, to: str, dtype: str, partial: dict[str, list[st
     if checkpoint.family in ("kl", "clip"):
         words["ours"] = "published folder, which is what this package reads"
     return ExportPlan(to, words[to], kept, meta, facts, size)
+
+
+def _tensors_of(checkpoint: Checkpoint, leaf: str, item: Any) -> list[str]:
+    """The tensors of the source of which a leaf is made."""
+    return [leaf] if checkpoint.ours else [piece.tensor for piece in item.pieces]
 
 
 def _specs(checkpoint: Checkpoint, to: str, dtype: Any) -> dict[str, Any]:
@@ -337,7 +348,7 @@ def _described(plan: ExportPlan, digests: _Digests) -> dict[str, Any]:
 def _write_torch(checkpoint: Checkpoint, plan: ExportPlan, path: Path, digests: _Digests) -> None:
     """One plain state dict, and beside it as JSON what its tensors do not tell."""
     specs = _specs(checkpoint, "torch", plan.dtype)
-    pairs = ((name, np.asarray(array, specs[name].dtype)) for name, array in reading.to_published(checkpoint))
+    pairs = ((name, cast(name, array, specs[name].dtype)) for name, array in reading.to_published(checkpoint))
     torch_files.write_torch(path, progress(pairs, len(specs), "convert"))
     write_json(path.with_suffix(".json"), _published_meta(checkpoint, _described(plan, digests)))
 

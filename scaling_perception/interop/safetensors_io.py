@@ -69,6 +69,29 @@ def source_of(tensors: Mapping[str, Any], origin: str) -> TensorSource:
     return TensorSource(shapes, dtypes, lambda name: np.asarray(tensors[name]), origin)
 
 
+def is_floating(dtype: Any) -> bool:
+    """Whether the dtype is one of floating-point numbers, those of ``ml_dtypes`` included."""
+    return np.dtype(dtype).kind == "f" or np.dtype(dtype).name.startswith(("bfloat", "float8"))
+
+
+def cast(name: str, values: Any, dtype: Any) -> np.ndarray:
+    """The values of tensor ``name`` as a contiguous array of ``dtype``.
+
+    Raises:
+        UserError: a value is NaN or infinite, or becomes so.
+    """
+    values = np.asarray(values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = np.ascontiguousarray(values, dtype).reshape(values.shape)
+    if not is_floating(dtype) or np.isfinite(array).all():
+        return array
+    if not np.isfinite(values).all():
+        count = int((~np.isfinite(values)).sum())
+        raise UserError(f"tensor {name} holds {count} value(s) that are NaN or infinite: give weights that are finite")
+    wider, most = "bfloat16" if np.dtype(dtype) == np.float16 else "float32", float(np.abs(values).max())
+    raise UserError(f"tensor {name} does not fit {np.dtype(dtype)}, for its largest value is {most:g}: use {wider}")
+
+
 def flatten_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
     """{"a": {"b": x}} -> {"a/b": x}, in the order of the tree.
 

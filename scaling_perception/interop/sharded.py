@@ -21,6 +21,7 @@ from scaling_perception.interop.safetensors_io import (
     DTYPE_CODES,
     Entry,
     TensorSource,
+    cast,
     flatten_tree,
     read_entries,
     source_of_entries,
@@ -69,7 +70,7 @@ def save_sharded(
         The files, the index last.
 
     Raises:
-        UserError: a file cannot be written, such as on a full disk.
+        UserError: a file cannot be written, such as on a full disk; a value is not finite, or does not fit its dtype.
         ValueError: the slices do not make up the tensors.
     """
     folder = Path(folder)
@@ -174,7 +175,7 @@ def _fill(
     done = 0
     for name, index, values in slices:
         entry = entries[name]
-        array = np.ascontiguousarray(values, entry.dtype).reshape(np.shape(values))
+        array = cast(name, values, entry.dtype)
         if array.shape != entry.shape[len(index) :]:
             raise ValueError(f"slice {index} of {name} has shape {array.shape}, not {entry.shape[len(index) :]}")
         at = 0

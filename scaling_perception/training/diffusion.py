@@ -322,9 +322,10 @@ def diffusion_objective(
 
     def export(params: Any, path: str, info: Mapping[str, Any]) -> None:
         from scaling_perception.interop.model_folder import save_model
+        from scaling_perception.interop.safetensors_io import cast, flatten_tree, unflatten_tree
 
         dtype = EXPORT_DTYPES[config.train.export_dtype]
-        small = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf, dtype)), params)
+        small = unflatten_tree({name: cast(name, leaf, dtype) for name, leaf in flatten_tree(params).items()})
         classes = {"class_names": names} if generation and names else {}
         save_model(path, small, {**meta, **classes, "training": dict(info)})
         if generation:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from scaling_perception.interop.safetensors_io import (
+    cast,
     flatten_tree,
     read_entries,
     save_tree,
@@ -132,3 +134,26 @@ except UserError as error:
     done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("cannot write") and "too large" in done.stdout
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
+def test_cast_keeps_what_fits(dtype):
+    values = np.array([[0.5, -1.0], [448.0, 0.0]], np.float32)
+    array = cast("a/b", values, np.dtype(dtype))
+    assert array.dtype == np.dtype(dtype) and np.array_equal(array.astype(np.float32), values)
+    assert cast("a", np.float32(2), np.dtype(dtype)).shape == () and cast("a", np.arange(3), np.int8).dtype == np.int8
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "told"),
+    [
+        (-1e6, "float16", "tensor a/b does not fit float16, for its largest value is 1e+06: use bfloat16"),
+        (1e6, "float8_e5m2", "tensor a/b does not fit float8_e5m2, for its largest value is 1e+06: use float32"),
+        (3.4e38, "bfloat16", "tensor a/b does not fit bfloat16, for its largest value is 3.4e+38: use float32"),
+        (np.nan, "float32", "tensor a/b holds 1 value(s) that are NaN or infinite"),
+        (-np.inf, "float16", "tensor a/b holds 1 value(s) that are NaN or infinite"),
+    ],
+)
+def test_cast_refuses_what_is_not_finite_then(value, dtype, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        cast("a/b", np.array([1, value, 2], np.float32), np.dtype(dtype))

@@ -224,6 +224,14 @@ def exported(tmp_path_factory):
     return folder, params, objective
 
 
+def test_weights_that_do_not_fit_are_not_exported(exported, tmp_path):
+    objective = diffusion_objective(config_of("train.export_dtype=float16"), LatentBatches())
+    large = jax.tree.map(lambda leaf: leaf * np.float32(1e6), exported[1])
+    with pytest.raises(UserError, match=r"tensor .* does not fit float16, for its largest value is .*: use bfloat16"):
+        objective.export(large, str(tmp_path / "model"), {"steps": 3})
+    assert not (tmp_path / "model" / "config.json").exists()
+
+
 def test_export_tells_everything_that_prediction_needs(exported):
     folder, params, objective = exported
     loaded, meta = load_model(folder / "model")
