@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     part = part_of(args)
     if args.out and is_remote(args.out) and not (args.latents or args.merge):
         raise UserError(f"--out is {args.out}: a check is written to a local folder; caches alone may lie in a bucket")
+    _refuse_nested(args.raw, args.out)
     if args.merge:
         from scaling_perception.data.cache_parts import merge_cache
 
@@ -127,6 +128,16 @@ def run(args: argparse.Namespace) -> int:
     if args.dtype != "float32":
         raise UserError("--dtype is for caches of latents: give --latents too, or leave it out")
     return _check(args)
+
+
+def _refuse_nested(raw: str, out: str) -> None:
+    """UserError where results would be written among the raw data, or around it."""
+    if not (raw and out) or is_remote(raw) or is_remote(out):
+        return
+    here, there = Path(out).expanduser().resolve(), Path(raw).expanduser().resolve()
+    if here == there or there in here.parents or here in there.parents:
+        how = "is" if here == there else "lies in" if there in here.parents else "contains"
+        raise UserError(f"--out {out} {how} the raw data, --raw {raw}: give a folder apart from it")
 
 
 def _spec(args: argparse.Namespace) -> tuple[Any, ...]:

@@ -130,7 +130,7 @@ def test_real_samples_are_checked(tmp_path, shared_dir, name, count, split):
 
 def test_the_eigen_list_is_checked(tmp_path, capsys):
     (tmp_path / "eigen.txt").write_text("\n".join(write_kitti(tmp_path)))
-    assert prepare("kitti_depth", tmp_path, tmp_path / "out", "--option", "list=eigen.txt") == 1
+    assert prepare("kitti_depth", tmp_path, f"{tmp_path}-out", "--option", "list=eigen.txt") == 1
     text = capsys.readouterr().out
     assert "1 of 3 images have no ground truth and are left out" in text
     assert "652 samples of kitti_depth (val); 2 are here, 650 are not here" in text

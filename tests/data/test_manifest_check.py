@@ -41,7 +41,7 @@ def test_depth_scale_the_wrong_way_round_is_noticed(tmp_path, capsys, scale, war
     write_png16(tmp_path / "depth" / "a.png", rng.integers(1200, 2700, (12, 16)).astype(np.uint16))
     rows = f"image,depth,depth_scale\nimage/a.png,depth/a.png,{scale}\n"
     (tmp_path / "manifest.csv").write_text(rows)
-    words = ["folder", "--raw", str(tmp_path), "--tasks", "depth", "--out", str(tmp_path / "out"), "--workers", "0"]
+    words = ["folder", "--raw", str(tmp_path), "--tasks", "depth", "--out", f"{tmp_path}-out", "--workers", "0"]
     assert run_verb("prepare", words) == 0
     text = capsys.readouterr()
     assert text.out.startswith("1 samples of folder (train)\n") and " m\n" in text.out
@@ -56,7 +56,7 @@ def test_the_unit_of_depth_without_a_scale_is_said(tmp_path, capsys, dtype):
     Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).save(tmp_path / "image" / "a.png")
     metres = np.linspace(1.5, 3, 12 * 16).reshape(12, 16)
     np.save(tmp_path / "depth" / "a.npy", (metres * 1000 if dtype == np.uint16 else metres).astype(dtype))
-    words = ["folder", "--raw", str(tmp_path), "--tasks", "depth", "--out", str(tmp_path / "out"), "--workers", "0"]
+    words = ["folder", "--raw", str(tmp_path), "--tasks", "depth", "--out", f"{tmp_path}-out", "--workers", "0"]
     note = "note: depth without depth_scale: integers are read as millimetres, floats as metres\n"
     assert run_verb("prepare", [*words, "--check"]) == 0
     text = capsys.readouterr().out
@@ -74,7 +74,7 @@ def test_normals_that_point_away_are_noticed(tmp_path, capsys, z, warned):
     for name, sign in (("a", 1), ("b", z)):
         Image.fromarray(np.zeros((12, 16, 3), np.uint8)).save(tmp_path / "image" / f"{name}.png")
         np.save(tmp_path / "normals" / f"{name}.npy", normals * [1, 1, sign])
-    words = ["folder", "--raw", str(tmp_path), "--tasks", "normals", "--out", str(tmp_path / "out"), "--workers", "0"]
+    words = ["folder", "--raw", str(tmp_path), "--tasks", "normals", "--out", f"{tmp_path}-out", "--workers", "0"]
     assert run_verb("prepare", [*words, "--check"]) == 0
     text = capsys.readouterr()
     assert ("of the normals face the camera," in text.err) == warned

@@ -81,7 +81,7 @@ def test_disparity_without_a_baseline_is_relative_and_its_holes_are_unknown(tmp_
     np.testing.assert_array_equal(raw["valid"], stored > 0)
     assert raw["relative"] and "relative_depth" in check_sample(raw, ["depth"], TaskOptions())
     given = [part for name, value in words.items() for part in ("--option", f"{name}={value}")]
-    out = ["--out", str(tmp_path / "out"), "--workers", "0", "--check", "--tasks", "depth"]
+    out = ["--out", f"{tmp_path}-out", "--workers", "0", "--check", "--tasks", "depth"]
     assert run_verb("prepare", ["folder", "--raw", str(tmp_path), *given, *out]) == 0
     text = capsys.readouterr()
     assert "\nrelative_depth: 0.00" in text.out and " m\n" not in text.out and "depth_scale is stored" not in text.err

@@ -341,6 +341,29 @@ def test_mistakes_are_told(tmp_path, stand_in):
         assert named in str(caught.value)
 
 
+@pytest.mark.parametrize("mode", [["--check"], ["--latents"]])
+@pytest.mark.parametrize(
+    ("raw", "out", "how"),
+    [
+        ("data", "data", "is the raw data"),
+        ("data", "data/../data/", "is the raw data"),
+        ("data", "link", "is the raw data"),
+        ("link", "data/runs/cache", "lies in the raw data"),
+        ("data/list.csv", "data", "contains the raw data"),
+        ("data/image", "link", "contains the raw data"),
+    ],
+)
+def test_the_raw_data_stays_as_it_is(tmp_path, monkeypatch, raw, out, how, mode):
+    (tmp_path / "data" / "image").mkdir(parents=True)
+    (tmp_path / "data" / "list.csv").write_text("image,depth\n")
+    (tmp_path / "link").symlink_to("data")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=f"^--out {out} {how}, --raw {raw}: give a folder apart from it$"):
+        run_verb("prepare", ["folder", "--raw", raw, "--out", out, "--tasks", "depth", "--workers", "0", *mode])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_options_of_the_source_are_taken_and_recorded(tmp_path, capsys):
     worlds = ["worlds", "--count", "2", "--tasks", "depth", "--resolution", "32", "--out", str(tmp_path / "out")]
     assert run_verb("prepare", [*worlds, "--option", "frames=1", "--option", "kind=wallpaper", "--workers", "0"]) == 0
