@@ -445,7 +445,8 @@ def _by_image(points: Points, table: Table, image: str, keep: np.ndarray) -> Poi
 def _of_all_settings(
     points: Points, which: np.ndarray, codes: np.ndarray, sets: np.ndarray | None, image: str
 ) -> np.ndarray:
-    """The rows (n,) of images that all settings of their data set have: means over others cannot be compared.
+    """The rows (n,) of images that all settings of their data set have: means over others cannot be compared. Where
+    every run has the same x, those that all settings of their run have: the images then do not differ along x.
 
     Args:
         which, codes, sets: of each row the number of its setting, image and data set.
@@ -454,8 +455,10 @@ def _of_all_settings(
         UserError: the settings of a data set have no image in common.
     """
     sets = np.zeros(len(which), int) if sets is None else sets
+    runs, places = points.groups[0], np.unique(points.x, axis=1, return_inverse=True)[1].reshape(-1)
+    if points.group_names and len({tuple(np.unique(places[runs == one])) for one in np.unique(runs)}) == 1:
+        sets = np.unique(np.stack([sets, runs]), axis=1, return_inverse=True)[1].reshape(-1)
     kept = np.zeros(len(which), bool)
-    left = 0
     for one in np.unique(sets):
         mine = sets == one
         count = len(np.unique(which[mine]))
@@ -467,9 +470,10 @@ def _of_all_settings(
                 "cannot be compared: choose settings with --where, or evaluate them on the same images"
             )
         kept |= mine & np.isin(codes, common)
-        left += len(images) - len(common)
-    if left:
-        total = left + len(np.unique(np.stack([sets[kept], codes[kept]]), axis=1).T)
-        rows = int((~kept).sum())
-        points.notes.append(f"{left} of {total} images left out ({rows} rows): not every setting has them")
+    if not kept.all():
+        images = len(np.unique(codes[~kept]))
+        points.notes.append(
+            f"{int((~kept).sum())} rows left out: not every setting has their images ({images} of "
+            f"{len(np.unique(codes))})"
+        )
     return kept

@@ -132,8 +132,12 @@ def _image_rows(steps, images, dataset="a"):
     "rows, kept, note",
     [
         (_image_rows((1, 2, 5), range(6)), 6, None),
-        (_image_rows((1, 2), range(6)) + _image_rows((5,), range(4)), 4, "2 of 6 images left out (4 rows)"),
-        (_image_rows((1,), range(5)) + _image_rows((2,), range(1, 6)) + _image_rows((5,), range(6)), 4, "2 of 6"),
+        (
+            _image_rows((1, 2), range(6)) + _image_rows((5,), range(4)),
+            4,
+            "4 rows left out: not every setting has their images (2 of 6)",
+        ),
+        (_image_rows((1,), range(5)) + _image_rows((2,), range(1, 6)) + _image_rows((5,), range(6)), 4, "(2 of 6)"),
         (_image_rows((1, 2), range(3)) + _image_rows((1, 2), range(3, 7), "b"), 7, None),  # by data set
     ],
 )
@@ -141,11 +145,23 @@ def test_means_are_over_the_images_that_all_settings_have(tmp_path, rows, kept, 
     (tmp_path / "i.csv").write_text("dataset,steps,macs,key,abs_rel\n" + "\n".join(rows))
     points = read_points([tmp_path / "i.csv"], image="key")
     assert points.images is not None and points.images.shape[1] == kept
-    found = [one for one in points.notes if "images left out" in one]
+    found = [one for one in points.notes if "their images" in one]
     assert len(found) == (note is not None) and (note or "") in "".join(found)
     if note:  # no image of one setting weighs on the others
         offsets = points.y - 0.3e9 / points.x[0]
         np.testing.assert_allclose(offsets, offsets[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "kept", "left"), [((1, 2), 6, 0), ((5, 10), 3, 6)])
+def test_runs_over_the_same_x_may_have_images_of_their_own(tmp_path, steps, kept, left):
+    """Images of one run alone do not differ along x if every run has every x; else they would."""
+    rows = [f"r1,{row}" for row in _image_rows((1, 2), range(6))] + [
+        f"r2,{row}" for row in _image_rows(steps, range(3))
+    ]
+    (tmp_path / "i.csv").write_text("run,dataset,steps,macs,key,abs_rel\n" + "\n".join(rows))
+    points = read_points([tmp_path / "i.csv"], image="key")
+    assert len(points) == 4 and points.images is not None and points.images.shape[1] == kept
+    assert [one.split(" ")[0] for one in points.notes if "their images" in one] == [str(left)] * (left > 0)
 
 
 def test_settings_without_a_common_image_are_refused(tmp_path):
