@@ -123,6 +123,10 @@ def test_overrides_take_the_type_of_the_field():
     assert config.data.mixture.to_dict() == {"depth": {"task": "depth"}} and config.init == "a=b"
     config = load_config("configs/depth.py", ["model_changes={'cond_channels': 8}"])
     assert config.model_changes.to_dict() == {"cond_channels": 8}  # replaced, not merged
+    held = "held_out.mixture.a={'task': 'depth'}"
+    config = load_config("configs/depth.py", ["data.mixture.depth.resolution=48", held, "held_out.mixture.a.root=12"])
+    assert config.data.mixture.depth.resolution == 48
+    assert config.held_out.mixture.to_dict() == {"a": {"task": "depth", "root": "12"}}
     with pytest.raises((KeyError, AttributeError)):
         config.optim.rate = 1.0  # locked
 
@@ -135,6 +139,18 @@ def test_overrides_take_the_type_of_the_field():
         ("configs/depth.py:model", "", "config argument 'model' has no value"),
         ("configs/depth.py:res=big", "", "config argument 'res' is 'big': give a value of type int"),
         ("configs/depth.py:recipe=finale", "", "did you mean 'final'"),
+        (
+            "configs/depth.py",
+            "data.mixture.depth.resolution=wide",
+            "data.mixture.depth.resolution is 'wide': give a whole",
+        ),
+        ("configs/depth.py", "data.mixture.dept.count=4", "data.mixture has no entry 'dept'; did you mean 'depth'"),
+        (
+            "configs/depth.py",
+            "held_out.mixture.depth.count=4",
+            "no entry 'depth'; give a new entry as a whole: --config",
+        ),
+        ("configs/depth.py", "data.mixture.depth.resoluton=4", "unknown config key 'data.mixture.depth.resoluton'"),
         ("configs/depth.py", "lr=1", "unknown config key 'lr'; did you mean 'optim.lr'"),
         ("configs/depth.py", "optim.learning=1", "unknown config key 'optim.learning'"),
         ("configs/depth.py", "optm.b1=1", "did you mean 'optim.b1'"),

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.field_checks import check_config
+from scaling_perception.support.fields import Field, field_named
 from scaling_perception.support.places import place_fields
 
 Config = Any  # an ml_collections.ConfigDict: its fields have no static types, so the whole has none
@@ -37,7 +38,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
         spec: ``FILE.py`` or ``FILE.py:key=value,key=value``. A relative FILE is looked for in the working folder, then
             among the configs of the checkout or of the installed package.
         overrides: ``some.key=value``; the value must have the type of what is there. Keys can be added to tables
-            that are empty or whose name ends in ``_changes`` (such as ``model_changes.depth=4``).
+            that are empty or whose name ends in ``_changes`` (such as ``model_changes.depth=4``), and so can fields
+            without a default (``data.mixture.depth.resolution=48``).
 
     Returns:
         The config, locked.
@@ -201,20 +203,29 @@ def _override(config: Config, text: str) -> None:
     if not equals or not key:
         raise UserError(f"override '{text}' has no value: write --config.some.key=value")
     *folders, last = key.split(".")
+    field = field_named(key)
     place: Any = config
     for depth, part in enumerate([*folders, last]):
         if not isinstance(place, ConfigDict):
             raise UserError(f"config key '{key}': '{'.'.join(key.split('.')[:depth])}' holds one value, no keys")
         if part in place:
             place = place[part]
+        elif depth == len(folders) and field is not None and field.optional:
+            place = _Absent
         elif depth and depth == len(folders) and (len(place) == 0 or folders[-1].endswith("_changes")):
             place = _Absent
+        elif field is not None and depth:  # a field of an entry that the table does not have
+            table, near = ".".join(key.split(".")[:depth]), did_you_mean(part, list(place)) if len(place) else ""
+            raise UserError(
+                f"config key '{key}': {table} has no entry '{part}'{near}; give a new entry as a whole: "
+                f"--config.{table}.{part}=\"{{'task': 'depth', …}}\""
+            )
         else:
             raise UserError(f"unknown config key '{key}'{_nearest(config, key, depth)}")
     parent: Any = config
     for part in folders:
         parent = parent[part]
-    new = _literal(value) if place is _Absent else convert(f"config.{key}", place, value)
+    new = _new(field, value) if place is _Absent else convert(f"config.{key}", place, value)
     with parent.unlocked():
         if isinstance(new, dict):
             if last in parent:
@@ -236,6 +247,10 @@ def _nearest(config: Config, key: str, depth: int) -> str:
     head = ".".join(key.split(".")[:depth])
     level = {".".join(name.split(".")[: depth + 1]) for name in names if name.startswith(head)}
     return did_you_mean(".".join(key.split(".")[: depth + 1]), level)
+
+
+def _new(field: Field | None, text: str) -> Any:
+    return text if field is not None and field.kind is str else _literal(text)
 
 
 def _literal(text: str) -> Any:

@@ -290,6 +290,15 @@ FIELDS: dict[str, Field] = {
 for _name in [name for name in FIELDS if name.startswith("data.mixture.")]:
     FIELDS[_name.replace("data.", "held_out.", 1)] = FIELDS[_name]
 
+
+def field_named(name: str) -> Field | None:
+    """The row of a field by its dotted name in a config, ``data.mixture.depth.count``; None where there is none."""
+    row = ""
+    for part in name.split("."):
+        row = f"{row}.{part}" if f"{row}.{part}".lstrip(".") in FIELDS else f"{row}.NAME"
+    return FIELDS.get(row.lstrip("."))
+
+
 # Arguments after the colon of a config file: the field whose values they take. Files choose their own defaults.
 ARGUMENTS: dict[str, Field] = {
     "model": FIELDS["model"],
