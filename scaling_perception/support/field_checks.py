@@ -1,13 +1,16 @@
 """A config held against the table of fields: names, types, ranges, choices, and fields that contradict each other."""
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from scaling_perception.support.errors import UserError, did_you_mean
 from scaling_perception.support.fields import ARGUMENTS, FIELDS, Field, resolve
+from scaling_perception.support.places import split_places
+from scaling_perception.support.remote import is_remote
 
 _TABLES = (ConfigDict, Mapping)
 _KINDS = {bool: "true or false", str: "a text", dict: "a table such as {'depth': 4}"}
@@ -149,6 +152,8 @@ def _check_together(config: Any) -> None:
         raise UserError(
             f"train.batch_size is {train.batch_size}: give a multiple of train.accumulate, {train.accumulate}"
         )
+    for table in ("data", "held_out"):
+        _check_caches(f"{table}.cache", config[table].get("cache", ""))
     _check_kept(train)
     if config.objective != "autoencoder":
         _check_network(config)
@@ -162,6 +167,18 @@ def _check_together(config: Any) -> None:
                 "is for objective=autoencoder alone" if name in config else "is missing: objective=autoencoder needs it"
             )
             raise UserError(f"{name} {what}")
+
+
+def _check_caches(where: str, caches: str | Sequence[str]) -> None:
+    """Refuse a cache that is named twice, whose records would be drawn twice as often as those of the others."""
+    places = split_places(caches) if isinstance(caches, str) else caches
+    seen: dict[str, str] = {}
+    for place in places:
+        real = place if is_remote(place) else os.path.realpath(place)
+        if real in seen:
+            other = "" if seen[real] == place else f", also as {seen[real]}"
+            raise UserError(f"{where} has {place} twice{other}: give each cache once")
+        seen[real] = place
 
 
 def _check_kept(train: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,27 @@ def test_the_docs_hold_the_table_and_the_command_prints_it(capsys):
         run_verb("train", ["--help-config"])
     printed = capsys.readouterr().out
     assert done.value.code == 0 and all(row[0] in printed and row[3] in printed for row in as_rows())
+
+
+@pytest.mark.parametrize("field", ["data.cache", "held_out.cache"])
+@pytest.mark.parametrize(
+    ("caches", "told"),
+    [
+        ("{0}/a:{0}/b:{0}/a", "has {0}/a twice: give each cache once"),
+        ("{0}/a:{0}/link", "has {0}/link twice, also as {0}/a: give each cache once"),
+        ("{0}/a:{0}/b/../a/", "twice, also as {0}/a: give each cache once"),
+        ("gs://bucket/a:gs://bucket/a", "has gs://bucket/a twice"),
+    ],
+)
+def test_a_cache_that_is_given_twice_is_refused(tmp_path, field, caches, told):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("a")
+    config = defaults()
+    table, name = field.split(".")
+    config[table][name] = caches.format(tmp_path)
+    with pytest.raises(UserError, match=re.escape(told.format(tmp_path))) as error:
+        check_config(config)
+    assert str(error.value).startswith(field)
+    config[table][name] = f"{tmp_path}/a:{tmp_path}/b"
+    check_config(config)
