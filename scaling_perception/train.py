@@ -123,7 +123,7 @@ def _start(run: "Run", clock: "Clock", traced: tuple[int, int]) -> Path:
     from scaling_perception.parallel.processes import is_first
     from scaling_perception.support.files import write_json
     from scaling_perception.training.checkpoints import Checkpoints
-    from scaling_perception.training.export import export_models
+    from scaling_perception.training.export import damage_of, export_models
     from scaling_perception.training.identity import keep_table, only_run_in, refuse_other_model
     from scaling_perception.training.record import Attempt, open_record
     from scaling_perception.training.reporting import announce, run_facts, say
@@ -137,7 +137,9 @@ def _start(run: "Run", clock: "Clock", traced: tuple[int, int]) -> Path:
             closing.enter_context(jax.default_matmul_precision(train.matmul_precision))
         state, story = _first_state(run, checkpoints, clock)
         step = int(state.step)
-        finished = step == run.total and model.exists()
+        exported = step == run.total and model.exists()
+        damage = damage_of(model) if exported else ""
+        finished = exported and not damage
         # what would change the exported model is refused before the folder's description is overwritten
         ignored = refuse_other_model(workdir, run.identity["config"]) if finished else []
         if is_first():
@@ -149,6 +151,8 @@ def _start(run: "Run", clock: "Clock", traced: tuple[int, int]) -> Path:
             changed = f" (of no effect on it: {'; '.join(ignored)})" if ignored else ""
             say(f"already finished: {model}{changed}")
             return model
+        if damage:
+            say(f"{damage}; the model is exported anew")
         attempt = closing.enter_context(Attempt(record, step, clock))
         if step < run.total:
             state = _loop(run, state, checkpoints, attempt, clock, traced, closing)

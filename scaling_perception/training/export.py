@@ -8,12 +8,29 @@ from typing import Any
 import jax
 import numpy as np
 
+from scaling_perception.interop.find import CONFIG
+from scaling_perception.interop.safetensors_io import read_entries
+from scaling_perception.interop.sharded import find_weights, open_sharded
 from scaling_perception.parallel.processes import is_first, to_host
+from scaling_perception.support.errors import UserError
 from scaling_perception.training.checkpoints import Checkpoints, load_ema
 from scaling_perception.training.identity import without_places
 from scaling_perception.training.reporting import say
 from scaling_perception.training.saving import from_first
 from scaling_perception.training.setup import Run
+
+
+def damage_of(model: Path) -> str:
+    """What the headers of an exported folder's weights say is missing of them; empty where they are whole."""
+    files = sorted(model.glob("*.safetensors"))
+    try:
+        for path in files:
+            read_entries(path)
+        if find_weights(model) is not None:
+            open_sharded(model)
+    except UserError as error:
+        return str(error)
+    return f"{model} has no weights" if not files and (model / CONFIG).is_file() else ""
 
 
 def export_models(run: Run, ema: Any, checkpoints: Checkpoints, model: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,11 +11,14 @@ from toys import BATCH, LatentBatches, LinearBatches, config_of, linear_objectiv
 
 from scaling_perception import train as verb
 from scaling_perception.interop.model_folder import load_model
+from scaling_perception.interop.safetensors_io import save_tree
+from scaling_perception.interop.sharded import save_sharded
 from scaling_perception.parallel.mesh import make_mesh
 from scaling_perception.support import locks
 from scaling_perception.support.errors import UserError
 from scaling_perception.support.verbs import run_verb
 from scaling_perception.training.diffusion import diffusion_objective
+from scaling_perception.training.export import damage_of
 from scaling_perception.training.identity import without_places
 from scaling_perception.training.state import named_leaves
 
@@ -210,6 +214,34 @@ def test_steps_to_trace_are_checked_before_anything_is_made(tmp_path):
     with pytest.raises(UserError, match="FIRST:COUNT"):
         verb.train(config_of(), tmp_path / "run", profile="ten")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_export_is_made_again(linear, tmp_path, capsys):
+    model = linear(tmp_path)
+    before, broken = (model / "model.npz").read_bytes(), model / "model.safetensors"
+    save_tree(broken, {"a": np.zeros(9, np.float32)})
+    assert not damage_of(model)
+    broken.write_bytes(broken.read_bytes()[:-4])
+    capsys.readouterr()
+    assert linear(tmp_path) == model and not broken.exists() and (model / "model.npz").read_bytes() == before
+    text = capsys.readouterr().err
+    assert f"{broken} is no whole safetensors file" in text and "the model is exported anew" in text
+    linear(tmp_path)
+    assert "already finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("harm", [lambda shards: shards[0].unlink(), lambda shards: os.truncate(shards[1], 90)])
+def test_the_damage_of_several_files_is_found(tmp_path, harm):
+    tensors = {name: np.zeros(9, np.float32) for name in "ab"}
+    slices = [(name, (), array) for name, array in tensors.items()]
+    *shards, _ = save_sharded(tmp_path, tensors, slices, max_shard_bytes=40)
+    assert not damage_of(tmp_path)
+    harm(shards)
+    assert damage_of(tmp_path)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    (tmp_path / "config.json").write_text("{}")
+    assert damage_of(tmp_path) == f"{tmp_path} has no weights"
 
 
 def test_a_finished_folder_and_other_options(linear, tmp_path, capsys):
