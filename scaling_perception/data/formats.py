@@ -63,8 +63,10 @@ def read_flo(path: FilePath) -> np.ndarray:
     magic, width, height = struct.unpack("<fii", data[:12])
     if magic != FLO_MAGIC:
         raise UserError(f"{path} is no .flo file (magic {magic:g}, not {FLO_MAGIC}): check the file")
+    if width < 1 or height < 1:
+        raise UserError(f"{path} is no .flo file (its header says {width} x {height} pixels): {AGAIN}")
     wanted = 12 + 8 * width * height
-    if width < 1 or height < 1 or len(data) != wanted:
+    if len(data) != wanted:
         size = f"{len(data)} bytes where {width}x{height} needs {wanted}"
         raise UserError(f"{path} is cut short or damaged ({size}): {AGAIN}")
     return np.frombuffer(data, "<f4", offset=12).reshape(height, width, 2).astype(np.float32)

@@ -1,7 +1,7 @@
 """Which samples of a dataset or records of caches an entry of the mixture means: honoured or refused, never ignored."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -72,10 +72,7 @@ def chosen_records(readers: Sequence[CacheReader], name: str, entry: Mapping[str
         )
     found, count = np.concatenate(parts), entry.get("count", 0)
     if not any(len(reader.indices(pass_name)) for reader in readers):
-        raise UserError(
-            f"{field} asks for {entry['task']}, which {where} does not hold: prepare a cache "
-            f"with --tasks {entry['task']}, or leave it out of the mixture"
-        )
+        refuse_absent(field, entry["task"], where)
     if not len(found) or len(found) < count:
         after = f" from {entry['start']} on" if entry.get("start", 0) else ""
         raise UserError(
@@ -83,6 +80,14 @@ def chosen_records(readers: Sequence[CacheReader], name: str, entry: Mapping[str
             "set count and start to 0 for all of them, or prepare another cache"
         )
     return found[:count] if count else found
+
+
+def refuse_absent(field: str, task: str, where: str) -> NoReturn:
+    """Raise UserError: ``field`` of a mixture asks for a task of which ``where`` holds nothing."""
+    raise UserError(
+        f"{field} asks for {task}, which {where} does not hold: prepare a cache with --tasks {task}, or leave it out "
+        "of the mixture"
+    )
 
 
 def _of_folder(reader: CacheReader, entry: Mapping[str, Any], field: str) -> None:

@@ -309,7 +309,7 @@ def _data(config: Config, samples: int) -> dict[str, Any]:
     total = sum(entry.get("weight", 1.0) for entry in entries.values())
     sources = []
     for name, entry in entries.items():
-        length, told_by = _length(config, entry)
+        length, told_by = _length(config, name, entry)
         share, passes = entry.get("weight", 1.0) / total, len(get_task(entry.task).passes)
         drawn = samples * share
         row = {"name": name, "task": entry.task, "source": "cache" if config.data.cache else entry.get("source", "")}
@@ -319,10 +319,10 @@ def _data(config: Config, samples: int) -> dict[str, Any]:
     return {"samples": samples, "sources": sources}
 
 
-def _length(config: Config, entry: Mapping[str, Any]) -> tuple[int | None, str]:
+def _length(config: Config, field: str, entry: Mapping[str, Any]) -> tuple[int | None, str]:
     """(raw samples of an entry, how that is known), (None, "unknown") where it is not."""
     if config.data.cache:
-        held, told_by = _cached_length(config, entry["task"])
+        held, told_by = _cached_length(config, field, entry["task"])
         return (entry["count"], "data.mixture") if entry.get("count") else (held, told_by)
     count, root, name = entry.get("count", 0), entry.get("root", ""), entry.get("source", "")
     if count:
@@ -337,17 +337,20 @@ def _length(config: Config, entry: Mapping[str, Any]) -> tuple[int | None, str]:
     return (LENGTHS[name], "published") if name in LENGTHS else (None, "unknown")
 
 
-def _cached_length(config: Config, task: str) -> tuple[int | None, str]:
-
+def _cached_length(config: Config, field: str, task: str) -> tuple[int | None, str]:
     from scaling_perception.data.latents import read_ledger
+    from scaling_perception.data.selection import refuse_absent
 
-    found = 0
+    found, known = 0, 0
     for path in split_places(str(config.data.cache)):
         try:
             shards = read_ledger(Path(local(path)))["shards"]
         except UserError:
             return None, "unknown"
+        known += len(shards)
         found += sum(shard["passes"].get(get_task(task).passes[0].name, 0) for shard in shards)
+    if known and not found:
+        refuse_absent(f"data.mixture.{field}", task, f"the cache {config.data.cache}")
     return found or None, "ledger"
 
 

@@ -209,8 +209,9 @@ def test_wrong_magic_and_sizes(files, tmp_path):
     path = tmp_path / "x.flo"
     path.write_bytes(b"PIEX" + data[4:])
     refuse(formats.read_flo, path, "no .flo file")
-    path.write_bytes(data[:4] + struct.pack("<ii", -17, -13) + data[12:])
-    refuse(formats.read_flo, path, "needs")
+    for width, height in ((-17, -13), (0, 13), (17, -1)):  # of the first the product fits the length
+        path.write_bytes(data[:4] + struct.pack("<ii", width, height) + data[12:])
+        refuse(formats.read_flo, path, f"no .flo file .its header says {width} x {height} pixels")
     path.write_bytes(data[:4] + struct.pack("<ii", 10**9, 10**9) + data[12:])  # must not allocate
     refuse(formats.read_flo, path, "needs")
     (tmp_path / "x.pfm").write_bytes(b"P6\n3 3\n255\n" + bytes(27))

@@ -10,6 +10,7 @@ import pytest
 from applying import fresh
 
 from scaling_perception.compile import compile_program, mesh_of
+from scaling_perception.data import latents
 from scaling_perception.models.dit import DiT, abstract_params
 from scaling_perception.models.presets import get_preset
 from scaling_perception.parallel.mesh import make_mesh
@@ -121,10 +122,10 @@ def test_meshes_parts_and_caches():
     assert parts["bytes"]["gradients"] == many["bytes"]["gradients"] + 2 * one["bytes"]["params"]
     assert parts["bytes"]["batch"] == many["bytes"]["batch"]
     assert described(spec, "mesh.fsdp=4", devices=16)["memory"]["mesh"]["data"] == 4
-    latents = described(spec, "data.cache=nowhere", "mesh.data=1")
-    assert latents["compute"]["autoencoder_macs_per_sample"] == 0 and "autoencoder" not in latents["memory"]["bytes"]
-    assert latents["data"]["sources"][0]["length"] is None
-    assert latents["memory"]["bytes"]["batch"] < one["bytes"]["batch"] / 40
+    cached = described(spec, "data.cache=nowhere", "mesh.data=1")
+    assert cached["compute"]["autoencoder_macs_per_sample"] == 0 and "autoencoder" not in cached["memory"]["bytes"]
+    assert cached["data"]["sources"][0]["length"] is None
+    assert cached["memory"]["bytes"]["batch"] < one["bytes"]["batch"] / 40
     total = sum(one["bytes"].values())
     kinds = ("activations_kept", "activations_at_work", "attention_scores", "layer_weights")
     network = sum(one["bytes"][name] for name in kinds)
@@ -221,3 +222,13 @@ def test_memory_of_a_mixture_of_experts_is_near_the_compilers(sizes):
     needed = report["memory"]["total"]
     print(f"{sizes}: dry run {told / 1e6:.0f} MB, compiler {needed / 1e6:.0f} MB, {told / needed - 1:+.1%}")
     assert told == pytest.approx(needed, rel=0.1)
+
+
+def test_an_entry_that_the_cache_does_not_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "read_ledger", lambda path: {"shards": [{"passes": {"depth": 8}}]})
+    spec = f"configs/mini.py:cache={tmp_path}"
+    flow = "data.mixture.flow asks for flow, which the cache .* does not hold: prepare a cache with --tasks flow"
+    with pytest.raises(UserError, match=flow):
+        described(spec, "data.mixture={'depth': {'task': 'depth'}, 'flow': {'task': 'flow'}}")
+    (row,) = described(spec, "data.mixture={'depth': {'task': 'depth'}}")["data"]["sources"]
+    assert (row["length"], row["length_from"]) == (8, "ledger")
