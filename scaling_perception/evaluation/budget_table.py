@@ -1,5 +1,6 @@
 """Making a model's table of budgets (``budgets.json``) of an evaluation; ``inference.budgets`` reads it and chooses."""
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,8 +39,8 @@ def error_rows(task: str, rows: list[dict[str, Any]]) -> np.ndarray:
     return np.asarray([main.error(row[main.name]) for row in rows], np.float64)
 
 
-def _ends(values: np.ndarray, **limits: tuple[float, float]) -> list[float]:
-    return [_short(end) for end in bootstrap_ci(values, **limits) or ()]
+def _ends(values: np.ndarray, limits: tuple[float, float] = (-math.inf, math.inf)) -> list[float]:
+    return [_short(end) for end in bootstrap_ci(values, limits=limits) or ()]
 
 
 def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def budget_entry(result: Mapping[str, Any], reference: Timing | None = None) -> 
     cells, limits = [], main.error_limits(get_task(task).limits)
     for cell, values in zip(fixed, errors, strict=True):
         excess = values - lowest
-        numbers = {"error": _short(values.mean()), "ci95": _ends(values, limits=limits)}
+        numbers = {"error": _short(values.mean()), "ci95": _ends(values, limits)}
         numbers["excess"] = {"mean": _short(excess.mean()), "ci95": _ends(excess)}
         known = {name: cell.get(name, "ddim") if name == "solver" else cell[name] for name in CELL[:5]}
         known |= {name: cell[name] for name in (*CACHE_CELL, MERGE_CELL, VIEWS_CELL) if name in cell}

@@ -172,13 +172,16 @@ def budgets_of(predictor: "Predictor", task: str) -> dict[str, Any] | None:
 def own_budgets(predictor: "Predictor") -> dict[str, Any] | None:
     """As `budgets_of`, with a warning in place of the tasks that were measured with other weights."""
     table = None if predictor.folder is None else load_budgets(predictor.folder)
-    for task in () if table is None else tuple(table["tasks"]):
+    if table is None:
+        return None
+    kept = {}
+    for task, entry in table["tasks"].items():
         try:
             budgets_of(predictor, task)
+            kept[task] = entry
         except UserError as error:
             warnings.warn(str(error), stacklevel=2)
-            table = {**table, "tasks": {name: entry for name, entry in table["tasks"].items() if name != task}}
-    return table
+    return {**table, "tasks": kept}
 
 
 def choose(

@@ -6,6 +6,7 @@ import zlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from scaling_perception.support.errors import UserError, short
@@ -68,7 +69,7 @@ def key_of(key: int | RandomKey) -> RandomKey:
         UserError: neither, or a number that is too large.
     """
     if isinstance(key, (jax.Array, np.ndarray)):
-        new = key.ndim == 0 and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        new = key.ndim == 0 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         if new or (key.ndim == 1 and key.dtype == np.uint32):
             return key
     elif isinstance(key, (int, np.integer)) and not isinstance(key, bool) and 0 <= key < 2**32:

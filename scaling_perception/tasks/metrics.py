@@ -23,7 +23,7 @@ SHARE, NOT_NEGATIVE = (0.0, 1.0), (0.0, math.inf)
 DEPTH_LIMITS = {name: SHARE if name.startswith("delta") else NOT_NEGATIVE for name in DEPTH_METRICS}
 FLOW_LIMITS = {name: NOT_NEGATIVE if name.startswith("epe") else SHARE for name in FLOW_METRICS}
 FLOW_LIMITS["fl_all"] = (0.0, 100.0)
-MASK_LIMITS = dict.fromkeys(MASK_METRICS, SHARE)
+MASK_LIMITS: dict[str, tuple[float, float]] = dict.fromkeys(MASK_METRICS, SHARE)
 """Metric -> the least and the most that it can be."""
 
 SMALLEST_DEPTH = 1e-6
