@@ -158,7 +158,7 @@ def _check_meta(meta: Any, where: str) -> None:
         try:
             values = np.asarray(norm[field], np.float64)
         except (TypeError, ValueError):
-            values = np.zeros(())
+            values = np.zeros((0, 0))
         if values.ndim != 2 or values.shape[-1] != config.in_channels:
             raise UserError(f"{where}: latent_norm {field} should hold {config.in_channels} numbers for each task")
         if not np.isfinite(values).all() or (field == "scale" and not (values > 0).all()):
