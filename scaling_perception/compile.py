@@ -64,13 +64,13 @@ def run(args: argparse.Namespace) -> None:
     if args.batch is not None and args.batch < 1:
         raise UserError(f"--batch {args.batch}: give 1 or more")
     _refuse_unused(args)
+    for name, value in {**_SAMPLER, "jobs": 1}.items():  # settings of earlier results have them
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     topology = get_topology(args.topology, args.slices, args.chip)
     if args.search:
         _search(args, config, topology)
         return
-    for name, value in _SAMPLER.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     mesh = mesh_of(config, args.mesh, topology.devices)
     names = WHAT if args.what == "all" else (args.what,)
     settings = settings_of(args, OUTPUTS)
@@ -128,7 +128,7 @@ def _search(args: argparse.Namespace, config: Any, topology: Any) -> None:
     words += [f"--config.{override}" for override in getattr(args, "overrides", [])]
     folder = Path(f"{args.json}.parts")
     print(f"{len(found)} ways to spread a step over {len(topology.devices)} devices of {topology.name}", flush=True)
-    compiled = mesh_search.compile_all(found, words, folder, args.jobs or 1)
+    compiled = mesh_search.compile_all(found, words, folder, args.jobs)
     rows = mesh_search.best_first(progress(compiled, len(found), "compile"))
     with replacing(args.json, settings) as file:
         write_json(file, {"topology": topology.name, "chip": topology.chip.name, "too_large": too_large, "rows": rows})
