@@ -448,7 +448,7 @@ def _changed(array, change):
     return array
 
 
-@pytest.mark.parametrize("to", ["ours", "torch", "safetensors"])
+@pytest.mark.parametrize("to", ["ours", pytest.param("torch", marks=pytest.mark.torch), "safetensors"])
 @pytest.mark.parametrize(
     ("change", "flags", "told"),
     [
