@@ -110,7 +110,7 @@ class TaskOptions:
         return {**dataclasses.asdict(self), "depth_quantiles": list(self.depth_quantiles)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TaskOptions:
+    def from_dict(cls, values: Any) -> TaskOptions:
         """Options from a config or a model's metadata; missing ones keep their default.
 
         Raises:

@@ -217,7 +217,25 @@ WRONG_KINDS = (
 )
 
 
-def test_numbers_of_numpy_and_batches_of_jax_are_taken(predictor, make_image):
+@pytest.fixture
+def undeclared(pytestconfig):
+    """Values of types that signatures do not declare."""
+    if pytestconfig.getoption("--shapes"):
+        pytest.skip("signatures are checked at every call")
+
+
+def test_values_of_another_type_are_refused(predictor, make_image, undeclared):
+    image = make_image()
+    cases = [
+        *((partial(predictor, image, key=key), "^key .*: give a whole number from 0 to") for key in WRONG_KEYS),
+        *((partial(predictor, image, **{name: value}), f"^{name} .*: give") for name, value in WRONG_KINDS),
+    ]
+    for call, message in cases:
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+def test_numbers_of_numpy_and_batches_of_jax_are_taken(predictor, make_image, undeclared):
     images = [make_image(seed=0), make_image(seed=1)]
     one = predictor(
         images, key=np.uint32(0), steps=np.int64(2), ensemble=np.int32(1), eta=np.float32(0), antithetic=np.bool_(False)
@@ -238,8 +256,6 @@ def test_refusals(predictor, make_predictor, make_image, tmp_path):
         (lambda: predictor(image, spacing="trailng"), "did you mean 'trailing'"),
         (lambda: predictor(image, reduce="lsqq"), "did you mean 'lsq'"),
         (lambda: predictor(image, task="flow", prompt=image, reduce="lsq"), "merge flow members"),
-        *((partial(predictor, image, key=key), "^key .*: give a whole number from 0 to") for key in WRONG_KEYS),
-        *((partial(predictor, image, **{name: value}), f"^{name} .*: give") for name, value in WRONG_KINDS),
         (lambda: predictor(image, steps=0), "0 sampling steps"),
         (lambda: predictor(image, ensemble=0), "ensemble 0"),
         (lambda: predictor(image, batch_size=0), "batch_size 0"),
