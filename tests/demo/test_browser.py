@@ -51,7 +51,7 @@ def test_upload_dial_run_and_downloads_are_those_of_predict(browser, address, ph
         page.wait_for_selector("#picture-depth img")
         least, more = dial.stops(load_budgets(find_model("mini")), "depth")[:2]
         turn(page, "depth", "Home")
-        assert "1 step × 1 member" in text_of(page, "#promise-depth")
+        page.wait_for_function("document.querySelector('#promise-depth').innerText.includes('1 step × 1 member')")
         assert f"AbsRel {least.choice.error:.3g} 95 % interval" in text_of(page, "#promise-depth")
         first, shown = run(page, "depth"), result(page, "depth")
         promise = turn(page, "depth")
