@@ -22,7 +22,14 @@ import numpy as np
 from scaling_perception.diffusion.caching import NO_CACHE
 from scaling_perception.inference.clips import Clip, Motion, check_clip, find_clips
 from scaling_perception.inference.find import Item
-from scaling_perception.inference.metric_depth import Points, check_inside, doubts, fit_points, points_of, read_points
+from scaling_perception.inference.metric_depth import (
+    Points,
+    check_inside,
+    fit_points,
+    fit_warning,
+    points_of,
+    read_points,
+)
 from scaling_perception.inference.outputs import (
     FORMAT,
     Extras,
@@ -239,7 +246,7 @@ def run_job(
         if estimate.members.ndim == 3 and len(estimate.members) > 1 and opposed(estimate.members):  # maps of depth
             note = "half of the members or more are inside out: its depth is that of the member that agrees best"
             results[item.name]["note"] = f"{item.inputs[0]}: {note}"
-        if fit is not None and (note := doubts(estimate.prediction, fit)):
+        if fit is not None and (note := fit_warning(estimate.prediction, fit)):
             results[item.name]["note"] = f"{item.inputs[0]}: {note}"
 
     _compute(predictor, request, todo, of or len(todo), readers, workers, read, finish, results, watch, clip)

@@ -253,7 +253,7 @@ def _through_two(values: Float[np.ndarray, " n"], wanted: Float[np.ndarray, " n"
     return line
 
 
-def doubts(depth: Float[np.ndarray, "H W"], fit: MetricFit) -> str:
+def fit_warning(depth: Float[np.ndarray, "H W"], fit: MetricFit) -> str:
     """What makes a fit doubtful, in words: inverted, or a map that is mostly too far for the PNG; '' for nothing."""
     if fit.inverted:
         return "by its points what the prediction has nearer is farther: check the columns x, y and depth"
@@ -263,7 +263,7 @@ def doubts(depth: Float[np.ndarray, "H W"], fit: MetricFit) -> str:
         return ""
     return (
         f"{share:.0%} of its pixels are {_FARTHEST} m away or farther, the most that the 16-bit PNG holds: are the "
-        + ("points in metres?")
+        "points in metres?"
     )
 
 

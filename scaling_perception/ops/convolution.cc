@@ -17,7 +17,7 @@ struct Picture {
   int64_t height, width, channels;
 };
 
-// What follows a sum: its bias, what is residual, and the limits of the result. What is no number stays none.
+// What follows a sum: its bias, the residual, and the limits of the result. What is no number stays none.
 struct Finish {
   const float *bias, *residual;  // residual: as the result, or null
   float low, high;
@@ -160,7 +160,7 @@ void Winograd(const Convolution& v, int64_t sample, int64_t first, int64_t rows)
   }
 }
 
-// (rows, columns) with whole vectors as columns, zeros behind; the array itself where they are.
+// (rows, columns), padded with zeros to whole vectors of columns; the array itself where they are whole.
 const float* Whole(Memory& memory, const float* from, int64_t rows, int64_t columns) {
   const int64_t padded = RoundUp(columns);
   if (padded == columns) return from;
@@ -300,8 +300,9 @@ ffi::Error Invert(ffi::ThreadPool pool, Array picture, Array expand, Array expan
                   Array project, Array project_bias, Result result, int64_t stride, int64_t top, int64_t left,
                   bool expands, bool adds) {
   const auto in = picture.dimensions(), out = result->dimensions(), sides = taps.dimensions();
-  if (in.size() != 4 || out.size() != 4 || sides.size() != 3 || sides[0] != sides[1] || (sides[0] != 3 && sides[0] != 5) ||
-      (stride != 1 && stride != 2) || sides[2] % kWidth || (!expands && in[3] != sides[2]) || (adds && picture.element_count() != result->element_count()))
+  if (in.size() != 4 || out.size() != 4 || sides.size() != 3 || sides[0] != sides[1] ||
+      (sides[0] != 3 && sides[0] != 5) || (stride != 1 && stride != 2) || sides[2] % kWidth ||
+      (!expands && in[3] != sides[2]) || (adds && picture.element_count() != result->element_count()))
     return ffi::Error::InvalidArgument("a picture is (B, H, W, C), depthwise kernels (k, k, inner) of 3 or 5");
   if (result->element_count() == 0) return ffi::Error::Success();
   Bottleneck v{{in[1], in[2], in[3]}, {out[1], out[2], out[3]}, sides[2], RoundUp(out[3]), sides[0], stride, top, left};

@@ -7,8 +7,8 @@ from scaling_perception.inference.find import Picture
 from scaling_perception.inference.metric_depth import (
     Points,
     at_points,
-    doubts,
     fit_points,
+    fit_warning,
     points_of,
     read_points,
     to_metres,
@@ -79,7 +79,7 @@ def test_points_of_one_distance_give_no_scale(count, space, method):
 def test_points_in_millimetres_are_doubted(factor, many):
     depth = relative()
     fit = fit_points(depth, draw(depth, 12, lambda d: factor * (7 * d + 1.5)))
-    assert ("100% of its pixels are 65.535 m away" in doubts(depth, fit)) == many == bool(doubts(depth, fit))
+    assert ("100% of its pixels are 65.535 m away" in fit_warning(depth, fit)) == many == bool(fit_warning(depth, fit))
 
 
 def test_what_is_not_in_front_of_the_camera_is_nan():
